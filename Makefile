@@ -1,0 +1,23 @@
+# Every target makes the virtual environment it needs, and installs nothing outside it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint
+
+demo: .venv/examples.installed
+	$(BIN)/python -m examples.autoencoder
+
+test: .venv/test.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/lint.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One stamp for each extra of setup.cfg; a change there installs it again.
+.venv/%.installed: setup.cfg | .venv
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv:
+	$(PYTHON) -m venv $@
