@@ -1,0 +1,113 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_hf.initializers import SparseNormal
+
+
+def draw(shape, dtype=None, **kwargs):
+    return keras.ops.convert_to_numpy(SparseNormal(seed=0, **kwargs)(shape, dtype))
+
+
+@pytest.mark.parametrize("shape", [(784, 100), (10, 6), (3, 3, 8, 20), (5, 4, 2)])
+def test_every_unit_gets_its_number_of_distinct_inputs(shape):
+    kernel = draw(shape).reshape(-1, shape[-1])
+    assert kernel.shape[0] == np.prod(shape[:-1])
+    np.testing.assert_array_equal((kernel != 0).sum(axis=0), min(15, kernel.shape[0]))
+
+
+def test_weights_are_normal_with_the_given_deviation():
+    kernel = draw((400, 4000), num_connections=10, stddev=0.5)
+    weights = kernel[kernel != 0]
+    # Of 40,000 draws the mean and the deviation have standard errors of 0.0025 and 0.0018.
+    assert abs(weights.mean()) < 0.01
+    assert abs(weights.std() - 0.5) < 0.008
+    assert abs((np.abs(weights) < 0.5).mean() - 0.6827) < 0.01
+
+
+def test_every_input_is_equally_likely():
+    kernel = draw((50, 10_000), num_connections=5)
+    # Binomial(10,000, 1/10) has a standard deviation of 30.
+    np.testing.assert_allclose((kernel != 0).sum(axis=1), 1000, atol=130)
+
+
+def test_weights_do_not_depend_on_which_inputs_were_chosen():
+    kernel = draw((50, 10_000), num_connections=5)
+    position = np.broadcast_to(np.arange(50)[:, None], kernel.shape)
+    chosen = kernel != 0
+    # A correlation of 50,000 independent pairs has a standard error of 0.0045.
+    assert abs(np.corrcoef(kernel[chosen], position[chosen])[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_dtype_is_the_one_asked_for(dtype):
+    kernel = SparseNormal(seed=0)((30, 8), dtype)
+    assert keras.backend.standardize_dtype(kernel.dtype) == dtype
+    assert int(keras.ops.count_nonzero(kernel)) == 15 * 8
+
+
+def test_float64_weights_have_more_than_float32_digits():
+    kernel = draw((30, 8), "float64", stddev=0.1)
+    weights = kernel[kernel != 0]
+    assert (weights != weights.astype("float32")).all()
+
+
+def test_integer_seed_repeats_and_generator_does_not():
+    shape = (40, 5)
+    initializer = SparseNormal(seed=3)
+    np.testing.assert_array_equal(initializer(shape), initializer(shape))
+    np.testing.assert_array_equal(initializer(shape), SparseNormal(seed=3)(shape))
+    assert np.any(initializer(shape) != SparseNormal(seed=4)(shape))
+    initializer = SparseNormal(seed=keras.random.SeedGenerator(3))
+    assert np.any(initializer(shape) != initializer(shape))
+
+
+def test_no_seed_repeats_within_an_instance_only():
+    shape = (40, 5)
+    initializer = SparseNormal()
+    np.testing.assert_array_equal(initializer(shape), initializer(shape))
+    assert np.any(initializer(shape) != SparseNormal()(shape))
+
+
+@pytest.mark.parametrize("seed", [7, keras.random.SeedGenerator(7)])
+def test_configuration_survives_saving(seed):
+    initializer = SparseNormal(num_connections=4, stddev=0.25, seed=seed)
+    config = keras.saving.serialize_keras_object(initializer)
+    restored = keras.saving.deserialize_keras_object(config)
+    assert isinstance(restored, SparseNormal)
+    assert restored.get_config() == initializer.get_config()
+    np.testing.assert_array_equal(restored((20, 3)), initializer((20, 3)))
+
+
+def test_layers_and_compiled_functions_can_use_it():
+    network = keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            keras.layers.Conv2D(4, 3, kernel_initializer=SparseNormal(num_connections=5)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3, kernel_initializer=SparseNormal()),
+        ]
+    )
+    kernel = network.layers[0].kernel.numpy().reshape(18, 4)
+    np.testing.assert_array_equal((kernel != 0).sum(axis=0), 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_connections": 0}, r"`num_connections` must be an integer >= 1.*=0"),
+        ({"num_connections": 2.5}, r"`num_connections` must be an integer >= 1.*=2.5"),
+        ({"stddev": 0.0}, r"`stddev` must be a finite number > 0.*stddev=0.0"),
+        ({"stddev": float("nan")}, r"`stddev` must be a finite number > 0.*stddev=nan"),
+        ({"seed": "1"}, r"`seed`"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SparseNormal(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_a_shape_without_inputs_is_refused(shape):
+    with pytest.raises(ValueError, match=r"at least two axes. Received: shape=\(.*biases"):
+        SparseNormal()(shape)
