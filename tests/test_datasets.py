@@ -1,0 +1,107 @@
+import keras
+import numpy as np
+import pytest
+from scipy.interpolate import CubicSpline
+
+from examples import datasets
+
+
+def test_curves_are_flat_float32_images_in_the_unit_interval():
+    images = datasets.synthetic_curves(50, seed=0)
+    assert images.shape == (50, 784)
+    assert images.dtype == np.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_curves_vary_as_much_as_the_published_data():
+    images = datasets.synthetic_curves(5000, seed=0)
+    # 16.9 in CURVES; draws of 5,000 differ by about 0.1.
+    assert abs(images.var(axis=0, dtype="float64").sum() - 16.9) < 0.5
+
+
+def test_curves_depend_on_the_seed_and_not_on_how_many_are_drawn(monkeypatch):
+    images = datasets.synthetic_curves(30, seed=5)
+    assert np.any(images != datasets.synthetic_curves(30, seed=6))
+    monkeypatch.setattr(datasets, "BLOCK_SIZE", 7)
+    np.testing.assert_array_equal(images, datasets.synthetic_curves(40, seed=5)[:30])
+
+
+def test_random_points_keep_their_distance_and_stay_in_their_range():
+    corners = np.array([[0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]], float)
+    knots, heights = datasets._random_points(corners)
+    np.testing.assert_array_equal(knots, [[2, 4, 6], [22, 24, 26], [22, 24, 26]])
+    np.testing.assert_array_equal(heights, [[2, 2, 2], [26, 26, 26], [2, 2, 2]])
+
+
+def test_spline_is_the_natural_cubic_spline():
+    rng = np.random.default_rng(0)
+    knots = np.cumsum(rng.uniform(2, 10, (20, 3)), axis=1)
+    heights = rng.uniform(2, 26, (20, 3))
+    x = np.linspace(knots[:, 0], knots[:, 2], 33, axis=1)
+    expected = [CubicSpline(*points, bc_type="natural")(at) for *points, at in zip(knots, heights, x, strict=True)]
+    np.testing.assert_allclose(datasets.natural_spline(knots, heights, x), expected, atol=1e-10)
+
+
+def test_spots_lie_evenly_along_the_curve():
+    knots, heights = np.array([[2.0, 10.0, 24.0]]), np.array([[3.0, 25.0, 8.0]])
+    x, y = datasets._evenly_spaced(knots, heights)
+    assert (x[0, 0], y[0, 0], x[0, -1], y[0, -1]) == pytest.approx((2, 3, 24, 8))
+    # Length between neighbours by an independent fine polyline.
+    spline = CubicSpline(knots[0], heights[0], bc_type="natural")
+    fine = [np.linspace(a, b, 500) for a, b in zip(x[0], x[0, 1:], strict=False)]
+    lengths = [np.hypot(np.diff(part), np.diff(spline(part))).sum() for part in fine]
+    np.testing.assert_allclose(lengths, np.mean(lengths), rtol=2e-3)
+
+
+def test_a_spot_shares_its_ink_among_four_pixels():
+    x, y = np.array([[3.25, 27.5]]), np.array([[5.5, -0.25]])
+    image = datasets._ink(x, y)[0] / datasets.INK
+    expected = np.zeros((28, 28))
+    expected[5:7, 3:5] = [[0.375, 0.125], [0.375, 0.125]]
+    expected[0, 27] = 0.375  # The rest of the second spot falls outside.
+    np.testing.assert_allclose(image, expected, atol=1e-12)
+
+
+@pytest.fixture
+def small_mnist(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{part}": rng.integers(0, 256, (n, 28, 28), dtype="uint8") for part, n in (("train", 6), ("test", 2))}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    return tmp_path / "mnist.npz", arrays
+
+
+def test_mnist_is_read_from_a_path_or_from_the_data_folder(small_mnist, monkeypatch):
+    path, arrays = small_mnist
+    monkeypatch.setenv("KERAS_HF_DATA", str(path.parent))
+    for x_train, x_test in (datasets.mnist(path), datasets.mnist()):
+        assert x_train.dtype == np.float32
+        np.testing.assert_allclose(x_train * 255, arrays["x_train"].reshape(6, 784), rtol=1e-6)
+        np.testing.assert_allclose(x_test * 255, arrays["x_test"].reshape(2, 784), rtol=1e-6)
+
+
+def test_mnist_elsewhere_comes_from_keras_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HF_DATA", str(tmp_path))
+    images = np.full((3, 28, 28), 255, "uint8")
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda: ((images, None), (images[:1], None)))
+    x_train, x_test = datasets.mnist()
+    assert (x_train.shape, x_test.shape, x_train.min()) == ((3, 784), (1, 784), 1)
+
+
+def test_missing_mnist_says_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"must be an `mnist.npz` file. Received: path=.*nowhere.npz"):
+        datasets.mnist(tmp_path / "nowhere.npz")
+
+    def no_network():
+        raise Exception("URL fetch failure")
+
+    monkeypatch.delenv("KERAS_HF_DATA", raising=False)
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", no_network)
+    with pytest.raises(FileNotFoundError, match="hand over its path, or put .* URL fetch failure"):
+        datasets.mnist()
+
+
+def test_real_mnist_has_its_known_size_and_brightness(data_dir):
+    x_train, x_test = datasets.mnist(data_dir / "mnist.npz")
+    assert (x_train.shape, x_test.shape) == ((60_000, 784), (10_000, 784))
+    assert x_train.mean(dtype="float64") == pytest.approx(0.1307, abs=1e-4)
