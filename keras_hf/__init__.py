@@ -1,0 +1,29 @@
+"""Hessian-free optimization for Keras: deep and ill-conditioned networks trained by curvature through `model.fit`."""
+
+import keras as _keras
+
+if _keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "keras_hf needs Keras' TensorFlow backend, whose tapes it differentiates with. "
+        f"Received: backend={_keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
+    )
+
+from keras_hf.cg import CGResult as CGResult
+from keras_hf.cg import CGStop as CGStop
+from keras_hf.cg import conjugate_gradient as conjugate_gradient
+from keras_hf.curvature import GaussNewton as GaussNewton
+from keras_hf.curvature import Hessian as Hessian
+from keras_hf.damping import ConstantDamping as ConstantDamping
+from keras_hf.damping import DampingCallback as DampingCallback
+from keras_hf.damping import LevenbergMarquardt as LevenbergMarquardt
+from keras_hf.initializers import SparseNormal as SparseNormal
+from keras_hf.linearization import DoubleBackward as DoubleBackward
+from keras_hf.linearization import ForwardAccumulation as ForwardAccumulation
+from keras_hf.model import HFModel as HFModel
+from keras_hf.optimizer import HessianFree as HessianFree
+from keras_hf.preconditioners import EmpiricalFisherDiagonal as EmpiricalFisherDiagonal
+from keras_hf.preconditioners import Identity as Identity
+from keras_hf.stopping import RelativeProgress as RelativeProgress
+from keras_hf.stopping import ResidualTolerance as ResidualTolerance
+
+__version__ = "0.1.0"

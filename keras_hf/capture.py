@@ -1,0 +1,203 @@
+"""Squared gradients of single cases, from layer inputs and pre-activation gradients where a layer's form allows, else case by case.
+
+For a Dense layer on vectors the gradient of case i is `a_i d_i'`, a its input and d the gradient in its pre-activation, so that the sum of squares
+is `(a^2)'(d^2)`: no case's gradient is ever formed (Martens' released code; Goodfellow 2015, *Efficient per-example gradient computations*).
+Where weights are shared within a case (Dense on sequences, convolutions, a layer called twice), the places of a case are summed before squaring,
+a block of cases at a time. Any other weight takes its gradients case by case, vectorised over a block.
+"""
+
+import contextlib
+
+import keras
+import tensorflow as tf
+
+from keras_hf.linearization import dense
+
+# Floats in the largest temporary of a block of cases.
+_BLOCK_FLOATS = 2**24
+
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D)
+
+
+class _Use:
+    """One call of a layer: its input and its pre-activation."""
+
+    def __init__(self, inputs):
+        self.inputs, self.preactivation = inputs, None
+
+
+def is_capturable(layer):
+    """Whether the layer's squared gradients follow from its inputs and pre-activation gradients."""
+    # Subclasses may compute anything; adapters (LoRA) and quantized kernels are not the kernel itself.
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return False
+    if type(layer) is keras.layers.Dense:
+        return True
+    return type(layer) in _CONVOLUTIONS and layer.groups == 1
+
+
+@contextlib.contextmanager
+def recorded_uses(layers, tape=None):
+    """Records the calls of `layers` while it is open, in the dict from layer to list of uses that it gives.
+
+    Args:
+        layers: List of `keras.Layer`, Dense or convolutions.
+        tape: `tf.GradientTape` to watch the pre-activations, or `None`.
+    """
+    uses = {layer: [] for layer in layers}
+    # object.__setattr__: Keras' own would track what is set.
+    before = {layer: layer.activation for layer in layers}
+
+    def call(layer):
+        original = layer.call
+
+        def recorded(inputs, *args, **kwargs):
+            uses[layer].append(_Use(inputs))
+            return original(inputs, *args, **kwargs)
+
+        return recorded
+
+    def activation(layer):
+        original = layer.activation or tf.identity
+
+        def recorded(preactivation):
+            if tape is not None:
+                tape.watch(preactivation)
+            uses[layer][-1].preactivation = preactivation
+            return original(preactivation)
+
+        return recorded
+
+    for layer in layers:
+        object.__setattr__(layer, "call", call(layer))
+        object.__setattr__(layer, "activation", activation(layer))
+    try:
+        yield uses
+    finally:
+        for layer in layers:
+            object.__delattr__(layer, "call")
+            object.__setattr__(layer, "activation", before[layer])
+
+
+@contextlib.contextmanager
+def constant_statistics(layers):
+    """Makes these BatchNormalization layers use their moving statistics, also in training mode, while it is open."""
+
+    def call(layer):
+        original = layer.call
+        return lambda inputs, training=None, mask=None: original(inputs, training=False, mask=mask)
+
+    for layer in layers:
+        object.__setattr__(layer, "call", call(layer))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            object.__delattr__(layer, "call")
+
+
+def squared_gradients(piece, layers):
+    """Sums over the cases of a piece the squared gradients of each case's share of the compiled loss.
+
+    Cost: a forward and a backward pass and, per captured layer, about one more weight gradient; for other layers about another gradient.
+
+    Args:
+        piece: `objective.PieceFunction`.
+        layers: List of the layers to capture, see `is_capturable`; their weights must be read nowhere else.
+
+    Returns:
+        List of tensors shaped as `piece.variables`.
+    """
+    squares = {}
+    if layers:
+        with tf.GradientTape() as tape, recorded_uses(layers, tape) as uses:
+            share = piece.loss(piece.forward())
+        layers = [layer for layer in layers if uses[layer]]
+        preactivations = [use.preactivation for layer in layers for use in uses[layer]]
+        gradients = iter(dense(tape.gradient(share, preactivations), preactivations))
+        for layer in layers:
+            kernel, bias = _layer_squares(layer, [(use.inputs, next(gradients)) for use in uses[layer]])
+            squares[id(layer.kernel.value)] = kernel
+            if layer.use_bias:
+                squares[id(layer.bias.value)] = bias
+    others = [variable for variable in piece.variables if id(variable) not in squares]
+    if others:
+        squares.update(zip(map(id, others), _case_by_case(piece, others), strict=True))
+    return [tf.reshape(squares[id(variable)], variable.shape) for variable in piece.variables]
+
+
+def _layer_squares(layer, uses):
+    """Sums squared gradients over cases: the kernel's as (fan_in, units), the bias's as (units,).
+
+    Args:
+        layer: Dense or a convolution.
+        uses: List of pairs of an input (cases, ...) and the gradient in its pre-activation (cases, ..., units).
+    """
+    uses = [_channels_last(layer, inputs, gradient) for inputs, gradient in uses]
+    if len(uses) == 1 and uses[0][1].shape.rank == 2:
+        inputs, gradient = uses[0]
+        squared = gradient**2
+        return tf.matmul(inputs**2, squared, transpose_a=True), tf.reduce_sum(squared, 0)
+
+    fan_in, units = layer.kernel.shape[:-1].num_elements(), layer.kernel.shape[-1]
+    num_cases = tf.shape(uses[0][1], tf.int64)[0]
+    num_places = tf.add_n([tf.size(gradient, tf.int64) for _, gradient in uses]) // (units * tf.maximum(num_cases, 1))
+    block = tf.maximum(_BLOCK_FLOATS // tf.maximum(fan_in * units, num_places * max(fan_in, units)), 1)
+
+    def add_block(start, kernel, bias):
+        parts = [(_places(layer, a[start : start + block]), d[start : start + block]) for a, d in uses]
+        a = tf.concat([a for a, _ in parts], 1)
+        d = tf.concat([tf.reshape(d, [tf.shape(d)[0], -1, units]) for _, d in parts], 1)
+        by_case = tf.matmul(a, d, transpose_a=True)
+        kernel += tf.reduce_sum(by_case**2, 0)
+        return start + block, kernel, bias + tf.reduce_sum(tf.reduce_sum(d, 1) ** 2, 0)
+
+    dtype = uses[0][1].dtype
+    zeros = (tf.zeros([], tf.int64), tf.zeros([fan_in, units], dtype), tf.zeros([units], dtype))
+    _, kernel, bias = tf.while_loop(lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1)
+    return kernel, bias
+
+
+def _channels_last(layer, inputs, gradient):
+    """Brings inputs and gradient into the gradient's dtype, and channels to the last axis."""
+    inputs = tf.cast(inputs, gradient.dtype)
+    if getattr(layer, "data_format", None) == "channels_first":
+        order = [0, *range(2, inputs.shape.rank), 1]
+        return tf.transpose(inputs, order), tf.transpose(gradient, order)
+    return inputs, gradient
+
+
+def _places(layer, inputs):
+    """Cuts inputs (cases, ..., channels) into what each place of the pre-activation sees: (cases, places, fan_in)."""
+    num_cases, fan_in = tf.shape(inputs)[0], layer.kernel.shape[:-1].num_elements()
+    if type(layer) is not keras.layers.Dense:
+        sizes, strides, rates, padding = layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding
+        if padding == "causal":
+            inputs = tf.pad(inputs, [[0, 0], [rates[0] * (sizes[0] - 1), 0], [0, 0]])
+            padding = "valid"
+        if layer.rank == 1:
+            inputs, sizes, strides, rates = inputs[:, :, None], (*sizes, 1), (*strides, 1), (*rates, 1)
+        inputs = tf.image.extract_patches(inputs, [1, *sizes, 1], [1, *strides, 1], [1, *rates, 1], padding.upper())
+    return tf.reshape(inputs, [num_cases, -1, fan_in])
+
+
+def _case_by_case(piece, variables):
+    """Sums squared gradients over cases for any weights, by one vectorised gradient per case. Temporaries: a block of cases times the weights."""
+    num_weights = sum(variable.shape.num_elements() for variable in variables)
+    block = max(1, _BLOCK_FLOATS // max(num_weights, piece.floats_per_case))
+
+    def squares_of(index):
+        case = piece.case(index)
+        with tf.GradientTape() as tape:
+            share = case.loss(case.forward())
+        return [gradient**2 for gradient in dense(tape.gradient(share, variables), variables)]
+
+    def add_block(start, sums):
+        by_case = tf.vectorized_map(squares_of, tf.range(start, tf.minimum(start + block, piece.num_cases)))
+        return start + block, [total + tf.reduce_sum(squares, 0) for total, squares in zip(sums, by_case, strict=True)]
+
+    sums = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
+    _, sums = tf.while_loop(
+        lambda start, _: start < piece.num_cases, add_block, (tf.constant(0), sums), parallel_iterations=1
+    )
+    return sums

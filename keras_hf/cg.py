@@ -1,0 +1,203 @@
+"""Preconditioned conjugate gradients on any symmetric positive definite product, as one `tf.while_loop`.
+
+Martens (2010), sections 4.4 (when to stop), 4.6 (which iterates to keep) and 4.7 (the preconditioner); Nocedal & Wright (2006), algorithm 5.3.
+"""
+
+import enum
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_hf.checks import count
+from keras_hf.stopping import RelativeProgress
+
+
+class CGStop(enum.IntEnum):
+    """Why conjugate gradients stopped: the `cg_stop` of the logs."""
+
+    MAX_ITERATIONS = 0  # the limit was reached
+    STOPPING_RULE = 1  # the stopping rule said so
+    CONVERGED = 2  # the residual is zero to rounding
+    NEGATIVE_CURVATURE = 3  # p'Ap <= 0 along the search direction p
+    BREAKDOWN = 4  # a number that is not finite, or a preconditioner that is not positive definite
+
+
+class CGResult(NamedTuple):
+    """What conjugate gradients found.
+
+    Attributes:
+        iterates: Tensor `(k, n)`, the kept iterates in order; the last iterate is the last row.
+        iterate_numbers: int32 `(k,)`, the iteration of each row; 0 is the start.
+        values: float64 `(k,)`, the quadratic `x'Ax/2 - b'x` at each row.
+        num_iterations: int32 scalar, iterations run = products spent, less the one for the start.
+        reason: int32 scalar, a `CGStop`.
+    """
+
+    iterates: tf.Tensor
+    iterate_numbers: tf.Tensor
+    values: tf.Tensor
+    num_iterations: tf.Tensor
+    reason: tf.Tensor
+
+
+class _State(NamedTuple):
+    """One turn of the loop."""
+
+    iteration: tf.Tensor
+    x: tf.Tensor
+    residual: tf.Tensor  # b - Ax
+    direction: tf.Tensor
+    residual_product: tf.Tensor  # r'M^-1 r, float64
+    values: tf.TensorArray  # the quadratic at every iterate, float64
+    iterates: tf.TensorArray  # the kept ones; the entry after them is the current one
+    iterate_numbers: tf.TensorArray
+    num_kept: tf.Tensor
+    next_kept: tf.Tensor  # float64; the next iterate to keep is ceil of it
+    reason: tf.Tensor  # -1 while running
+
+
+# Kept are the iterates ceil(5 * 1.3^j): 5, 7, 9, 11, 15, 19, 25, 32, ... as in Martens' released code, which starts at 5 where the paper's
+# formula starts at 1: the first few are never the best and each costs a pass over all data.
+_FIRST_KEPT, _KEPT_RATIO = 5.0, 1.3
+
+
+def dot(a, b):
+    """Inner product of two vectors `(n,)`, accumulated in float64: relative progress of 1e-6 must be seen in float32 runs."""
+    return tf.tensordot(tf.cast(a, tf.float64), tf.cast(b, tf.float64), 1)
+
+
+def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, max_iterations=None):
+    """Minimises the quadratic `x'Ax/2 - b'x` by preconditioned conjugate gradients.
+
+    Cost: one product and one application of the preconditioner per iteration, and one product for a start other than zero. Negative curvature stops
+    it with the iterate reached so far; met at the first iteration, the result is `x0 + M^-1 (b - A x0)`, the preconditioned gradient step. A
+    product that is not finite stops it with the last finite iterate. `b = 0` gives 0.
+
+    Args:
+        product: Callable `(n,) -> (n,)`, x -> Ax, symmetric positive definite (damping, if any, included).
+        b: Tensor `(n,)`, float32 or float64.
+        x0: Tensor `(n,)`, the start. Defaults to zero.
+        precondition: Callable `(n,) -> (n,)`, r -> M^-1 r, an approximate inverse of A, symmetric positive definite. Defaults to the identity.
+        stopping: A stopping rule. Defaults to `RelativeProgress()`.
+        max_iterations: Integer >= 1. Defaults to n, where exact arithmetic is done.
+
+    Returns:
+        A `CGResult`.
+
+    Raises:
+        ValueError: If `b` is not a vector or `max_iterations` is below 1.
+
+    Example:
+
+    >>> a = tf.constant([[4.0, 1.0], [1.0, 3.0]])
+    >>> result = conjugate_gradient(lambda x: tf.linalg.matvec(a, x), tf.constant([1.0, 2.0]))
+    >>> result.iterates[-1].numpy().round(3)
+    array([0.091, 0.636], dtype=float32)
+
+    References:
+        Martens (2010), *Deep learning via Hessian-free optimization*, sections 4.4 and 4.6.
+    """
+    b = tf.convert_to_tensor(b)
+    if b.shape.rank != 1:
+        raise ValueError(f"`b` must be a vector of shape (n,). Received: shape={tuple(b.shape)}; reshape it to (-1,).")
+    stopping = stopping or RelativeProgress()
+    precondition = precondition or tf.identity
+    max_iterations = tf.shape(b)[0] if max_iterations is None else tf.constant(count("max_iterations", max_iterations))
+
+    b_norm = tf.sqrt(dot(b, b))
+    if x0 is None:
+        x, residual = tf.zeros_like(b), b
+    else:
+        x = tf.where(b_norm > 0, x0, tf.zeros_like(b))
+        residual = b - product(x)
+
+    def quadratic(x, residual):
+        return -0.5 * dot(x, b + residual)  # = x'Ax/2 - b'x, without another product
+
+    def converged(residual):
+        norm = tf.sqrt(dot(residual, residual))
+        return norm, norm <= _rounding(b.dtype) * b_norm
+
+    direction = precondition(residual)
+    residual_product = dot(residual, direction)
+    _, at_once = converged(residual)
+    reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
+
+    def array(dtype, size):
+        return tf.TensorArray(dtype, size=size, dynamic_size=True, clear_after_read=False)
+
+    state = _State(
+        iteration=tf.constant(0),
+        x=x,
+        residual=residual,
+        direction=direction,
+        residual_product=residual_product,
+        values=array(tf.float64, max_iterations + 1).write(0, quadratic(x, residual)),
+        iterates=array(b.dtype, 2).write(0, x),
+        iterate_numbers=array(tf.int32, 2).write(0, 0),
+        num_kept=tf.constant(0),
+        next_kept=tf.constant(_FIRST_KEPT, tf.float64),
+        reason=reason,
+    )
+
+    def iterate(state):
+        iteration = state.iteration + 1
+        image = product(state.direction)
+        curvature = dot(state.direction, image)
+        finite = tf.math.is_finite(curvature)
+        positive = finite & (curvature > 0)
+        first_negative = finite & (curvature <= 0) & (iteration == 1)
+        length = tf.where(
+            positive, state.residual_product / curvature, tf.where(first_negative, tf.ones_like(curvature), 0.0)
+        )
+        advanced = positive | first_negative
+        length = tf.cast(length, b.dtype)
+        x = tf.where(advanced, state.x + length * state.direction, state.x)
+        residual = tf.where(advanced, state.residual - length * image, state.residual)
+        iteration = tf.where(advanced, iteration, state.iteration)
+
+        preconditioned = precondition(residual)
+        residual_product = dot(residual, preconditioned)
+        direction = preconditioned + tf.cast(residual_product / state.residual_product, b.dtype) * state.direction
+        residual_norm, at_rounding = converged(residual)
+        values = state.values.write(iteration, quadratic(x, residual))
+        stalled = stopping.should_stop(tf.maximum(iteration, 1), values.read, residual_norm, b_norm)
+
+        reason = tf.where(iteration >= max_iterations, CGStop.MAX_ITERATIONS, -1)
+        reason = tf.where(stalled, CGStop.STOPPING_RULE, reason)
+        reason = tf.where(residual_product > 0, reason, CGStop.BREAKDOWN)
+        reason = tf.where(at_rounding, CGStop.CONVERGED, reason)
+        reason = tf.where(positive, reason, tf.where(finite, CGStop.NEGATIVE_CURVATURE, CGStop.BREAKDOWN))
+
+        # The current iterate stands after the kept ones: it is kept by moving on, and the last one is there when the loop ends.
+        kept = advanced & (tf.cast(iteration, tf.float64) >= tf.math.ceil(state.next_kept))
+        return _State(
+            iteration=iteration,
+            x=x,
+            residual=residual,
+            direction=direction,
+            residual_product=residual_product,
+            values=values,
+            iterates=state.iterates.write(state.num_kept, x),
+            iterate_numbers=state.iterate_numbers.write(state.num_kept, iteration),
+            num_kept=state.num_kept + tf.cast(kept, tf.int32),
+            next_kept=tf.where(kept, _KEPT_RATIO * state.next_kept, state.next_kept),
+            reason=reason,
+        )
+
+    state = tf.while_loop(
+        lambda state: state.reason < 0, lambda state: (iterate(state),), (state,), parallel_iterations=1
+    )[0]
+    # Where the last iterate was kept, it stands at num_kept - 1 and nothing new after it.
+    last = tf.maximum(state.num_kept - 1, 0)
+    last = tf.where(state.iterate_numbers.read(last) == state.iteration, last, state.num_kept)
+    rows = tf.range(last + 1)
+    numbers = state.iterate_numbers.gather(rows)
+    iterates = tf.ensure_shape(state.iterates.gather(rows), [None, b.shape[0]])
+    return CGResult(iterates, numbers, state.values.gather(numbers), state.iteration, state.reason)
+
+
+def _rounding(dtype):
+    """Unit roundoff of a float type."""
+    return float(np.finfo(dtype.as_numpy_dtype).eps)

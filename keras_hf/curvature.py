@@ -1,0 +1,118 @@
+"""Curvatures: the matrix whose products CG asks for. A curvature knows one piece of data, no damping and no CG."""
+
+import keras
+import tensorflow as tf
+
+from keras_hf.checks import part
+from keras_hf.linearization import DoubleBackward, Linearization, dense
+
+
+class Curvature:
+    """What a curvature promises.
+
+    Args:
+        linearization: A `Linearization`, the way second derivatives are formed: `DoubleBackward()` (the default, right for every network that has
+            second derivatives) or `ForwardAccumulation()` (less memory, more time without XLA, refused where it would be wrong).
+
+    Raises:
+        TypeError: If `linearization` is no such object.
+    """
+
+    def __init__(self, linearization=None):
+        linearization = DoubleBackward() if linearization is None else linearization
+        self.linearization = part("linearization", linearization, Linearization, "DoubleBackward()")
+
+    def linearize(self, piece):
+        """Prepares the products of one piece of data.
+
+        Args:
+            piece: An `objective.PieceFunction`: `variables`, `forward()`, `loss(evaluation)`, `added_loss(evaluation)`.
+
+        Returns:
+            Callable `v -> Gv` on lists of tensors shaped as `piece.variables`.
+        """
+        raise NotImplementedError
+
+    def get_config(self):
+        """Returns the constructor's arguments as a dict."""
+        return {"linearization": keras.saving.serialize_keras_object(self.linearization)}
+
+    @classmethod
+    def from_config(cls, config):
+        """Makes the curvature from what `get_config` returned."""
+        return cls(**{**config, "linearization": keras.saving.deserialize_keras_object(config["linearization"])})
+
+
+@keras.saving.register_keras_serializable("keras_hf")
+class GaussNewton(Curvature):
+    """The generalised Gauss-Newton matrix `G = J'HJ`, averaged over cases as the loss is.
+
+    J is the derivative of the network's outputs in the weights, H the second derivative of the Keras loss in those outputs. Where the loss goes
+    through the logits (`BinaryCrossentropy` on sigmoid, `CategoricalCrossentropy` on softmax), outputs are the logits: then the loss is convex in
+    them and G positive semi-definite, a matching loss in Schraudolph's sense. G is the Hessian of the loss when the network is replaced by its
+    linearization. Losses added in `call` and activity regularizers enter with their exact Hessian, which need not be positive semi-definite.
+    Cost of a product: about 1.2 gradients of the same cases.
+
+    Args:
+        linearization: See `Curvature`.
+
+    References:
+        Schraudolph (2002), *Fast curvature matrix-vector products for second-order gradient descent*; Martens (2010), section 4.2.
+    """
+
+    def linearize(self, piece):
+        def forward():
+            evaluation = piece.forward()
+            return evaluation.outputs, evaluation
+
+        def hessian_at(outputs, evaluation):
+            return _loss_hessian(lambda: piece.loss(evaluation), outputs)
+
+        product = self.linearization.gauss_newton(forward, hessian_at, piece.variables)
+        if not piece.has_added_loss:
+            return product
+        added = self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables)
+        return lambda v: [a + b for a, b in zip(product(v), added(v), strict=True)]
+
+
+@keras.saving.register_keras_serializable("keras_hf")
+class Hessian(Curvature):
+    """The Hessian itself, by Pearlmutter's exact products.
+
+    Indefinite away from a minimum: CG stops where it meets negative curvature and the logs say so. Gauss-Newton works better in practice; this is
+    for comparison and for networks whose outputs' curvature matters. Cost of a product: about two gradients.
+
+    Args:
+        linearization: See `Curvature`.
+
+    References:
+        Pearlmutter (1994), *Fast exact multiplication by the Hessian*.
+    """
+
+    def linearize(self, piece):
+        def loss():
+            evaluation = piece.forward()
+            value = piece.loss(evaluation)
+            return value + piece.added_loss(evaluation) if piece.has_added_loss else value
+
+        return self.linearization.hessian(loss, piece.variables)
+
+
+def _loss_hessian(loss, outputs):
+    """Gives `u -> Hu`, H the second derivative of `loss()` in the list `outputs`."""
+    with tf.GradientTape(persistent=True) as outer:
+        outer.watch(outputs)
+        with tf.GradientTape() as inner:
+            inner.watch(outputs)
+            value = loss()
+        gradients = inner.gradient(value, outputs)
+    # None: the loss is linear in that output.
+    curved = [(gradient, i) for i, gradient in enumerate(gradients) if gradient is not None]
+    first = [gradient for gradient, _ in curved]
+
+    def product(u):
+        if not first:
+            return [tf.zeros_like(output) for output in outputs]
+        return dense(outer.gradient(first, outputs, output_gradients=[u[i] for _, i in curved]), outputs)
+
+    return product

@@ -1,0 +1,115 @@
+"""Damping rules: Keras callbacks that read the logs of an update and own one scalar, the optimizer's damping."""
+
+import math
+
+import keras
+
+from keras_hf.checks import finite, positive
+
+
+class DampingCallback(keras.callbacks.Callback):
+    """Base of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
+
+    Subclasses implement `next_damping`. The damping goes on over `fit` calls and is saved with the optimizer; nothing is reset.
+
+    Args:
+        min_damping: Float >= 0, the least damping assigned.
+        max_damping: Float > 0, the greatest.
+
+    Raises:
+        ValueError: If a limit is out of its range or the least is above the greatest; at the start of training, if the model's optimizer has no
+            damping, or if several updates run between two calls (`steps_per_execution > 1`).
+    """
+
+    # Whether the rule must see every update.
+    adaptive = True
+
+    def __init__(self, min_damping=0.0, max_damping=math.inf):
+        super().__init__()
+        self.min_damping = finite("min_damping", min_damping, minimum=0)
+        self.max_damping = max_damping if max_damping == math.inf else positive("max_damping", max_damping)
+        if self.min_damping > self.max_damping:
+            raise ValueError(
+                f"`min_damping` must not exceed `max_damping`. Received: min_damping={min_damping}, max_damping={max_damping}."
+            )
+
+    def next_damping(self, damping, logs):
+        """Returns the damping of the next update.
+
+        Args:
+            damping: Float, the damping of this update.
+            logs: Dict of floats, the logs of this update; see `HFModel`.
+        """
+        raise NotImplementedError
+
+    def on_train_begin(self, logs=None):
+        if not hasattr(self.model.optimizer, "damping"):
+            raise ValueError(
+                f"`{type(self).__name__}` adapts the damping of `HessianFree`. Received: a model whose optimizer is "
+                f"{self.model.optimizer!r}. Train with `HFModel(network)` compiled with `HessianFree()`."
+            )
+        if self.adaptive and self.model.steps_per_execution > 1:
+            raise ValueError(
+                f"`{type(self).__name__}` must see every update. Received: steps_per_execution={self.model.steps_per_execution}. "
+                "Compile with `steps_per_execution=1`, or use `ConstantDamping()`."
+            )
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.adaptive:
+            damping = self.next_damping(logs["damping"], logs)
+            self.model.optimizer.damping.assign(min(max(damping, self.min_damping), self.max_damping))
+
+
+class ConstantDamping(DampingCallback):
+    """Leaves the damping as it is, knowingly: `fit` does not warn then, and any `steps_per_execution` is welcome."""
+
+    adaptive = False
+
+    def __init__(self):
+        super().__init__()
+
+    def next_damping(self, damping, logs):
+        return damping
+
+
+class LevenbergMarquardt(DampingCallback):
+    """Martens' Levenberg-Marquardt rule.
+
+    With the reduction ratio of an update, the actual over the predicted reduction of the loss,
+
+        ratio < low, NaN or minus infinity:  damping *= factor
+        ratio > high:                        damping /= factor
+
+    A zero gradient, where there is nothing to predict, leaves the damping as it is. A damping of 0 stays 0, since factors cannot raise it.
+
+    Args:
+        low: Float, the ratio below which the model was too bold.
+        high: Float > `low`, the ratio above which it was too timid.
+        factor: Float > 1.
+        min_damping: Float >= 0, the least damping.
+        max_damping: Float > 0, the greatest.
+
+    Raises:
+        ValueError: If a number is out of its range; see also `DampingCallback`.
+
+    References:
+        Martens (2010), *Deep learning via Hessian-free optimization*, section 4.1; Nocedal & Wright (2006), section 10.3.
+    """
+
+    def __init__(self, low=0.25, high=0.75, factor=1.5, min_damping=0.0, max_damping=math.inf):
+        super().__init__(min_damping, max_damping)
+        self.low, self.high, self.factor = finite("low", low), finite("high", high), positive("factor", factor)
+        if self.low >= self.high:
+            raise ValueError(f"`low` must be less than `high`. Received: low={low}, high={high}.")
+        if self.factor <= 1:
+            raise ValueError(f"`factor` must be > 1. Received: factor={factor}.")
+
+    def next_damping(self, damping, logs):
+        ratio = logs["reduction_ratio"]
+        if logs["gradient_norm"] == 0:
+            return damping
+        if ratio > self.high:
+            return damping / self.factor
+        if ratio >= self.low:
+            return damping
+        return damping * self.factor

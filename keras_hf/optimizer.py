@@ -1,0 +1,161 @@
+"""HessianFree: the hyperparameters of the method and the state that lives between updates, as a Keras optimizer."""
+
+import random
+
+import keras
+import tensorflow as tf
+
+from keras_hf.checks import count, finite, part
+from keras_hf.curvature import Curvature, GaussNewton
+from keras_hf.objective import num_weights, vector_dtype
+from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
+from keras_hf.stopping import RelativeProgress, StoppingRule
+
+_PARTS = ("curvature", "preconditioner", "stopping")
+
+
+@keras.saving.register_keras_serializable("keras_hf")
+class HessianFree(keras.optimizers.Optimizer):
+    """Hessian-free optimization, for `HFModel.compile`.
+
+    Every update minimises the quadratic model
+
+        q(p) = g'p + p'(G + damping I)p / 2
+
+    by preconditioned conjugate gradients that see the curvature G only through products with vectors, and moves the weights by the iterate that the
+    true loss likes best. The optimizer holds settings and state; `HFModel` makes the update, and a damping callback such as `LevenbergMarquardt`
+    adapts the damping to how well q predicted the loss. There is no learning rate.
+
+    `damping` is in the scale of the loss. Keras means losses over the last axis where the literature sums: Martens' 45 on a loss summed over 784
+    pixels is 45/784 on Keras' mean. A good start lets the reduction ratio of the first updates lie between 0.75 and 0.95.
+
+    Args:
+        damping: Float >= 0, the coefficient of the identity at the start of training. Once built, `optimizer.damping` is a scalar variable that any
+            callback may assign.
+        curvature: The matrix G: `GaussNewton()` (default) or `Hessian()`.
+        preconditioner: `EmpiricalFisherDiagonal()` (default) or `Identity()`.
+        stopping: When CG may stop: `RelativeProgress()` (default) or `ResidualTolerance()`.
+        max_cg_iterations: Integer >= 1, the limit of CG. It bounds the cost of an update, and how far CG may fit the curvature of a chunk.
+        warm_start_decay: Float in [0, 1]. CG starts at this share of its last iterate of the previous update; 0 = from zero.
+        curvature_batch_size: Integer >= 1, the cases of the batch that products are formed on, one chunk of the batch after the other; `None` = all.
+            Thousands, as a rule: curvature of too few cases is fitted by CG and not by the loss. Split among replicas.
+        micro_batch_size: Integer >= 1, the cases that are worked on at a time on each replica. Memory, not results, depends on it (unless layers look
+            across cases, as BatchNormalization does). Products are fastest where the chunk is one such piece, whose linearization is then kept;
+            further pieces are linearized anew in every product. `None` = as many as keep that piece within about 2 GiB.
+        seed: Integer, of the order of cases and chunks. `None` draws one, which is saved with the optimizer.
+        name: Name of the optimizer.
+
+    Raises:
+        ValueError: If a number is out of its range, or a first-order argument of Keras came (`learning_rate`, `clipnorm`, ...).
+        TypeError: If a part is no object of its kind.
+
+    Example:
+
+    >>> model = HFModel(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]))
+    >>> model.compile(optimizer=HessianFree(damping=0.1), loss="mse")
+
+    References:
+        Martens (2010), *Deep learning via Hessian-free optimization*; Martens & Sutskever (2012), *Training deep and recurrent networks with
+        Hessian-free optimization*.
+    """
+
+    def __init__(
+        self,
+        damping=1.0,
+        curvature=None,
+        preconditioner=None,
+        stopping=None,
+        max_cg_iterations=250,
+        warm_start_decay=0.95,
+        curvature_batch_size=None,
+        micro_batch_size=None,
+        seed=None,
+        name="hessian_free",
+        **kwargs,
+    ):
+        if kwargs:
+            raise ValueError(
+                "`HessianFree` takes none of Keras' first-order arguments: its step comes from curvature and a line search. "
+                f"Received: {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}. "
+                "Leave them out; to be more careful raise `damping`."
+            )
+        # Fixed at 1: TensorBoard and other callbacks look at it.
+        super().__init__(learning_rate=1.0, name=name)
+        self._initial_damping = finite("damping", damping, minimum=0)
+        self.curvature = part(
+            "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
+        )
+        preconditioner = EmpiricalFisherDiagonal() if preconditioner is None else preconditioner
+        self.preconditioner = part("preconditioner", preconditioner, Preconditioner, "EmpiricalFisherDiagonal()")
+        stopping = RelativeProgress() if stopping is None else stopping
+        self.stopping = part("stopping", stopping, StoppingRule, "RelativeProgress()")
+        self.max_cg_iterations = count("max_cg_iterations", max_cg_iterations)
+        self.warm_start_decay = finite("warm_start_decay", warm_start_decay, 0, 1)
+        self.curvature_batch_size = count("curvature_batch_size", curvature_batch_size, optional=True)
+        self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
+        # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
+        self.seed = random.randint(0, 2**31 - 1) if seed is None else int(seed)
+        self._damping = None
+        self.warm_start = None
+
+    @property
+    def damping(self):
+        """The damping: a scalar `keras.Variable` once built, the initial value before."""
+        return self._initial_damping if self._damping is None else self._damping
+
+    def build(self, variables):
+        """Makes the state: the damping and the warm start `(n,)`.
+
+        Args:
+            variables: List of `keras.Variable`, the trainable weights.
+        """
+        if self.built:
+            return
+        super().build(variables)
+        values = [variable.value for variable in variables]
+        dtype = vector_dtype(values)
+        self._damping = self.add_variable(
+            (),
+            # Not keras.initializers.Constant, which takes the number through float32.
+            initializer=lambda shape, dtype: tf.constant(self._initial_damping, dtype, shape),
+            dtype=dtype.name,
+            aggregation="only_first_replica",
+            name="damping",
+        )
+        self.warm_start = self.add_variable(
+            (num_weights(values),), dtype=dtype.name, aggregation="only_first_replica", name="warm_start"
+        )
+
+    def apply(self, grads, trainable_variables=None):
+        """Refuses: an update needs products with the curvature, which a list of gradients does not give.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "`HessianFree` trains a model through `keras_hf.HFModel`, which gives it products with the curvature, not gradients alone. "
+            "Wrap the model: `HFModel(model).compile(optimizer=HessianFree(...), ...)`."
+        )
+
+    def get_config(self):
+        """Returns the constructor's arguments as a dict."""
+        config = {
+            "damping": self._initial_damping,
+            "max_cg_iterations": self.max_cg_iterations,
+            "warm_start_decay": self.warm_start_decay,
+            "curvature_batch_size": self.curvature_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "seed": self.seed,
+            "name": self.name,
+        }
+        return {**config, **{name: keras.saving.serialize_keras_object(getattr(self, name)) for name in _PARTS}}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Makes the optimizer from what `get_config` returned."""
+        parts = {
+            name: keras.saving.deserialize_keras_object(config[name], custom_objects)
+            for name in _PARTS
+            if name in config
+        }
+        return cls(**{**config, **parts})

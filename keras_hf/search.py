@@ -1,0 +1,102 @@
+"""Choosing a step by the true loss: which iterate of CG, and how far along it. Knows only `loss_at(step)` and numbers.
+
+Martens (2010), section 4.6, and Nocedal & Wright (2006), section 3.1; the constants are those of Martens' released code.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+# Sufficient decrease, shortening and the number of cuts after which the step is rejected.
+_ARMIJO, _SHORTEN, _MAX_CUTS = 1e-2, 0.8, 60
+
+
+class Backtrack(NamedTuple):
+    """The iterate chosen: its row, its loss (float64) and the number of losses computed."""
+
+    row: tf.Tensor
+    loss: tf.Tensor
+    num_losses: tf.Tensor
+
+
+class LineSearch(NamedTuple):
+    """The step size chosen (0 = rejected), the loss there (float64) and the number of cuts."""
+
+    step_size: tf.Tensor
+    loss: tf.Tensor
+    num_cuts: tf.Tensor
+
+
+def _or_infinity(loss):
+    """A loss that is not finite counts as a rise."""
+    return tf.where(tf.math.is_finite(loss), loss, tf.constant(float("inf"), loss.dtype))
+
+
+def backtrack(loss_at, iterates):
+    """Walks back from the last iterate while the loss does not rise.
+
+    The later iterates of CG fit the curvature of a subset of the data; the loss on all of it says how many were too many. A tie goes to the
+    earlier iterate. Cost: one loss per iterate looked at, at least two where there are two.
+
+    Args:
+        loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
+        iterates: Tensor `(k, n)`, k >= 1, in the order of CG.
+
+    Returns:
+        A `Backtrack`.
+    """
+
+    def is_no_worse(row, loss, earlier, num_losses):
+        del num_losses
+        return (row > 0) & (earlier <= loss)
+
+    def go_back(row, loss, earlier, num_losses):
+        row, loss = row - 1, earlier
+        more = row > 0
+        earlier = tf.cond(more, lambda: _or_infinity(loss_at(iterates[row - 1])), lambda: loss)
+        return row, loss, earlier, num_losses + tf.cast(more, tf.int32)
+
+    row = tf.shape(iterates)[0] - 1
+    loss = _or_infinity(loss_at(iterates[row]))
+    # The first turn only computes the loss before the last: with `row + 1` and an infinite later loss it is an ordinary turn.
+    infinite = tf.constant(float("inf"), loss.dtype)
+    row, loss, _, num_losses = tf.while_loop(
+        is_no_worse, go_back, (row + 1, infinite, loss, tf.constant(1)), parallel_iterations=1
+    )
+    return Backtrack(row, loss, num_losses)
+
+
+def line_search(loss_at, step, loss, loss_at_step, slope):
+    """Shortens a step until the loss falls by Armijo's share of what the slope promises.
+
+    The largest step size in 1, 0.8, 0.64, ... with `loss_at(step_size * step) <= loss + 0.01 * step_size * slope`; 0 (rejected) after 60 cuts, when
+    the loss at the start is not finite, or when the slope is not negative, for then the inequality would allow a rise. Cost: one loss per cut.
+
+    Args:
+        loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
+        step: Tensor `(n,)`.
+        loss: float64 scalar, the loss at step size 0.
+        loss_at_step: float64 scalar, the loss at step size 1.
+        slope: float64 scalar, the gradient's inner product with `step`.
+
+    Returns:
+        A `LineSearch`.
+    """
+    possible = tf.math.is_finite(loss) & (slope < 0)
+
+    def too_high(step_size, loss_there):
+        return ~(loss_there <= loss + _ARMIJO * step_size * slope)
+
+    def go_on(step_size, loss_there, num_cuts):
+        return possible & too_high(step_size, loss_there) & (num_cuts < _MAX_CUTS)
+
+    def cut(step_size, loss_there, num_cuts):
+        step_size = _SHORTEN * step_size
+        return step_size, loss_at(tf.cast(step_size, step.dtype) * step), num_cuts + 1
+
+    one = tf.ones([], tf.float64)
+    step_size, loss_there, num_cuts = tf.while_loop(
+        go_on, cut, (one, loss_at_step, tf.constant(0)), parallel_iterations=1
+    )
+    accepted = possible & ~too_high(step_size, loss_there)
+    return LineSearch(tf.where(accepted, step_size, 0.0), tf.where(accepted, loss_there, loss), num_cuts)

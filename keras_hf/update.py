@@ -1,0 +1,144 @@
+"""One Hessian-free update, in the order of Martens (2010): gradient, products, CG, backtracking, reduction ratio, line search."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_hf.cg import CGStop, conjugate_gradient, dot
+from keras_hf.search import backtrack, line_search
+
+
+class HFUpdate(NamedTuple):
+    """What one update found; nothing is assigned yet.
+
+    Attributes:
+        step: Tensor `(n,)`, the chosen CG iterate; the weights move by `step_size * step`.
+        step_size: float64 scalar, 0 where the step is rejected.
+        loss: float64 scalar, before the update.
+        gradient_norm: float64 scalar.
+        reduction_ratio: float64 scalar, actual over predicted reduction of the chunk's loss at step size 1, damping excluded from the prediction.
+            Minus infinity where the chunk's loss rose or is not finite, NaN where the gradient is zero.
+        warm_start: Tensor `(n,)`, the last CG iterate, zero after a rejection.
+        states: List of tensors, the network's states after the pass at the start.
+        num_iterations: int32 scalar, CG iterations run.
+        chosen_iteration: int32 scalar, number of the chosen iterate.
+        reason: int32 scalar, a `CGStop`.
+    """
+
+    step: tf.Tensor
+    step_size: tf.Tensor
+    loss: tf.Tensor
+    gradient_norm: tf.Tensor
+    reduction_ratio: tf.Tensor
+    warm_start: tf.Tensor
+    states: list
+    num_iterations: tf.Tensor
+    chosen_iteration: tf.Tensor
+    reason: tf.Tensor
+
+
+class _Solution(NamedTuple):
+    """A solve by CG and the iterate that backtracking chose from it."""
+
+    step: tf.Tensor
+    loss: tf.Tensor
+    last: tf.Tensor
+    num_iterations: tf.Tensor
+    chosen_iteration: tf.Tensor
+    reason: tf.Tensor
+
+
+def hf_update(objective, damping, warm_start, curvature, preconditioner, stopping, max_cg_iterations, warm_start_decay):
+    """Computes one update.
+
+    Minimises `q(p) = g'p + p'(G + damping I)p / 2` by preconditioned CG from the decayed last solution, walks back over its iterates while the loss
+    on all cases does not rise, and shortens the step until that loss falls enough. Cost: one gradient, the preconditioner, one product per CG
+    iteration (two more for the start and the ratio), one loss per iterate looked at.
+
+    Args:
+        objective: `objective.Objective`.
+        damping: Scalar >= 0, the coefficient of the identity, in the scale of the loss.
+        warm_start: Tensor `(n,)`, the last CG iterate of the previous update.
+        curvature: `curvature.Curvature`.
+        preconditioner: `preconditioners.Preconditioner`.
+        stopping: `stopping.StoppingRule`.
+        max_cg_iterations: Integer.
+        warm_start_decay: Float in [0, 1].
+
+    Returns:
+        An `HFUpdate`.
+
+    References:
+        Martens (2010), *Deep learning via Hessian-free optimization*, algorithm 2 and section 4.
+    """
+    at_start = objective.loss_and_gradient()
+    gradient = at_start.gradient
+    product = objective.product(curvature)
+    precondition = preconditioner.inverse(objective, damping)
+
+    def solve(start):
+        result = conjugate_gradient(
+            lambda v: product(v) + damping * v, -gradient, start, precondition, stopping, max_cg_iterations
+        )
+        chosen = backtrack(objective.loss_at, result.iterates)
+        return _Solution(
+            step=result.iterates[chosen.row],
+            loss=chosen.loss,
+            last=result.iterates[-1],
+            num_iterations=result.num_iterations,
+            chosen_iteration=result.iterate_numbers[chosen.row],
+            reason=result.reason,
+        )
+
+    decay = tf.constant(warm_start_decay, warm_start.dtype)
+    solution = _solve_again_from_zero(solve, decay * warm_start, gradient)
+    step, slope = solution.step, dot(gradient, solution.step)
+
+    # The ratio is judged on the chunk, whose curvature CG has seen, at step size 1, without the damping: Martens' released code.
+    predicted_reduction = -(slope + 0.5 * dot(step, product(step)))
+    if objective.chunk_is_batch:
+        actual_reduction = at_start.loss - solution.loss
+    else:
+        actual_reduction = objective.chunk_loss_at(tf.zeros_like(step)) - objective.chunk_loss_at(step)
+    reduction_ratio = _reduction_ratio(actual_reduction, predicted_reduction, gradient)
+
+    search = line_search(objective.loss_at, step, at_start.loss, solution.loss, slope)
+    accepted = search.step_size > 0
+    return HFUpdate(
+        step=step,
+        step_size=search.step_size,
+        loss=at_start.loss,
+        gradient_norm=tf.sqrt(dot(gradient, gradient)),
+        reduction_ratio=reduction_ratio,
+        # The last iterate, not the chosen one: CG goes on from where it stopped.
+        warm_start=tf.where(accepted, solution.last, tf.zeros_like(solution.last)),
+        states=at_start.states,
+        num_iterations=solution.num_iterations,
+        chosen_iteration=solution.chosen_iteration,
+        reason=solution.reason,
+    )
+
+
+def _solve_again_from_zero(solve, start, gradient):
+    """Solves from the warm start, and once more from zero where that gave no descent direction: its iterates are descent directions."""
+    zero = tf.zeros_like(start)
+
+    def useless(turn, solution):
+        unmoved = (solution.num_iterations == 0) & (solution.reason != CGStop.CONVERGED)
+        uphill = ~(dot(gradient, solution.step) < 0)
+        return (turn == 0) | ((turn == 1) & (unmoved | uphill) & tf.reduce_any(start != 0))
+
+    def again(turn, solution):
+        return turn + 1, solve(tf.where(turn == 0, start, zero))
+
+    nothing = _Solution(zero, tf.zeros([], tf.float64), zero, tf.constant(0), tf.constant(0), tf.constant(0))
+    _, solution = tf.while_loop(useless, again, (tf.constant(0), nothing), parallel_iterations=1)
+    return solution
+
+
+def _reduction_ratio(actual, predicted, gradient):
+    """The quotient; minus infinity where the loss rose or is no number, NaN where there was nothing to reduce."""
+    fell = actual >= 0
+    ratio = tf.where(fell, actual / predicted, tf.constant(-float("inf"), tf.float64))
+    stationary = tf.reduce_all(gradient == 0)
+    return tf.where(stationary, tf.constant(float("nan"), tf.float64), ratio)
