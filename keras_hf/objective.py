@@ -179,7 +179,7 @@ class LocalObjective:
         self.task, self.structure, self.pieces = task, structure, pieces
         self.dtype = vector_dtype(task.variables)
         self._data, self._update_number = data, update_number
-        self._totals = None
+        self._totals = self._num_replicas = None
 
     def counts(self):
         """This replica's parts of `Totals`."""
@@ -192,10 +192,9 @@ class LocalObjective:
             tf.cast(of(chunk, self.pieces.chunk_size), self.dtype),
         )
 
-    def set_totals(self, totals):
-        """Tells this replica the sums of `counts` over all of them."""
-        self._totals = totals
-        return tf.zeros([])
+    def set_totals(self, totals, num_replicas):
+        """Tells this replica the sums of `counts` over all of them, and how many they are."""
+        self._totals, self._num_replicas = totals, num_replicas
 
     def evaluate(self, data, number, statistics=()):
         """Runs the network on a piece.
@@ -303,9 +302,12 @@ class LocalObjective:
             ]
             return Pass(sums.loss + tf.cast(share, tf.float64), sums.gradient + gradient, states)
 
+        with tf.GradientTape() as tape:
+            regularization = self._regularization()
+        gradient = pack(dense(tape.gradient(regularization, task.variables), task.variables), self.dtype)
         states = [tf.zeros(state.shape, state.value.dtype) for state in self.structure.states]
-        zeros = Pass(tf.zeros([], tf.float64), tf.zeros([num_weights(task.variables)], self.dtype), states)
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, zeros)
+        start = Pass(tf.cast(regularization, tf.float64), gradient, states)
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, start)
 
     def loss(self, of_chunk):
         """This replica's share of the loss over the chunk, or over the batch: float64 scalar. Cost: one forward pass."""
@@ -315,15 +317,28 @@ class LocalObjective:
             return total + tf.cast(self._share(piece, piece.forward()), tf.float64)
 
         last = self.pieces.num_chunk_pieces if of_chunk else self.pieces.num_pieces
-        return _over_pieces(0, last, add_piece, tf.zeros([], tf.float64))
+        return _over_pieces(0, last, add_piece, tf.cast(self._regularization(), tf.float64))
+
+    def _regularization(self):
+        """This replica's share of the regularizers' loss."""
+        losses = [tf.cast(regularizer(variable), self.dtype) for variable, regularizer in self.task.regularizers]
+        return tf.add_n(losses) / self._num_replicas if losses else tf.zeros([], self.dtype)
+
+    def regularization_product(self):
+        """Gives `v -> Rv` on flat vectors, this replica's share of the regularizers' second derivative R."""
+        if not self.task.regularizers:
+            return tf.zeros_like
+        product = DoubleBackward().hessian(self._regularization, self.task.variables)
+        return lambda v: pack(product(unpack(v, self.task.variables)), self.dtype)
 
     def product(self, curvature):
-        """Gives `v -> Gv` on flat vectors, this replica's share over the chunk.
+        """Gives `v -> Gv` on flat vectors, this replica's share over the chunk, regularizers included.
 
         The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized anew in every product, so that memory is
         bounded by one piece's.
         """
         first = curvature.linearize(self._piece(tf.constant(0), of_chunk=True))
+        regularization = self.regularization_product()
 
         def product(v):
             tangents = unpack(v, self.task.variables)
@@ -332,7 +347,7 @@ class LocalObjective:
                 linearized = curvature.linearize(self._piece(number, of_chunk=True))
                 return total + pack(linearized(tangents), self.dtype)
 
-            total = pack(first(tangents), self.dtype)
+            total = pack(first(tangents), self.dtype) + regularization(v)
             if self.structure.chunk_is_one_piece:
                 return total
             return _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
@@ -372,17 +387,11 @@ class Objective:
         self._start = [tf.convert_to_tensor(variable) for variable in task.variables]
         self._start_vector = pack(self._start, self.dtype)
         self.totals = replicas.sum(lambda part: part.counts(), parts)
-        replicas.run(lambda part, totals: part.set_totals(totals), parts, self.totals)
+        replicas.run(lambda part, totals: part.set_totals(totals, replicas.count), parts, self.totals)
 
     def loss_and_gradient(self):
         """Returns a `Pass` at the start: loss, gradient `(n,)` and the network's states after the pass. Cost: one gradient."""
-        sums = self._replicas.sum(lambda part: part.gradient_pass(), self._parts)
-        with tf.GradientTape() as tape:
-            regularization = self._regularization()
-        gradient = dense(tape.gradient(regularization, self._task.variables), self._task.variables)
-        return sums._replace(
-            loss=sums.loss + tf.cast(regularization, tf.float64), gradient=sums.gradient + pack(gradient, self.dtype)
-        )
+        return self._replicas.sum(lambda part: part.gradient_pass(), self._parts)
 
     def loss_at(self, step):
         """Returns the loss over the batch at start + step, float64. The weights are as before afterwards. Cost: one forward pass."""
@@ -395,7 +404,6 @@ class Objective:
     def _loss_at(self, step, of_chunk):
         self._assign(self.candidate(step))
         loss = self._replicas.sum(lambda part: part.loss(of_chunk), self._parts)
-        loss += tf.cast(self._regularization(), tf.float64)
         self._assign(self._start)
         return loss
 
@@ -410,13 +418,7 @@ class Objective:
     def product(self, curvature):
         """Gives `v -> Gv`, `(n,) -> (n,)`, the product over the chunk at the start, regularizers' second derivatives included."""
         products = self._replicas.run(lambda part: part.product(curvature), self._parts)
-        regularization = self._regularization_product()
-
-        def product(v):
-            total = self._replicas.sum(lambda local_product, v: local_product(v), products, v)
-            return total if regularization is None else total + regularization(v)
-
-        return product
+        return lambda v: self._replicas.sum(lambda local_product, v: local_product(v), products, v)
 
     def squared_gradients(self):
         """Returns the mean over the batch's cases of the squared gradient of a case's loss, `(n,)`; regularizers outside."""
@@ -424,20 +426,8 @@ class Objective:
 
     def regularization_diagonal(self):
         """Returns the diagonal of the regularizers' second derivative, `(n,)`, where it is diagonal, as for L2; never negative."""
-        product = self._regularization_product()
-        zeros = tf.zeros([self.num_weights], self.dtype)
-        return zeros if product is None else tf.maximum(product(tf.ones_like(zeros)), 0.0)
-
-    def _regularization(self):
-        losses = [tf.cast(regularizer(variable), self.dtype) for variable, regularizer in self._task.regularizers]
-        return tf.add_n(losses) if losses else tf.zeros([], self.dtype)
-
-    def _regularization_product(self):
-        if not self._task.regularizers:
-            return None
-        variables = self._task.variables
-        product = DoubleBackward().hessian(self._regularization, variables)
-        return lambda v: pack(product(unpack(v, variables)), self.dtype)
+        ones = tf.ones([self.num_weights], self.dtype)
+        return tf.maximum(self._replicas.sum(lambda part: part.regularization_product()(ones), self._parts), 0.0)
 
     def _assign(self, values):
         for variable, value in zip(self._task.variables, values, strict=True):
