@@ -85,7 +85,8 @@ def line_search(loss_at, step, loss, loss_at_step, slope):
     possible = tf.math.is_finite(loss) & (slope < 0)
 
     def too_high(step_size, loss_there):
-        return ~(loss_there <= loss + _ARMIJO * step_size * slope)
+        # Not `~(loss_there <= ...)`: TensorFlow's graph optimizer makes `>` of that, though NaN answers no to both.
+        return _or_infinity(loss_there) > loss + _ARMIJO * step_size * slope
 
     def go_on(step_size, loss_there, num_cuts):
         return possible & too_high(step_size, loss_there) & (num_cuts < _MAX_CUTS)

@@ -1,0 +1,191 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_hf.search import backtrack, line_search
+
+NAN, INF = np.nan, np.inf
+
+
+class Losses:
+    """A function of a step `(1,)` that remembers where it was computed, eagerly or in a graph."""
+
+    def __init__(self):
+        self.function, self.steps = None, []
+
+    def __call__(self, step):
+        return tf.ensure_shape(tf.numpy_function(self._compute, [step], tf.float64), ())
+
+    def _compute(self, step):
+        self.steps.append(float(step[0]))
+        return np.float64(self.function(float(step[0])))
+
+    def restart(self, function):
+        self.function, self.steps = function, []
+
+
+LOSSES = Losses()
+
+
+@tf.function(input_signature=[tf.TensorSpec([None, 1])])
+def compiled_backtrack(iterates):
+    return backtrack(LOSSES, iterates)
+
+
+@tf.function
+def compiled_line_search(*args):
+    return line_search(LOSSES, *args)
+
+
+def in_both_modes(function, eager, compiled, *args):
+    """Calls both forms with the losses of a function, and returns their common result and the steps looked at."""
+    # NaN is why: graph optimization rewrites comparisons, and `not (a <= b)` is not `a > b` there.
+    outcomes = []
+    for form in (eager, compiled):
+        LOSSES.restart(function)
+        outcomes.append((form(*args), LOSSES.steps))
+    (result, steps), (compiled_result, compiled_steps) = outcomes
+    np.testing.assert_array_equal(compiled_result, result)
+    assert compiled_steps == steps
+    return result, steps
+
+
+def walk_back(losses):
+    """Backtracks over iterates 0, 1, 2, ... with these losses, and returns the result and the iterates looked at."""
+    iterates = tf.range(float(len(losses)))[:, None]
+    result, steps = in_both_modes(
+        lambda step: losses[int(step)], lambda x: backtrack(LOSSES, x), compiled_backtrack, iterates
+    )
+    assert result.num_losses == len(steps)
+    return result, steps
+
+
+def search(function, slope, loss=0.0, loss_at_step=None, dtype="float64"):
+    """Searches along the step 1 from 0, and returns the result and the step sizes tried."""
+    loss_at_step = function(1.0) if loss_at_step is None else loss_at_step
+    numbers = [tf.constant(value, tf.float64) for value in (loss, loss_at_step, slope)]
+    result, steps = in_both_modes(
+        function, lambda *args: line_search(LOSSES, *args), compiled_line_search, tf.ones(1, dtype), *numbers
+    )
+    assert result.num_cuts == len(steps)
+    return result, steps
+
+
+@pytest.mark.parametrize(
+    ("losses", "row", "looked_at"),
+    [
+        ([5.0], 0, [0]),
+        ([5.0, 4.0], 1, [1, 0]),
+        ([4.0, 5.0], 0, [1, 0]),
+        ([9.0, 5.0, 3.0, 4.0, 6.0], 2, [4, 3, 2, 1]),
+        ([6.0, 5.0, 4.0, 3.0], 3, [3, 2]),
+        ([3.0, 4.0, 5.0, 6.0], 0, [3, 2, 1, 0]),
+        # The rule is local: it stops at the first rise on the way back, whatever lies behind.
+        ([1.0, 5.0, 4.0, 6.0], 2, [3, 2, 1]),
+        ([0.0, 0.0, 7.0, 6.5], 3, [3, 2]),
+    ],
+)
+def test_backtracking_walks_back_while_the_loss_does_not_rise(losses, row, looked_at):
+    result, steps = walk_back(losses)
+    assert result.row == row
+    assert result.loss == losses[row]
+    assert steps == looked_at
+
+
+@pytest.mark.parametrize(
+    ("losses", "row"), [([3.0, 3.0], 0), ([9.0, 3.0, 3.0, 3.0], 1), ([9.0, 3.0, 3.0, 4.0], 1), ([2.0, 2.0, 2.0], 0)]
+)
+def test_backtracking_takes_the_earlier_of_equals(losses, row):
+    assert walk_back(losses)[0].row == row
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_backtracking_takes_a_loss_that_is_not_finite_for_a_rise(bad):
+    # At the end it is walked away from, on the way it is not entered.
+    assert walk_back([5.0, 4.0, bad])[0].row == 1
+    assert walk_back([5.0, bad, 4.0])[0].row == 2
+    assert walk_back([9.0, 4.0, bad, bad])[0].row == 1
+    result, _ = walk_back([bad, bad, bad])
+    assert result.row == 0
+    assert result.loss == INF
+    result, _ = walk_back([bad])
+    assert (result.row, result.loss) == (0, INF)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "num_cuts"),
+    # -t + c t^2 / 2 <= -0.01 t where t <= 1.98 / c.
+    [(0.0, 0), (1.0, 0), (1.97, 0), (1.99, 1), (1.98 / 0.801, 1), (1.98 / 0.799, 2), (4.0, 4), (1.98 / 1e-5, 52)],
+)
+def test_step_size_is_the_largest_power_that_meets_armijo(curvature, num_cuts):
+    result, steps = search(lambda t: -t + curvature * t * t / 2, slope=-1.0)
+    # Rounding of repeated products.
+    assert float(result.step_size) == pytest.approx(0.8**num_cuts, rel=1e-14)
+    assert steps == pytest.approx([0.8**i for i in range(1, num_cuts + 1)], rel=1e-14)
+    t = 0.8**num_cuts
+    assert float(result.loss) == pytest.approx(-t + curvature * t * t / 2, rel=1e-12)
+
+
+def test_armijo_is_met_with_equality():
+    # loss = 0.01 * slope exactly, a hundredth of what the slope promises.
+    assert search(lambda t: -0.01 * t, slope=-1.0)[0].step_size == 1
+    assert search(lambda t: -0.00999 * t, slope=-1.0)[0].step_size == 0
+
+
+def test_the_start_need_not_have_loss_zero():
+    result, _ = search(lambda t: 7 - 3 * t + 6 * t * t, slope=-3.0, loss=7.0)
+    # By hand: 6 t <= 2.97, and 0.8^4 = 0.4096 is the first power below 0.495.
+    assert float(result.step_size) == pytest.approx(0.8**4, rel=1e-14)
+
+
+def test_sixty_cuts_reject():
+    result, steps = search(lambda t: 3.0 + t, slope=-1.0, loss=3.0)
+    assert len(steps) == 60
+    assert (result.step_size, result.loss) == (0, 3)
+
+
+def test_the_sixtieth_cut_is_still_taken():
+    result, steps = search(lambda t: -1.0 if t < 0.8**59.5 else 1.0, slope=-1.0)
+    assert len(steps) == 60
+    assert float(result.step_size) == pytest.approx(0.8**60, rel=1e-13)
+    assert result.loss == -1
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 1e-300, NAN])
+def test_a_slope_that_is_not_negative_rejects_without_computing_losses(slope):
+    result, steps = search(lambda t: -t, slope=slope, loss=0.5)
+    assert not steps
+    assert (result.step_size, result.loss) == (0, 0.5)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_start_that_is_not_finite_rejects_without_computing_losses(bad):
+    result, steps = search(lambda t: -t, slope=-1.0, loss=bad)
+    assert not steps
+    assert result.step_size == 0
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_loss_on_the_way_that_is_not_finite_cuts_on(bad):
+    result, steps = search(lambda t: bad if t > 0.6 else -t, slope=-1.0)
+    # 1, 0.8 and 0.64 are spoiled.
+    assert len(steps) == 3
+    assert float(result.step_size) == pytest.approx(0.8**3, rel=1e-15)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_losses_that_are_never_finite_reject(bad):
+    result, _ = search(lambda t: bad, slope=-1.0, loss=2.0)
+    assert (result.step_size, result.loss) == (0, 2)
+
+
+def test_the_loss_at_the_whole_step_is_not_computed_again():
+    result, steps = search(lambda t: 1.0, slope=-1.0, loss_at_step=-0.5)
+    assert not steps
+    assert (result.step_size, result.loss) == (1, -0.5)
+
+
+def test_steps_keep_their_dtype_and_numbers_are_float64():
+    result, steps = search(lambda t: -t + 2 * t * t, slope=-1.0, dtype="float32")
+    assert steps == [np.float32(0.8**i) for i in range(1, 5)]
+    assert result.step_size.dtype == result.loss.dtype == tf.float64
