@@ -124,6 +124,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
     residual_product = dot(residual, direction)
     _, at_once = converged(residual)
     reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
+    reason = tf.where(tf.math.is_finite(b_norm), reason, CGStop.BREAKDOWN)  # No residual is small beside infinity.
 
     def array(dtype, size):
         return tf.TensorArray(dtype, size=size, dynamic_size=True, clear_after_read=False)
