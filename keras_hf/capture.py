@@ -142,7 +142,7 @@ def _layer_squares(layer, uses):
     fan_in, units = layer.kernel.shape[:-1].num_elements(), layer.kernel.shape[-1]
     num_cases = tf.shape(uses[0][1], tf.int64)[0]
     num_places = tf.add_n([tf.size(gradient, tf.int64) for _, gradient in uses]) // (units * tf.maximum(num_cases, 1))
-    block = tf.maximum(_BLOCK_FLOATS // tf.maximum(fan_in * units, num_places * max(fan_in, units)), 1)
+    block = tf.maximum(_BLOCK_FLOATS // tf.maximum(num_places * max(fan_in, units), fan_in * units), 1)
 
     def add_block(start, kernel, bias):
         parts = [(_places(layer, a[start : start + block]), d[start : start + block]) for a, d in uses]

@@ -128,7 +128,13 @@ class ForwardAccumulation(Linearization):
 
 def dense(gradients, sources):
     """Gradients as tensors of their sources' shapes: zeros for None, sparse ones made dense, lost static shapes restored."""
-    return [
-        tf.zeros_like(source) if gradient is None else tf.ensure_shape(tf.convert_to_tensor(gradient), source.shape)
-        for gradient, source in zip(gradients, sources, strict=True)
-    ]
+
+    def of(gradient, source):
+        if gradient is None:
+            return tf.zeros_like(source)
+        gradient = tf.convert_to_tensor(gradient)
+        # Only where needed: `tf.autodiff.ForwardAccumulator` cannot differentiate `tf.ensure_shape`.
+        same = gradient.shape.as_list() == source.shape.as_list() if gradient.shape.rank is not None else False
+        return gradient if same else tf.ensure_shape(gradient, source.shape)
+
+    return [of(gradient, source) for gradient, source in zip(gradients, sources, strict=True)]

@@ -21,3 +21,12 @@ def data_dir():
     if not folder:
         pytest.skip("KERAS_HF_DATA names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture
+def float64():
+    """Makes float64 Keras' default: for layers and, which no layer's dtype does, for losses."""
+    before = keras.backend.floatx()
+    keras.backend.set_floatx("float64")
+    yield
+    keras.backend.set_floatx(before)

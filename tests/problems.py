@@ -1,34 +1,172 @@
-"""Tiny shared problems, with dense oracles in float64."""
+"""Tiny shared problems, with dense oracles. For tests with the fixture `float64`: Keras computes losses in its `floatx`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import batching
+from keras_hf import HessianFree, HFModel, batching
 from keras_hf.objective import Data, LocalObjective, Objective
 from keras_hf.replicas import across_replicas
 
+NUM_CASES = 15
+
+
+class Problem(NamedTuple):
+    """A network of a few dozen weights on 15 cases.
+
+    Attributes:
+        activation: Of the output layer.
+        loss: For `compile`, or a callable without arguments that makes it: a loss keeps the `floatx` it was made in.
+        targets: Callable, random generator -> y.
+        output_hessian: Callable `(z, y)` -> (cases, outputs, outputs), by hand: the second derivative of a case's loss in what the loss is cut at.
+        cut: Callable `(z)` -> the tensor that the loss is cut at, from the pre-activation z of the output layer.
+    """
+
+    activation: str
+    loss: object
+    targets: Callable
+    output_hessian: Callable
+    cut: Callable = tf.identity
+
+
+def _reals(rng):
+    return rng.normal(size=(NUM_CASES, 3))
+
+
+def _bits(rng):
+    return rng.integers(0, 2, size=(NUM_CASES, 3)).astype("float64")
+
+
+def _one_hot(rng):
+    return np.eye(3)[rng.integers(0, 3, size=NUM_CASES)]
+
+
+def _labels(rng):
+    return rng.integers(0, 3, size=NUM_CASES)
+
+
+def _bernoulli(z, y):
+    p = tf.sigmoid(z)
+    return tf.linalg.diag(p * (1 - p) / 3)
+
+
+def _categorical(z, y):
+    p = tf.nn.softmax(z)
+    return tf.linalg.diag(p) - p[:, :, None] * p[:, None, :]
+
+
+def _squares(z, y):
+    return tf.eye(3, batch_shape=[NUM_CASES], dtype=tf.float64) * 2 / 3
+
+
+PROBLEMS = {
+    "mse": Problem("linear", "mse", _reals, _squares),
+    "mse on sigmoid": Problem("sigmoid", "mse", _bits, _squares, tf.sigmoid),
+    "binary from logits": Problem(
+        "linear", lambda: keras.losses.BinaryCrossentropy(from_logits=True), _bits, _bernoulli
+    ),
+    "binary from probabilities": Problem("sigmoid", "binary_crossentropy", _bits, _bernoulli),
+    "categorical from logits": Problem(
+        "linear", lambda: keras.losses.CategoricalCrossentropy(from_logits=True), _one_hot, _categorical
+    ),
+    "categorical from probabilities": Problem("softmax", "categorical_crossentropy", _one_hot, _categorical),
+    "sparse categorical": Problem("softmax", "sparse_categorical_crossentropy", _labels, _categorical),
+}
+
+
+def make_model(activation="linear", loss="mse", regularizer=None, **compile_arguments):
+    """A compiled 2-4-3 network in float64."""
+    layers = [
+        keras.layers.Dense(4, "tanh", kernel_regularizer=regularizer),
+        keras.layers.Dense(3, activation, bias_regularizer=regularizer),
+    ]
+    network = keras.Sequential([keras.Input((2,)), *layers])
+    for weight in network.weights:
+        weight.assign(np.random.default_rng(1).normal(size=weight.shape))
+    return compiled(network, loss, **compile_arguments)
+
+
+def compiled(network, loss="mse", **compile_arguments):
+    """An `HFModel` of the network, compiled."""
+    compile_arguments.setdefault("optimizer", HessianFree(seed=0))
+    model = HFModel(network)
+    loss = loss() if getattr(loss, "__name__", "") == "<lambda>" else loss
+    model.compile(loss=loss, **compile_arguments)
+    return model
+
+
+def inputs():
+    """The cases of all problems, (15, 2)."""
+    return np.random.default_rng(2).normal(size=(NUM_CASES, 2))
+
 
 def model_data(model, x, y, sample_weight=None):
-    """Cases as tensors of the model's dtype, and the model's symbolic build on them."""
-    data = Data(*keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), (x, y, sample_weight)))
+    """Cases as tensors, after which the model is built."""
+    to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
+    data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
     model._maybe_symbolic_build(data_batch=tuple(data))
     return data
 
 
 def with_objective(model, data, function, curvature_batch_size=None, micro_batch_size=None, update_number=0):
-    """Calls `function(objective)` with the objective of one update of the model, as `train_step` makes it."""
-    task, structure = model._task(data)
-    structure = structure._replace(chunk_is_one_piece=micro_batch_size is None)
-    pieces = batching.divide(data.num_cases, curvature_batch_size, micro_batch_size, tf.constant(update_number), seed=0)
-    part = LocalObjective(task, structure, data, pieces, tf.constant(update_number))
+    """Calls `function(objective)` with the objective of one update of the model, as `train_step` makes it, in one compiled function."""
 
-    def on_all(replicas, parts):
-        return function(Objective(replicas, parts, task, chunk_is_batch=curvature_batch_size is None))
+    @tf.function(autograph=False)
+    def compute():
+        task, structure = model._task(data)
+        structure = structure._replace(chunk_is_one_piece=micro_batch_size is None)
+        number = tf.constant(update_number)
+        pieces = batching.divide(data.num_cases, curvature_batch_size, micro_batch_size, number, seed=0)
+        part = LocalObjective(task, structure, data, pieces, number)
 
-    return across_replicas(on_all, part)
+        def on_all(replicas, parts):
+            return function(Objective(replicas, parts, task, chunk_is_batch=curvature_batch_size is None))
+
+        return across_replicas(on_all, part)
+
+    return compute()
 
 
-def dense_matrix(product, n):
-    """The matrix of a product, column by column."""
-    return np.stack([product(tf.one_hot(i, n, dtype=tf.float64)).numpy() for i in range(n)], 1)
+def dense_matrix(product, num_weights):
+    """The matrix of a product on float64 vectors."""
+    return tf.transpose(tf.map_fn(product, tf.eye(num_weights, dtype=tf.float64)))
+
+
+def loss_derivatives(model, data):
+    """Loss, gradient `(n,)` and Hessian `(n, n)` of the Keras loss, regularizers included, by `GradientTape.jacobian`."""
+    variables = [variable.value for variable in model.trainable_variables]
+    with tf.GradientTape(persistent=True) as outer:
+        with tf.GradientTape() as inner:
+            y_pred = model(data.x, training=True)
+            loss = model.compute_loss(data.x, data.y, y_pred, data.sample_weight)
+        gradient = flat(inner.gradient(loss, variables))
+    rows = outer.jacobian(gradient, variables, experimental_use_pfor=False)
+    return loss.numpy(), gradient.numpy(), np.concatenate([row.numpy().reshape(len(gradient), -1) for row in rows], 1)
+
+
+def flat(tensors):
+    """Tensors as one vector."""
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+
+
+def jacobian(function, variables):
+    """Derivative of `function()` (cases, outputs) in the weights: (cases, outputs, n)."""
+    with tf.GradientTape(persistent=True) as tape:
+        value = function()
+    parts = tape.jacobian(value, variables, experimental_use_pfor=False)
+    return np.concatenate([part.numpy().reshape(*value.shape, -1) for part in parts], -1)
+
+
+def squared_case_gradients(model, data):
+    """Mean over cases of the squared gradient of the case's loss without regularizers, `(n,)`, one case after the other."""
+    variables = [variable.value for variable in model.trainable_variables]
+    total = 0.0
+    for i in range(int(data.num_cases)):
+        case = data.take(tf.constant([i]))
+        with tf.GradientTape() as tape:
+            loss = model._compile_loss(case.y, model(case.x, training=True), case.sample_weight)
+        total += flat([tf.convert_to_tensor(g) for g in tape.gradient(loss, variables, unconnected_gradients="zero")]).numpy() ** 2
+    return total / int(data.num_cases)

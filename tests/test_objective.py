@@ -1,0 +1,178 @@
+"""What the objective promises: one fixed function per update, whatever the pieces."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from problems import (
+    PROBLEMS,
+    compiled,
+    dense_matrix,
+    inputs,
+    loss_derivatives,
+    make_model,
+    model_data,
+    with_objective,
+)
+
+from keras_hf import GaussNewton
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+
+
+def everything(objective):
+    """Loss, gradient, matrix and squares at the start, and the loss after a step."""
+    at_start = objective.loss_and_gradient()
+    step = tf.sin(tf.range(objective.num_weights, dtype=tf.float64))
+    return (
+        at_start.loss,
+        at_start.gradient,
+        dense_matrix(objective.product(GaussNewton()), objective.num_weights),
+        objective.squared_gradients(),
+        objective.loss_at(step),
+        objective.chunk_loss_at(step),
+    )
+
+
+def weights_after(model, step):
+    start = 0
+    for weight in model.trainable_weights:
+        size = int(np.prod(weight.shape))
+        weight.assign(weight + step[start : start + size].reshape(weight.shape))
+        start += size
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pieces_of_7_and_8_equal_one_of_15(reduction, weighted):
+    model = make_model(loss=keras.losses.MeanSquaredError(reduction=reduction), regularizer=keras.regularizers.L2(0.25))
+    weight = np.linspace(0.1, 2, 15) if weighted else None
+    data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)), weight)
+    whole = with_objective(model, data, everything)
+    in_pieces = with_objective(model, data, everything, micro_batch_size=8)
+    for one, other in zip(whole, in_pieces, strict=True):
+        np.testing.assert_allclose(one, other, **EXACT)
+    loss, gradient, _ = loss_derivatives(model, data)
+    np.testing.assert_allclose(whole[0], loss, **EXACT)
+    np.testing.assert_allclose(whole[1], gradient, **EXACT)
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+def test_products_and_chunk_loss_are_those_of_the_chunk_alone(reduction):
+    model = make_model(loss=keras.losses.MeanSquaredError(reduction=reduction))
+    weight = np.linspace(0.1, 2, 15)
+    data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)), weight)
+    of_chunk = with_objective(model, data, everything, curvature_batch_size=5, micro_batch_size=2, update_number=1)
+    chunks = [data.take(tf.range(start, start + 5)) for start in (0, 5, 10)]
+    alone = [with_objective(model, chunk, everything) for chunk in chunks]
+    scale = 3 if reduction == "sum" else 1  # a sum over 5 cases stands for one over 15
+    matches = [np.allclose(scale * one[2], of_chunk[2], **EXACT) for one in alone]
+    assert sum(matches) == 1
+    chosen = alone[matches.index(True)]
+    np.testing.assert_allclose(of_chunk[5], scale * chosen[4], **EXACT)
+    whole = with_objective(model, data, everything)
+    for i in (0, 1, 3, 4):
+        np.testing.assert_allclose(of_chunk[i], whole[i], **EXACT)
+
+
+def test_loss_at_is_the_keras_loss_there_and_leaves_the_weights_bit_equal():
+    model = make_model(regularizer=keras.regularizers.L2(0.25))
+    data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
+    before = model.get_weights()
+    found = with_objective(model, data, everything)[4]
+    assert all((one == other).all() for one, other in zip(before, model.get_weights(), strict=True))
+    weights_after(model, np.sin(np.arange(27.0)))
+    np.testing.assert_allclose(found, model.evaluate(data.x, data.y, batch_size=15, verbose=0), **EXACT)
+
+
+def test_dropout_is_one_fixed_function_per_update_and_another_in_the_next():
+    model = compiled(
+        keras.Sequential([keras.Input((2,)), layers.Dense(8), layers.Dropout(0.5, seed=1), layers.Dense(1)])
+    )
+    data = model_data(model, inputs(), np.random.default_rng(3).normal(size=(15, 1)))
+    seed_before = model.network.layers[1].seed_generator.state.numpy()
+
+    def losses(objective):
+        zero = tf.zeros([objective.num_weights], tf.float64)
+        v = tf.ones_like(zero)
+        product = objective.product(GaussNewton())
+        return (
+            objective.loss_and_gradient().loss,
+            objective.loss_at(zero),
+            objective.loss_at(zero),
+            product(v),
+            product(v),
+        )
+
+    first, second = (with_objective(model, data, losses, micro_batch_size=8, update_number=n) for n in (0, 1))
+    assert first[0] == first[1] == first[2]
+    assert (first[3].numpy() == first[4].numpy()).all()
+    assert first[0] != second[0]
+    assert (model.network.layers[1].seed_generator.state.numpy() == seed_before).all()
+
+
+def test_pieces_have_dropout_masks_of_their_own():
+    model = compiled(
+        keras.Sequential([keras.Input((64,)), layers.Dropout(0.5, seed=1), layers.Dense(1, use_bias=False)])
+    )
+    data = model_data(model, np.ones((2, 64)), np.zeros((2, 1)))
+    # With inputs 1 and target 0, the gradient is mask'(mask w); two equal masks would give two proportional gradients.
+    gradient = with_objective(model, data, lambda o: o.loss_and_gradient().gradient, micro_batch_size=1).numpy()
+    assert len(np.unique(gradient.round(9))) == 4
+
+
+def test_batch_statistics_move_once_by_the_mean_over_pieces():
+    normalization = layers.BatchNormalization(momentum=0.75)
+    model = compiled(keras.Sequential([keras.Input((2,)), normalization, layers.Dense(1)]))
+    x = inputs()[:12]
+    data = model_data(model, x, np.zeros((12, 1)))
+    states = with_objective(model, data, lambda o: o.loss_and_gradient().states, micro_batch_size=8)
+    np.testing.assert_allclose(states[0], 0.25 * x.mean(0), **EXACT)
+    variance = (8 * x[:8].var(0) + 4 * x[8:].var(0)) / 12
+    np.testing.assert_allclose(states[1], 0.75 + 0.25 * variance, **EXACT)
+    assert (normalization.moving_mean.numpy() == 0).all()
+
+
+def test_weights_that_the_loss_does_not_touch_have_zero_rows():
+    class Unused(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(2,), initializer="ones")
+
+        def call(self, x):
+            return x
+
+    model = compiled(keras.Sequential([keras.Input((2,)), Unused(), layers.Dense(1)]))
+    data = model_data(model, inputs(), np.zeros((15, 1)))
+    _, gradient, matrix, squares, *_ = with_objective(model, data, everything)
+    assert (gradient.numpy()[:2] == 0).all() and (matrix.numpy()[:2] == 0).all() and (squares.numpy()[:2] == 0).all()
+    assert (gradient.numpy()[2:] != 0).all()
+
+
+def test_a_scalar_loss_is_taken_in_one_piece_and_said():
+    def scalar(y, y_pred):
+        return tf.reduce_max((y - y_pred) ** 2) + tf.reduce_mean((y - y_pred) ** 2)
+
+    model = make_model(loss=scalar)
+    with pytest.warns(UserWarning, match="cannot be put together from parts of it"):
+        data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
+        assert model._task(data)[0].denominator.kind == "unknown"
+
+
+def test_multi_output_losses_add_with_their_weights():
+    x = keras.Input((2,))
+    hidden = layers.Dense(3, "tanh")(x)
+    network = keras.Model(
+        x, {"a": layers.Dense(1, name="a")(hidden), "b": layers.Dense(2, "softmax", name="b")(hidden)}
+    )
+    losses = {"a": "mse", "b": "categorical_crossentropy"}
+    model = compiled(network, losses, loss_weights={"a": 0.5, "b": 2.0})
+    y = {"a": np.random.default_rng(3).normal(size=(15, 1)), "b": np.eye(2)[np.arange(15) % 2]}
+    data = model_data(model, inputs(), y)
+    loss, gradient, _ = loss_derivatives(model, data)
+    found = with_objective(model, data, everything, micro_batch_size=8)
+    np.testing.assert_allclose(found[0], loss, **EXACT)
+    np.testing.assert_allclose(found[1], gradient, rtol=1e-10, atol=1e-12)
+    assert model._task(data)[1].cuts == ("output", "logits")

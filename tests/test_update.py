@@ -1,0 +1,145 @@
+"""What one update promises: the paper's numbers, against dense solves."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, with_objective
+
+from keras_hf import CGStop, EmpiricalFisherDiagonal, GaussNewton, Hessian, Identity, ResidualTolerance
+from keras_hf.preconditioners import Preconditioner
+from keras_hf.update import hf_update
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def update(objective, damping=0.3, warm_start=None, **parts):
+    parts = {
+        "curvature": GaussNewton(),
+        "preconditioner": EmpiricalFisherDiagonal(),
+        "stopping": ResidualTolerance(1e-13),
+        "max_cg_iterations": 400,
+        "warm_start_decay": 0.95,
+        **parts,
+    }
+    if warm_start is None:
+        warm_start = tf.zeros([objective.num_weights], tf.float64)
+    return hf_update(objective, tf.constant(damping, tf.float64), warm_start, **parts)
+
+
+def problem_data(name="mse", **arguments):
+    model = make_model(PROBLEMS[name].activation, PROBLEMS[name].loss, **arguments)
+    return model, model_data(model, inputs(), PROBLEMS[name].targets(np.random.default_rng(3)))
+
+
+def linear_regression(regularizer=None):
+    """A quadratic objective: a linear network under squared error."""
+    dense = keras.layers.Dense(3, kernel_regularizer=regularizer)
+    model = compiled(keras.Sequential([keras.Input((2,)), dense]))
+    return model, model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
+
+
+class ExactInverse(Preconditioner):
+    """The inverse of the damped matrix itself."""
+
+    def inverse(self, objective, damping):
+        matrix = dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+        inverse = tf.linalg.inv(matrix + damping * tf.eye(objective.num_weights, dtype=tf.float64))
+        return lambda residual: tf.linalg.matvec(inverse, residual)
+
+
+@pytest.mark.parametrize("name", ["mse", "binary from probabilities", "categorical from probabilities"])
+@pytest.mark.parametrize(
+    "preconditioner", [EmpiricalFisherDiagonal(), Identity()], ids=lambda part: type(part).__name__
+)
+def test_cg_run_to_the_end_equals_the_dense_solve(name, preconditioner):
+    model, data = problem_data(name)
+
+    def compute(objective):
+        matrix = dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+        gradient = objective.loss_and_gradient().gradient
+        return matrix, gradient, update(objective, preconditioner=preconditioner)
+
+    matrix, gradient, found = with_objective(model, data, compute)
+    expected = np.linalg.solve(matrix.numpy() + 0.3 * np.eye(27), -gradient.numpy())
+    np.testing.assert_allclose(found.warm_start, expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max())
+
+
+def test_exact_inverse_as_preconditioner_needs_one_iteration():
+    model, data = problem_data()
+    found = with_objective(
+        model, data, lambda o: update(o, preconditioner=ExactInverse(), stopping=ResidualTolerance(1e-10))
+    )
+    assert found.num_iterations == 1
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3, 30.0])
+@pytest.mark.parametrize("chunk", [None, 15])
+def test_reduction_ratio_is_one_on_a_quadratic_for_any_damping(damping, chunk):
+    model, data = linear_regression(keras.regularizers.L2(0.25))
+    found = with_objective(model, data, lambda o: update(o, damping), curvature_batch_size=chunk)
+    np.testing.assert_allclose(found.reduction_ratio, 1, rtol=1e-10)
+    assert found.step_size == 1
+
+
+def test_undamped_update_solves_least_squares():
+    model, data = linear_regression()
+    found = with_objective(model, data, lambda o: (o.candidate(update(o, damping=0.0).step), update(o, damping=0.0)))
+    features = np.concatenate([data.x, np.ones((15, 1))], 1)
+    expected = np.linalg.lstsq(features, data.y.numpy(), rcond=None)[0]
+    np.testing.assert_allclose(np.concatenate([found[0][0], found[0][1][None]]), expected, rtol=1e-8)
+
+
+def test_a_zero_gradient_gives_a_zero_step_and_no_ratio():
+    model, data = linear_regression()
+    model.set_weights([np.zeros((2, 3)), np.zeros(3)])
+    data = data._replace(y=tf.zeros_like(data.y))
+    found = with_objective(model, data, update)
+    assert (found.step.numpy() == 0).all() and np.isnan(found.reduction_ratio)
+    assert found.reason == CGStop.CONVERGED and found.gradient_norm == 0 and found.num_iterations == 0
+
+
+def test_negative_curvature_stops_cg_and_still_lowers_the_loss():
+    model, data = problem_data("mse on sigmoid")
+    found = with_objective(
+        model, data, lambda o: update(o, damping=0.0, curvature=Hessian(), preconditioner=Identity())
+    )
+    assert found.reason == CGStop.NEGATIVE_CURVATURE
+    after = with_objective(model, data, lambda o: o.loss_at(found.step_size * found.step))
+    assert after < found.loss
+
+
+def test_an_uphill_warm_start_is_dropped():
+    model, data = problem_data()
+
+    def compute(objective):
+        uphill = 1e3 * objective.loss_and_gradient().gradient
+        return update(objective, warm_start=uphill, max_cg_iterations=1), update(objective, max_cg_iterations=1)
+
+    warm, cold = with_objective(model, data, compute)
+    np.testing.assert_array_equal(warm.step, cold.step)
+    assert warm.step_size > 0
+
+
+def test_warm_start_continues_from_the_decayed_last_iterate():
+    model, data = problem_data()
+    limited = {"max_cg_iterations": 6, "stopping": ResidualTolerance(1e-13)}
+    first = with_objective(model, data, lambda o: update(o, **limited))
+    # With the solution as start, undecayed, CG has nothing left to do.
+    solved = with_objective(model, data, update)
+    again = with_objective(
+        model,
+        data,
+        lambda o: update(o, warm_start=solved.warm_start, warm_start_decay=1.0, stopping=ResidualTolerance(1e-8)),
+    )
+    assert again.num_iterations <= 1
+    assert first.num_iterations == 6
+
+
+def test_numbers_that_are_not_finite_reject_the_step():
+    model, data = problem_data()
+    poisoned = data._replace(x=tf.tensor_scatter_nd_update(data.x, [[0, 0]], [np.nan]))
+    found = with_objective(model, poisoned, update)
+    assert found.step_size == 0 and found.reduction_ratio == -np.inf
+    assert (found.warm_start.numpy() == 0).all()
+    assert np.isnan(found.loss)
