@@ -1,0 +1,269 @@
+"""Deep autoencoders trained by Hessian-free optimization and, for the same time, by first-order methods.
+
+The experiment of Martens (2010): an encoder of logistic layers down to a few linear code units, a decoder that mirrors it
+with weights of its own, cross-entropy as the loss and squared error per case as the measure. Run from the root of the
+repository:
+
+    python -m examples.autoencoder
+    python -m examples.autoencoder --size full --method hf --updates 70 --seconds inf --trace trace.csv
+
+The first is the demo: a small network on 1,000 synthetic curves, three minutes on two cores. The second trains the
+network of the paper on 20,000 of them and traces each update. Written into `--out`: one CSV file per method, a figure of
+the errors against time, and one of test images over their reconstructions. All methods train on the same cases and the
+same loss, from the same sparse weights (but for `adam-glorot`, which has Keras' default ones), for the same time.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import matplotlib
+import numpy as np
+from keras import ops
+
+from examples.baselines import BASELINES, Recorder, fit_baseline
+from examples.datasets import mnist, synthetic_curves
+from keras_hf import HessianFree, HFModel, LevenbergMarquardt, SparseNormal
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+NUM_PIXELS = 784
+METHODS = ("hf", *BASELINES)
+
+
+class Setting(NamedTuple):
+    """An experiment's size.
+
+    Attributes:
+        widths: Tuple of integers, the encoder's layers after the input; the last is the code.
+        num_cases: Integer, training cases.
+        curvature_batch_size: Integer, the cases of a curvature product; None for all.
+    """
+
+    widths: tuple
+    num_cases: int
+    curvature_batch_size: int | None
+
+
+SETTINGS = {
+    ("curves", "demo"): Setting((100, 50, 25, 12, 6), 1_000, None),
+    ("curves", "full"): Setting((400, 200, 100, 50, 25, 6), 20_000, 5_000),
+    ("mnist", "demo"): Setting((200, 100, 50, 30), 2_000, None),
+    ("mnist", "full"): Setting((1000, 500, 250, 30), 60_000, 7_500),
+}
+
+
+def main(arguments=None):
+    """Trains with each method, prints a table and writes the figures.
+
+    Args:
+        arguments: List of strings, as on the command line; None takes those.
+    """
+    args = parse(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    x_train, x_test = load_images(args)
+    recorders, networks = {}, {}
+    for method in args.method:
+        print(f"\n{method}: {args.seconds:g} seconds on {len(x_train):,} images of {args.dataset}")
+        keras.utils.set_random_seed(args.seed)
+        network = build_autoencoder(args.widths, args.l2, args.seed, method == "hf" or BASELINES[method].sparse)
+        if method == "hf":
+            path = args.trace or args.out / "hf.csv"
+            recorder = Trace(network, x_train, x_test, path, args.seconds, args.updates)
+            fit_hessian_free(args, network, x_train, recorder)
+        else:
+            path = args.out / f"{method}.csv"
+            recorder = Recorder(network, x_train, x_test, path, args.seconds, args.updates, args.seconds / 60)
+            fit_baseline(
+                BASELINES[method], args.size, network, x_train, recorder, loss=cross_entropy, metrics=[squared_error]
+            )
+        recorders[method], networks[method] = recorder, network
+    print_table(recorders)
+    plot_errors(recorders, args.out / "errors.png")
+    plot_reconstructions(networks, x_test[:12], args.out / "reconstructions.png")
+    print(f"\nFigures and errors against time: {args.out}")
+
+
+def parse(arguments):
+    """Reads the command line, and fills in what the setting decides."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dataset", choices=("curves", "mnist"), default="curves")
+    parser.add_argument("--size", choices=("demo", "full"), default="demo")
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS, help="default: all")
+    parser.add_argument("--num-cases", type=int, help="training images, if not as many as the size has")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of training, for each method")
+    parser.add_argument("--updates", type=int, default=100_000, help="after which training ends even earlier")
+    parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
+    parser.add_argument("--data", type=Path, help="path of mnist.npz; default: Keras' copy")
+    parser.add_argument("--out", type=Path, help="folder for what is written; default: runs/DATASET-SIZE")
+    parser.add_argument("--trace", type=Path, help="CSV file of the updates of hf; default: hf.csv in the folder")
+    parser.add_argument("--l2", type=float, default=2e-5, help="c in c/2 ||w||^2, biases included; for all methods")
+    options = parser.add_argument_group("Hessian-free")
+    options.add_argument("--damping", type=float, default=45.0, help="at the start, on the loss summed over pixels")
+    options.add_argument("--curvature-batch-size", type=int, help="if not the size's own")
+    options.add_argument("--micro-batch-size", type=int)
+    options.add_argument("--max-cg-iterations", type=int, default=250)
+    args = parser.parse_args(arguments)
+    setting = SETTINGS[args.dataset, args.size]
+    args.widths = setting.widths
+    args.num_cases = args.num_cases or setting.num_cases
+    args.curvature_batch_size = args.curvature_batch_size or setting.curvature_batch_size
+    args.out = args.out or Path("runs", f"{args.dataset}-{args.size}")
+    return args
+
+
+def load_images(args):
+    """Returns training and test images, `(num_cases, 784)` and as many again, but 10,000 at most."""
+    num_test = min(args.num_cases, 10_000)
+    if args.dataset == "curves":
+        images = synthetic_curves(args.num_cases + num_test, args.seed)
+        return images[: args.num_cases], images[args.num_cases :]
+    x_train, x_test = mnist(args.data)
+    order = np.random.default_rng(args.seed).permutation(len(x_train))
+    return x_train[order[: args.num_cases]], x_test[:num_test]
+
+
+def build_autoencoder(widths, l2, seed, sparse=True):
+    """Builds an autoencoder of images: logistic layers, but for the linear code in the middle.
+
+    Args:
+        widths: Tuple of integers, the encoder's layers after the input; the decoder mirrors them.
+        l2: Float c of the penalty `c/2 ||w||^2` on all weights, biases included.
+        seed: Integer.
+        sparse: Boolean, whether weights start sparse, or else as Keras starts them (Glorot).
+
+    Returns:
+        A `keras.Sequential` that maps `(N, 784)` to `(N, 784)`.
+    """
+    seeds = keras.random.SeedGenerator(seed)  # One for all layers: an integer would draw the same numbers for each.
+    initializer = SparseNormal(seed=seeds) if sparse else keras.initializers.GlorotUniform(seed=seeds)
+    network = keras.Sequential([keras.Input((NUM_PIXELS,))])
+    code = len(widths) - 1
+    for layer, units in enumerate((*widths, *widths[-2::-1], NUM_PIXELS)):
+        network.add(
+            keras.layers.Dense(
+                units,
+                activation="linear" if layer == code else "sigmoid",
+                kernel_initializer=initializer,
+                kernel_regularizer=keras.regularizers.L2(l2 / 2),
+                bias_regularizer=keras.regularizers.L2(l2 / 2),
+            )
+        )
+    return network
+
+
+def fit_hessian_free(args, network, x, recorder):
+    """Trains an autoencoder by Hessian-free optimization until `recorder` ends it.
+
+    Args:
+        args: The command line's options.
+        network: Keras model that maps `(N, 784)` to `(N, 784)`.
+        x: Array `(N, 784)`, the training images. Every update takes all of them.
+        recorder: A `Recorder`.
+    """
+    optimizer = HessianFree(
+        damping=args.damping,
+        max_cg_iterations=args.max_cg_iterations,
+        curvature_batch_size=args.curvature_batch_size,
+        micro_batch_size=args.micro_batch_size,
+    )
+    model = HFModel(network)
+    model.compile(optimizer=optimizer, loss=cross_entropy, metrics=[squared_error])
+    model.fit(x, x, epochs=args.updates, callbacks=[LevenbergMarquardt(), recorder])
+
+
+def cross_entropy(y_true, y_pred):
+    """Binary cross-entropy summed over pixels, `(N,)`: the scale in which the literature gives damping and L2."""
+    return NUM_PIXELS * keras.losses.binary_crossentropy(y_true, y_pred)
+
+
+def squared_error(y_true, y_pred):
+    """Squared error summed over pixels, `(N,)`."""
+    return ops.sum(ops.square(y_true - y_pred), axis=-1)
+
+
+class Trace(Recorder):
+    """A recorder of every Hessian-free update, with what it tells of itself.
+
+    `loss` and `damping` are those that the update started from; `total_cg_iterations` sums `cg_iterations` so far.
+    """
+
+    LOG_NAMES = (
+        "total_cg_iterations",
+        "cg_iterations",
+        "cg_step",
+        "step_size",
+        "reduction_ratio",
+        "damping",
+        "loss",
+    )
+
+    def __init__(self, *args):
+        super().__init__(*args, log_names=self.LOG_NAMES)
+        self._total_cg_iterations = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._total_cg_iterations += int(logs["cg_iterations"])
+        super().on_train_batch_end(batch, {**logs, "total_cg_iterations": self._total_cg_iterations})
+
+
+def print_table(recorders):
+    """Prints what each method reached.
+
+    Args:
+        recorders: Dict from a method's name to its `Recorder`.
+    """
+    print("\nSquared error per case, summed over pixels:\n")
+    print(f"{'method':<12} {'seconds':>8} {'updates':>8} {'train':>8} {'test':>8}")
+    for method, recorder in recorders.items():
+        last = recorder.rows[-1]
+        errors = f"{last['train_error']:>8.3f} {last['test_error']:>8.3f}"
+        print(f"{method:<12} {last['seconds']:>8.1f} {last['update']:>8,} {errors}")
+
+
+def plot_errors(recorders, path):
+    """Draws the error of each method against the time of its training.
+
+    Args:
+        recorders: Dict from a method's name to its `Recorder`.
+        path: Path of the PNG file.
+    """
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for method, recorder in recorders.items():
+        seconds, train, test = (
+            [row[name] for row in recorder.rows] for name in ("seconds", "train_error", "test_error")
+        )
+        (line,) = axes.semilogy(seconds, train, label=method)
+        axes.semilogy(seconds, test, color=line.get_color(), linestyle=":")
+    mean_image = recorder.x_train.var(axis=0, dtype="float64").sum()
+    axes.axhline(mean_image, color="gray", linestyle="--", linewidth=1, label="mean image", zorder=0)
+    axes.set(xlabel="seconds of training", ylabel="squared error per case")
+    axes.set_title("training (lines) and test (dotted)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_reconstructions(networks, x, path):
+    """Draws images, one above the other with what each method makes of them.
+
+    Args:
+        networks: Dict from a method's name to its trained network.
+        x: Array `(n, 784)`, the images.
+        path: Path of the PNG file.
+    """
+    rows = {"input": x} | {method: ops.convert_to_numpy(network(x)) for method, network in networks.items()}
+    figure, axes = pyplot.subplots(len(rows), figsize=(len(x) * 0.8, len(rows) * 0.8))
+    for axis, (name, images) in zip(axes, rows.items(), strict=True):
+        axis.imshow(np.hstack(images.reshape(-1, 28, 28)), cmap="gray", vmin=0, vmax=1)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+import csv
+import math
+
+import keras
+import numpy as np
+import pytest
+
+from examples import autoencoder, baselines
+
+
+def tiny_network():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+
+
+def recorder(network, path, **limits):
+    x = np.random.default_rng(0).normal(size=(30, 4)).astype("float32")
+    return baselines.Recorder(network, x, x[:10], path, **{"max_seconds": 60.0, "max_updates": 40, **limits})
+
+
+@pytest.mark.parametrize(("setting", "num_weights"), [(("curves", "full"), 842_340), (("mnist", "full"), 2_837_314)])
+def test_full_networks_have_the_published_number_of_weights(setting, num_weights):
+    network = autoencoder.build_autoencoder(autoencoder.SETTINGS[setting].widths, l2=0.0, seed=0)
+    assert network.count_params() == num_weights
+
+
+def test_only_the_code_layer_is_linear():
+    network = autoencoder.build_autoencoder((5, 4, 3), l2=0.0, seed=0)
+    layers = [(layer.units, layer.activation.__name__) for layer in network.layers]
+    assert layers == [(5, "sigmoid"), (4, "sigmoid"), (3, "linear"), (4, "sigmoid"), (5, "sigmoid"), (784, "sigmoid")]
+
+
+def test_a_seed_fixes_the_weights_and_layers_differ():
+    first, same, other = (
+        autoencoder.build_autoencoder((20, 20, 20), l2=0.0, seed=seed).get_weights() for seed in (0, 0, 1)
+    )
+    for a, b in zip(first, same, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.any(first[0] != other[0])
+    assert np.any(first[2] != first[4])
+
+
+def test_penalty_is_half_the_squared_norm_of_all_weights():
+    network = autoencoder.build_autoencoder((5, 3), l2=0.1, seed=0)
+    for layer in network.layers:
+        layer.bias.assign(keras.ops.ones_like(layer.bias))
+    norm = sum(np.square(weights).sum() for weights in network.get_weights())
+    assert float(sum(network.losses)) == pytest.approx(0.05 * norm, rel=1e-6)
+
+
+def test_losses_sum_over_pixels():
+    rng = np.random.default_rng(0)
+    y_true, y_pred = rng.uniform(0.1, 0.9, (2, 3, 784))
+    entropy = -(y_true * np.log(y_pred) + (1 - y_true) * np.log(1 - y_pred)).sum(axis=1)
+    np.testing.assert_allclose(autoencoder.cross_entropy(y_true, y_pred), entropy, rtol=1e-5)
+    np.testing.assert_allclose(autoencoder.squared_error(y_true, y_pred), ((y_true - y_pred) ** 2).sum(axis=1))
+
+
+def test_reconstruction_error_is_the_same_in_parts():
+    network, x = tiny_network(), np.random.default_rng(0).normal(size=(30, 4)).astype("float32")
+    expected = np.square(x @ network.layers[0].kernel.numpy() - x).sum(axis=1).mean()
+    for batch_size in (7, 100):
+        assert baselines.reconstruction_error(network, x, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nesterov_momentum_follows_its_schedule():
+    weight = keras.Variable(1.0)
+    optimizer = baselines.NesterovMomentum(0.1, max_momentum=0.7)
+    optimizer.build([weight])
+    expected, velocity = 1.0, 0.0
+    for update, momentum in ((0, 0.5), (249, 0.5), (250, 0.7), (750, 0.7)):  # 1 - 1/4 and 1 - 1/8 are above 0.7.
+        optimizer.iterations.assign(update)
+        gradient = 2 * float(weight.numpy())
+        optimizer.apply([keras.ops.convert_to_tensor(gradient)], [weight])
+        velocity = momentum * velocity - 0.1 * gradient
+        expected += momentum * velocity - 0.1 * gradient
+        assert float(weight.numpy()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+def test_every_baseline_learns_and_ends_after_its_updates(name, tmp_path):
+    network = tiny_network()
+    record = recorder(network, tmp_path / "run.csv")
+    baselines.fit_baseline(baselines.BASELINES[name], "demo", network, record.x_train, record, loss="mse")
+    assert record.rows[0]["update"] == 0
+    assert record.rows[-1]["update"] == 40
+    assert record.rows[-1]["train_error"] < record.rows[0]["train_error"]
+
+
+def test_training_ends_when_the_time_is_up(tmp_path):
+    network = tiny_network()
+    record = recorder(network, tmp_path / "run.csv", max_seconds=0.2, max_updates=10**6)
+    baselines.fit_baseline(baselines.BASELINES["adam"], "demo", network, record.x_train, record, loss="mse")
+    assert 0.2 <= record.rows[-1]["seconds"] < 2
+    # The cosine has come down with the time.
+    assert float(network.optimizer.learning_rate) < 1e-3
+
+
+def test_the_file_holds_the_rows(tmp_path):
+    network = tiny_network()
+    record = recorder(network, tmp_path / "run.csv", interval=0.01)
+    baselines.fit_baseline(baselines.BASELINES["nag"], "demo", network, record.x_train, record, loss="mse")
+    with open(record.path, newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == record.rows
+
+
+@pytest.mark.slow
+def test_the_example_writes_its_table_figures_and_trace(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    arguments = f"--method hf adam --num-cases 50 --seconds 30 --updates 3 --out {tmp_path} --trace {trace}"
+    autoencoder.main(arguments.split())
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[:3:2] for line in table if line.startswith(("hf", "adam"))] == [["hf", "3"], ["adam", "3"]]
+    for name in ("errors.png", "reconstructions.png", "adam.csv"):
+        assert (tmp_path / name).stat().st_size > 0
+    with open(trace, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["update"] for row in rows] == ["0", "1", "2", "3"]
+    assert math.isnan(float(rows[0]["cg_iterations"]))
+    iterations = [float(row["cg_iterations"]) for row in rows[1:]]
+    assert [float(row["total_cg_iterations"]) for row in rows[1:]] == list(np.cumsum(iterations))
+    errors = [float(row["train_error"]) for row in rows]
+    assert errors == sorted(errors, reverse=True)
