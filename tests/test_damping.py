@@ -1,0 +1,277 @@
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import pytest
+
+from keras_hf import ConstantDamping, DampingCallback, HessianFree, HFModel, LevenbergMarquardt
+
+NAN, INF = math.nan, math.inf
+
+
+class Doubling(DampingCallback):
+    """The least that a rule of one's own must be."""
+
+    def next_damping(self, damping, logs):
+        return 2 * damping
+
+
+# Rules by what they do after an update of ratio 1: by this factor the damping moves. A new rule stands here.
+# Least squares are what their quadratic model says, so that every update of a linear network has ratio 1, above, between and below these thresholds.
+RULES = {
+    "lowering": (lambda: LevenbergMarquardt(), 1 / 1.5),
+    "lowering_by_two": (lambda: LevenbergMarquardt(factor=2), 1 / 2),
+    "keeping": (lambda: LevenbergMarquardt(low=0.5, high=1.5), 1),
+    "raising": (lambda: LevenbergMarquardt(low=2, high=3), 1.5),
+    "constant": (lambda: ConstantDamping(), 1),
+    "own": (lambda: Doubling(), 2),
+}
+
+
+class CountedModel(HFModel):
+    """Counts how often Keras traces its step."""
+
+    num_traces = 0
+
+    def train_step(self, data):
+        self.num_traces += 1
+        return super().train_step(data)
+
+
+def linear_model(damping=1.0, loss="mse", **kwargs):
+    """A linear network of two weights, least squares by default."""
+    model = CountedModel(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)]))
+    model.compile(optimizer=HessianFree(damping), loss=loss, **kwargs)
+    return model
+
+
+def least_squares():
+    """Cases that no linear network fits."""
+    x = np.random.default_rng(0).normal(size=(8, 2))
+    return x, np.sin(3 * x[:, :1]) + 1
+
+
+class Run(NamedTuple):
+    """One call of `fit`: the logs of each update, the damping after the last and how often the model was traced until then."""
+
+    logs: list
+    damping_after: float
+    num_traces: int
+
+    def series(self, key):
+        return [logs[key] for logs in self.logs]
+
+    @property
+    def dampings(self):
+        return [*self.series("damping"), self.damping_after]
+
+
+def train(model, x, y, rule, **kwargs):
+    """Fits a model, and returns the `Run`."""
+    updates = []
+    record = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: updates.append(dict(logs)))
+    model.fit(x, y, callbacks=[rule, record], verbose=0, **kwargs)
+    return Run(updates, float(model.optimizer.damping), model.num_traces)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Runs of the linear network by name, all on one model, traced once: that takes seconds."""
+    model, (x, y) = linear_model(), least_squares()
+
+    def from_zero(damping, *args, **kwargs):
+        model.network.set_weights([np.zeros((2, 1))])
+        model.optimizer.warm_start.assign(np.zeros(2))
+        model.optimizer.damping.assign(damping)
+        return train(model, *args, **kwargs)
+
+    runs = {name: from_zero(0.75, x, y, rule(), epochs=4) for name, (rule, _) in RULES.items()}
+    runs["first fit"] = from_zero(1.0, x, y, LevenbergMarquardt(), epochs=2)
+    runs["second fit"] = train(model, x, y, LevenbergMarquardt(), epochs=2)
+    # Weights of zero fit targets of zero without rounding.
+    runs["zero gradient"] = from_zero(2.0, x, 0 * y, LevenbergMarquardt(), epochs=2)
+    with pytest.warns(UserWarning, match="An update on 8 cases fits their noise"):
+        runs["two batches"] = from_zero(1.0, np.tile(x, (2, 1)), np.tile(y, (2, 1)), Doubling(), batch_size=8)
+    return runs
+
+
+def logs(ratio, damping=6.0, gradient_norm=1.0):
+    return {"reduction_ratio": ratio, "damping": damping, "gradient_norm": gradient_norm}
+
+
+def damping_after(callback, logs, model=None):
+    """The optimizer's damping after an update with these logs."""
+    model = linear_model() if model is None else model
+    callback.set_model(model)
+    callback.on_train_batch_end(0, logs)
+    return float(model.optimizer.damping)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        (-INF, 9.0),
+        (NAN, 9.0),
+        (-3.0, 9.0),
+        (0.0, 9.0),
+        (math.nextafter(0.25, 0), 9.0),
+        (0.25, 6.0),
+        (0.5, 6.0),
+        (0.75, 6.0),
+        (math.nextafter(0.75, 1), 4.0),
+        (1.0, 4.0),
+        (40.0, 4.0),
+        (INF, 4.0),
+    ],
+)
+def test_levenberg_marquardt_follows_its_table(ratio, expected):
+    assert LevenbergMarquardt().next_damping(6.0, logs(ratio)) == expected
+
+
+def test_levenberg_marquardt_uses_its_own_thresholds_and_factor():
+    rule = LevenbergMarquardt(low=-1.0, high=0.125, factor=4)
+    answers = {ratio: rule.next_damping(8.0, logs(ratio)) for ratio in (-1.5, -1.0, 0.0, 0.125, 0.25)}
+    assert answers == {-1.5: 32.0, -1.0: 8.0, 0.0: 8.0, 0.125: 8.0, 0.25: 2.0}
+
+
+@pytest.mark.parametrize("ratio", [NAN, -INF, 0.0, 1.0])
+def test_levenberg_marquardt_keeps_the_damping_where_the_gradient_is_zero(ratio):
+    assert LevenbergMarquardt().next_damping(6.0, logs(ratio, gradient_norm=0.0)) == 6.0
+
+
+@pytest.mark.parametrize("ratio", [-INF, 1.0])
+def test_a_damping_of_zero_stays_zero(ratio):
+    assert damping_after(LevenbergMarquardt(), logs(ratio, damping=0.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "limits", "expected"),
+    [
+        (0.0, {"max_damping": 8.0}, 8.0),
+        (0.0, {"max_damping": 9.0}, 9.0),
+        (0.0, {"max_damping": 100.0}, 9.0),
+        (1.0, {"min_damping": 5.0}, 5.0),
+        (1.0, {"min_damping": 4.0}, 4.0),
+        (1.0, {"min_damping": 3.0}, 4.0),
+        # A damping outside the limits is brought inside even where the rule would keep it.
+        (0.5, {"max_damping": 2.0}, 2.0),
+        (0.5, {"min_damping": 7.0}, 7.0),
+        (0.0, {"min_damping": 3.0, "max_damping": 3.0}, 3.0),
+    ],
+)
+def test_damping_stays_within_its_limits(ratio, limits, expected):
+    assert damping_after(LevenbergMarquardt(**limits), logs(ratio)) == expected
+
+
+def test_limits_hold_for_a_rule_of_ones_own():
+    assert damping_after(Doubling(max_damping=10), logs(1.0)) == 10.0
+
+
+def test_constant_damping_leaves_what_another_callback_assigned():
+    model = linear_model()
+    model.optimizer.damping.assign(3.0)
+    assert damping_after(ConstantDamping(), logs(-INF, damping=1.0), model) == 3.0
+
+
+def test_the_base_has_no_rule():
+    with pytest.raises(NotImplementedError):
+        damping_after(DampingCallback(), logs(1.0))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_fit_moves_the_damping_by_the_rule_without_tracing_again(name, runs):
+    _, factor = RULES[name]
+    # The ratio is 1 but for float32: the reduction of the first update is 1e-2 and more of a loss whose steps are 1e-7.
+    assert runs[name].series("reduction_ratio")[0] == pytest.approx(1, abs=1e-4)
+    assert runs[name].dampings[0] == 0.75
+    # The variable is float32, and so is each product.
+    np.testing.assert_allclose(runs[name].dampings, 0.75 * factor ** np.arange(5.0), rtol=5e-7)
+    assert runs[name].num_traces == 1
+
+
+def test_damping_goes_on_over_two_fits(runs):
+    dampings = [*runs["first fit"].series("damping"), *runs["second fit"].dampings]
+    assert runs["second fit"].dampings[0] == runs["first fit"].damping_after
+    np.testing.assert_allclose(dampings, 1.5 ** -np.arange(5.0), rtol=5e-7)
+    assert runs["second fit"].num_traces == 1
+
+
+def test_damping_is_kept_in_fit_where_the_gradient_is_zero(runs):
+    run = runs["zero gradient"]
+    assert run.series("gradient_norm") == [0, 0]
+    assert np.isnan(run.series("reduction_ratio")).all()
+    assert run.dampings == [2, 2, 2]
+
+
+def test_damping_adapts_after_every_batch(runs):
+    assert runs["two batches"].dampings == [1, 2, 4]
+
+
+def test_damping_follows_the_ratios_of_a_curved_loss():
+    # From far away the curvature of log cosh tells little: some steps are too bold, some are not.
+    model = linear_model(damping=1e-3, loss="log_cosh")
+    x, y = least_squares()
+    run = train(model, x, 4 * y, LevenbergMarquardt(factor=8), epochs=12)
+    directions = set()
+    for ratio, before, after in zip(run.series("reduction_ratio"), run.dampings, run.dampings[1:], strict=False):
+        direction = -1 if ratio > 0.75 else 0 if ratio >= 0.25 else 1
+        # A factor of 8 is exact in any binary float.
+        assert after == before * 8.0**direction
+        directions.add(direction)
+    assert {-1, 1} <= directions
+    assert run.num_traces == 1
+
+
+@pytest.mark.parametrize("rule", [LevenbergMarquardt, ConstantDamping, Doubling])
+def test_a_model_without_hessian_free_is_refused(rule):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse")
+    message = (
+        f"`{rule.__name__}` adapts the damping of `HessianFree`. Received: a model whose optimizer is .*SGD.*HFModel"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.fit(*least_squares(), callbacks=[rule()], verbose=0)
+
+
+@pytest.mark.parametrize("rule", [LevenbergMarquardt, Doubling])
+def test_several_updates_between_two_calls_are_refused(rule):
+    model = linear_model(steps_per_execution=2)
+    message = f"`{rule.__name__}` must see every update. Received: steps_per_execution=2..*`ConstantDamping"
+    with pytest.raises(ValueError, match=message):
+        model.fit(*least_squares(), callbacks=[rule()], verbose=0)
+    assert not model.num_traces
+
+
+def test_constant_damping_welcomes_several_updates_between_two_calls():
+    rule = ConstantDamping()
+    rule.set_model(linear_model(steps_per_execution=2))
+    rule.on_train_begin()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"low": NAN}, "`low` must be a finite number. Received: low=nan"),
+        ({"high": INF}, "`high` must be a finite number. Received: high=inf"),
+        ({"low": "0.25"}, "`low` must be a finite number. Received: low='0.25'"),
+        ({"low": 0.75}, "`low` must be less than `high`. Received: low=0.75, high=0.75"),
+        ({"low": 0.5, "high": 0.25}, "`low` must be less than `high`. Received: low=0.5, high=0.25"),
+        ({"factor": 1}, "`factor` must be > 1. Received: factor=1"),
+        ({"factor": 0.5}, "`factor` must be > 1. Received: factor=0.5"),
+        ({"factor": 0}, "`factor` must be a finite number > 0. Received: factor=0"),
+        ({"factor": INF}, "`factor` must be a finite number > 0. Received: factor=inf"),
+        ({"min_damping": -1.0}, "`min_damping` must be a finite number >= 0. Received: min_damping=-1.0"),
+        ({"min_damping": INF}, "`min_damping` must be a finite number >= 0. Received: min_damping=inf"),
+        ({"max_damping": 0}, "`max_damping` must be a finite number > 0. Received: max_damping=0"),
+        ({"max_damping": NAN}, "`max_damping` must be a finite number > 0. Received: max_damping=nan"),
+        ({"max_damping": -INF}, "`max_damping` must be a finite number > 0. Received: max_damping=-inf"),
+        (
+            {"min_damping": 2.0, "max_damping": 1.0},
+            "`min_damping` must not exceed `max_damping`. Received: min_damping=2.0, max_damping=1.0",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LevenbergMarquardt(**arguments)
