@@ -30,7 +30,8 @@ class CGResult(NamedTuple):
         iterates: Tensor `(k, n)`, the kept iterates in order; the last iterate is the last row.
         iterate_numbers: int32 `(k,)`, the iteration of each row; 0 is the start.
         values: float64 `(k,)`, the quadratic `x'Ax/2 - b'x` at each row.
-        num_iterations: int32 scalar, iterations run = products spent, less the one for the start.
+        num_iterations: int32 scalar, iterations that moved x. Products spent: one each, one for a start other than zero, and one for a direction
+            that was found useless (negative curvature, breakdown).
         reason: int32 scalar, a `CGStop`.
     """
 

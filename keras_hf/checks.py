@@ -25,14 +25,25 @@ def positive(name, value):
     return float(value)
 
 
+def integer(name, value, minimum, maximum):
+    """Returns `value` as an int, or raises if it is no integer in [minimum, maximum]."""
+    if not _is_integer(value) or not minimum <= value <= maximum:
+        raise ValueError(f"`{name}` must be an integer in [{minimum}, {maximum}]. Received: {name}={value!r}.")
+    return int(value)
+
+
 def count(name, value, optional=False):
     """Returns `value` as an int, or raises if it is no integer >= 1 (nor `None`, where `optional`)."""
     if optional and value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not _is_integer(value) or value < 1:
         alternative = " or `None`" if optional else ""
         raise ValueError(f"`{name}` must be an integer >= 1{alternative}. Received: {name}={value!r}.")
     return int(value)
+
+
+def _is_integer(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def part(name, value, base, example):

@@ -7,6 +7,10 @@ import keras
 from keras_hf.checks import finite, positive
 
 
+# The smallest normal float32: a damping that underflows to 0 could never rise again.
+_SMALLEST = 2.0**-126
+
+
 class DampingCallback(keras.callbacks.Callback):
     """Base of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
 
@@ -109,7 +113,7 @@ class LevenbergMarquardt(DampingCallback):
         if logs["gradient_norm"] == 0:
             return damping
         if ratio > self.high:
-            return damping / self.factor
+            return max(damping / self.factor, min(damping, _SMALLEST))
         if ratio >= self.low:
             return damping
         return damping * self.factor

@@ -91,12 +91,6 @@ class HFModel(keras.Model):
 
     # The network, as a Keras model sees it.
 
-    def build(self, input_shape):
-        """Builds the network for `input_shape`."""
-        if not self.network.built:
-            self.network.build(input_shape)
-        self.built = True
-
     def call(self, inputs, training=None, mask=None):
         """Calls the network."""
         arguments = {}
@@ -202,6 +196,8 @@ class HFModel(keras.Model):
                     weight = kwargs.get("sample_weight")
                     x, y, kwargs["sample_weight"] = _in_order((x, y, weight), order)
                     shuffle = False
+        elif isinstance(x, tf.data.Dataset):
+            shuffle = False  # Keras ignores True, and warns of its own default.
         return super().fit(
             x,
             y,

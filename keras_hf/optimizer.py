@@ -5,7 +5,7 @@ import random
 import keras
 import tensorflow as tf
 
-from keras_hf.checks import count, finite, part
+from keras_hf.checks import count, finite, integer, part
 from keras_hf.curvature import Curvature, GaussNewton
 from keras_hf.objective import num_weights, vector_dtype
 from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
@@ -42,7 +42,7 @@ class HessianFree(keras.optimizers.Optimizer):
         micro_batch_size: Integer >= 1, the cases that are worked on at a time on each replica. Memory, not results, depends on it (unless layers look
             across cases, as BatchNormalization does). Products are fastest where the chunk is one such piece, whose linearization is then kept;
             further pieces are linearized anew in every product. `None` = as many as keep that piece within about 2 GiB.
-        seed: Integer, of the order of cases and chunks. `None` draws one, which is saved with the optimizer.
+        seed: Integer in [0, 2^31 - 1], of the order of cases and chunks. `None` draws one, which is saved with the optimizer.
         name: Name of the optimizer.
 
     Raises:
@@ -94,7 +94,7 @@ class HessianFree(keras.optimizers.Optimizer):
         self.curvature_batch_size = count("curvature_batch_size", curvature_batch_size, optional=True)
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
         # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
-        self.seed = random.randint(0, 2**31 - 1) if seed is None else int(seed)
+        self.seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
         self._damping = None
         self.warm_start = None
 

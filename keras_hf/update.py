@@ -125,7 +125,9 @@ def _solve_again_from_zero(solve, start, gradient):
 
     def useless(turn, solution):
         unmoved = (solution.num_iterations == 0) & (solution.reason != CGStop.CONVERGED)
-        uphill = ~(dot(gradient, solution.step) < 0)
+        slope = dot(gradient, solution.step)
+        # Not ~(slope < 0): TensorFlow's graph optimizer turns that into slope >= 0, which a slope that is no number is not.
+        uphill = (slope >= 0) | tf.math.is_nan(slope)
         return (turn == 0) | ((turn == 1) & (unmoved | uphill) & tf.reduce_any(start != 0))
 
     def again(turn, solution):

@@ -7,6 +7,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read once, when TensorFlow
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+# Two devices for the tests of replicas; the rest run on the first.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +31,10 @@ def data_dir():
 
 @pytest.fixture
 def float64():
-    """Makes float64 Keras' default: for layers and, which no layer's dtype does, for losses."""
+    """Makes float64 Keras' default: for layers, by their policy, and for losses, by `floatx`."""
     before = keras.backend.floatx()
-    keras.backend.set_floatx("float64")
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     yield
-    keras.backend.set_floatx(before)
+    keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(before)

@@ -168,5 +168,10 @@ def squared_case_gradients(model, data):
         case = data.take(tf.constant([i]))
         with tf.GradientTape() as tape:
             loss = model._compile_loss(case.y, model(case.x, training=True), case.sample_weight)
-        total += flat([tf.convert_to_tensor(g) for g in tape.gradient(loss, variables, unconnected_gradients="zero")]).numpy() ** 2
+        total += (
+            flat(
+                [tf.convert_to_tensor(g) for g in tape.gradient(loss, variables, unconnected_gradients="zero")]
+            ).numpy()
+            ** 2
+        )
     return total / int(data.num_cases)

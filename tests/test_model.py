@@ -1,0 +1,400 @@
+"""What HFModel promises: Keras' workflow, honest logs, nothing lost."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_hf import ConstantDamping, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf.curvature import Curvature
+
+LOGS = {
+    "loss",
+    "damping",
+    "reduction_ratio",
+    "cg_iterations",
+    "cg_step",
+    "cg_stop",
+    "negative_curvature",
+    "step_size",
+    "gradient_norm",
+    "num_cases",
+}
+
+
+def network():
+    return keras.Sequential([keras.Input((2,)), layers.Dense(4, "tanh"), layers.Dense(1)])
+
+
+def compiled(net=None, loss="mse", **arguments):
+    model = HFModel(network() if net is None else net)
+    metrics = arguments.pop("metrics", None)
+    model.compile(optimizer=HessianFree(**{"damping": 0.1, "seed": 0, **arguments}), loss=loss, metrics=metrics)
+    return model
+
+
+def cases(num_cases=300, seed=0):
+    x = np.random.default_rng(seed).normal(size=(num_cases, 2)).astype(keras.backend.floatx())
+    return x, np.sin(x[:, :1] * x[:, 1:])
+
+
+def fit(model, x, y, **arguments):
+    return model.fit(x, y, **{"verbose": 0, "callbacks": [LevenbergMarquardt()], **arguments})
+
+
+def all_values(model):
+    return [variable.numpy() for variable in [*model.variables, *model.optimizer.variables]]
+
+
+class CountingModel(HFModel):
+    """Counts how often its training step is traced."""
+
+    num_traces = 0
+
+    def train_step(self, data):
+        type(self).num_traces += 1
+        return super().train_step(data)
+
+
+# The workflow.
+
+
+def test_fit_lowers_the_loss_and_logs_every_update():
+    model = compiled(metrics=["mae"])
+    history = fit(model, *cases(), epochs=12, validation_data=cases(seed=1)).history
+    assert history["loss"][-1] < 0.35 * history["loss"][0]
+    assert set(history) == LOGS | {"mae", "val_loss", "val_mae"}
+    assert history["num_cases"] == [300] * 12
+    assert int(model.optimizer.iterations) == 12
+
+
+def test_the_loss_logged_is_that_before_the_update():
+    x, y = cases()
+    model = compiled()
+    before = model.evaluate(x, y, batch_size=300, verbose=0)
+    first = fit(model, x, y, validation_data=(x, y)).history
+    second = fit(model, x, y).history
+    assert first["loss"][0] == pytest.approx(before, rel=1e-6)
+    assert first["val_loss"][0] == pytest.approx(second["loss"][0], rel=1e-6)
+
+
+def test_arrays_without_batch_size_are_one_batch_and_with_it_several():
+    x, y = cases(300)
+    model = compiled()
+    fit(model, x, y)
+    assert int(model.optimizer.iterations) == 1
+    fit(model, x, y, batch_size=270)
+    assert int(model.optimizer.iterations) == 3
+    fit(model, x, y, validation_split=0.1)
+    assert int(model.optimizer.iterations) == 4
+
+
+def test_the_order_of_a_whole_batch_is_fixed_by_the_seed():
+    seen = []
+
+    class Recording(Curvature):
+        def linearize(self, piece):
+            tf.py_function(lambda x: seen.append(x.numpy()), [piece._data.x], [])
+            return GaussNewton(self.linearization).linearize(piece)
+
+    x, y = cases(20)
+    model = compiled(curvature=Recording(), curvature_batch_size=5)
+    fit(model, x, y, epochs=8)
+    chunks = [tuple(map(tuple, chunk)) for chunk in seen]
+    assert len(set(chunks)) == 4 and set(chunks[:4]) == set(chunks[4:8])
+    assert {case for chunk in chunks for case in chunk} == set(map(tuple, x))
+    assert set(chunks) != {tuple(map(tuple, x[i : i + 5])) for i in (0, 5, 10, 15)}
+    seen.clear()
+    fit(model, x, y, epochs=4, shuffle=False)
+    assert {tuple(map(tuple, chunk)) for chunk in seen} == {tuple(map(tuple, x[i : i + 5])) for i in (0, 5, 10, 15)}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda x, y: {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(256)},
+        lambda x, y: {"x": tf.data.Dataset.from_tensor_slices((x, y, np.ones(len(x)))).batch(256)},
+        lambda x, y: {"x": x, "y": y, "sample_weight": np.ones(len(x)), "batch_size": 256},
+        lambda x, y: {"x": tf.constant(x), "y": tf.constant(y), "batch_size": 256},
+    ],
+)
+def test_any_form_of_data_gives_the_same_updates(data, float64):
+    x, y = cases(300)
+    reference = compiled(network(), max_cg_iterations=8)
+    model = compiled(keras.models.clone_model(reference.network), max_cg_iterations=8)
+    model.set_weights(reference.get_weights())
+    reference.fit(x, y, batch_size=256, shuffle=False, verbose=0, callbacks=[LevenbergMarquardt()])
+    model.fit(**data(x, y), shuffle=False, verbose=0, callbacks=[LevenbergMarquardt()])
+    for one, other in zip(reference.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_pieces_give_the_updates_of_the_whole(float64):
+    x, y = cases(100)
+    # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding.
+    reference, model = compiled(max_cg_iterations=8), compiled(max_cg_iterations=8, micro_batch_size=30)
+    model.set_weights(reference.get_weights())
+    fit(reference, x, y, epochs=3)
+    fit(model, x, y, epochs=3)
+    for one, other in zip(reference.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["subclassed", "unbuilt", "functional"])
+def test_any_kind_of_network(mode):
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.out = layers.Dense(4, "tanh"), layers.Dense(1)
+
+        def call(self, x):
+            return self.out(self.hidden(x))
+
+    x = keras.Input((2,))
+    net = {
+        "subclassed": Subclassed,
+        "unbuilt": lambda: keras.Sequential([layers.Dense(4, "tanh"), layers.Dense(1)]),
+        "functional": lambda: keras.Model(x, layers.Dense(1)(layers.Dense(4, "tanh")(x))),
+    }[mode]()
+    history = fit(compiled(net), *cases(), epochs=4).history
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_no_retrace_for_damping_or_a_ragged_last_batch():
+    CountingModel.num_traces = 0
+    model = CountingModel(network())
+    model.compile(optimizer=HessianFree(damping=0.1, micro_batch_size=200), loss="mse")
+    fit(model, *cases(700), batch_size=300, epochs=2)
+    model.optimizer.damping.assign(3.0)
+    fit(model, *cases(690), batch_size=300)
+    assert int(model.optimizer.iterations) == 9
+    assert CountingModel.num_traces == 1
+
+
+def test_train_on_batch_and_eager_make_the_same_update(float64):
+    x, y = cases(300)
+    reference, eager = compiled(max_cg_iterations=8), compiled()
+    eager.compile(optimizer=HessianFree(damping=0.1, seed=0, max_cg_iterations=8), loss="mse", run_eagerly=True)
+    eager.set_weights(reference.get_weights())
+    logs = reference.train_on_batch(x, y, return_dict=True)
+    fit(eager, x, y, shuffle=False)
+    assert LOGS <= set(logs)
+    for one, other in zip(reference.get_weights(), eager.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_batch_normalization_and_dropout_train_and_move_their_state_once():
+    normalization = layers.BatchNormalization(momentum=0.5)
+    net = keras.Sequential(
+        [keras.Input((2,)), normalization, layers.Dense(8, "tanh"), layers.Dropout(0.1), layers.Dense(1)]
+    )
+    x, y = cases()
+    history = fit(compiled(net), x, y, epochs=3).history
+    np.testing.assert_allclose(normalization.moving_mean, 0.875 * x.mean(0), atol=1e-5)
+    assert history["step_size"][0] > 0
+
+
+def test_frozen_layers_stay():
+    net = network()
+    net.layers[0].trainable = False
+    before = net.layers[0].get_weights()
+    fit(compiled(net), *cases(), epochs=2)
+    assert all((one == other).all() for one, other in zip(before, net.layers[0].get_weights(), strict=True))
+
+
+def test_summary_shows_the_layers_of_the_network(capsys):
+    compiled().summary()
+    assert "dense" in capsys.readouterr().out
+
+
+# Saving.
+
+
+def test_a_saved_model_goes_on_where_it_stopped(tmp_path):
+    x, y = cases()
+    model = compiled()
+    fit(model, x, y, epochs=3)
+    model.save(tmp_path / "run.keras")
+    again = keras.models.load_model(tmp_path / "run.keras")
+    fit(model, x, y, epochs=3)
+    fit(again, x, y, epochs=3)
+    for one, other in zip(all_values(model), all_values(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_export_is_the_network_alone_and_serves_without_the_package(tmp_path):
+    x, y = cases(5)
+    model = compiled()
+    fit(model, x, y)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", model.predict(x, verbose=0))
+    model.export(tmp_path / "serving", verbose=False)
+    script = (
+        "import sys, numpy as np, tensorflow as tf\n"
+        "served = tf.saved_model.load('serving')\n"
+        "found = served.serve(np.load('x.npy'))\n"
+        "np.testing.assert_allclose(found, np.load('y.npy'), rtol=1e-5, atol=1e-6)\n"
+        "assert 'keras_hf' not in sys.modules\n"
+        "assert len(served.variables) == 4, served.variables\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    )
+
+
+# Nothing is lost.
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_data_that_are_not_finite_reject_the_step_and_say_so(value):
+    x, y = cases()
+    net = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(), layers.Dense(4, "tanh"), layers.Dense(1)])
+    model = compiled(net)
+    fit(model, x, y)
+    x[7, 1] = value
+    before = model.get_weights()
+    history = fit(model, x, y).history
+    assert history["step_size"] == [0] and history["reduction_ratio"] == [-np.inf]
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (model.optimizer.warm_start.numpy() == 0).all()
+
+
+def test_an_exploding_step_is_rejected_and_training_recovers():
+    x, y = cases()
+    model = compiled(
+        keras.Sequential([keras.Input((2,)), layers.Dense(4, "exponential"), layers.Dense(1)]), damping=1e-6
+    )
+    model.network.layers[0].set_weights([np.full((2, 4), 3.0), np.zeros(4)])
+    history = fit(model, x, y, epochs=6).history
+    assert np.isfinite(history["loss"]).all() and all(np.isfinite(weight).all() for weight in model.get_weights())
+    assert np.diff(history["loss"]).max() <= 0
+
+
+def test_a_step_that_raises_leaves_every_value_bit_equal():
+    calls = []
+
+    class Interrupted(Curvature):
+        def linearize(self, piece):
+            product = GaussNewton(self.linearization).linearize(piece)
+
+            def interrupt():
+                calls.append(1)
+                if len(calls) > 3:
+                    raise MemoryError("no memory left")
+
+            def interrupted(v):
+                with tf.control_dependencies([tf.py_function(interrupt, [], [])]):
+                    return [tf.identity(part) for part in product(v)]
+
+            return interrupted
+
+    class RaisingInLoss(keras.losses.Loss):
+        def call(self, y, y_pred):
+            def count():
+                calls.append(1)
+                if len(calls) > 3:
+                    raise MemoryError("no memory left")
+
+            with tf.control_dependencies([tf.py_function(count, [], [])]):
+                return tf.reduce_mean((y - y_pred) ** 2, -1)
+
+    # In the products, and at a candidate's weights.
+    for model in (compiled(curvature=Interrupted()), compiled(loss=RaisingInLoss(), max_cg_iterations=3)):
+        calls.clear()
+        x, y = cases()
+        model._maybe_symbolic_build(data_batch=(x, y))
+        before = all_values(model)
+        with pytest.raises(Exception, match="no memory left"):
+            fit(model, x, y)
+        for one, other in zip(before, all_values(model), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("network", [None, "mlp", layers.Dense(2)])
+def test_a_network_that_is_no_model_is_refused(network):
+    with pytest.raises(TypeError, match="`network` must be a `keras.Model`.*Received: network="):
+        HFModel(network)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", keras.optimizers.SGD()])
+def test_another_optimizer_is_refused(optimizer):
+    with pytest.raises(ValueError, match="trains with `keras_hf.HessianFree`. Received: optimizer=.*model.network"):
+        HFModel(network()).compile(optimizer=optimizer, loss="mse")
+
+
+def test_compile_without_optimizer_means_hessian_free():
+    model = HFModel(network())
+    model.compile(loss="mse")
+    assert isinstance(model.optimizer, HessianFree)
+
+
+def test_hessian_free_on_a_plain_model_says_what_to_do():
+    model = network()
+    model.compile(optimizer=HessianFree(), loss="mse")
+    with pytest.raises(ValueError, match=r"through `keras_hf.HFModel`.*Wrap the model"):
+        model.fit(*cases(), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "loss, cousin",
+    [
+        ("mae", "Huber"),
+        (keras.losses.MeanAbsoluteError(), "Huber"),
+        (keras.losses.Hinge(), "SquaredHinge"),
+        ("hinge", "SquaredHinge"),
+    ],
+)
+def test_a_loss_without_curvature_is_said_with_its_smooth_cousin(loss, cousin):
+    with pytest.warns(UserWarning, match=f"no curvature.*{cousin}"):
+        HFModel(network()).compile(loss=loss)
+
+
+def test_fit_without_a_damping_rule_warns_once():
+    model = compiled()
+    with pytest.warns(UserWarning, match=r"without a damping callback.*LevenbergMarquardt\(\)") as record:
+        model.fit(*cases(), verbose=0)
+        model.fit(*cases(), verbose=0)
+    assert len(record) == 1
+    fit(compiled(), *cases(), callbacks=[ConstantDamping()])
+
+
+def test_small_batches_of_a_dataset_warn_once():
+    data = tf.data.Dataset.from_tensor_slices(cases(64)).batch(32)
+    with pytest.warns(UserWarning, match="update on 32 cases fits their noise") as record:
+        compiled().fit(data, epochs=2, verbose=0, callbacks=[LevenbergMarquardt()])
+    assert len(record) == 1
+
+
+def test_overrides_of_the_network_are_not_called_and_that_is_said():
+    class Own(keras.Model):
+        def train_step(self, data):
+            return {}
+
+    with pytest.warns(UserWarning, match="does not call the `train_step` that Own overrides"):
+        HFModel(Own())
+
+
+def test_a_network_without_weights_is_refused():
+    model = compiled(keras.Sequential([keras.Input((2,)), layers.Flatten()]))
+    with pytest.raises(ValueError, match="at least one trainable weight"):
+        fit(model, *cases())
+
+
+def test_another_backend_is_refused_at_import():
+    script = (
+        "import keras\n"
+        "keras.backend.backend = lambda: 'jax'\n"
+        "try:\n    import keras_hf\n"
+        "except ImportError as error:\n    assert 'KERAS_BACKEND=tensorflow' in str(error), error\n"
+        "else:\n    raise SystemExit('imported')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"})

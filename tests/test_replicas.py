@@ -1,0 +1,67 @@
+"""What replicas promise: the numbers of one device."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_hf import HessianFree, HFModel, LevenbergMarquardt
+
+
+def cases(num_cases):
+    rng = np.random.default_rng(0)
+    floatx = keras.backend.floatx()
+    return rng.normal(size=(num_cases, 3)).astype(floatx), rng.normal(size=(num_cases, 2)).astype(floatx)
+
+
+def trained(strategy, x, y, loss="mse", optimizer=None, **arguments):
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        l2 = keras.regularizers.L2(1e-2)
+        stack = [layers.Dense(4, "tanh", kernel_regularizer=l2), layers.Dense(2)]
+        model = HFModel(keras.Sequential([keras.Input((3,)), *stack]))
+        # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding.
+        optimizer = HessianFree(**{"damping": 0.1, "seed": 1, "max_cg_iterations": 8, **(optimizer or {})})
+        model.compile(optimizer=optimizer, loss=loss, metrics=["mae"])
+    history = model.fit(
+        x, y, epochs=3, callbacks=[LevenbergMarquardt()], verbose=0, validation_data=(x, y), **arguments
+    )
+    return model, history.history
+
+
+def both(num_cases, **arguments):
+    """The model trained on one device and on two replicas, and their histories."""
+    strategies = tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    (one, history), (two, two_history) = (trained(strategy, *cases(num_cases), **arguments) for strategy in strategies)
+    return one.get_weights(), history, two.get_weights(), two_history
+
+
+@pytest.mark.parametrize("num_cases", [50, 51])
+def test_two_replicas_give_the_weights_of_one_device(num_cases, float64):
+    one, history, two, two_history = both(num_cases)
+    for key in history:
+        np.testing.assert_allclose(history[key], two_history[key], rtol=1e-6, err_msg=key)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+def test_two_replicas_give_the_weights_of_one_device_in_float32():
+    one, _, two, _ = both(51)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+def test_two_replicas_combine_sums_and_weighted_means(reduction, float64):
+    weight = np.random.default_rng(1).uniform(size=51)
+    loss = keras.losses.MeanSquaredError(reduction=reduction)
+    one, _, two, _ = both(51, loss=loss, sample_weight=weight, optimizer={"micro_batch_size": 20})
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_the_chunk_is_shared_among_replicas():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    _, history = trained(strategy, *cases(51), optimizer={"curvature_batch_size": 25})
+    assert np.diff(history["loss"]).max() < 0
