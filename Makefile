@@ -8,7 +8,7 @@ demo: .venv/examples.installed
 	$(BIN)/python -m examples.autoencoder
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/lint.installed
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from matplotlib import pyplot  # noqa: E402
 
 NUM_PIXELS = 784
 METHODS = ("hf", *BASELINES)
+DEMO_METHODS = ("hf", "adam", "nag", "adam-glorot")
 
 
 class Setting(NamedTuple):
@@ -91,9 +92,9 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", choices=("curves", "mnist"), default="curves")
     parser.add_argument("--size", choices=("demo", "full"), default="demo")
-    parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS, help="default: all")
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=DEMO_METHODS, help="default: all but gd")
     parser.add_argument("--num-cases", type=int, help="training images, if not as many as the size has")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of training, for each method")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of training, for each method")
     parser.add_argument("--updates", type=int, default=100_000, help="after which training ends even earlier")
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
     parser.add_argument("--data", type=Path, help="path of mnist.npz; default: Keras' copy")
