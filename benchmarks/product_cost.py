@@ -1,21 +1,138 @@
-"""What a product costs: against a compiled gradient of the same loss on the same cases, and beside the update's work that is no pass over data.
+"""What a product costs, beside a compiled gradient and beside the work of an update that is no pass over data.
 
-Network: the CURVES autoencoder 784-400-200-100-50-25-6 and mirror, 842,340 weights, synthetic curves, one piece. Prints medians and ratios, all from
-one process, and writes them as CSV.
+Network: the CURVES autoencoder 784-400-200-100-50-25-6 and mirror, 842,340 weights, synthetic curves in one piece, float32. Everything is timed in
+one process, in rounds that take each quantity in turn, so that a machine that drifts drifts for all; medians over the rounds are printed, and written
+as CSV.
 
-    python -m benchmarks.product_cost --cases 5000
+    python -m benchmarks.product_cost --cases 5000 --csv benchmarks/results/product_cost.csv
 """
 
 import argparse
 import csv
 import time
-from pathlib import Path
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from examples.autoencoder import autoencoder, summed_crossentropy
+from examples.autoencoder import build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
-from keras_hf import EmpiricalFisherDiagonal, ForwardAccumulation, GaussNewton, HessianFree, HFModel, conjugate_gradient
-from keras_hf.preconditioners import Preconditioner
+from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
+from keras_hf.objective import Data
+from keras_hf.stopping import StoppingRule
+
+WIDTHS = (400, 200, 100, 50, 25, 6)
+PRODUCTS = {
+    "Gauss-Newton, double backward": GaussNewton(DoubleBackward()),
+    "Gauss-Newton, forward accumulation": GaussNewton(ForwardAccumulation()),
+    "Hessian, double backward": Hessian(DoubleBackward()),
+}
+# Products and CG iterations per timing.
+REPEATS = 10
+
+
+class StopAfter(StoppingRule):
+    """Stops after a number of iterations, an int32 scalar tensor, and for no other reason."""
+
+    def __init__(self, num_iterations):
+        self.num_iterations = num_iterations
+
+    def should_stop(self, iteration, value_at, residual_norm, b_norm):
+        return iteration >= self.num_iterations
+
+
+def main():
+    """Times and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--csv", help="file for the results")
+    args = parser.parse_args()
+
+    x = tf.constant(synthetic_curves(args.cases, seed=0))
+    model = HFModel(build_autoencoder(WIDTHS, l2=2e-5, seed=0))
+    model.compile(optimizer=HessianFree(micro_batch_size=args.cases), loss=cross_entropy)
+    model._maybe_symbolic_build(data_batch=(x, x))
+    quantities = timed_quantities(model, x)
+    seconds = {name: [] for name in quantities}
+    for _ in range(args.rounds):
+        for name, run in quantities.items():
+            seconds[name].append(run())
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    rows = [(name, median, median / medians["gradient"]) for name, median in medians.items()]
+    product = medians["Gauss-Newton, double backward"]
+    vectors = medians["vector work of a CG iteration"]
+    print(f"{args.cases} cases, {model.count_params():,} weights, medians of {args.rounds} rounds")
+    for name, median, ratio in rows:
+        print(f"{name:40s} {1e3 * median:9.1f} ms {ratio:7.3f} gradients")
+    print(f"vector work is {vectors / (vectors + product):.1%} of a CG iteration")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["quantity", "seconds", "gradients"])
+            writer.writerows((name, f"{median:.5f}", f"{ratio:.4f}") for name, median, ratio in rows)
+
+
+def timed_quantities(model, x):
+    """Returns a dict from name to a callable that gives the seconds of one."""
+    variables = [variable.value for variable in model.trainable_variables]
+    v = tf.random.stateless_normal([model.count_params()], seed=[0, 0])
+    diagonal = 0.1 + tf.random.stateless_uniform([model.count_params()], seed=[0, 1])
+
+    @tf.function
+    def gradient():
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x, x, model.network(x, training=True))
+        return tf.concat([tf.reshape(g, [-1]) for g in tape.gradient(loss, variables)], 0)
+
+    def on_objective(function):
+        compiled = tf.function(autograph=False)(
+            lambda count: model._with_objective(
+                Data(x, x, None), lambda objective, structure: function(objective, count)
+            )
+        )
+        return lambda count=1: compiled(tf.constant(count))
+
+    def products(curvature):
+        def repeated(objective, count):
+            product = objective.product(curvature)
+            # Scaled down, since repeated products would overflow.
+            return tf.while_loop(lambda i, _: i < count, lambda i, v: (i + 1, 1e-3 * product(v)), (0, v))[1]
+
+        return on_objective(repeated)
+
+    @tf.function(autograph=False)
+    def cg(count):
+        def one_product(v):
+            return v * diagonal
+
+        # A product that is one multiplication and the preconditioner's division: what is left is CG's own work.
+        precondition = lambda residual: residual / (1 + diagonal)  # noqa: E731
+        return conjugate_gradient(one_product, v, precondition=precondition, stopping=StopAfter(count)).iterates
+
+    def once(run):
+        run()
+        return lambda: _seconds(run)
+
+    def per_repeat(run):
+        run(0), run(REPEATS)
+        return lambda: (_seconds(lambda: run(REPEATS)) - _seconds(lambda: run(0))) / REPEATS
+
+    loss_at = on_objective(lambda objective, count: objective.loss_at(tf.zeros_like(v)))
+    squares = on_objective(lambda objective, count: objective.squared_gradients())
+    return {
+        "gradient": once(gradient),
+        "loss": once(loss_at),
+        "squared gradients of all cases": once(squares),
+        **{name: per_repeat(products(curvature)) for name, curvature in PRODUCTS.items()},
+        "vector work of a CG iteration": per_repeat(lambda count: cg(tf.constant(count + 1))),
+    }
+
+
+def _seconds(run):
+    start = time.perf_counter()
+    np.asarray(run())
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

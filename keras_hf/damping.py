@@ -6,7 +6,6 @@ import keras
 
 from keras_hf.checks import finite, positive
 
-
 # The smallest normal float32: a damping that underflows to 0 could never rise again.
 _SMALLEST = 2.0**-126
 

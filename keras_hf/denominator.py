@@ -14,10 +14,11 @@ class Denominator:
     Args:
         kind: "cases" (a mean over cases), "weights" (a mean by sample weight), "sum" (no denominator) or "unknown": then the loss of several pieces
             cannot be put together and a batch must be one piece.
+        is_linear: Whether the loss is linear in sample weights, and weights of 1 are as good as none.
     """
 
-    def __init__(self, kind):
-        self.kind = kind
+    def __init__(self, kind, is_linear=False):
+        self.kind, self.is_linear = kind, is_linear
 
     @property
     def is_sum(self):
@@ -55,10 +56,12 @@ def denominator_of(loss, is_masked, is_weighted, value_ranks):
     if 0 in value_ranks or not reductions:
         return Denominator("unknown")
     if reductions == {"sum"}:
-        return Denominator("sum")
+        return Denominator("sum", is_linear=True)
     if is_masked:
         return Denominator("unknown")
-    if reductions <= {*_BY_CASES, "mean_with_sample_weight"} and not is_weighted or reductions <= set(_BY_CASES):
+    if reductions <= set(_BY_CASES):
+        return Denominator("cases", is_linear=True)
+    if reductions <= {*_BY_CASES, "mean_with_sample_weight"} and not is_weighted:
         return Denominator("cases")
     if reductions == {"mean_with_sample_weight"} and len(losses) == 1:
         return Denominator("weights")

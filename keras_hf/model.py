@@ -235,37 +235,7 @@ class HFModel(keras.Model):
     def train_step(self, data):
         """Makes one update; see the class. Called by Keras, in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
-        optimizer = self.optimizer
-        task, structure = self._task(data)
-        chunk_size = optimizer.curvature_batch_size
-        if task.denominator.kind == "unknown":
-            piece_size, chunk_size = None, None
-        else:
-            piece_size = optimizer.micro_batch_size or structure.default_piece_size
-        one_piece = piece_size is None or (chunk_size is not None and piece_size >= chunk_size)
-        structure = structure._replace(chunk_is_one_piece=one_piece)
-        share = None if chunk_size is None else replica_share(chunk_size)
-        update_number = tf.cast(optimizer.iterations.value, tf.int32)
-        pieces = batching.divide(data.num_cases, share, piece_size, update_number, optimizer.seed)
-        part = LocalObjective(task, structure, data, pieces, update_number)
-
-        def update(replicas, parts):
-            objective = Objective(replicas, parts, task, chunk_is_batch=chunk_size is None)
-            result = hf_update(
-                objective,
-                tf.convert_to_tensor(optimizer.damping.value),
-                tf.convert_to_tensor(optimizer.warm_start.value),
-                optimizer.curvature,
-                optimizer.preconditioner,
-                optimizer.stopping,
-                optimizer.max_cg_iterations,
-                optimizer.warm_start_decay,
-            )
-            logs = self._update_logs(objective, result)
-            self._apply(objective, structure, result)
-            return logs
-
-        logs = across_replicas(update, part)
+        logs = self._with_objective(data, self._update)
         self._loss_tracker.update_state(logs["loss"], sample_weight=logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
         return {**logs, **metrics}
@@ -277,6 +247,44 @@ class HFModel(keras.Model):
         """Losses added in `call`, by activity regularizers and by weight regularizers."""
         # An update takes them apart: they have no part in the loss of a piece.
         return [] if self._regularizers_apart else super().losses
+
+    def _with_objective(self, data, function):
+        """Calls `function(objective, structure)` with the objective of the next update on these cases, once for all replicas."""
+        optimizer = self.optimizer
+        task, structure = self._task(data)
+        chunk_size = optimizer.curvature_batch_size
+        piece_size = optimizer.micro_batch_size or structure.default_piece_size
+        if task.denominator.kind == "unknown":
+            piece_size, chunk_size = None, None
+        most_cases = chunk_size or data.static_num_cases
+        one_piece = piece_size is None or (most_cases is not None and piece_size >= most_cases)
+        structure = structure._replace(chunk_is_one_piece=one_piece)
+        update_number = tf.cast(optimizer.iterations.value, tf.int32)
+        share = None if chunk_size is None else replica_share(chunk_size)
+        pieces = batching.divide(data.num_cases, share, piece_size, update_number, optimizer.seed)
+        part = LocalObjective(task, structure, data, pieces, update_number)
+
+        def across(replicas, parts):
+            return function(Objective(replicas, parts, task, chunk_is_batch=chunk_size is None), structure)
+
+        return across_replicas(across, part)
+
+    def _update(self, objective, structure):
+        """Computes one update, applies it and returns its logs."""
+        optimizer = self.optimizer
+        result = hf_update(
+            objective,
+            tf.convert_to_tensor(optimizer.damping.value),
+            tf.convert_to_tensor(optimizer.warm_start.value),
+            optimizer.curvature,
+            optimizer.preconditioner,
+            optimizer.stopping,
+            optimizer.max_cg_iterations,
+            optimizer.warm_start_decay,
+        )
+        logs = self._update_logs(objective, result)
+        self._apply(objective, structure, result)
+        return logs
 
     def _task(self, data):
         """Returns the `Task` and its `Structure`."""

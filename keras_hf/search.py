@@ -45,24 +45,25 @@ def backtrack(loss_at, iterates):
     Returns:
         A `Backtrack`.
     """
+    num_rows = tf.shape(iterates)[0]
+    infinity = tf.constant(float("inf"), tf.float64)
 
-    def is_no_worse(row, loss, earlier, num_losses):
-        del num_losses
-        return (row > 0) & (earlier <= loss)
+    def going(row, *_):
+        return row >= 0
 
-    def go_back(row, loss, earlier, num_losses):
-        row, loss = row - 1, earlier
-        more = row > 0
-        earlier = tf.cond(more, lambda: _or_infinity(loss_at(iterates[row - 1])), lambda: loss)
-        return row, loss, earlier, num_losses + tf.cast(more, tf.int32)
+    def go_back(row, chosen, loss, num_losses):
+        earlier = _or_infinity(loss_at(iterates[row]))
+        no_worse = earlier <= loss
+        # -2 ends the loop: the loss rose.
+        return (
+            tf.where(no_worse, row - 1, -2),
+            tf.where(no_worse, row, chosen),
+            tf.where(no_worse, earlier, loss),
+            num_losses + 1,
+        )
 
-    row = tf.shape(iterates)[0] - 1
-    loss = _or_infinity(loss_at(iterates[row]))
-    # The first turn only computes the loss before the last: with `row + 1` and an infinite later loss it is an ordinary turn.
-    infinite = tf.constant(float("inf"), loss.dtype)
-    row, loss, _, num_losses = tf.while_loop(
-        is_no_worse, go_back, (row + 1, infinite, loss, tf.constant(1)), parallel_iterations=1
-    )
+    start = (num_rows - 1, num_rows, infinity, tf.constant(0))
+    _, row, loss, num_losses = tf.while_loop(going, go_back, start, parallel_iterations=1)
     return Backtrack(row, loss, num_losses)
 
 

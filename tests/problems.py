@@ -7,9 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import HessianFree, HFModel, batching
-from keras_hf.objective import Data, LocalObjective, Objective
-from keras_hf.replicas import across_replicas
+from keras_hf import HessianFree, HFModel
+from keras_hf.objective import Data
 
 NUM_CASES = 15
 
@@ -112,20 +111,13 @@ def model_data(model, x, y, sample_weight=None):
 
 
 def with_objective(model, data, function, curvature_batch_size=None, micro_batch_size=None, update_number=0):
-    """Calls `function(objective)` with the objective of one update of the model, as `train_step` makes it, in one compiled function."""
+    """Calls `function(objective)` with the objective of one update of the model, in one compiled function."""
+    model.optimizer.curvature_batch_size, model.optimizer.micro_batch_size = curvature_batch_size, micro_batch_size
+    model.optimizer.iterations.assign(update_number)
 
     @tf.function(autograph=False)
     def compute():
-        task, structure = model._task(data)
-        structure = structure._replace(chunk_is_one_piece=micro_batch_size is None)
-        number = tf.constant(update_number)
-        pieces = batching.divide(data.num_cases, curvature_batch_size, micro_batch_size, number, seed=0)
-        part = LocalObjective(task, structure, data, pieces, number)
-
-        def on_all(replicas, parts):
-            return function(Objective(replicas, parts, task, chunk_is_batch=curvature_batch_size is None))
-
-        return across_replicas(on_all, part)
+        return model._with_objective(data, lambda objective, structure: function(objective))
 
     return compute()
 

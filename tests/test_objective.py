@@ -176,3 +176,21 @@ def test_multi_output_losses_add_with_their_weights():
     np.testing.assert_allclose(found[0], loss, **EXACT)
     np.testing.assert_allclose(found[1], gradient, rtol=1e-10, atol=1e-12)
     assert model._task(data)[1].cuts == ("output", "logits")
+
+
+def test_float32_losses_tell_a_relative_change_of_1e_6():
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    dense = layers.Dense(3, use_bias=False)
+    model = compiled(keras.Sequential([keras.Input((2,)), dense]))
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(20000, 2)), rng.normal(size=(20000, 3))
+    data = model_data(model, x.astype("float32"), y.astype("float32"))
+    kernel = dense.kernel.numpy().astype("float64")
+    step = np.float32(-1e-6) * kernel.astype("float32").reshape(-1)
+    found = with_objective(model, data, lambda o: o.loss_at(tf.constant(step)) - o.loss_at(tf.zeros_like(step)))
+    stepped = (kernel.astype("float32").reshape(-1) + step).astype("float64").reshape(kernel.shape)
+    x, y = data.x.numpy().astype("float64"), data.y.numpy().astype("float64")
+    exact = ((x @ stepped - y) ** 2).mean() - ((x @ kernel - y) ** 2).mean()
+    # Rounding of single cases, 6e-8 each and at random, averages to 1e-9; a float32 sum would be off by as much as the change.
+    assert abs(float(found) / exact - 1) < 0.005
