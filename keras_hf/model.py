@@ -130,7 +130,7 @@ class HFModel(keras.Model):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: If the optimizer is no `HessianFree`.
+            ValueError: If the optimizer is no `HessianFree`, or if `jit_compile` is true.
         """
         optimizer = HessianFree() if optimizer is None else optimizer
         if not isinstance(optimizer, HessianFree):
@@ -140,9 +140,12 @@ class HFModel(keras.Model):
             )
         for leaf in keras.tree.flatten(loss):
             self._warn_without_curvature(leaf)
-        if kwargs.get("jit_compile", "auto") == "auto":
-            # Pieces of changing size are no shapes for XLA.
-            kwargs["jit_compile"] = False
+        if kwargs.get("jit_compile", "auto") not in ("auto", False):
+            raise ValueError(
+                "`HFModel` cannot train under XLA, whose shapes must not change: pieces of a batch differ in size. "
+                f"Received: jit_compile={kwargs['jit_compile']!r}. Leave `jit_compile` out: the update is one `tf.function` already."
+            )
+        kwargs["jit_compile"] = False
         # A scaled loss would scale the damping; CG, in float32 or more, needs none.
         kwargs["auto_scale_loss"] = False
         super().compile(optimizer, loss, *args, **kwargs)

@@ -147,14 +147,6 @@ def test_pieces_give_the_updates_of_the_whole(float64):
 
 @pytest.mark.parametrize("mode", ["subclassed", "unbuilt", "functional"])
 def test_any_kind_of_network(mode):
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.hidden, self.out = layers.Dense(4, "tanh"), layers.Dense(1)
-
-        def call(self, x):
-            return self.out(self.hidden(x))
-
     x = keras.Input((2,))
     net = {
         "subclassed": Subclassed,
@@ -225,6 +217,31 @@ def test_a_saved_model_goes_on_where_it_stopped(tmp_path):
     fit(again, x, y, epochs=3)
     for one, other in zip(all_values(model), all_values(again), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    """A network that Keras cannot look into."""
+
+    def __init__(self, width=4, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.hidden, self.out = width, layers.Dense(width, "tanh"), layers.Dense(1)
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+    def get_config(self):
+        return {"width": self.width}
+
+
+def test_a_saved_subclassed_network_goes_on_too(tmp_path):
+    x, y = cases()
+    model = compiled(Subclassed())
+    fit(model, x, y, epochs=2)
+    model.save(tmp_path / "run.keras")
+    again = keras.models.load_model(tmp_path / "run.keras")
+    assert float(again.optimizer.damping) == float(model.optimizer.damping) != 0.1
+    assert fit(again, x, y, epochs=2).history == fit(model, x, y, epochs=2).history
 
 
 def test_export_is_the_network_alone_and_serves_without_the_package(tmp_path):
@@ -329,6 +346,11 @@ def test_a_network_that_is_no_model_is_refused(network):
 def test_another_optimizer_is_refused(optimizer):
     with pytest.raises(ValueError, match="trains with `keras_hf.HessianFree`. Received: optimizer=.*model.network"):
         HFModel(network()).compile(optimizer=optimizer, loss="mse")
+
+
+def test_xla_is_refused():
+    with pytest.raises(ValueError, match="cannot train under XLA.*Received: jit_compile=True"):
+        HFModel(network()).compile(loss="mse", jit_compile=True)
 
 
 def test_compile_without_optimizer_means_hessian_free():
