@@ -161,24 +161,26 @@ class HFModel(keras.Model):
         x=None,
         y=None,
         batch_size=None,
-        *,
-        validation_split=0.0,
-        validation_batch_size=None,
-        shuffle=True,
+        epochs=1,
+        verbose="auto",
         callbacks=None,
-        **kwargs,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        validation_steps=None,
+        validation_batch_size=None,
+        validation_freq=1,
     ):
-        """Trains the network; arguments as `keras.Model.fit`, by name after `batch_size`.
+        """Trains the network. Arguments mean what they mean in `keras.Model.fit`, but for these.
 
-        Args:
-            x: As in Keras.
-            y: As in Keras.
-            batch_size: Cases of an update's gradient. For arrays, `None` means all of them.
-            validation_split: As in Keras.
-            validation_batch_size: As in Keras; 32 where `None` and the batch is all cases.
-            shuffle: Whether to permute the cases: once, by the optimizer's seed, if one batch holds all of them; else as in Keras.
-            callbacks: As in Keras, among them a `DampingCallback`.
-            **kwargs: As in Keras.
+        - `batch_size`: cases of an update's gradient; for arrays, `None` means all of them.
+        - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not anew in every epoch.
+        - `validation_batch_size`: 32 where `None` and one batch holds all cases.
+        - `callbacks`: among them belongs a `DampingCallback`, such as `LevenbergMarquardt()`.
 
         Returns:
             A `keras.callbacks.History`.
@@ -187,17 +189,17 @@ class HFModel(keras.Model):
         self._batch_may_be_small = True
         if _is_arrays(x):
             num_cases = len(next(leaf for leaf in keras.tree.flatten(x) if leaf is not None))
-            # As Keras splits: the last cases are for validation.
-            if validation_split and kwargs.get("validation_data") is None:
-                num_cases = int(num_cases * (1 - validation_split))
+            if validation_split and validation_data is None:
+                num_cases = int(
+                    num_cases * (1 - validation_split)
+                )  # as Keras splits: the last cases are for validation
             batch_size = num_cases if batch_size is None else batch_size
             if batch_size >= num_cases:
                 validation_batch_size = validation_batch_size or 32
                 self._batch_may_be_small = False
                 if shuffle:
                     order = np.random.default_rng(self.optimizer.seed).permutation(num_cases)
-                    weight = kwargs.get("sample_weight")
-                    x, y, kwargs["sample_weight"] = _in_order((x, y, weight), order)
+                    x, y, sample_weight = _in_order((x, y, sample_weight), order)
                     shuffle = False
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
@@ -205,11 +207,19 @@ class HFModel(keras.Model):
             x,
             y,
             batch_size,
-            validation_split=validation_split,
-            validation_batch_size=validation_batch_size,
-            shuffle=shuffle,
+            epochs=epochs,
+            verbose=verbose,
             callbacks=callbacks,
-            **kwargs,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
         )
 
     def make_train_function(self, force=False):
@@ -461,9 +471,9 @@ def _in_order(arrays, order):
     def permute(array):
         if array is None:
             return None
-        if hasattr(array, "iloc"):
-            return array.iloc[np.concatenate([order, np.arange(len(order), len(array))])]
         places = np.concatenate([order, np.arange(len(order), len(array))])
+        if hasattr(array, "iloc"):  # pandas
+            return array.iloc[places]
         return tf.gather(array, places) if isinstance(array, tf.Tensor) else np.asarray(array)[places]
 
     return keras.tree.map_structure(permute, arrays)

@@ -276,11 +276,11 @@ class LocalObjective:
     def _fixed_state(self, number, values=()):
         """A scope in which piece `number` sees the same random numbers at every call of an update, and no state is changed.
 
-        A seed generator's state is its own seed and a counter of its calls. The update's number is added to the seed; the piece's and the
-        replica's numbers go into the counter's upper bits, which leaves 2^12 calls within one pass.
+        A seed generator's state is its own seed and a counter of its calls. The update's number moves the seed, by a multiplier (Knuth's) that keeps
+        neighbouring seeds apart; the piece's and the replica's numbers go into the counter's upper bits, which leaves 2^12 calls within one pass.
         """
-        place = tf.cast(number, tf.int64) * 4096 + tf.cast(replica_number(), tf.int64) * 2**28
-        offset = tf.stack([tf.cast(self._update_number, tf.int64), place])
+        place = tf.cast(number, tf.int64) * 2**12 + tf.cast(replica_number(), tf.int64) * 2**28
+        offset = tf.stack([tf.cast(self._update_number, tf.int64) * 2654435761, place])
         mapping = [
             (seed, tf.cast(tf.cast(seed.value, tf.int64) + offset, seed.value.dtype)) for seed in self.task.seeds
         ]
