@@ -266,7 +266,7 @@ class HFModel(keras.Model):
         optimizer = self.optimizer
         task, structure = self._task(data)
         chunk_size = optimizer.curvature_batch_size
-        piece_size = optimizer.micro_batch_size or structure.default_piece_size
+        piece_size = optimizer.micro_batch_size or min(structure.default_piece_size, chunk_size or 2**30)
         if task.denominator.kind == "unknown":
             piece_size, chunk_size = None, None
         most_cases = chunk_size or data.static_num_cases

@@ -73,8 +73,11 @@ def hf_update(objective, damping, warm_start, curvature, preconditioner, stoppin
     """
     at_start = objective.loss_and_gradient()
     gradient = at_start.gradient
-    product = objective.product(curvature)
-    precondition = preconditioner.inverse(objective, damping)
+    # One after the other: a graph would run the three passes at once, and hold the activations of all three.
+    with tf.control_dependencies([gradient]):
+        precondition = preconditioner.inverse(objective, damping)
+    with tf.control_dependencies([precondition(gradient)]):
+        product = objective.product(curvature)
 
     def solve(start):
         result = conjugate_gradient(
