@@ -128,6 +128,14 @@ NETWORKS = {
         (7, 3, 1),
         2,
     ),
+    "Conv3D": (
+        sequential(
+            (3, 4, 3, 2), lambda: layers.Conv3D(2, (1, 3, 2), strides=(1, 2, 2), padding="same", activation="tanh")
+        ),
+        (4, 3, 4, 3, 2),
+        (4, 3, 2, 2, 2),
+        1,
+    ),
     "a layer used twice": (Twice, (7, 2), (7, 1), 2),
     "tied weights": (Tied, (7, 2), (7, 2), 0),
     "normalization": (sequential((2,), lambda: layers.Dense(3), layers.LayerNormalization), (7, 2), (7, 3), 1),
