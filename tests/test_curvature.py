@@ -117,7 +117,7 @@ def test_forward_accumulation_refuses_a_network_with_loops():
     network = keras.Sequential([keras.Input((4, 2)), keras.layers.GRU(2), keras.layers.Dense(1)])
     model = compiled(network)
     model.optimizer.curvature = GaussNewton(ForwardAccumulation())
-    with pytest.raises(ValueError, match=r"wrong products .* 'While'.*DoubleBackward"):
+    with pytest.raises(ValueError, match=r"wrong products.*'While'.*DoubleBackward"):
         model.fit(np.zeros((8, 4, 2)), np.zeros((8, 1)), verbose=0, callbacks=[ConstantDamping()])
 
 
