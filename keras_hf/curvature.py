@@ -5,9 +5,10 @@ import tensorflow as tf
 
 from keras_hf.checks import part
 from keras_hf.linearization import DoubleBackward, Linearization, dense
+from keras_hf.part import Part
 
 
-class Curvature:
+class Curvature(Part):
     """What a curvature promises.
 
     Args:

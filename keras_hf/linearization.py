@@ -7,6 +7,8 @@ Two ways, both exact. Forward accumulation re-runs the forward pass in every pro
 import keras
 import tensorflow as tf
 
+from keras_hf.part import Part
+
 # A tf.Variable captured by a nested function, loop or branch has no tangent in `tf.autodiff.ForwardAccumulator`'s graph mode, and nothing says so.
 _UNSAFE_OPS = (
     "PartitionedCall",
@@ -20,7 +22,7 @@ _UNSAFE_OPS = (
 )
 
 
-class Linearization:
+class Linearization(Part):
     """A way to differentiate twice. Immutable settings."""
 
     def gauss_newton(self, forward, hessian_at, variables):
@@ -42,15 +44,6 @@ class Linearization:
 
     def check(self, op_types):
         """Raises if the way is wrong for a forward pass made of these types of operation."""
-
-    def get_config(self):
-        """Returns the constructor's arguments as a dict."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        """Makes the linearization from what `get_config` returned."""
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable("keras_hf")

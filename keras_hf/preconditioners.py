@@ -4,9 +4,10 @@ import keras
 import tensorflow as tf
 
 from keras_hf.checks import positive
+from keras_hf.part import Part
 
 
-class Preconditioner:
+class Preconditioner(Part):
     """What a preconditioner promises: immutable settings, and an inverse made anew in every update."""
 
     def inverse(self, objective, damping):
@@ -20,15 +21,6 @@ class Preconditioner:
             Callable `(n,) -> (n,)`, r -> M^-1 r, with M symmetric positive definite.
         """
         raise NotImplementedError
-
-    def get_config(self):
-        """Returns the constructor's arguments as a dict."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        """Makes the preconditioner from what `get_config` returned."""
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable("keras_hf")

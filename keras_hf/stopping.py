@@ -7,9 +7,10 @@ import keras
 import tensorflow as tf
 
 from keras_hf.checks import positive
+from keras_hf.part import Part
 
 
-class StoppingRule:
+class StoppingRule(Part):
     """What a stopping rule promises: immutable settings and one question.
 
     Subclasses implement `should_stop` and, if they have settings, `get_config`. A rule is asked after every iteration, inside a `tf.while_loop`.
@@ -28,15 +29,6 @@ class StoppingRule:
             A bool scalar.
         """
         raise NotImplementedError
-
-    def get_config(self):
-        """Returns the constructor's arguments as a dict."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        """Makes the rule from what `get_config` returned."""
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable("keras_hf")
