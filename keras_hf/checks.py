@@ -3,6 +3,9 @@
 import math
 import numbers
 
+import keras
+import tensorflow as tf
+
 
 def finite(name, value, minimum=None, maximum=None):
     """Returns `value` as a float, or raises if it is no finite number in [minimum, maximum]."""
@@ -32,6 +35,13 @@ def integer(name, value, minimum, maximum):
     return int(value)
 
 
+def flag(name, value):
+    """Returns `value`, or raises if it is no bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be `True` or `False`. Received: {name}={value!r}.")
+    return value
+
+
 def count(name, value, optional=False):
     """Returns `value` as an int, or raises if it is no integer >= 1 (nor `None`, where `optional`)."""
     if optional and value is None:
@@ -53,3 +63,122 @@ def part(name, value, base, example):
             f"`{name}` must be a `{base.__name__}` object, such as `{example}`. Received: {name}={value!r}."
         )
     return value
+
+
+def num_cases(x, y=None, sample_weight=None):
+    """Returns the number of cases in nests of arrays, or raises if it is none, or not the same in all of them."""
+    found = {}
+    for name, arrays in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        leaves = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
+        for i, leaf in enumerate(leaves):
+            label = name if len(leaves) == 1 else f"{name}[{i}]"
+            if not getattr(leaf, "shape", ()) or hasattr(leaf, "tocsr"):
+                raise ValueError(
+                    f"`{name}` must hold dense arrays whose first axis is the case. Received: {label}={_short(leaf)} of type "
+                    f"{type(leaf).__name__}. Convert it with `np.asarray`, a sparse matrix with `.toarray()`."
+                )
+            found[label] = int(leaf.shape[0])
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            "`x`, `y` and `sample_weight` must hold the same number of cases. Received: "
+            f"{', '.join(f'{label} of {count}' for label, count in found.items())}. The first axis is the case."
+        )
+    (count,) = set(found.values())
+    if count < 1:
+        raise ValueError("`x` must hold at least one case. Received: arrays of length 0.")
+    return count
+
+
+def equal_lengths(x, y=None, sample_weight=None):
+    """Raises, when the tensors of a batch come, if `y` or `sample_weight` have not as many cases as `x`: a shape that is known raises at once."""
+    first, *others = [
+        (name, leaf)
+        for name, leaves in (("x", x), ("y", y), ("sample_weight", sample_weight))
+        for leaf in keras.tree.flatten(leaves)
+        if leaf is not None
+    ]
+    if first[1].shape[0] == 0:
+        raise ValueError("`x` must hold at least one case. Received: a batch of length 0.")
+    for name, leaf in others:
+        message = "`x`, `y` and `sample_weight` must hold the same number of cases; the first axis is the case. Received: a batch where "
+        lengths = first[1].shape[0], leaf.shape[0]
+        if None not in lengths and lengths[0] != lengths[1]:
+            raise ValueError(f"{message}x is of {lengths[0]} and {name} of {lengths[1]}.")
+        if None in lengths:
+            tf.debugging.assert_equal(tf.shape(leaf)[0], tf.shape(first[1])[0], f"{message}{name} is not as long as x.")
+
+
+def trainable_weights(variables):
+    """Raises if a trainable weight is no real floating-point number: an update could not move it, or only by rounding."""
+    for variable in variables:
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise ValueError(
+                f"Trainable weights must be real floating-point numbers. Received: the weight '{variable.path}' of dtype {dtype}. "
+                "Add it with `trainable=False`, or hold its real and imaginary parts in two weights."
+            )
+
+
+def has_loss(found):
+    """Raises if there is nothing to minimise."""
+    if not found:
+        raise ValueError(
+            "An update needs a loss to minimise. Received: `compile` without `loss`, and a network that adds none. Use `compile(loss=...)`, or "
+            "`add_loss` in a layer's `call`."
+        )
+
+
+def loss_values(name, values, y_pred):
+    """Returns what a loss function returned, or raises if it is neither one number nor one value a case."""
+    rule = f"The loss '{name}' must return a floating-point tensor that is computed from `y_pred`: one value per case, or one number."
+    if values is None:
+        raise ValueError(f"{rule} Received: None. Is a `return` missing?")
+    if not hasattr(values, "shape") or not hasattr(values, "dtype"):
+        raise ValueError(f"{rule} Received: {_short(values)} of type {type(values).__name__}.")
+    dtype = keras.backend.standardize_dtype(values.dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(f"{rule} Received: a tensor of dtype {dtype}, through which no gradient flows.")
+    if isinstance(values, tf.Tensor) and values.shape.rank and values.shape[0] is None and y_pred.shape[0] is None:
+        # Pieces of a batch are put together by their numbers of cases. A length that is known and another (a value per class, say) is seen later.
+        tf.debugging.assert_equal(
+            tf.shape(values)[0],
+            tf.shape(y_pred)[0],
+            f"{rule} Received: another number of values than there are cases. Give cases that do not count the value 0, or return the mean.",
+        )
+    return values
+
+
+def sample_weight(name, weight, values):
+    """Raises if the weights of cases don't fit the values of a loss, for which Keras would broadcast them.
+
+    Args:
+        name: Name of the loss.
+        weight: Tensor of the weights, or `None`.
+        values: Tensor of the loss' values, one a case at least.
+    """
+    if weight is None or not values.shape.rank:
+        return
+    rank = values.shape.rank
+    shape = list(weight.shape)
+    if len(shape) == rank + 1 and shape[-1] == 1:
+        shape.pop()
+    fits = len(shape) == rank and all(
+        w == 1 or w is None or v is None or w == v for w, v in zip(shape[1:], values.shape[1:], strict=True)
+    )
+    fits = fits and not (rank == 1 and len(shape) != 1)
+    if not fits:
+        ones = ", 1" * (rank - 1) if rank > 1 else ","
+        raise ValueError(
+            f"`sample_weight` must hold one weight per value of the loss '{name}', or per case. Received: weights of shape {_shape(weight)} for "
+            f"values of shape {_shape(values)}. Weights of cases have the shape (cases{ones})."
+        )
+
+
+def _shape(tensor):
+    first, *others = tensor.shape
+    return f"({', '.join(['cases' if first is None else str(first), *map(str, others)])}{'' if others else ','})"
+
+
+def _short(value):
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
