@@ -1,10 +1,12 @@
 """Curvatures: the matrix whose products CG asks for. A curvature knows one piece of data, no damping and no CG."""
 
+import copy
+
 import keras
 import tensorflow as tf
 
 from keras_hf.checks import part
-from keras_hf.linearization import DoubleBackward, Linearization, dense
+from keras_hf.linearization import Linearization, choose_linearization, dense, inner_product
 from keras_hf.part import Part
 
 
@@ -12,16 +14,37 @@ class Curvature(Part):
     """What a curvature promises.
 
     Args:
-        linearization: A `Linearization`, the way second derivatives are formed: `DoubleBackward()` (the default, right for every network that has
-            second derivatives) or `ForwardAccumulation()` (less memory, more time without XLA, refused where it would be wrong).
+        linearization: A `Linearization`, the way second derivatives are formed: `DoubleBackward()` (right for every network that has second
+            derivatives) or `ForwardAccumulation()` (less memory, refused where it would be wrong). `None` chooses for the network what is right, and
+            of that what is fastest; the choice is logged at INFO.
 
     Raises:
         TypeError: If `linearization` is no such object.
     """
 
     def __init__(self, linearization=None):
-        linearization = DoubleBackward() if linearization is None else linearization
-        self.linearization = part("linearization", linearization, Linearization, "DoubleBackward()")
+        if linearization is not None:
+            part("linearization", linearization, Linearization, "DoubleBackward()")
+        self.linearization = linearization
+
+    def fitted_to(self, structure, num_replicas=1):
+        """Returns this curvature with a linearization that is right for a network, or raises.
+
+        Args:
+            structure: `structure.Structure`, what the traced network told.
+            num_replicas: Integer.
+
+        Raises:
+            ValueError: If the linearization asked for would be wrong.
+        """
+        linearization = self.linearization or choose_linearization(structure, num_replicas)
+        return self.by(linearization.fitted_to(structure))
+
+    def by(self, linearization):
+        """Returns this curvature by another linearization."""
+        other = copy.copy(self)
+        other.linearization = linearization
+        return other
 
     def linearize(self, piece):
         """Prepares the products of one piece of data.
@@ -34,14 +57,39 @@ class Curvature(Part):
         """
         raise NotImplementedError
 
+    def quadratic(self, piece):
+        """Prepares `v -> v'Gv` by another road than `linearize`, to hold its products against; `None` where there is none.
+
+        Args:
+            piece: As in `linearize`.
+
+        Returns:
+            Callable from a list of tensors to a float64 scalar, or `None`.
+        """
+        del piece
+
+    def tangents(self, piece):
+        """Gives `v -> Jv` on a piece's outputs, which products are made of, or `None` for a curvature made otherwise.
+
+        Args:
+            piece: As in `linearize`.
+
+        Returns:
+            Callable from a list of tensors to a list of tensors, or `None`.
+        """
+        del piece
+
     def get_config(self):
         """Returns the constructor's arguments as a dict."""
-        return {"linearization": keras.saving.serialize_keras_object(self.linearization)}
+        return {"linearization": self.linearization and keras.saving.serialize_keras_object(self.linearization)}
 
     @classmethod
     def from_config(cls, config):
         """Makes the curvature from what `get_config` returned."""
-        return cls(**{**config, "linearization": keras.saving.deserialize_keras_object(config["linearization"])})
+        linearization = config.get("linearization")
+        return cls(
+            **{**config, "linearization": linearization and keras.saving.deserialize_keras_object(linearization)}
+        )
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -62,18 +110,24 @@ class GaussNewton(Curvature):
     """
 
     def linearize(self, piece):
-        def forward():
-            evaluation = piece.forward()
-            return evaluation.outputs, evaluation
-
-        def hessian_at(outputs, evaluation):
-            return _loss_hessian(lambda: piece.loss(evaluation), outputs)
-
-        product = self.linearization.gauss_newton(forward, hessian_at, piece.variables)
+        product = self.linearization.gauss_newton(*_through_outputs(piece), piece.variables)
         if not piece.has_added_loss:
             return product
-        added = self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables)
+        added = self._added(piece)
         return lambda v: [a + b for a, b in zip(product(v), added(v), strict=True)]
+
+    def quadratic(self, piece):
+        quadratic = self.linearization.gauss_newton_quadratic(*_through_outputs(piece), piece.variables)
+        if not piece.has_added_loss:
+            return quadratic
+        added = self._added(piece)
+        return lambda v: quadratic(v) + inner_product(v, added(v))
+
+    def tangents(self, piece):
+        return self.linearization.tangents(_through_outputs(piece)[0], piece.variables)
+
+    def _added(self, piece):
+        return self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables)
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -97,6 +151,19 @@ class Hessian(Curvature):
             return value + piece.added_loss(evaluation) if piece.has_added_loss else value
 
         return self.linearization.hessian(loss, piece.variables)
+
+
+def _through_outputs(piece):
+    """Gives `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a piece's compiled loss."""
+
+    def forward():
+        evaluation = piece.forward()
+        return evaluation.outputs, evaluation
+
+    def hessian_at(outputs, evaluation):
+        return _loss_hessian(lambda: piece.loss(evaluation), outputs)
+
+    return forward, hessian_at
 
 
 def _loss_hessian(loss, outputs):

@@ -4,26 +4,33 @@ Two ways, both exact. Forward accumulation re-runs the forward pass in every pro
 (1994) for Hessian products, Schraudolph (2002) for Gauss-Newton ones; forward mode from two backward ones: `Jv` is the derivative of `<J'u, v>` in u.
 """
 
+import contextlib
+import copy
+
 import keras
 import tensorflow as tf
 
+from keras_hf.checks import flag
 from keras_hf.part import Part
 
-# A tf.Variable captured by a nested function, loop or branch has no tangent in `tf.autodiff.ForwardAccumulator`'s graph mode, and nothing says so.
-_UNSAFE_OPS = (
-    "PartitionedCall",
-    "StatefulPartitionedCall",
-    "While",
-    "StatelessWhile",
-    "If",
-    "StatelessIf",
-    "Case",
-    "StatelessCase",
-)
+# Where XLA's fusing of elementwise operations outweighs its slower matrix products on CPUs, and a case is work enough to pay for seconds of
+# compiling: `benchmarks/linearization_choice.py`.
+_JIT_MAX_INTENSITY, _JIT_MIN_BYTES_PER_CASE = 40.0, 2**16
 
 
 class Linearization(Part):
-    """A way to differentiate twice. Immutable settings."""
+    """A way to differentiate twice. Immutable settings.
+
+    Args:
+        jit_compile: Whether XLA compiles the products. Faster where a network is made of many small elementwise operations; each size of a piece is
+            compiled anew, for seconds.
+
+    Raises:
+        ValueError: If `jit_compile` is no bool.
+    """
+
+    def __init__(self, jit_compile=False):
+        self.jit_compile = flag("jit_compile", jit_compile)
 
     def gauss_newton(self, forward, hessian_at, variables):
         """Gives `v -> J'H(Jv)`.
@@ -38,48 +45,112 @@ class Linearization(Part):
         """
         raise NotImplementedError
 
+    def gauss_newton_quadratic(self, forward, hessian_at, variables):
+        """Gives `v -> (Jv)'H(Jv)`, a float64 scalar, from tangents alone and without XLA; arguments as in `gauss_newton`.
+
+        What `v'Gv` must equal, and does not where tangents are lost or TensorFlow's second derivatives are wrong.
+        """
+        raise NotImplementedError
+
+    def tangents(self, forward, variables):
+        """Gives `v -> Jv`, from a list of tensors shaped as `variables` to one shaped as the outputs; `forward` as in `gauss_newton`."""
+        raise NotImplementedError
+
     def hessian(self, loss, variables):
         """Gives `v -> (second derivative of the scalar loss()) v`, on lists shaped as `variables`."""
         raise NotImplementedError
 
-    def check(self, op_types):
-        """Raises if the way is wrong for a forward pass made of these types of operation."""
+    def fitted_to(self, structure):
+        """Returns this way as it is right for a network, or raises.
+
+        Args:
+            structure: `structure.Structure`, what the traced network told.
+
+        Raises:
+            ValueError: If it would be wrong for the network.
+        """
+        if self.jit_compile and structure.is_random and self._recomputes(structure):
+            raise ValueError(
+                f"`{type(self).__name__}(jit_compile=True)` re-runs the forward pass of this network under XLA, which draws other random numbers. "
+                "Received: a network with random layers, such as `Dropout`. Use `jit_compile=False`."
+            )
+        return self
+
+    def _recomputes(self, structure):
+        """Whether products re-run the forward pass."""
+        raise NotImplementedError
+
+    def get_config(self):
+        return {"jit_compile": self.jit_compile}
 
 
 @keras.saving.register_keras_serializable("keras_hf")
 class DoubleBackward(Linearization):
-    """Reverse over reverse: right for everything that has a second derivative.
+    """Reverse over reverse: right for everything that has a right second derivative in TensorFlow.
 
     The tapes are built once, at the call, and every product is two backward passes through what they keep: about 1.2 gradients, and about twice the
     activations of one gradient held as long as the products are wanted.
+
+    Args:
+        jit_compile: See `Linearization`.
     """
 
+    # XLA takes no TensorLists from outside, in which loops keep their activations: there the forward pass is part of what is compiled.
+    _keeps_under_jit = True
+
+    def fitted_to(self, structure):
+        fitted = copy.copy(super().fitted_to(structure))
+        fitted._keeps_under_jit = not structure.nesting_ops
+        return fitted
+
+    def _recomputes(self, structure):
+        return bool(structure.nesting_ops)
+
     def gauss_newton(self, forward, hessian_at, variables):
-        with tf.GradientTape(persistent=True) as transposing:
-            with tf.GradientTape(persistent=True) as tape:
-                outputs, rest = forward()
-            cotangents = [tf.zeros_like(output) for output in outputs]
-            transposing.watch(cotangents)
-            pulled_back = dense(tape.gradient(outputs, variables, output_gradients=cotangents), variables)
+        def linearize():
+            outputs, rest, tape, tangents = _transposed_twice(forward, variables)
+            hessian = hessian_at(outputs, rest)
+
+            def product(v):
+                return dense(tape.gradient(outputs, variables, output_gradients=hessian(tangents(v))), variables)
+
+            return product
+
+        return self._compiled(linearize)
+
+    def gauss_newton_quadratic(self, forward, hessian_at, variables):
+        outputs, rest, _, tangents_of = _transposed_twice(forward, variables)
         hessian = hessian_at(outputs, rest)
 
-        def product(v):
-            tangents = transposing.gradient(pulled_back, cotangents, output_gradients=v)
-            curved = hessian(dense(tangents, outputs))
-            return dense(tape.gradient(outputs, variables, output_gradients=curved), variables)
+        def quadratic(v):
+            tangents = tangents_of(v)
+            return inner_product(tangents, hessian(tangents))
 
-        return product
+        return quadratic
+
+    def tangents(self, forward, variables):
+        return self._compiled(lambda: _transposed_twice(forward, variables)[-1])
 
     def hessian(self, loss, variables):
-        with tf.GradientTape(persistent=True) as outer:
-            with tf.GradientTape() as inner:
-                value = loss()
-            gradients = dense(inner.gradient(value, variables), variables)
+        def linearize():
+            with tf.GradientTape(persistent=True) as outer:
+                with tf.GradientTape() as inner:
+                    value = loss()
+                gradients = dense(inner.gradient(value, variables), variables)
 
-        def product(v):
-            return dense(outer.gradient(gradients, variables, output_gradients=v), variables)
+            def product(v):
+                return dense(outer.gradient(gradients, variables, output_gradients=v), variables)
 
-        return product
+            return product
+
+        return self._compiled(linearize)
+
+    def _compiled(self, linearize):
+        if not self.jit_compile:
+            return linearize()
+        if self._keeps_under_jit:
+            return _jit(linearize())
+        return _jit(lambda v: linearize()(v))
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -87,18 +158,39 @@ class ForwardAccumulation(Linearization):
     """`tf.autodiff.ForwardAccumulator` for `Jv`, a `tf.GradientTape` for `J'u`, in one forward pass per product.
 
     Memory stays near that of one gradient. Wrong, in silence, where a variable is read inside a nested function, loop or branch (recurrent layers
-    without `unroll`, grouped convolutions, `tf.cond`): such a network is refused.
+    without `unroll`, grouped convolutions, `tf.cond`): such a network is refused, and an update whose products break the identity
+    `v'Gv = (Jv)'H(Jv)` is rejected.
+
+    Args:
+        jit_compile: See `Linearization`.
     """
 
     def gauss_newton(self, forward, hessian_at, variables):
         def product(v):
-            with tf.GradientTape() as tape, tf.autodiff.ForwardAccumulator(variables, v) as accumulator:
-                outputs, rest = forward()
-            tangents = dense([accumulator.jvp(output) for output in outputs], outputs)
+            with tf.GradientTape() as tape:
+                outputs, rest, tangents = self._tangents(forward, variables, v)
             curved = hessian_at(outputs, rest)(tangents)
             return dense(tape.gradient(outputs, variables, output_gradients=curved), variables)
 
-        return product
+        return _jit(product) if self.jit_compile else product
+
+    def gauss_newton_quadratic(self, forward, hessian_at, variables):
+        def quadratic(v):
+            outputs, rest, tangents = self._tangents(forward, variables, v)
+            return inner_product(tangents, hessian_at(outputs, rest)(tangents))
+
+        return quadratic
+
+    def tangents(self, forward, variables):
+        def tangents(v):
+            return self._tangents(forward, variables, v)[-1]
+
+        return _jit(tangents) if self.jit_compile else tangents
+
+    def _tangents(self, forward, variables, v):
+        with tf.autodiff.ForwardAccumulator(variables, v) as accumulator:
+            outputs, rest = forward()
+        return outputs, rest, dense([accumulator.jvp(output) for output in outputs], outputs)
 
     def hessian(self, loss, variables):
         def product(v):
@@ -108,15 +200,73 @@ class ForwardAccumulation(Linearization):
                 gradients = dense(tape.gradient(value, variables), variables)
             return dense([accumulator.jvp(gradient) for gradient in gradients], variables)
 
-        return product
+        return _jit(product) if self.jit_compile else product
 
-    def check(self, op_types):
-        unsafe = sorted(set(op_types) & set(_UNSAFE_OPS))
-        if unsafe:
+    def fitted_to(self, structure):
+        if structure.nesting_ops:
             raise ValueError(
                 "`ForwardAccumulation` gives wrong products for a network that reads weights inside nested functions, loops or branches. "
-                f"Received: a network with the operations {unsafe}. Leave the curvature's `linearization` at its default, `DoubleBackward()`."
+                f"Received: a network with the operations {structure.nesting_ops}. Leave the curvature's `linearization` at its default, or use "
+                "`DoubleBackward()`."
             )
+        return super().fitted_to(structure)
+
+    def _recomputes(self, structure):
+        return True
+
+
+def _transposed_twice(forward, variables):
+    """Runs the forward pass once; gives outputs, the rest, the tape of `J'u` and `v -> Jv`, the derivative of `<J'u, v>` in u."""
+    with tf.GradientTape(persistent=True) as transposing:
+        with tf.GradientTape(persistent=True) as tape:
+            outputs, rest = forward()
+        cotangents = [tf.zeros_like(output) for output in outputs]
+        transposing.watch(cotangents)
+        pulled_back = dense(tape.gradient(outputs, variables, output_gradients=cotangents), variables)
+
+    def tangents(v):
+        return dense(transposing.gradient(pulled_back, cotangents, output_gradients=v), outputs)
+
+    return outputs, rest, tape, tangents
+
+
+def choose_linearization(structure, num_replicas):
+    """Returns the fastest right way for a network, by measured rule.
+
+    Double backward with kept tapes is right wherever there is a second derivative, and nowhere measured slower than forward accumulation. XLA pays on
+    CPUs where elementwise operations outweigh matrix products, and nothing in the network is known to be slow or missing there.
+
+    Args:
+        structure: `structure.Structure`.
+        num_replicas: Integer; XLA's functions read the variables of one device only.
+    """
+    pays = structure.arithmetic_intensity < _JIT_MAX_INTENSITY and structure.bytes_per_case >= _JIT_MIN_BYTES_PER_CASE
+    # Not measured on GPUs, so not chosen there.
+    pays &= structure.is_fusible and not tf.config.list_logical_devices("GPU")
+    return DoubleBackward(jit_compile=pays and num_replicas == 1)
+
+
+@contextlib.contextmanager
+def without_fused_kernels(layers):
+    """Makes recurrent layers run without cuDNN's fused kernels, which have no second derivative, while it is open."""
+    before = {layer: layer.use_cudnn for layer in layers if hasattr(layer, "use_cudnn")}
+    for layer in before:
+        object.__setattr__(layer, "use_cudnn", False)
+    try:
+        yield
+    finally:
+        for layer, use_cudnn in before.items():
+            object.__setattr__(layer, "use_cudnn", use_cudnn)
+
+
+def _jit(product):
+    return tf.function(product, autograph=False, jit_compile=True)
+
+
+def inner_product(a, b):
+    """Sum of the inner products of two lists of tensors, a float64 scalar."""
+    products = [tf.reduce_sum(tf.cast(s, tf.float64) * tf.cast(t, tf.float64)) for s, t in zip(a, b, strict=True)]
+    return tf.add_n([tf.zeros([], tf.float64), *products])
 
 
 def dense(gradients, sources):

@@ -1,20 +1,28 @@
 """HFModel: the Keras room. Unpacks the batch, owns the weights, fills the logs."""
 
+import contextlib
+import logging
+import math
 import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import batching
+from keras_hf import batching, checks
 from keras_hf.cg import CGStop
+from keras_hf.curvature import GaussNewton
 from keras_hf.damping import DampingCallback
-from keras_hf.denominator import denominator_of, recorded_ranks
+from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
+from keras_hf.loss_terms import WholeLoss, recorded_terms
 from keras_hf.objective import Data, LocalObjective, Objective, Task
 from keras_hf.optimizer import HessianFree
+from keras_hf.product_check import judged, other_linearization, product_errors
 from keras_hf.replicas import across_replicas, replica_share
-from keras_hf.structure import trace_structure
+from keras_hf.structure import second_derivatives_explained, trace_structure
 from keras_hf.update import hf_update
+
+_logger = logging.getLogger("keras_hf")
 
 # Below this many cases an update's curvature is mostly noise.
 _SMALL_BATCH = 256
@@ -130,7 +138,7 @@ class HFModel(keras.Model):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: If the optimizer is no `HessianFree`, or if `jit_compile` is true.
+            ValueError: If the optimizer is no `HessianFree`, if `jit_compile` is true, or if a trainable weight is no real floating-point number.
         """
         optimizer = HessianFree() if optimizer is None else optimizer
         if not isinstance(optimizer, HessianFree):
@@ -148,8 +156,13 @@ class HFModel(keras.Model):
         kwargs["jit_compile"] = False
         # A scaled loss would scale the damping; CG, in float32 or more, needs none.
         kwargs["auto_scale_loss"] = False
+        # By these names Keras finds the loss and metrics of an output in a dict.
+        self.output_names = getattr(self.network, "output_names", None)
         super().compile(optimizer, loss, *args, **kwargs)
+        if self._compile_loss is not None:
+            self._compile_loss._user_loss = keras.tree.map_structure(_checked, loss)
         if self.built and self.trainable_variables:
+            checks.trainable_weights(self.trainable_variables)
             self._build_optimizer()
 
     def compile_from_config(self, config):
@@ -177,23 +190,36 @@ class HFModel(keras.Model):
     ):
         """Trains the network. Arguments mean what they mean in `keras.Model.fit`, but for these.
 
-        - `batch_size`: cases of an update's gradient; for arrays, `None` means all of them.
+        - `batch_size`: cases of an update's gradient; for arrays, `None` means all of them, or as many as make `steps_per_epoch` batches.
         - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not anew in every epoch.
         - `validation_batch_size`: 32 where `None` and one batch holds all cases.
         - `callbacks`: among them belongs a `DampingCallback`, such as `LevenbergMarquardt()`.
 
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: If there are no cases, if arrays have different numbers of cases, or if `batch_size` is no count.
         """
+        if x is None:
+            raise ValueError(
+                "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
+            )
         self._warn_without_damping_rule(callbacks)
         self._batch_may_be_small = True
         if _is_arrays(x):
-            num_cases = len(next(leaf for leaf in keras.tree.flatten(x) if leaf is not None))
+            batch_size = checks.count("batch_size", batch_size, optional=True)
+            num_cases = checks.num_cases(x, y, sample_weight)
+            if y is None and self._compile_loss is not None and type(self).compute_loss is HFModel.compute_loss:
+                raise ValueError(
+                    f"`y` must hold what the loss {self.loss!r} compares predictions with. Received: y=None."
+                )
             if validation_split and validation_data is None:
                 num_cases = int(
                     num_cases * (1 - validation_split)
                 )  # as Keras splits: the last cases are for validation
-            batch_size = num_cases if batch_size is None else batch_size
+            if batch_size is None:
+                batch_size = max(1, math.ceil(num_cases / (steps_per_epoch or 1)))
             if batch_size >= num_cases:
                 validation_batch_size = validation_batch_size or 32
                 self._batch_may_be_small = False
@@ -233,17 +259,31 @@ class HFModel(keras.Model):
             variables = [variable.value for variable in [*self.variables, *self.optimizer.variables]]
             before = [variable.read_value() for variable in variables]
             try:
-                logs = step(iterator)
+                with _full_float32(), self._xla_explained():
+                    logs = dict(step(iterator))
+                self._raise_if_wrong(float(logs.pop("product_error")), float(logs.pop("repeat_error")), logs)
             except (StopIteration, tf.errors.OutOfRangeError):
                 raise
             except BaseException:
                 for variable, value in zip(variables, before, strict=True):
                     variable.assign(value)
                 raise
+            self._is_first_update.assign(False)
             self._warn_about_small_batch(logs)
+            self._warn_about_negative_curvature(logs)
             return logs
 
+        with self.distribute_strategy.scope():
+            # Past Keras' tracking: no part of what is saved.
+            object.__setattr__(self, "_is_first_update", tf.Variable(True, trainable=False))
+
         self.train_function = train_function
+
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """Makes one update on these cases; arguments as `keras.Model.train_on_batch`."""
+        if _is_arrays(x):
+            checks.equal_lengths(x, y, sample_weight)
+        return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
 
     def train_step(self, data):
         """Makes one update; see the class. Called by Keras, in replica context."""
@@ -252,6 +292,60 @@ class HFModel(keras.Model):
         self._loss_tracker.update_state(logs["loss"], sample_weight=logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
         return {**logs, **metrics}
+
+    def check_products(self, x, y=None, sample_weight=None):
+        """Checks, on these cases, what must hold of right products `v -> Gv`, and prints a report.
+
+        Adjointness `u'(Jv) = (J'u)'v`, symmetry, linearity, non-negativity (of Gauss-Newton products), the other linearization where it is right, and
+        whether two calls of the network agree. The cure for what fails stands beside it. For a new kind of layer or loss, before a long run. Cost:
+        about ten products.
+
+        Args:
+            x: Inputs, as in `fit`, arrays; a few hundred cases are enough.
+            y: Targets, as in `fit`.
+            sample_weight: Weights of the cases, as in `fit`.
+
+        Returns:
+            List of `ProductCheck`s: `name`, `error` (relative), `tolerance`, `holds`, `remark`.
+
+        Raises:
+            ValueError: If the products cannot be formed; the message names the layer and the cure.
+        """
+        to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
+        data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
+        self._maybe_symbolic_build(data_batch=tuple(data))
+        remarks = {
+            "determinism": "draw random numbers from a `keras.random.SeedGenerator`; let nothing depend on how often `call` ran",
+            "negativity": "the loss is not convex in what it is cut at: see `negative_curvature` in the logs",
+            "adjointness": "this curvature is not made of J"
+            if not isinstance(self.optimizer.curvature, GaussNewton)
+            else "",
+        }
+
+        def errors(objective, structure):
+            curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
+            try:
+                other = curvature.by(other_linearization(curvature.linearization).fitted_to(structure))
+            except ValueError:
+                remarks["other_way"] = "forward accumulation would be wrong for this network"
+                other = None
+            return product_errors(objective, curvature, other), objective.rounding
+
+        @tf.function(autograph=False)
+        def compute():
+            return self.distribute_strategy.run(lambda: self._with_objective(data, errors))
+
+        with _full_float32(), self._xla_explained():
+            found, rounding = tf.nest.map_structure(
+                lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
+            )
+        checks = judged(found, rounding, remarks)
+        print(
+            f"Products for '{self.network.name}', {type(self.optimizer.curvature).__name__}, {type(self._linearization).__name__}:"
+        )
+        for check in checks:
+            print(f"  {check}")
+        return checks
 
     # What an update needs of Keras.
 
@@ -263,11 +357,12 @@ class HFModel(keras.Model):
 
     def _with_objective(self, data, function):
         """Calls `function(objective, structure)` with the objective of the next update on these cases, once for all replicas."""
+        checks.equal_lengths(data.x, data.y, data.sample_weight)
         optimizer = self.optimizer
         task, structure = self._task(data)
         chunk_size = optimizer.curvature_batch_size
         piece_size = optimizer.micro_batch_size or min(structure.default_piece_size, chunk_size or 2**30)
-        if task.denominator.kind == "unknown":
+        if "unknown" in structure.combinations:
             piece_size, chunk_size = None, None
         most_cases = chunk_size or data.static_num_cases
         one_piece = piece_size is None or (most_cases is not None and piece_size >= most_cases)
@@ -278,9 +373,10 @@ class HFModel(keras.Model):
         part = LocalObjective(task, structure, data, pieces, update_number)
 
         def across(replicas, parts):
-            return function(Objective(replicas, parts, task, chunk_is_batch=chunk_size is None), structure)
+            return function(Objective(replicas, parts, task, structure, chunk_is_batch=chunk_size is None), structure)
 
-        return across_replicas(across, part)
+        with second_derivatives_explained(structure.layer_of_op):
+            return across_replicas(across, part)
 
     def _update(self, objective, structure):
         """Computes one update, applies it and returns its logs."""
@@ -294,6 +390,8 @@ class HFModel(keras.Model):
             optimizer.stopping,
             optimizer.max_cg_iterations,
             optimizer.warm_start_decay,
+            # What double backward gets wrong is wrong in the first update; forward accumulation is watched in every one.
+            check=tf.convert_to_tensor(self._is_first_update) | isinstance(self._linearization, ForwardAccumulation),
         )
         logs = self._update_logs(objective, result)
         self._apply(objective, structure, result)
@@ -306,53 +404,79 @@ class HFModel(keras.Model):
             raise ValueError(
                 "`HFModel` needs at least one trainable weight. Received: a network with none; set `layer.trainable = True`."
             )
-        states = [generator.state for layer in self.network._flatten_layers() for generator in layer._seed_generators]
+        layers = self.network._flatten_layers()
+        states = [generator.state for layer in layers for generator in layer._seed_generators]
         seeds = {id(state) for state in states}
+
+        def network(x):
+            with without_fused_kernels(layers):
+                return self(x, training=True)
+
         task = Task(
-            network=lambda x: self(x, training=True),
-            loss=self._piece_loss if self._has_loss() else None,
-            denominator=None,
+            network=network,
+            loss_terms=self._loss_terms,
             regularizers=[
                 (variable.value, variable.regularizer) for variable in trainable if variable.regularizer is not None
             ],
             update_metrics=self._update_metrics,
             variables=[variable.value for variable in trainable],
+            constraints=[variable.constraint for variable in trainable],
             states=[variable for variable in self.non_trainable_variables if id(variable) not in seeds],
             seeds=states,
-            layers=self.network._flatten_layers(),
+            layers=layers,
         )
-        flat_losses = [] if self._compile_loss is None else [entry.loss for entry in self._compile_loss._flat_losses]
-        with recorded_ranks(flat_losses) as ranks:
+        checks.trainable_weights(trainable)
+        with second_derivatives_explained({}):
             structure = trace_structure(task, data)
-        self.optimizer.curvature.linearization.check(structure.op_types)
-        denominator = denominator_of(self.loss, structure.is_masked, data.sample_weight is not None, ranks)
-        if task.loss is not None and not structure.has_curvature:
+        checks.has_loss(structure.combinations or structure.has_added_loss)
+        self._choose_linearization(structure)
+        self._rounding = structure.rounding
+        if structure.combinations and not structure.has_curvature:
             self._warn(
                 "curvature",
                 "The loss has no second derivative in the network's outputs: every product is zero and the update a scaled gradient step. "
                 "Use a smooth loss.",
             )
-        if denominator.kind == "unknown" and task.loss is not None:
+        if "unknown" in structure.combinations:
             self._warn(
-                "denominator",
-                "The loss of a batch cannot be put together from parts of it (a custom scalar, a mask, or several weighted means): "
+                "combination",
+                "The loss of a batch cannot be put together from parts of it (the loss function gives one number, or `compute_loss` is overridden): "
                 "`micro_batch_size` and `curvature_batch_size` are not used. Return one value per case from the loss to use them.",
             )
-        task = task._replace(denominator=denominator)
-        replicas = self.distribute_strategy.num_replicas_in_sync
-        if task.loss is not None and replicas > 1 and not denominator.is_sum:
-            # Keras divides means, not sums, by the number of replicas.
-            task = task._replace(loss=lambda *args: replicas * self._piece_loss(*args))
         return task, structure
 
-    def _has_loss(self):
-        return self._compile_loss is not None or type(self).compute_loss is not HFModel.compute_loss
+    def _choose_linearization(self, structure):
+        """Finds out early, and says, how products are formed."""
+        curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
+        self._linearization = curvature.linearization
+        _logger.info(
+            "Products for '%s': %s by %s(jit_compile=%s)%s.",
+            self.network.name,
+            type(curvature).__name__,
+            type(self._linearization).__name__,
+            self._linearization.jit_compile,
+            "" if self.optimizer.curvature.linearization else ", chosen for the network",
+        )
 
-    def _piece_loss(self, x, y, y_pred, sample_weight):
-        """The compiled loss alone."""
+    def _loss_terms(self, data, y_pred):
+        """The terms of the compiled loss on these cases."""
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if type(self).compute_loss is not HFModel.compute_loss:
+            # Keras divides a loss of its own, and supposes one of the user's to be divided, by the number of replicas.
+            return [WholeLoss(lambda: replicas * self._whole_loss(data, y_pred))]
+        if self._compile_loss is None:
+            return []
+        if not self._compile_loss.built:
+            self._compile_loss.build(data.y, y_pred)
+        with recorded_terms(self._compile_loss, replicas) as terms:
+            self._compile_loss(data.y, y_pred, data.sample_weight)
+        return terms
+
+    def _whole_loss(self, data, y_pred):
+        """What an overridden `compute_loss` gives, without the regularizers and the added losses."""
         self._regularizers_apart = True
         try:
-            loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            loss = self._compute_loss(data.x, data.y, y_pred, data.sample_weight, training=True)
         finally:
             self._regularizers_apart = False
         return loss
@@ -370,6 +494,9 @@ class HFModel(keras.Model):
             "reduction_ratio": result.reduction_ratio,
             "step_size": result.step_size,
             "gradient_norm": result.gradient_norm,
+            # For `train_function`, which takes them out.
+            "product_error": result.product_error,
+            "repeat_error": result.repeat_error,
         }
         whole = {
             "cg_iterations": result.num_iterations,
@@ -407,7 +534,7 @@ class HFModel(keras.Model):
             data_batch = iterator._distributed_dataset.element_spec
 
         def spec(leaf):
-            if leaf is None:
+            if leaf is None or isinstance(leaf, type(tf.type_spec_from_value(None))):
                 return None
             leaf = getattr(leaf, "_value_specs", (leaf,))[0]
             return (
@@ -417,6 +544,43 @@ class HFModel(keras.Model):
         data_batch = keras.tree.map_structure(spec, data_batch)
         with self.distribute_strategy.scope():
             self._symbolic_build(data_batch=data_batch)
+
+    # What cannot go on.
+
+    def _raise_if_wrong(self, product_error, repeat_error, logs):
+        """Raises where an update was rejected because its numbers contradict each other."""
+        if repeat_error > self._rounding:
+            raise ValueError(
+                f"The network '{self.network.name}' gave two different losses for the same cases and weights ({float(logs['loss']):.6g}, and "
+                f"{repeat_error:.2g} of it apart). Hessian-free needs one fixed function per update; draw random numbers from a "
+                "`keras.random.SeedGenerator` that the layer holds, and let nothing in `call` depend on how often it was called."
+            )
+        if product_error > self._rounding:
+            raise ValueError(
+                f"The products of '{self.network.name}' by `{type(self._linearization).__name__}` are wrong: v'Gv and (Jv)'H(Jv) differ by "
+                f"{product_error:.2g} of themselves. {self._cure_for_products()} `HFModel.check_products` tells more."
+            )
+
+    def _cure_for_products(self):
+        if isinstance(self._linearization, ForwardAccumulation) or self._linearization.jit_compile:
+            return "Leave the curvature's `linearization` at its default, or use `DoubleBackward()`."
+        return (
+            "TensorFlow has a wrong second derivative of one of the operations, as of overlapping max pooling with padding: docs/support.md lists "
+            "what is known. Replace that layer."
+        )
+
+    @contextlib.contextmanager
+    def _xla_explained(self):
+        """Names the cure where XLA cannot compile the products that the user wanted compiled."""
+        try:
+            yield
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.NotFoundError) as error:
+            if not self._linearization.jit_compile:
+                raise
+            raise ValueError(
+                f"XLA cannot compile the products of '{self.network.name}'. Use `{type(self._linearization).__name__}(jit_compile=False)`. "
+                f"Received from TensorFlow: {str(error)[:300]}"
+            ) from error
 
     # Warnings that the user can act on, each once.
 
@@ -445,6 +609,15 @@ class HFModel(keras.Model):
                 f"Its smooth cousin is {_NO_CURVATURE[name]}.",
             )
 
+    def _warn_about_negative_curvature(self, logs):
+        if isinstance(self.optimizer.curvature, GaussNewton) and int(logs["negative_curvature"]):
+            self._warn(
+                "negative curvature",
+                "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
+                "logits), or an added loss is not convex in the weights. CG then stops early; `negative_curvature` in the logs counts it. Cut after "
+                "the nonlinearity: move what the loss does to its predictions into the last layer, or choose a loss that is convex in them.",
+            )
+
     def _warn_about_small_batch(self, logs):
         if self._batch_may_be_small:
             self._batch_may_be_small = False
@@ -455,6 +628,17 @@ class HFModel(keras.Model):
                     f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. Raise "
                     "`batch_size`, or leave it out to take all cases.",
                 )
+
+
+@contextlib.contextmanager
+def _full_float32():
+    """Keeps GPUs from multiplying float32 matrices in TF32, whose 10 bits CG's recurrences don't survive."""
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def _is_arrays(x):
@@ -477,3 +661,29 @@ def _in_order(arrays, order):
         return tf.gather(array, places) if isinstance(array, tf.Tensor) else np.asarray(array)[places]
 
     return keras.tree.map_structure(permute, arrays)
+
+
+def _checked(loss):
+    """Gives a loss that says what is wrong with the values of the user's function before Keras stumbles on them."""
+    if isinstance(loss, keras.losses.Loss):
+        # A loss that Keras calls in its own way has no values to look at.
+        return loss if type(loss).__call__ is not keras.losses.Loss.__call__ else _CheckedLoss(loss)
+    if not callable(loss) or isinstance(loss, type):
+        return loss
+
+    def checked(y_true, y_pred):
+        return checks.loss_values(checked.__name__, loss(y_true, y_pred), y_pred)
+
+    checked.__name__ = getattr(loss, "__name__", None) or type(loss).__name__
+    return checked
+
+
+class _CheckedLoss(keras.losses.Loss):
+    """A user's loss object behind the same check."""
+
+    def __init__(self, loss):
+        super().__init__(loss.name, loss.reduction, loss.dtype)
+        self._loss = loss
+
+    def call(self, y_true, y_pred):
+        return checks.loss_values(self.name, self._loss.call(y_true, y_pred), y_pred)

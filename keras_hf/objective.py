@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.capture import constant_statistics, squared_gradients
-from keras_hf.linearization import DoubleBackward, dense
+from keras_hf.linearization import DoubleBackward, dense, inner_product
 from keras_hf.replicas import replica_number
 
 
@@ -20,23 +20,23 @@ class Task(NamedTuple):
 
     Attributes:
         network: Callable `x -> y_pred`, the network in training mode.
-        loss: Callable `(x, y, y_pred, sample_weight) -> scalar`, the compiled loss without regularizers and added losses; the mean over cases, or
-            their sum where `denominator` says so. `None` if the model has only added losses.
-        denominator: A `denominator.Denominator`: how losses of pieces combine.
+        loss_terms: Callable `(data, y_pred) -> list of loss_terms.LossTerm`, the compiled loss without regularizers and added losses; no terms if
+            the model has only added losses.
         regularizers: List of `(tf.Variable, callable variable -> scalar)`, the losses that depend on one weight alone.
         update_metrics: Callable `(data, y_pred)`, called once per piece with its outputs before the update.
         variables: List of `tf.Variable`, the trainable weights.
+        constraints: List, for every variable its Keras constraint, a callable that projects a value, or `None`.
         states: List of `keras.Variable`, the non-trainable values that a forward pass may change, seeds apart.
         seeds: List of `keras.Variable`, the states of the network's seed generators.
         layers: List of `keras.Layer`, all layers of the network.
     """
 
     network: Callable
-    loss: Callable
-    denominator: Any
+    loss_terms: Callable
     regularizers: list
     update_metrics: Callable
     variables: list
+    constraints: list
     states: list
     seeds: list
     layers: list
@@ -88,20 +88,13 @@ class Evaluation(NamedTuple):
     states: list
 
 
-class Scales(NamedTuple):
-    """By what a piece's losses enter a mean over cases: `loss` for the compiled loss, `cases` for added losses and batch statistics."""
-
-    loss: tf.Tensor
-    cases: tf.Tensor
-
-
 class Totals(NamedTuple):
-    """Numbers of cases and denominators of the loss over all replicas, of the batch and of the chunk; in the weights' dtype."""
+    """Over all replicas, of the batch and of the chunk: numbers of cases, and denominators of the loss terms `(terms,)`; in the weights' dtype."""
 
     num_cases: tf.Tensor
-    denominator: tf.Tensor
+    denominators: tf.Tensor
     chunk_cases: tf.Tensor
-    chunk_denominator: tf.Tensor
+    chunk_denominators: tf.Tensor
 
 
 class Pass(NamedTuple):
@@ -136,28 +129,50 @@ def vector_dtype(variables):
 class PieceFunction:
     """One piece of data as a function of the weights: what a curvature linearizes and a preconditioner looks into.
 
+    Args:
+        local: `LocalObjective`, whose piece this is.
+        data: `Data`, its cases.
+        number: int32 scalar, the piece's number.
+        of_chunk: Whether it enters the mean over the curvature chunk, or that over the batch.
+        statistics: See `LocalObjective.evaluate`.
+
     Attributes:
         variables: List of `tf.Variable`.
         has_added_loss: Whether the network adds losses of its own.
-        scales: `Scales`, by which this piece enters the sum.
         num_cases: int32 scalar.
+        share: Scalar, the piece's part of all cases.
+        magnification: Scalar, by which `loss` and `added_loss` are larger than the piece's shares: 1, but for float16, whose range the
+            derivatives of a mean would leave; there the number of all cases.
     """
 
-    def __init__(self, local, data, number, scales, statistics=()):
+    def __init__(self, local, data, number, of_chunk, statistics=()):
         self.variables = local.task.variables
         self.has_added_loss = local.structure.has_added_loss
-        self.scales, self.num_cases = scales, data.num_cases
-        self._local, self._data, self._number, self._statistics = local, data, number, statistics
+        self.num_cases = data.num_cases
+        all_cases = local.totals.chunk_cases if of_chunk else local.totals.num_cases
+        self.share = tf.math.divide_no_nan(tf.cast(self.num_cases, local.dtype), all_cases)
+        magnifies = local.structure.is_float16 and "sum" not in local.structure.combinations
+        self.magnification = all_cases if magnifies else tf.ones([], local.dtype)
+        self._local, self._data, self._number, self._of_chunk = local, data, number, of_chunk
+        self._statistics = statistics
 
     def forward(self):
         """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics."""
         return self._local.evaluate(self._data, self._number, self._statistics)
 
-    def case(self, index):
-        """Returns the function of the piece's case at `index`, int32 scalar, alone."""
-        data = self._data.take(index[None])
-        scales = self._local.scales(data, of_chunk=False)
-        return PieceFunction(self._local, data, self._number, scales, self._statistics)
+    def cases(self, indices):
+        """Returns the function of the piece's cases at `indices`, int32 `(k,)`, alone."""
+        return PieceFunction(self._local, self._data.take(indices), self._number, self._of_chunk, self._statistics)
+
+    def signs(self, salt):
+        """Returns a random sign for every case, float32 `(cases,)`, others in another update or with another int32 `salt`."""
+        seed = tf.stack([self._local.update_number, 65536 * self._number + salt])
+        return 2.0 * tf.cast(tf.random.stateless_uniform([self.num_cases], seed) < 0.5, tf.float32) - 1.0
+
+    @property
+    def is_vectorizable(self):
+        """Whether TensorFlow vectorises the network over cases."""
+        return self._local.structure.is_vectorizable
 
     @property
     def floats_per_case(self):
@@ -165,17 +180,37 @@ class PieceFunction:
         return self._local.structure.bytes_per_case // 4
 
     def loss(self, evaluation):
-        """The piece's share of the compiled loss, a scalar."""
-        return self.scales.loss * self._local.compiled_loss(evaluation, self._number)
+        """The piece's share of the compiled loss, magnified, a scalar."""
+        values = [tf.cast(value, self._local.dtype) for value in self._scaled_terms(evaluation, "value")]
+        return self.magnification * tf.add_n(values)
 
     def added_loss(self, evaluation):
-        """The piece's share of the added losses, a scalar."""
-        return self.scales.cases * evaluation.added_loss
+        """The piece's share of the added losses, magnified, a scalar."""
+        return self.magnification * self.share * evaluation.added_loss
 
     def accurate_share(self, evaluation):
         """The piece's share of the whole loss, a float64 scalar."""
-        share = tf.cast(self.scales.loss, tf.float64) * self._local.accurate_loss(evaluation, self._number)
-        return share + tf.cast(self.added_loss(evaluation), tf.float64) if self.has_added_loss else share
+        loss = tf.add_n(self._scaled_terms(evaluation, "accurate_value"))
+        return loss + tf.cast(self.share * evaluation.added_loss, tf.float64) if self.has_added_loss else loss
+
+    def _scaled_terms(self, evaluation, value):
+        """The terms of the compiled loss, each by its denominator's part of the denominator of all."""
+        local, totals = self._local, self._local.totals
+        with local.fixed_state(self._number):
+            terms = local.task.loss_terms(evaluation.data, evaluation.y_pred)
+            values = [getattr(term, value)() for term in terms]
+            scaled = [tf.zeros([], local.dtype if value == "value" else tf.float64)]
+            for i, combination in enumerate(local.structure.combinations):
+                if combination == "sum":
+                    # A sum over the chunk stands for the sum over the batch.
+                    scale = totals.num_cases / totals.chunk_cases if self._of_chunk else 1.0
+                elif combination == "data":
+                    all_of_it = totals.chunk_denominators if self._of_chunk else totals.denominators
+                    scale = tf.math.divide_no_nan(tf.cast(terms[i].denominator(), local.dtype), all_of_it[i])
+                else:
+                    scale = self.share
+                scaled.append(tf.cast(scale, values[i].dtype) * values[i])
+        return scaled
 
 
 class LocalObjective:
@@ -192,23 +227,33 @@ class LocalObjective:
     def __init__(self, task, structure, data, pieces, update_number):
         self.task, self.structure, self.pieces = task, structure, pieces
         self.dtype = vector_dtype(task.variables)
-        self._data, self._update_number = data, update_number
-        self._totals = self._num_replicas = None
+        self._data, self.update_number = data, update_number
+        self.totals = self._num_replicas = None
 
     def counts(self):
-        """This replica's parts of `Totals`."""
-        chunk = self._data.take(self.pieces.chunk_indices()) if self.task.denominator.needs_data else None
-        of = self.task.denominator.of
-        return Totals(
-            tf.cast(self.pieces.num_cases, self.dtype),
-            tf.cast(of(self._data, self.pieces.num_cases), self.dtype),
-            tf.cast(self.pieces.chunk_size, self.dtype),
-            tf.cast(of(chunk, self.pieces.chunk_size), self.dtype),
-        )
+        """This replica's parts of `Totals`. Cost: a forward pass where an output's mask must be known, as far as the mask needs one."""
+        num_cases, chunk_size = (tf.cast(n, self.dtype) for n in (self.pieces.num_cases, self.pieces.chunk_size))
+        combinations = self.structure.combinations
+        of_batch = of_chunk = tf.zeros([len(combinations)], self.dtype)
+        if "data" in combinations:
+
+            def add_piece(number, sums):
+                data = self._data.take(self.pieces.indices(number))
+                with self.fixed_state(number):
+                    terms = self.task.loss_terms(data, self.evaluate(data, number).y_pred)
+                    found = [
+                        tf.cast(term.denominator(), self.dtype) if combination == "data" else tf.zeros([], self.dtype)
+                        for term, combination in zip(terms, combinations, strict=True)
+                    ]
+                in_chunk = tf.cast(number < self.pieces.num_chunk_pieces, self.dtype)
+                return sums[0] + tf.stack(found), sums[1] + in_chunk * tf.stack(found)
+
+            of_batch, of_chunk = _over_pieces(0, self.pieces.num_pieces, add_piece, (of_batch, of_chunk))
+        return Totals(num_cases, of_batch, chunk_size, of_chunk)
 
     def set_totals(self, totals, num_replicas):
         """Tells this replica the sums of `counts` over all of them, and how many they are."""
-        self._totals, self._num_replicas = totals, num_replicas
+        self.totals, self._num_replicas = totals, num_replicas
 
     def evaluate(self, data, number, statistics=()):
         """Runs the network on a piece.
@@ -222,20 +267,11 @@ class LocalObjective:
             An `Evaluation`.
         """
         frozen = constant_statistics(self.structure.batch_normalizations if statistics else [])
-        with self._fixed_state(number, statistics) as scope, frozen:
+        with self.fixed_state(number, statistics) as scope, frozen:
             y_pred = self.task.network(data.x)
         states = [scope.get_current_value(state) for state in self.structure.states]
         added = tf.add_n([tf.cast(loss, self.dtype) for loss in scope.losses]) if scope.losses else None
         return Evaluation(data, y_pred, self.structure.cut(y_pred), added, states)
-
-    def compiled_loss(self, evaluation, number):
-        """The compiled loss of a piece: mean or sum over its cases, a scalar."""
-        if self.task.loss is None:
-            return tf.zeros([], self.dtype)
-        data = evaluation.data
-        with self._fixed_state(number):
-            loss = self.task.loss(data.x, data.y, evaluation.y_pred, data.sample_weight)
-        return tf.cast(loss, self.dtype)
 
     def batch_statistics(self, data, number):
         """The statistics that BatchNormalization layers take of a piece, as pairs of a moving statistic and its tensor. Cost: one forward pass."""
@@ -253,65 +289,28 @@ class LocalObjective:
         moving = {id(v) for layer in layers for v in (layer.moving_mean, layer.moving_variance)}
         return [(state, new) for state, new in zip(self.structure.states, states, strict=True) if id(state) in moving]
 
-    def accurate_loss(self, evaluation, number):
-        """`compiled_loss` as a float64 scalar, summed over cases in float64 where the loss is linear in sample weights.
-
-        A float32 sum over thousands of cases is off by 1e-7 of itself, which late in training is as much as an update wins. The loss of a case is
-        the derivative in its weight, which Keras' reduction hands back unsummed.
-        """
-        data = evaluation.data
-        if self.task.loss is None or not self.task.denominator.is_linear:
-            return tf.cast(self.compiled_loss(evaluation, number), tf.float64)
-        weight = tf.ones([data.num_cases, 1], self.dtype) if data.sample_weight is None else data.sample_weight
-        weight = keras.tree.map_structure(lambda leaf: None if leaf is None else tf.cast(leaf, self.dtype), weight)
-        leaves = [leaf for leaf in keras.tree.flatten(weight) if leaf is not None]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(leaves)
-            loss = self.compiled_loss(evaluation._replace(data=data._replace(sample_weight=weight)), number)
-        losses = tape.gradient(loss, leaves)
-        if any(loss_of_case is None for loss_of_case in losses):  # a `compute_loss` that looks at no weights
-            return tf.cast(loss, tf.float64)
-        return tf.add_n([tf.reduce_sum(tf.cast(w * loss, tf.float64)) for w, loss in zip(leaves, losses, strict=True)])
-
-    def _fixed_state(self, number, values=()):
+    def fixed_state(self, number, values=()):
         """A scope in which piece `number` sees the same random numbers at every call of an update, and no state is changed.
 
         A seed generator's state is its own seed and a counter of its calls. The update's number moves the seed, by a multiplier (Knuth's) that keeps
         neighbouring seeds apart; the piece's and the replica's numbers go into the counter's upper bits, which leaves 2^12 calls within one pass.
         """
         place = tf.cast(number, tf.int64) * 2**12 + tf.cast(replica_number(), tf.int64) * 2**28
-        offset = tf.stack([tf.cast(self._update_number, tf.int64) * 2654435761, place])
+        offset = tf.stack([tf.cast(self.update_number, tf.int64) * 2654435761, place])
         mapping = [
             (seed, tf.cast(tf.cast(seed.value, tf.int64) + offset, seed.value.dtype)) for seed in self.task.seeds
         ]
         return keras.StatelessScope(state_mapping=[*mapping, *values], collect_losses=True)
 
     def _piece(self, number, of_chunk):
-        """Returns piece `number` with its scales in the mean over the chunk or over the batch."""
-        data = self._data.take(self.pieces.indices(number))
-        return PieceFunction(self, data, number, self.scales(data, of_chunk))
-
-    def scales(self, data, of_chunk):
-        """Returns the `Scales` of these cases in the mean over the chunk or over the batch."""
-        num_cases = data.num_cases
-        totals = self._totals
-        all_cases = totals.chunk_cases if of_chunk else totals.num_cases
-        all_denominators = totals.chunk_denominator if of_chunk else totals.denominator
-        cases = tf.math.divide_no_nan(tf.cast(num_cases, self.dtype), all_cases)
-        if self.task.denominator.is_sum:
-            # A sum over the chunk stands for the sum over the batch.
-            loss = tf.math.divide_no_nan(totals.num_cases, all_cases)
-        else:
-            loss = tf.math.divide_no_nan(
-                tf.cast(self.task.denominator.of(data, num_cases), self.dtype), all_denominators
-            )
-        return Scales(loss, cases)
+        """Returns piece `number` as part of the chunk or of the batch."""
+        return PieceFunction(self, self._data.take(self.pieces.indices(number)), number, of_chunk)
 
     def cases_apart(self, number):
         """Returns piece `number` of the batch with batch statistics held constant, so that each case has a gradient of its own."""
         data = self._data.take(self.pieces.indices(number))
         statistics = self.batch_statistics(data, number)
-        return PieceFunction(self, data, number, self.scales(data, of_chunk=False), statistics)
+        return PieceFunction(self, data, number, False, statistics)
 
     def _share(self, piece, evaluation):
         loss = piece.loss(evaluation)
@@ -326,10 +325,12 @@ class LocalObjective:
             with tf.GradientTape() as tape:
                 evaluation = piece.forward()
                 share = self._share(piece, evaluation)
-            gradient = pack(dense(tape.gradient(share, task.variables), task.variables), self.dtype)
+            gradient = (
+                pack(dense(tape.gradient(share, task.variables), task.variables), self.dtype) / piece.magnification
+            )
             task.update_metrics(evaluation.data, evaluation.y_pred)
             states = [
-                total + tf.cast(piece.scales.cases, total.dtype) * new
+                total + tf.cast(piece.share, total.dtype) * new
                 if total.dtype.is_floating
                 else tf.where(number == 0, new, total)
                 for total, new in zip(sums.states, evaluation.states, strict=True)
@@ -371,22 +372,67 @@ class LocalObjective:
         The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized anew in every product, so that memory is
         bounded by one piece's.
         """
-        first = curvature.linearize(self._piece(tf.constant(0), of_chunk=True))
+        piece = self._piece(tf.constant(0), of_chunk=True)
+        first = curvature.linearize(piece)
         regularization = self.regularization_product()
 
         def product(v):
-            tangents = unpack(v, self.task.variables)
+            size = self._size(v)
+            tangents = unpack(v / size, self.task.variables)
 
             def add_piece(number, total):
                 linearized = curvature.linearize(self._piece(number, of_chunk=True))
                 return total + pack(linearized(tangents), self.dtype)
 
-            total = pack(first(tangents), self.dtype) + regularization(v)
-            if self.structure.chunk_is_one_piece:
-                return total
-            return _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
+            total = pack(first(tangents), self.dtype)
+            if not self.structure.chunk_is_one_piece:
+                total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
+            return (size / piece.magnification) * total + regularization(v)
 
         return product
+
+    def quadratic(self, curvature, v):
+        """This replica's share of v'Gv over the chunk by another road than `product`, or `None` where the curvature knows none.
+
+        Float64 scalar; regularizers included. Cost: half a product.
+        """
+        piece = self._piece(tf.constant(0), of_chunk=True)
+        if curvature.quadratic(piece) is None:
+            return None
+        size = self._size(v)
+        tangents = unpack(v / size, self.task.variables)
+
+        def add_piece(number, total):
+            return total + curvature.quadratic(self._piece(number, of_chunk=True))(tangents)
+
+        of_regularizers = tf.reduce_sum(tf.cast(v * self.regularization_product()(v), tf.float64))
+        total = _over_pieces(0, self.pieces.num_chunk_pieces, add_piece, tf.zeros([], tf.float64))
+        return tf.cast(size**2 / piece.magnification, tf.float64) * total + of_regularizers
+
+    def _size(self, v):
+        """What a vector is divided by before it goes through the network: 1, but for float16, where CG's small vectors would be zeros."""
+        if not self.structure.is_float16:
+            return tf.ones([], self.dtype)
+        largest = tf.reduce_max(tf.abs(v))
+        return tf.where(largest > 0, largest, tf.ones_like(largest))
+
+    def adjointness(self, curvature, v):
+        """Both sides of `u'(Jv) = (J'u)'v` on the first piece, and the size of what they sum: float64 scalars. `None` for a curvature without J."""
+        tangents_of = curvature.tangents(self._piece(tf.constant(0), of_chunk=True))
+        if tangents_of is None:
+            return None
+        v = unpack(v, self.task.variables)
+        tangents = tangents_of(v)
+        with tf.GradientTape() as tape:
+            outputs = self._piece(tf.constant(0), of_chunk=True).forward().outputs
+        seeds = range(len(outputs))
+        u = [
+            tf.cast(tf.random.stateless_normal(tf.shape(output), [seed, 2], dtype=self.dtype), output.dtype)
+            for seed, output in zip(seeds, outputs, strict=True)
+        ]
+        pulled = dense(tape.gradient(outputs, self.task.variables, output_gradients=u), self.task.variables)
+        scale = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents))
+        return inner_product(u, tangents), inner_product(pulled, v), scale
 
     def squared_gradients(self):
         """This replica's share of the mean over cases of the squared gradient of a case's loss, `(n,)`. Cost: about two gradients.
@@ -395,30 +441,40 @@ class LocalObjective:
         """
 
         def add_piece(number, total):
-            squares = squared_gradients(self.cases_apart(number), self.structure.captured)
-            return total + pack(squares, self.dtype)
+            piece = self.cases_apart(number)
+            squares = squared_gradients(piece, self.structure.captured)
+            return total + pack(squares, self.dtype) / piece.magnification**2
 
         zeros = tf.zeros([num_weights(self.task.variables)], self.dtype)
-        return self._totals.num_cases * _over_pieces(0, self.pieces.num_pieces, add_piece, zeros)
+        return self.totals.num_cases * _over_pieces(0, self.pieces.num_pieces, add_piece, zeros)
 
 
 class Objective:
     """The objective over all replicas and cases: what an update minimises. Lives in cross-replica context.
 
-    While it exists the weights are at their start, but for the duration of a `loss_at`.
+    While it exists the weights are at their start, but for the duration of a `loss_at`. Weights with constraints are projected: those of every
+    candidate, so that what the loss is looked up at is what the weights become, and the start where it violates them.
 
     Args:
         replicas: `replicas.Replicas`.
         parts: The `LocalObjective` of every replica, as `replicas` holds them.
         task: `Task`.
+        structure: `structure.Structure`.
         chunk_is_batch: Whether the curvature chunk is all of the batch.
     """
 
-    def __init__(self, replicas, parts, task, chunk_is_batch):
+    def __init__(self, replicas, parts, task, structure, chunk_is_batch):
         self._replicas, self._parts, self._task, self.chunk_is_batch = replicas, parts, task, chunk_is_batch
+        self._structure = structure
         self.dtype = vector_dtype(task.variables)
         self.num_weights = num_weights(task.variables)
         self._start = [tf.convert_to_tensor(variable) for variable in task.variables]
+        if any(task.constraints):
+            self._start = [
+                _where_violated(projected, value)
+                for projected, value in zip(self._project(self._start), self._start, strict=True)
+            ]
+            self._assign(self._start)
         self._start_vector = pack(self._start, self.dtype)
         self.totals = replicas.sum(lambda part: part.counts(), parts)
         replicas.run(lambda part, totals: part.set_totals(totals, replicas.count), parts, self.totals)
@@ -443,7 +499,7 @@ class Objective:
 
     def candidate(self, step):
         """Returns the weights at start + step, a list of tensors."""
-        return unpack(self._start_vector + step, self._task.variables)
+        return self._project(unpack(self._start_vector + step, self._task.variables))
 
     def start(self):
         """Returns the weights at the start, a list of tensors."""
@@ -451,8 +507,39 @@ class Objective:
 
     def product(self, curvature):
         """Gives `v -> Gv`, `(n,) -> (n,)`, the product over the chunk at the start, regularizers' second derivatives included."""
+        curvature = curvature.fitted_to(self._structure, self._replicas.count)
         products = self._replicas.run(lambda part: part.product(curvature), self._parts)
         return lambda v: self._replicas.sum(lambda local_product, v: local_product(v), products, v)
+
+    def product_error(self, curvature, v, image):
+        """Returns how far the product `image` of v is from `v'Gv = (Jv)'H(Jv)`, relative to both sides; 0 for a curvature without J.
+
+        Where TensorFlow's second derivatives are wrong, J and J' are not each other's transposes, and the identity does not hold. Cost: half a
+        product and, where the tapes of double backward must be built again, a gradient.
+        """
+        curvature = curvature.fitted_to(self._structure, self._replicas.count)
+        right = self._replicas.sum(lambda part, v: part.quadratic(curvature, v), self._parts, v)
+        if right is None:
+            return tf.zeros([], tf.float64)
+        v, image = tf.cast(v, tf.float64), tf.cast(image, tf.float64)
+        left = tf.reduce_sum(v * image)
+        # The last term: where curvature of both signs cancels, rounding is not small beside what is left.
+        scale = tf.abs(left) + tf.abs(right) + 1e-4 * tf.norm(v) * tf.norm(image)
+        return tf.math.divide_no_nan(tf.abs(left - right), scale)
+
+    def adjointness_error(self, curvature, v):
+        """Returns by how much `u'(Jv) = (J'u)'v` fails on the first piece for a random u, relative to both sides; `None` without a J."""
+        curvature = curvature.fitted_to(self._structure, self._replicas.count)
+        sides = self._replicas.sum(lambda part, v: part.adjointness(curvature, v), self._parts, v)
+        if sides is None:
+            return None
+        left, right, scale = sides
+        return tf.math.divide_no_nan(tf.abs(left - right), scale)
+
+    @property
+    def rounding(self):
+        """What two ways to compute the same may differ by, relative to it: Python float."""
+        return self._structure.rounding
 
     def squared_gradients(self):
         """Returns the mean over the batch's cases of the squared gradient of a case's loss, `(n,)`; regularizers outside."""
@@ -462,6 +549,12 @@ class Objective:
         """Returns the diagonal of the regularizers' second derivative, `(n,)`, where it is diagonal, as for L2; never negative."""
         ones = tf.ones([self.num_weights], self.dtype)
         return tf.maximum(self._replicas.sum(lambda part: part.regularization_product()(ones), self._parts), 0.0)
+
+    def _project(self, values):
+        return [
+            value if constraint is None else constraint(value)
+            for value, constraint in zip(values, self._task.constraints, strict=True)
+        ]
 
     def _assign(self, values):
         for variable, value in zip(self._task.variables, values, strict=True):
@@ -477,3 +570,9 @@ def _over_pieces(first, stop, add_piece, sums):
         parallel_iterations=1,
     )
     return sums
+
+
+def _where_violated(projected, value):
+    """The projection where it is not the value itself to rounding: Keras' norms divide by a norm and a small number more."""
+    size = tf.reduce_max(tf.abs(value))
+    return tf.where(tf.reduce_any(tf.abs(projected - value) > 1e-5 * size), projected, value)

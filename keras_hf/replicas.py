@@ -23,9 +23,9 @@ class Replicas:
         return self._strategy.run(function, args=args)
 
     def sum(self, function, *args):
-        """Calls `function(*args)` on every replica and adds the results, a nest of tensors."""
+        """Calls `function(*args)` on every replica and adds the results, a nest of tensors, or `None`."""
         values = self.run(function, *args)
-        if self.count == 1:
+        if self.count == 1 or values is None:
             return values
         return tf.nest.map_structure(lambda value: self._strategy.reduce("SUM", value, axis=None), values)
 

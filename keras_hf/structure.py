@@ -3,6 +3,8 @@
 The trace is a scratch graph, never run.
 """
 
+import contextlib
+import re
 from typing import NamedTuple
 
 import keras
@@ -15,17 +17,43 @@ _KEPT_PER_BYTE = 2
 # Memory in bytes for the kept piece, from which `micro_batch_size=None` picks the size.
 _PIECE_MEMORY = 2 * 2**30
 
+# A tf.Variable captured by a nested function, loop or branch has no tangent in `tf.autodiff.ForwardAccumulator`'s graph mode, and nothing says so.
+_NESTING = re.compile("^(Stateful|Stateless)?(PartitionedCall|While|If|Case)$")
+# Random numbers from a generator of TensorFlow's, whose state no update can hold fixed.
+_RANDOM = re.compile(
+    "^(Random|TruncatedNormal|ParameterizedTruncatedNormal|Multinomial|Stateful(Uniform|Standard|Truncated|Random)|Rng|NonDeterm)"
+)
+# Matrix products, and what XLA fuses around them: the second derivatives of these compile, on CPUs too, in every float type.
+_BATCHED_PRODUCTS = frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"})
+_PRODUCTS = _BATCHED_PRODUCTS | {"MatMul"}
+_FUSIBLE = frozenset(
+    "Add AddN AddV2 BiasAdd Cast Elu Erf Erfc Exp Expm1 LeakyRelu Log Log1p LogSoftmax Max Maximum Mean Min Minimum Mul Neg Pow RealDiv Reciprocal "
+    "Relu Relu6 Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Cos Softmax Softplus Sqrt Square SquaredDifference Sub Sum Tanh".split()
+)
+_MOVING = frozenset(
+    "BroadcastTo ConcatV2 Const Equal ExpandDims Fill GatherV2 Greater GreaterEqual Identity Less LessEqual LogicalAnd LogicalNot "
+    "LogicalOr NoOp NotEqual Pack PadV2 Placeholder Prod Range Rank ReadVariableOp Reshape Shape Slice Split SplitV Squeeze "
+    "StopGradient StridedSlice Tile Transpose Unpack ZerosLike OnesLike".split()
+)
+
 
 class Structure(NamedTuple):
     """Facts of the traced network, all Python values.
 
     Attributes:
-        cuts: Tuple, for every output leaf "logits", "output" or "unused": where the loss is cut.
+        cuts: Tuple, for every output leaf "logits", "output", "both" or "unused": where the loss is cut.
         states: List of `keras.Variable`, those of the candidates that a forward pass changes.
         has_added_loss: Whether layers add losses in `call`.
-        op_types: Frozenset of the types of operation in the forward pass.
+        nesting_ops: List of the types of operation in the forward pass that hold functions, loops or branches.
+        is_random: Whether the forward pass draws random numbers.
+        is_vectorizable: Whether `tf.vectorized_map` is right for the forward pass: no loops, which it refuses under a mask, and no batched matrix
+            products: oneDNN's write out of bounds where one case is a batch (TensorFlow 2.21, issue 117700: the process dies).
+        is_fusible: Whether XLA compiles the second derivatives of the forward pass, and well, on every device.
+        arithmetic_intensity: Float, operations in matrix products per float that elementwise operations write.
+        layer_of_op: Dict, type of operation -> name of the first layer that uses it.
         bytes_per_case: Integer, memory of a kept linearization per case.
-        is_masked: Whether an output carries a Keras mask.
+        combinations: List of strings, for every term of the compiled loss how its values on pieces combine; see `loss_terms.LossTerm`.
+        float_types: Frozenset of the names of the float types that the forward pass computes in.
         has_curvature: Whether the compiled loss has a second derivative in any output.
         captured: List of `keras.Layer`, those whose squared gradients `capture` gets from inputs and pre-activation gradients.
         batch_normalizations: List of `keras.layers.BatchNormalization` that normalize by the piece's statistics.
@@ -35,9 +63,15 @@ class Structure(NamedTuple):
     cuts: tuple
     states: list
     has_added_loss: bool
-    op_types: frozenset
+    nesting_ops: list
+    is_random: bool
+    is_vectorizable: bool
+    is_fusible: bool
+    arithmetic_intensity: float
+    layer_of_op: dict
     bytes_per_case: int
-    is_masked: bool
+    combinations: list
+    float_types: frozenset
     has_curvature: bool
     captured: list
     batch_normalizations: list
@@ -47,7 +81,18 @@ class Structure(NamedTuple):
         """Returns the tensors, in a list, that the loss is a function of: logits where it goes through them, else outputs."""
         leaves = keras.tree.flatten(y_pred)
         taken = [(leaf, cut) for leaf, cut in zip(leaves, self.cuts, strict=True) if cut != "unused"]
-        return [leaf._keras_logits if cut == "logits" else leaf for leaf, cut in taken]
+        tensors = {"logits": lambda leaf: [leaf._keras_logits], "both": lambda leaf: [leaf, leaf._keras_logits]}
+        return [tensor for leaf, cut in taken for tensor in tensors.get(cut, lambda leaf: [leaf])(leaf)]
+
+    @property
+    def is_float16(self):
+        """Whether numbers may leave the range of float16."""
+        return "float16" in self.float_types
+
+    @property
+    def rounding(self):
+        """What two ways to compute the same may differ by, relative to it: a float."""
+        return 2e-2 if self.float_types & {"float16", "bfloat16"} else 1e-3
 
     @property
     def default_piece_size(self):
@@ -61,6 +106,9 @@ def trace_structure(task, data):
     Args:
         task: `objective.Task`.
         data: `objective.Data`, of which only types and shapes are used.
+
+    Raises:
+        ValueError: If the network draws random numbers that no update can hold fixed.
     """
     graph = tf.__internal__.FuncGraph("structure")
     with graph.as_default():
@@ -69,31 +117,43 @@ def trace_structure(task, data):
         with keras.StatelessScope(collect_losses=True) as scope, recorded_uses(capturable) as uses:
             y_pred = task.network(x)
         forward = graph.get_operations()
-        op_types = frozenset(operation.type for operation in forward)
+        op_types = {operation.type for operation in forward}
+        float_types = frozenset(
+            output.dtype.name for operation in forward for output in operation.outputs if output.dtype.is_floating
+        )
+        layer_of_op = _layers_of_ops(forward, task.layers)
+        _check_randomness(graph, layer_of_op)
+        intensity = _arithmetic_intensity(forward)
         leaves = keras.tree.flatten(y_pred)
         logits = [getattr(leaf, "_keras_logits", None) for leaf in leaves]
         cuts, has_curvature = ["unused"] * len(leaves), False
-        if task.loss is not None:
+        with keras.StatelessScope():
+            terms = task.loss_terms(type(data)(x, y, sample_weight), y_pred)
+        if terms:
             sources = [tensor for tensor in leaves + logits if tensor is not None]
             with tf.GradientTape(persistent=True) as outer:
                 outer.watch(sources)
                 with tf.GradientTape() as tape:
                     tape.watch(sources)
                     with keras.StatelessScope():
-                        loss = task.loss(x, y, y_pred, sample_weight)
+                        loss = tf.add_n([tf.cast(term.value(), tf.float32) for term in terms])
                 forward = graph.get_operations()
                 gradients = iter(tape.gradient(loss, sources))
             by_output = [next(gradients) for _ in leaves]
             by_logits = [None if tensor is None else next(gradients) for tensor in logits]
             for i, (of_output, of_logits) in enumerate(zip(by_output, by_logits, strict=True)):
-                if of_output is not None:
-                    cuts[i], cut, gradient = "output", leaves[i], of_output
-                elif of_logits is not None:
-                    cuts[i], cut, gradient = "logits", logits[i], of_logits
-                else:
-                    continue
-                has_curvature |= outer.gradient(gradient, cut) is not None
+                # A loss may go through both: the focal one weights the cross-entropy of logits by the output.
+                found = [
+                    (name, cut, gradient)
+                    for name, cut, gradient in (("output", leaves[i], of_output), ("logits", logits[i], of_logits))
+                    if gradient is not None
+                ]
+                if found:
+                    cuts[i] = "both" if len(found) == 2 else found[0][0]
+                has_curvature |= any(outer.gradient(gradient, cut) is not None for _, cut, gradient in found)
         num_bytes = [_bytes_per_case(output) for operation in forward for output in operation.outputs]
+        with keras.StatelessScope():
+            combinations = [term.combination() for term in terms]
     # A layer's weights that are read anywhere but in its calls (tied weights, say) have gradients that its inputs don't tell.
     captured = [
         layer
@@ -106,9 +166,15 @@ def trace_structure(task, data):
         cuts=tuple(cuts),
         states=states,
         has_added_loss=bool(scope.losses),
-        op_types=op_types,
+        nesting_ops=sorted(op for op in op_types if _NESTING.match(op)),
+        is_random=any(scope.get_current_value(seed) is not None for seed in task.seeds),
+        is_vectorizable=not (op_types & _BATCHED_PRODUCTS or any(map(_NESTING.match, op_types))),
+        is_fusible=op_types <= _PRODUCTS | _FUSIBLE | _MOVING,
+        arithmetic_intensity=intensity,
+        layer_of_op=layer_of_op,
         bytes_per_case=max(1, _KEPT_PER_BYTE * sum(num_bytes)),
-        is_masked=any(getattr(leaf, "_keras_mask", None) is not None for leaf in leaves),
+        combinations=combinations,
+        float_types=float_types,
         has_curvature=has_curvature,
         captured=captured,
         batch_normalizations=[
@@ -125,13 +191,91 @@ def _num_reads(graph, variable):
 
 
 def _placeholder(leaf):
-    return None if leaf is None else tf.compat.v1.placeholder(leaf.dtype, leaf.shape)
+    """A stand-in for data of any number of cases: also where it is known, a piece may have another."""
+    return None if leaf is None else tf.compat.v1.placeholder(leaf.dtype, [None, *leaf.shape[1:]])
 
 
 def _bytes_per_case(tensor):
-    """Bytes of a float tensor per case, if its first axis is the case (its length unknown); else 0."""
+    return _floats_per_case(tensor) * tensor.dtype.size
+
+
+def _floats_per_case(tensor):
+    """Entries of a float tensor per case, if its first axis is the case (its length unknown); else 0."""
     shape = tensor.shape
     if not tensor.dtype.is_floating or not shape.rank or shape[0] is not None:
         return 0
-    others = shape[1:].num_elements()
-    return (others or 0) * tensor.dtype.size
+    return shape[1:].num_elements() or 0
+
+
+def _layers_of_ops(operations, layers):
+    """Maps each type of operation to the name of the first layer that uses it, as far as name scopes tell."""
+    names = {layer.name for layer in layers}
+    found = {}
+    for operation in operations:
+        # Scopes are layers' names, with a number where a name was in use before.
+        scopes = reversed(operation.name.split("/")[:-1])
+        layer = next((name for scope in scopes for name in (scope, re.sub(r"_\d+$", "", scope)) if name in names), None)
+        found.setdefault(operation.type, layer)
+    return found
+
+
+def _check_randomness(graph, layer_of_op):
+    """Raises if the graph, or a function in it, draws from TensorFlow's own generators."""
+    types = [operation.type for operation in graph.get_operations()]
+    types += [node.op for function in graph.as_graph_def().library.function for node in function.node_def]
+    for op in types:
+        if _RANDOM.match(op):
+            layer = layer_of_op.get(op)
+            raise ValueError(
+                f"{f'Layer {layer!r}' if layer else 'The network'} draws new random numbers in every call, by TensorFlow's {op}. Hessian-free needs "
+                "one fixed function per update; draw them from a `keras.random.SeedGenerator` that the layer holds: "
+                "`keras.random.normal(shape, seed=self.seed_generator)`."
+            )
+
+
+def _arithmetic_intensity(operations):
+    """Operations in matrix products per float written by elementwise operations, as far as static shapes tell."""
+    multiplied = written = 0
+    for operation in operations:
+        size = _floats_per_case(operation.outputs[0]) if operation.outputs else 0
+        if operation.type in ("MatMul", "BatchMatMulV2", "BatchMatMulV3"):
+            transposed = operation.get_attr("transpose_a" if operation.type == "MatMul" else "adj_x")
+            inner = operation.inputs[0].shape[-2 if transposed else -1] or operation.inputs[1].shape[-2] or 1
+            multiplied += 2 * inner * size
+        elif operation.type in _FUSIBLE:
+            written += size
+    return multiplied / max(written, 1)
+
+
+@contextlib.contextmanager
+def second_derivatives_explained(layer_of_op):
+    """Turns TensorFlow's errors about second derivatives that do not exist, raised while it is open, into ones that name the layer and the cure.
+
+    Args:
+        layer_of_op: Dict, see `Structure`.
+    """
+    try:
+        yield
+    except (LookupError, NotImplementedError, TypeError, ValueError) as error:
+        missing = re.search(r"gradient registry has no entry for: (\w+)", str(error))
+        if missing:
+            op = re.sub("Grad$|Backprop", "", missing[1])
+            layer = layer_of_op.get(op)
+            what = f"Layer {layer!r}" if layer else "A layer of the network, or the loss,"
+            raise ValueError(
+                f"{what} has no second derivative: TensorFlow has none for {op}, and every product needs one. "
+                f"{_CURES.get(op, 'Write it in operations that can be differentiated twice.')}"
+            ) from error
+        if "recompute_grad" in str(error) or "keywords arguments only when eager" in str(error):
+            raise ValueError(
+                "A layer under `keras.RematScope` or `tf.recompute_grad` has no second derivative, and every product needs one. Take the scope away "
+                "and bound memory by `HessianFree(micro_batch_size=...)`."
+            ) from error
+        raise
+
+
+_CURES = {
+    "Softsign": "Use `lambda x: x / (1 + keras.ops.abs(x))` as the activation.",
+    "ResizeBicubic": 'Use `interpolation="bilinear"`.',
+    "CudnnRNNV3": "Set `use_cudnn=False`.",
+}

@@ -23,6 +23,8 @@ class HFUpdate(NamedTuple):
         num_iterations: int32 scalar, CG iterations run.
         chosen_iteration: int32 scalar, number of the chosen iterate.
         reason: int32 scalar, a `CGStop`.
+        product_error: float64 scalar, how far the products are from `v'Gv = (Jv)'H(Jv)`, where that was checked; else 0.
+        repeat_error: float64 scalar, by how much of itself the loss differed when computed again, where that was checked; else 0.
     """
 
     step: tf.Tensor
@@ -35,6 +37,8 @@ class HFUpdate(NamedTuple):
     num_iterations: tf.Tensor
     chosen_iteration: tf.Tensor
     reason: tf.Tensor
+    product_error: tf.Tensor
+    repeat_error: tf.Tensor
 
 
 class _Solution(NamedTuple):
@@ -48,7 +52,17 @@ class _Solution(NamedTuple):
     reason: tf.Tensor
 
 
-def hf_update(objective, damping, warm_start, curvature, preconditioner, stopping, max_cg_iterations, warm_start_decay):
+def hf_update(
+    objective,
+    damping,
+    warm_start,
+    curvature,
+    preconditioner,
+    stopping,
+    max_cg_iterations,
+    warm_start_decay,
+    check=False,
+):
     """Computes one update.
 
     Minimises `q(p) = g'p + p'(G + damping I)p / 2` by preconditioned CG from the decayed last solution, walks back over its iterates while the loss
@@ -64,9 +78,11 @@ def hf_update(objective, damping, warm_start, curvature, preconditioner, stoppin
         stopping: `stopping.StoppingRule`.
         max_cg_iterations: Integer.
         warm_start_decay: Float in [0, 1].
+        check: Bool scalar, whether to compute the loss at the start a second time, and the chosen step's curvature another way, and to compare.
+            Cost: about two gradients.
 
     Returns:
-        An `HFUpdate`.
+        An `HFUpdate`. Its step is rejected, too, where products or a repeated loss are off by more than rounding.
 
     References:
         Martens (2010), *Deep learning via Hessian-free optimization*, algorithm 2 and section 4.
@@ -98,7 +114,8 @@ def hf_update(objective, damping, warm_start, curvature, preconditioner, stoppin
     step, slope = solution.step, dot(gradient, solution.step)
 
     # The ratio is judged on the chunk, whose curvature CG has seen, at step size 1, without the damping: Martens' released code.
-    predicted_reduction = -(slope + 0.5 * dot(step, product(step)))
+    image = product(step)
+    predicted_reduction = -(slope + 0.5 * dot(step, image))
     if objective.chunk_is_batch:
         actual_reduction = at_start.loss - solution.loss
     else:
@@ -106,10 +123,17 @@ def hf_update(objective, damping, warm_start, curvature, preconditioner, stoppin
     reduction_ratio = _reduction_ratio(actual_reduction, predicted_reduction, gradient)
 
     search = line_search(objective.loss_at, step, at_start.loss, solution.loss, slope)
-    accepted = search.step_size > 0
+    product_error, repeat_error = tf.cond(
+        tf.convert_to_tensor(check),
+        lambda: (objective.product_error(curvature, step, image), _repeat_error(objective, at_start.loss)),
+        lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
+    )
+    wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)
+    step_size = tf.where(wrong, tf.zeros([], tf.float64), search.step_size)
+    accepted = step_size > 0
     return HFUpdate(
         step=step,
-        step_size=search.step_size,
+        step_size=step_size,
         loss=at_start.loss,
         gradient_norm=tf.sqrt(dot(gradient, gradient)),
         reduction_ratio=reduction_ratio,
@@ -119,7 +143,15 @@ def hf_update(objective, damping, warm_start, curvature, preconditioner, stoppin
         num_iterations=solution.num_iterations,
         chosen_iteration=solution.chosen_iteration,
         reason=solution.reason,
+        product_error=product_error,
+        repeat_error=repeat_error,
     )
+
+
+def _repeat_error(objective, loss):
+    """How much of itself the loss at the start differs by from a second one."""
+    again = objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))
+    return tf.math.divide_no_nan(tf.abs(again - loss), tf.maximum(tf.abs(loss), tf.abs(again)))
 
 
 def _solve_again_from_zero(solve, start, gradient):

@@ -113,10 +113,6 @@ def test_an_empty_batch_changes_nothing_and_says_so():
     assert_rejected(model, history, before)
 
 
-NOT_YET = "`equal_lengths` is not called yet where an update takes its data"
-
-
-@pytest.mark.xfail(strict=True, reason=NOT_YET)
 @pytest.mark.parametrize("length", [12, 30])
 def test_a_batch_of_unequal_lengths_is_refused_when_it_comes(length):
     (x, _), (_, y) = cases(), cases(length)
@@ -126,7 +122,6 @@ def test_a_batch_of_unequal_lengths_is_refused_when_it_comes(length):
         fit(compiled(network()), dataset((x, y)))
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_YET)
 def test_train_on_batch_refuses_unequal_lengths_and_no_cases():
     x, y = cases()
     with pytest.raises(ValueError, match="same number of cases.*Received: a batch where x is of 20 and y of 12"):
@@ -174,9 +169,6 @@ def test_weights_must_have_the_shape_of_the_loss_values(weights, values, fits):
         checks.sample_weight("mse", weight, value)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`checks.sample_weight` is not called yet; Keras broadcasts (20,) and (20, 20) to (20, 20)"
-)
 def test_weights_that_keras_would_broadcast_are_refused():
     with pytest.raises(
         ValueError,
@@ -251,9 +243,6 @@ def test_a_weight_of_integers_that_is_not_trained_is_fine():
     fit(compiled(network(Scaled("int32", trainable=False))), *cases())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`checks.trainable_weights` is not called yet for networks that are built by `fit`"
-)
 def test_a_network_that_fit_builds_is_looked_at_too():
     model = compiled(keras.Sequential([Scaled("int32", trainable=True), layers.Dense(2)]))
     with pytest.raises(ValueError, match="Received: the weight '.*scaled/scale' of dtype int32"):
@@ -346,7 +335,6 @@ def test_a_loss_that_is_nan_rejects_the_step():
     assert_rejected(model, history, before)
 
 
-@pytest.mark.xfail(strict=True, reason="`checks.has_loss` is not called yet")
 def test_no_loss_is_refused():
     with pytest.raises(ValueError, match=r"needs a loss to minimise.*`compile` without `loss`.*add_loss"):
         fit(compiled(network(), None), *cases())

@@ -305,10 +305,6 @@ def test_weights_for_all_outputs_are_the_same_weights_for_each():
     assert_same(one, each)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a `None` among a dataset's tensors has a spec without dtype, which the symbolic build does not expect",
-)
 def test_an_output_without_weights_has_weights_of_one():
     none, _ = branches_after(branches(), PARTS, TARGETS, LOSSES, sample_weight={"p": WEIGHT, "q": None})
     ones, _ = branches_after(branches(), PARTS, TARGETS, LOSSES, sample_weight={"p": WEIGHT, "q": np.ones(24)})
@@ -422,9 +418,6 @@ def on_tokens(mask):
     return keras.Sequential([keras.Input((5,), dtype="int32"), layers.Embedding(7, 3, mask_zero=mask), rest])
 
 
-MASKED = pytest.mark.xfail(
-    strict=True, reason="squared gradients of single cases don't vectorise through a masked recurrent layer"
-)
 TOKENS = np.random.default_rng(6).integers(0, 7, (24, 5))
 LAYERS = [
     pytest.param(on_sequences(lambda: layers.LSTM(3)), normal(24, 5, 4), id="LSTM"),
@@ -436,7 +429,7 @@ LAYERS = [
     pytest.param(attention, normal(24, 5, 4), id="Attention"),
     pytest.param(multi_head_attention, normal(24, 5, 4), id="MultiHeadAttention"),
     pytest.param(lambda: on_tokens(mask=False), TOKENS, id="Embedding"),
-    pytest.param(lambda: on_tokens(mask=True), TOKENS, id="masked LSTM", marks=MASKED),
+    pytest.param(lambda: on_tokens(mask=True), TOKENS, id="masked LSTM"),
     pytest.param(
         lambda: keras.Sequential([keras.Input((3, 4, 4, 1)), layers.ConvLSTM2D(2, 3), layers.Flatten()]),
         normal(24, 3, 4, 4, 1),

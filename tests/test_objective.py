@@ -158,7 +158,7 @@ def test_a_scalar_loss_is_taken_in_one_piece_and_said():
     model = make_model(loss=scalar)
     with pytest.warns(UserWarning, match="cannot be put together from parts of it"):
         data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
-        assert model._task(data)[0].denominator.kind == "unknown"
+        assert model._task(data)[1].combinations == ["unknown"]
 
 
 def test_multi_output_losses_add_with_their_weights():
@@ -194,3 +194,112 @@ def test_float32_losses_tell_a_relative_change_of_1e_6():
     exact = ((x @ stepped - y) ** 2).mean() - ((x @ kernel - y) ** 2).mean()
     # Rounding of single cases, 6e-8 each and at random, averages to 1e-9; a float32 sum would be off by as much as the change.
     assert abs(float(found) / exact - 1) < 0.005
+
+
+# Masks.
+
+
+def masked_sequences():
+    """A network with a mask and one output a step, and 15 sequences of 4 steps of which some are padding."""
+    network = keras.Sequential([keras.Input((4, 2)), layers.Masking(), layers.Dense(3, "tanh"), layers.Dense(2)])
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(15, 4, 2)), rng.normal(size=(15, 4, 2))
+    for i, length in enumerate(rng.integers(0, 5, size=15)):
+        x[i, length:] = 0
+    return network, x, y
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pieces_of_masked_sequences_equal_the_whole(reduction, weighted):
+    network, x, y = masked_sequences()
+    model = compiled(network, keras.losses.MeanSquaredError(reduction=reduction))
+    weight = np.linspace(0.1, 2, 15)[:, None] * np.linspace(1, 2, 4) if weighted else None
+    data = model_data(model, x, y, weight)
+    whole = with_objective(model, data, everything)
+    in_pieces = with_objective(model, data, everything, micro_batch_size=4)
+    for one, other in zip(whole, in_pieces, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+    loss, gradient, _ = loss_derivatives(model, data)
+    np.testing.assert_allclose(whole[0], loss, **EXACT)
+    np.testing.assert_allclose(whole[1], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_a_mask_is_as_good_as_leaving_the_steps_out():
+    network, x, y = masked_sequences()
+    model = compiled(network)
+    masked = with_objective(model, model_data(model, x, y), everything)
+    # The same steps as weights of a network that knows no mask: Keras means over all steps then, of which 60 / valid count.
+    plain = compiled(keras.Sequential([keras.Input((4, 2)), *network.layers[1:]]))
+    valid = (x != 0).any(-1).astype("float64")
+    weighted = with_objective(plain, model_data(plain, x, y, valid * valid.size / valid.sum()), everything)
+    for one, other in zip(masked, weighted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_ignored_classes_are_a_mask_too():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)
+    model = compiled(keras.Sequential([keras.Input((2,)), layers.Dense(3)]), loss)
+    data = model_data(model, inputs(), np.arange(15) % 3)
+    whole = with_objective(model, data, everything)
+    in_pieces = with_objective(model, data, everything, micro_batch_size=4)
+    for one, other in zip(whole, in_pieces, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+
+
+def test_each_output_has_a_denominator_of_its_own():
+    x = keras.Input((4, 2))
+    hidden = layers.Dense(3, "tanh")(layers.Masking()(x))
+    a, b = layers.Dense(2, name="a")(hidden), layers.Dense(1, name="b")(layers.GlobalAveragePooling1D()(hidden))
+    _, sequences, y = masked_sequences()
+    losses = {"a": "mse", "b": keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")}
+    model = compiled(keras.Model(x, {"a": a, "b": b}), losses, loss_weights={"a": 0.5, "b": 2.0})
+    weights = {"a": np.ones((15, 4)), "b": np.linspace(0.1, 2, 15)}
+    data = model_data(model, sequences, {"a": y, "b": y[:, 0, :1]}, weights)
+    assert model._task(data)[1].combinations == ["data", "data"]
+    whole = with_objective(model, data, everything)
+    in_pieces = with_objective(model, data, everything, micro_batch_size=4)
+    for one, other in zip(whole, in_pieces, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+
+
+def test_targets_of_any_rank():
+    # The loss of an image has one value a pixel; a case's weight spreads over them.
+    model = compiled(keras.Sequential([keras.Input((3, 2, 1)), layers.Conv2D(2, 2, padding="same", activation="tanh")]))
+    rng = np.random.default_rng(4)
+    data = model_data(model, rng.normal(size=(5, 3, 2, 1)), rng.normal(size=(5, 3, 2, 2)))
+    whole = with_objective(model, data, everything)
+    in_pieces = with_objective(model, data, everything, micro_batch_size=2)
+    for one, other in zip(whole, in_pieces, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+
+
+# Constraints.
+
+
+def test_candidates_are_projected_and_the_start_where_it_violates():
+    dense = layers.Dense(1, use_bias=False, kernel_constraint=keras.constraints.NonNeg())
+    model = compiled(keras.Sequential([keras.Input((2,)), dense]))
+    data = model_data(model, inputs(), np.zeros((15, 1)))
+    dense.kernel.assign([[1.0], [-2.0]])
+
+    def losses(objective):
+        return objective.start()[0], objective.candidate(tf.constant([-3.0, 5.0], tf.float64))[0]
+
+    start, candidate = with_objective(model, data, losses)
+    np.testing.assert_array_equal(start, [[1.0], [0.0]])
+    np.testing.assert_array_equal(candidate, [[0.0], [5.0]])
+    found = with_objective(model, data, lambda o: o.loss_at(tf.constant([-3.0, 5.0], tf.float64)))
+    np.testing.assert_allclose(found, np.mean((5 * inputs()[:, 1]) ** 2), **EXACT)
+
+
+def test_a_projection_by_rounding_alone_leaves_the_start_bit_equal():
+    dense = layers.Dense(1, kernel_constraint=keras.constraints.MaxNorm(2.0))
+    model = compiled(keras.Sequential([keras.Input((2,)), dense]))
+    data = model_data(model, inputs(), np.zeros((15, 1)))
+    dense.kernel.assign([[0.3], [-0.4]])
+    start = with_objective(model, data, lambda objective: objective.start()[0])
+    np.testing.assert_array_equal(start, [[0.3], [-0.4]])

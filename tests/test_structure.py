@@ -26,6 +26,7 @@ def structure_of(network, loss, x, y):
         ("sigmoid", "binary_crossentropy", "logits"),
         ("softmax", "categorical_crossentropy", "logits"),
         ("softmax", "mse", "output"),
+        ("sigmoid", "binary_focal_crossentropy", "both"),
         ("linear", "mse", "output"),
         ("linear", keras.losses.BinaryCrossentropy(from_logits=True), "output"),
     ],

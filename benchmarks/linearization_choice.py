@@ -1,0 +1,138 @@
+"""Whether the package's own choice of linearization is the fastest one: five networks, every right way, in one process.
+
+The time of a product as CG asks for it, over one piece in float32, in rounds that take each way in turn so that a machine that drifts drifts for
+all; medians over the rounds. The ratio is to the fastest way: the choice should stay below 1.1.
+
+    python -m benchmarks.linearization_choice --csv benchmarks/results/linearization_choice.csv
+"""
+
+import argparse
+import csv
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.product_cost import small_cnn
+from examples.autoencoder import build_autoencoder, cross_entropy
+from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, HFModel
+from keras_hf.objective import Data
+
+WAYS = {
+    "double backward": GaussNewton(DoubleBackward()),
+    "double backward, XLA": GaussNewton(DoubleBackward(jit_compile=True)),
+    "forward accumulation": GaussNewton(ForwardAccumulation()),
+    "forward accumulation, XLA": GaussNewton(ForwardAccumulation(jit_compile=True)),
+}
+# Products per timing.
+REPEATS = 10
+
+
+def lstm():
+    """Rows of an image, one after the other."""
+    return keras.Sequential([keras.Input((28, 28)), keras.layers.LSTM(64), keras.layers.Dense(10)])
+
+
+def transformer(width=32, depth=2):
+    """A small encoder."""
+    inputs = keras.Input((28, 28))
+    x = keras.layers.Dense(width)(inputs)
+    for _ in range(depth):
+        x = keras.layers.LayerNormalization()(x + keras.layers.MultiHeadAttention(4, width // 4)(x, x))
+        hidden = keras.layers.Dense(2 * width, "gelu")(x)
+        x = keras.layers.LayerNormalization()(x + keras.layers.Dense(width)(hidden))
+    return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling1D()(x)))
+
+
+def networks():
+    """Name -> network, loss, cases. XLA's convolutions take a minute a product on CPUs: not timed there."""
+    labels = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return {
+        "CURVES autoencoder": (build_autoencoder((400, 200, 100, 50, 25, 6), seed=0), cross_entropy, 2000),
+        "MNIST autoencoder": (build_autoencoder((1000, 500, 250, 30), seed=0), cross_entropy, 1000),
+        "small CNN": (small_cnn(), labels, 500),
+        "LSTM": (lstm(), labels, 500),
+        "transformer encoder": (transformer(), labels, 300),
+        "wide transformer encoder": (transformer(256, 1), labels, 100),
+    }
+
+
+def main():
+    """Times and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--csv", help="file for the results")
+    args = parser.parse_args()
+    rows = []
+    for name, (network, loss, cases) in networks().items():
+        rows += measure(name, network, loss, cases, args.rounds)
+        if args.csv:
+            with open(args.csv, "w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["network", "cases", "way", "chosen", "seconds", "ratio to the fastest"])
+                writer.writerows(rows)
+
+
+def measure(name, network, loss, cases, rounds):
+    """Times, prints and returns the rows of one network."""
+    model = HFModel(network)
+    model.compile(optimizer=HessianFree(micro_batch_size=cases), loss=loss)
+    x = tf.random.stateless_uniform([cases, *network.input_shape[1:]], seed=[0, 0])
+    y = x if loss is cross_entropy else tf.random.stateless_uniform([cases], [0, 1], maxval=10, dtype=tf.int32)
+    model._maybe_symbolic_build(data_batch=(x, y))
+    structure = model._task(Data(x, y, None))[1]
+    chosen = GaussNewton().fitted_to(structure).linearization
+    ways = {}
+    for way, curvature in WAYS.items():
+        if "XLA" in way and "CNN" in name:
+            continue
+        try:
+            curvature.fitted_to(structure)
+        except ValueError as error:
+            print(f"  {way}: {str(error)[:90]}...")
+            continue
+        ways[way] = repeated_products(model, x, y, curvature)
+    seconds = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            seconds[way].append(run())
+    medians = {way: float(np.median(values)) for way, values in seconds.items()}
+    fastest = min(medians.values())
+    print(
+        f"{name}: {cases} cases, intensity {structure.arithmetic_intensity:.0f}, {structure.bytes_per_case:,} bytes a case",
+        flush=True,
+    )
+    rows = []
+    for way, median in medians.items():
+        linearization = WAYS[way].linearization
+        is_chosen = type(linearization) is type(chosen) and linearization.jit_compile == chosen.jit_compile
+        print(f"  {way:28s} {1e3 * median:8.1f} ms {median / fastest:6.2f} {'chosen' if is_chosen else ''}", flush=True)
+        rows.append((name, cases, way, int(is_chosen), f"{median:.5f}", f"{median / fastest:.3f}"))
+    return rows
+
+
+def repeated_products(model, x, y, curvature):
+    """Returns a callable that gives the seconds of one product."""
+    v = tf.random.stateless_normal([model.count_params()], seed=[0, 0])
+
+    def repeated(objective, count):
+        product = objective.product(curvature)
+        # Scaled down, since repeated products would overflow.
+        return tf.while_loop(lambda i, _: i < count, lambda i, v: (i + 1, 1e-3 * product(v)), (0, v))[1]
+
+    @tf.function(autograph=False)
+    def run(count):
+        return model._with_objective(Data(x, y, None), lambda objective, structure: repeated(objective, count))
+
+    def seconds(count):
+        start = time.perf_counter()
+        np.asarray(run(tf.constant(count)))
+        return time.perf_counter() - start
+
+    seconds(1)
+    return lambda: (seconds(REPEATS) - seconds(0)) / REPEATS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The compiled loss as a sum of terms, one an output, and how the values of a term on pieces of the data combine.
+
+Keras reduces every term by itself, dividing by what its reduction says: the number of cases, the sum of their weights, of a mask, or nothing. The
+value on all cases follows from those on pieces only through that denominator.
+"""
+
+import contextlib
+
+import keras
+import tensorflow as tf
+
+from keras_hf import checks
+
+_MEANS = ("sum_over_batch_size", "mean")
+
+
+class LossTerm:
+    """One term of the compiled loss on given cases.
+
+    Args:
+        loss: `keras.losses.Loss`.
+        loss_weight: Float, by which `compile(loss_weights=...)` multiplies the term, or `None`.
+        y: Tensor, the targets.
+        y_pred: Tensor, the predictions, with their Keras mask, if any.
+        sample_weight: Tensor of the cases' weights, or `None`.
+        num_replicas: Integer; Keras divides means by it.
+    """
+
+    def __init__(self, loss, loss_weight, y, y_pred, sample_weight, num_replicas):
+        self._loss, self._loss_weight = loss, 1.0 if loss_weight is None else loss_weight
+        self._y, self._y_pred, self._sample_weight = y, y_pred, sample_weight
+        self._num_replicas = num_replicas
+        self._values = self._is_evaluated = None
+
+    @property
+    def name(self):
+        """The loss' name."""
+        return self._loss.name
+
+    def combination(self):
+        """Says what the values of pieces combine by.
+
+        Returns:
+            "cases" (a mean over cases), "data" (a mean by `denominator()`), "sum" (no denominator) or "unknown": then the loss of several pieces
+            cannot be put together and a batch must be one piece.
+
+        Raises:
+            ValueError: If the loss is not reduced, or weights do not fit its values.
+        """
+        reduction = self._loss.reduction
+        if reduction in (None, "none"):
+            raise ValueError(
+                f"The loss '{self.name}' must be reduced to one number, which an update minimises. Received: reduction={reduction!r}. "
+                'Use `reduction="sum_over_batch_size"` or `"sum"`.'
+            )
+        values = self._unreduced()
+        if values is None or values.shape.rank == 0 or values.shape[0] != self._y_pred.shape[0]:
+            return "unknown"
+        checks.sample_weight(self.name, self._sample_weight, values)
+        if reduction == "sum":
+            return "sum"
+        is_masked = self._mask(values) is not None
+        is_weighted = reduction == "mean_with_sample_weight" and self._sample_weight is not None
+        return "data" if is_masked or is_weighted else "cases"
+
+    def value(self):
+        """The term, a scalar."""
+        return self._scaled(*self._evaluate(self._sample_weight))
+
+    def accurate_value(self):
+        """The term as a float64 scalar, summed over cases in float64 where it is linear in sample weights.
+
+        A float32 sum over thousands of cases is off by 1e-7 of itself, which late in training is as much as an update wins. The loss of a case is
+        the derivative in its weight, which Keras' reduction hands back unsummed.
+        """
+        value, values = self._evaluate(self._sample_weight)
+        if values is None or values.shape.rank == 0 or self._loss.reduction not in (*_MEANS, "sum"):
+            return tf.cast(self._scaled(value, values), tf.float64)
+        if self._sample_weight is None:
+            weight = tf.ones([tf.shape(values)[0], *[1] * (values.shape.rank - 1)], values.dtype)
+        else:
+            weight = tf.cast(self._sample_weight, values.dtype)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weight)
+            value = self._scaled(*self._evaluate(weight))
+        losses = tape.gradient(value, weight, unconnected_gradients="zero")
+        return tf.reduce_sum(tf.cast(weight * losses, tf.float64))
+
+    def denominator(self):
+        """What Keras divides this term by where it depends on the data, a scalar: the sum of the mask, of the weights, or of their product."""
+        values = self._unreduced()
+        mask = self._mask(values)
+        weight = self._sample_weight if self._loss.reduction == "mean_with_sample_weight" else None
+        if mask is None or weight is None:
+            return tf.reduce_sum(tf.cast(weight if mask is None else mask, values.dtype))
+        weight, mask = tf.cast(weight, values.dtype), tf.cast(mask, values.dtype)
+        if weight.shape.rank == mask.shape.rank + 1:
+            weight = tf.squeeze(weight, -1)
+        return tf.reduce_sum(weight * mask)
+
+    def _evaluate(self, sample_weight):
+        """The loss as Keras reduces it, and the values that it reduces."""
+        values = []
+        call = self._loss.call
+
+        def recording(*args, **kwargs):
+            values.append(call(*args, **kwargs))
+            return values[-1]
+
+        self._loss.call = recording
+        try:
+            loss = self._loss(self._y, self._y_pred, sample_weight)
+        finally:
+            del self._loss.call
+        self._values, self._is_evaluated = values[-1] if values else None, True
+        return loss, self._values
+
+    def _unreduced(self):
+        """The values that the loss reduces: any will do that were seen already, where only their form and their mask count."""
+        if not self._is_evaluated:
+            self._evaluate(self._sample_weight)
+        return self._values
+
+    def _scaled(self, loss, values):
+        is_divided = values is not None and values.shape.rank != 0 and self._loss.reduction != "sum"
+        return loss * tf.cast(self._loss_weight * (self._num_replicas if is_divided else 1), loss.dtype)
+
+    def _mask(self, values):
+        masks = [getattr(tensor, "_keras_mask", None) for tensor in (self._y_pred, values)]
+        masks = [tf.cast(mask, tf.bool) for mask in masks if mask is not None]
+        return masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
+
+
+class WholeLoss:
+    """A loss of which nothing is known but its value, as an overridden `compute_loss` gives: one term, to be taken in one piece.
+
+    Args:
+        value: Callable `() -> scalar`.
+    """
+
+    name = "compute_loss"
+
+    def __init__(self, value):
+        self.value = value
+
+    def combination(self):
+        """See `LossTerm`."""
+        return "unknown"
+
+    def accurate_value(self):
+        """The term as a float64 scalar."""
+        return tf.cast(self.value(), tf.float64)
+
+
+@contextlib.contextmanager
+def recorded_terms(compile_loss, num_replicas):
+    """Records the terms that a compiled loss is called on while it is open, instead of computing them, in the list that it gives.
+
+    Keras' own matching of outputs, targets, weights and losses is what finds them.
+
+    Args:
+        compile_loss: Keras' `CompileLoss`, built.
+        num_replicas: Integer.
+    """
+    terms = []
+
+    def recording(entry):
+        def call(y, y_pred, sample_weight=None):
+            terms.append(LossTerm(entry.loss, entry.loss_weights, y, y_pred, sample_weight, num_replicas))
+            return tf.zeros([], keras.backend.floatx())
+
+        return entry._replace(loss=call)
+
+    entries = compile_loss._flat_losses
+    compile_loss._flat_losses = [recording(entry) for entry in entries]
+    try:
+        yield terms
+    finally:
+        compile_loss._flat_losses = entries

@@ -1,0 +1,117 @@
+"""The self-check of products: what must hold of any right `v -> Gv`, on the user's own network and cases."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_hf.cg import dot
+from keras_hf.linearization import DoubleBackward, ForwardAccumulation
+
+
+class ProductCheck(NamedTuple):
+    """What one check found.
+
+    Attributes:
+        name: String, the fact that was checked.
+        error: Float, by how much it fails, relative to what is compared; NaN where it could not be checked.
+        tolerance: Float, what rounding explains.
+        remark: String, why it could not be checked or what a failure means.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    remark: str = ""
+
+    @property
+    def holds(self):
+        """Whether the fact holds to rounding, or could not be checked."""
+        return not self.error > self.tolerance
+
+    def __str__(self):
+        verdict = "-" if self.error != self.error else "ok" if self.holds else "FAILS"
+        return f"{self.name:<28}{self.error:10.1e}  {verdict:<6}{self.remark if verdict != 'ok' else ''}".rstrip()
+
+
+class Errors(NamedTuple):
+    """Relative errors of the checks, float64 scalars, as a compiled function gives them."""
+
+    determinism: tf.Tensor
+    linearity: tf.Tensor
+    symmetry: tf.Tensor
+    negativity: tf.Tensor
+    adjointness: tf.Tensor
+    other_way: tf.Tensor
+
+
+def product_errors(objective, curvature, other):
+    """Computes the errors of the products of a curvature. Cost: about eight products.
+
+    Args:
+        objective: `objective.Objective`.
+        curvature: `curvature.Curvature`.
+        other: The same curvature by another linearization, or `None`.
+
+    Returns:
+        An `Errors`.
+    """
+    zero = tf.zeros([objective.num_weights], objective.dtype)
+    u, v = (tf.random.stateless_normal(zero.shape, [seed, 1], dtype=objective.dtype) for seed in (0, 1))
+    product = objective.product(curvature)
+    of_u, of_v, again = product(u), product(v), product(v)
+    losses = objective.loss_and_gradient().loss, objective.loss_at(zero)
+    # A repeated loss may be summed in another order, a repeated product not.
+    repeated = tf.maximum(
+        _difference(of_v, again), tf.abs(losses[0] - losses[1]) / tf.maximum(tf.abs(losses[0]), 1e-300)
+    )
+    combined = product(2 * u - 3 * v)
+    bilinear = tf.abs(dot(u, of_v) - dot(v, of_u)) / tf.maximum(_norm(u) * _norm(of_v) + _norm(v) * _norm(of_u), 1e-300)
+    negative = tf.maximum(-dot(v, of_v), 0.0) / tf.maximum(_norm(v) * _norm(of_v), 1e-300)
+    missing = tf.constant(float("nan"), tf.float64)
+    adjoint = objective.adjointness_error(curvature, v)
+    return Errors(
+        determinism=repeated,
+        linearity=_difference(combined, 2 * of_u - 3 * of_v),
+        symmetry=bilinear,
+        negativity=negative,
+        adjointness=missing if adjoint is None else adjoint,
+        other_way=missing if other is None else _difference(of_v, objective.product(other)(v)),
+    )
+
+
+def other_linearization(linearization):
+    """The way to differentiate that a linearization's products are held against."""
+    return DoubleBackward() if isinstance(linearization, ForwardAccumulation) else ForwardAccumulation()
+
+
+def judged(errors, rounding, remarks):
+    """Puts names, tolerances and remarks to `Errors` of numbers.
+
+    Args:
+        errors: `Errors` of floats.
+        rounding: Float, the tolerance.
+        remarks: Dict, field of `Errors` -> what to say where the check fails or is missing.
+
+    Returns:
+        List of `ProductCheck`.
+    """
+    names = {
+        "determinism": "two calls agree",
+        "linearity": "G(2u - 3v) = 2Gu - 3Gv",
+        "symmetry": "u'Gv = v'Gu",
+        "negativity": "v'Gv >= 0",
+        "adjointness": "u'(Jv) = (J'u)'v",
+        "other_way": "both linearizations agree",
+    }
+    return [
+        ProductCheck(name, float(getattr(errors, field)), rounding, remarks.get(field, ""))
+        for field, name in names.items()
+    ]
+
+
+def _norm(vector):
+    return tf.sqrt(dot(vector, vector))
+
+
+def _difference(a, b):
+    return tf.math.divide_no_nan(_norm(a - b), tf.maximum(_norm(a), _norm(b)))

@@ -1,0 +1,286 @@
+"""What keeps wrong products from going unseen: the self-check, the guard of forward accumulation, and the look at a loss twice."""
+
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from problems import compiled, inputs, make_model
+
+from keras_hf import (
+    DoubleBackward,
+    ForwardAccumulation,
+    GaussNewton,
+    Hessian,
+    HessianFree,
+    HFModel,
+    LevenbergMarquardt,
+    structure,
+)
+from keras_hf.objective import Data
+
+TARGETS = np.random.default_rng(3).normal(size=(15, 3))
+IMAGES = np.random.default_rng(3).normal(size=(15, 4, 4, 2)).astype("float32")
+
+
+def fit(model, x, y):
+    return model.fit(x, y, verbose=0, callbacks=[LevenbergMarquardt()]).history
+
+
+def grouped(curvature):
+    """A network that forward accumulation gets wrong: TensorFlow computes grouped convolutions in a nested function."""
+    network = keras.Sequential(
+        [keras.Input((4, 4, 2)), layers.Conv2D(4, 2, groups=2), layers.Flatten(), layers.Dense(3)]
+    )
+    return compiled(network, optimizer=HessianFree(seed=0, curvature=curvature))
+
+
+@pytest.fixture
+def no_structural_guard(monkeypatch):
+    """Takes away the guard that looks at the traced graph, so that the one that looks at numbers is alone."""
+    monkeypatch.setattr(structure, "_NESTING", structure.re.compile("^nothing$"))
+
+
+def test_right_products_pass_every_check(float64, capsys):
+    model = make_model()
+    checks = model.check_products(inputs(), TARGETS)
+    assert len(checks) == 6
+    assert all(check.holds and check.error < 1e-12 for check in checks)
+    report = capsys.readouterr().out
+    assert "GaussNewton, DoubleBackward" in report and report.count("ok") == 6
+
+
+def test_the_hessian_need_not_be_positive(float64, capsys):
+    model = make_model()
+    model.optimizer.curvature = Hessian()
+    checks = {check.name: check for check in model.check_products(inputs(), TARGETS)}
+    assert checks["u'Gv = v'Gu"].error < 1e-12
+    assert np.isnan(checks["u'(Jv) = (J'u)'v"].error)
+    assert "this curvature is not made of J" in capsys.readouterr().out
+
+
+def test_wrong_products_fail_the_check_of_the_other_way(no_structural_guard, capsys):
+    checks = {c.name: c for c in grouped(GaussNewton(ForwardAccumulation())).check_products(IMAGES, TARGETS)}
+    assert not checks["u'(Jv) = (J'u)'v"].holds and not checks["both linearizations agree"].holds
+    assert "FAILS" in capsys.readouterr().out
+
+
+def test_wrong_products_reject_the_step_and_raise_with_the_cure(no_structural_guard):
+    model = grouped(GaussNewton(ForwardAccumulation()))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"by `ForwardAccumulation` are wrong.*use `DoubleBackward\(\)`"):
+        fit(model, IMAGES, TARGETS)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_grouped_convolutions_train_by_default_and_refuse_forward_accumulation():
+    assert fit(grouped(GaussNewton()), IMAGES, TARGETS)["step_size"][0] > 0
+    with pytest.raises(ValueError, match="gives wrong products.*PartitionedCall"):
+        fit(grouped(GaussNewton(ForwardAccumulation())), IMAGES, TARGETS)
+
+
+class PythonNoise(layers.Layer):
+    """Draws a number when it is traced: every trace of the network is another function."""
+
+    def call(self, x):
+        return x + np.random.normal()
+
+
+class TensorFlowNoise(layers.Layer):
+    """Draws numbers from a generator that no update can hold fixed."""
+
+    def call(self, x):
+        return x + tf.random.normal(tf.shape(x))
+
+
+class Counting(layers.Layer):
+    """Depends on how often it was called, through a variable that Keras does not know."""
+
+    def build(self, shape):
+        self.calls = [tf.Variable(0.0)]
+
+    def call(self, x):
+        return x * (1 + 0.1 * self.calls[0].assign_add(1.0))
+
+
+@pytest.mark.parametrize("layer", [PythonNoise, Counting])
+def test_a_network_whose_calls_differ_is_refused_and_its_weights_kept(layer):
+    model = compiled(keras.Sequential([keras.Input((2,)), layer(), layers.Dense(3)], name="net"))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"'net' gave two different losses for the same cases.*SeedGenerator"):
+        fit(model, inputs().astype("float32"), TARGETS)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_randomness_outside_keras_seed_generators_is_refused_by_name():
+    model = compiled(keras.Sequential([keras.Input((2,)), TensorFlowNoise(name="noise"), layers.Dense(3)]))
+    with pytest.raises(
+        ValueError, match="Layer 'noise' draws new random numbers in every call, by TensorFlow's RandomStandardNormal"
+    ):
+        fit(model, inputs().astype("float32"), TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ([layers.Dense(3, "softsign", name="soft")], r"Layer 'soft' has no second derivative.*lambda x: x / \(1 \+"),
+        (
+            [
+                layers.Reshape((1, 2, 1)),
+                layers.UpSampling2D(2, interpolation="bicubic", name="up"),
+                layers.Flatten(),
+                layers.Dense(3),
+            ],
+            "Layer 'up' has no second derivative.*interpolation=\"bilinear\"",
+        ),
+    ],
+    ids=["softsign", "bicubic"],
+)
+@pytest.mark.parametrize("way", [None, ForwardAccumulation()], ids=["automatic", "forward accumulation"])
+def test_layers_without_second_derivative_are_named_with_the_cure(stack, message, way):
+    network = keras.Sequential([keras.Input((2,)), layers.Dense(2), *map(copy_of, stack)])
+    model = compiled(network, optimizer=HessianFree(seed=0, curvature=GaussNewton(way)))
+    with pytest.raises(ValueError, match=message):
+        fit(model, inputs().astype("float32"), TARGETS)
+
+
+def copy_of(layer):
+    return type(layer).from_config(layer.get_config())
+
+
+class Recomputing(layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 3))
+
+    def call(self, x):
+        return tf.recompute_grad(lambda x: tf.tanh(x @ self.kernel))(x)
+
+
+def test_recomputed_layers_are_refused_with_the_cure():
+    model = compiled(keras.Sequential([keras.Input((2,)), Recomputing(), layers.Dense(3)]))
+    with pytest.raises(ValueError, match="recompute_grad.*no second derivative.*micro_batch_size"):
+        fit(model, inputs().astype("float32"), TARGETS)
+
+
+def test_wrong_second_derivatives_of_tensorflow_are_refused():
+    # TensorFlow 2.21: the second derivative of bilinear resizing is not the transpose of its first.
+    stack = [layers.Conv2D(3, 2, activation="tanh"), layers.UpSampling2D(2, interpolation="bilinear"), layers.Flatten()]
+    model = compiled(keras.Sequential([keras.Input((4, 4, 2)), *stack, layers.Dense(3)]))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="products.*are wrong.*Replace that layer.*check_products"):
+        fit(model, IMAGES, TARGETS)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_recurrent_layers_run_without_fused_kernels_in_training_only():
+    seen = []
+
+    class Looking(layers.LSTM):
+        def call(self, sequences, initial_state=None, mask=None, training=False):
+            seen.append(self.use_cudnn)
+            return super().call(sequences, initial_state, mask, training)
+
+    layer = Looking(2)
+    model = compiled(keras.Sequential([keras.Input((4, 2)), layer, layers.Dense(3)]))
+    seen.clear()
+    x = np.zeros((15, 4, 2), "float32")
+    fit(model, x, TARGETS)
+    model.predict(x, verbose=0)
+    assert seen[-1] == "auto" and layer.use_cudnn == "auto"
+    assert set(seen[:-1]) <= {False, "auto"} and seen.count(False) > 3
+
+
+# The choice of linearization.
+
+
+def test_the_choice_is_logged(caplog, float64):
+    with caplog.at_level(logging.INFO, "keras_hf"):
+        make_model().check_products(inputs(), TARGETS)
+    assert "GaussNewton by DoubleBackward(jit_compile=False), chosen for the network." in caplog.text
+
+
+def encoder():
+    """Attention over 28 rows: many elementwise operations a matrix product."""
+    x = keras.Input((28, 28))
+    hidden = layers.LayerNormalization()(layers.Dense(16)(x))
+    hidden = layers.LayerNormalization()(hidden + layers.MultiHeadAttention(2, 8)(hidden, hidden))
+    hidden = layers.Dense(16)(layers.Dense(32, "gelu")(hidden))
+    return keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling1D()(hidden)))
+
+
+@pytest.mark.parametrize(
+    ("network", "compiles"),
+    [
+        (encoder, True),
+        (lambda: keras.Sequential([keras.Input((28, 28)), layers.LSTM(8), layers.Dense(3)]), False),
+        (
+            lambda: keras.Sequential(
+                [keras.Input((28, 28, 1)), layers.Conv2D(8, 3), layers.Flatten(), layers.Dense(3)]
+            ),
+            False,
+        ),
+        (lambda: keras.Sequential([keras.Input((784,)), layers.Dense(400, "tanh"), layers.Dense(3)]), False),
+        (lambda: keras.Sequential([keras.Input((2,)), layers.Dense(8, "gelu"), layers.Dense(3)]), False),
+    ],
+    ids=["encoder", "LSTM", "CNN", "wide", "tiny"],
+)
+def test_xla_is_chosen_where_it_was_measured_to_pay(network, compiles):
+    model = HFModel(network())
+    model.compile(loss="mse")
+    x = tf.zeros([4, *model.network.input_shape[1:]])
+    model._maybe_symbolic_build(data_batch=(x, tf.zeros([4, 3])))
+    found = []
+    trace = tf.function(lambda x, y: found.append(model._task(Data(x, y, None))[1]), autograph=False)
+    trace.get_concrete_function(tf.TensorSpec([None, *x.shape[1:]]), tf.TensorSpec([None, 3]))
+    linearization = GaussNewton().fitted_to(found[0]).linearization
+    assert type(linearization) is DoubleBackward
+    assert linearization.jit_compile == compiles
+
+
+def test_compiled_products_of_a_random_network_are_kept_or_refused():
+    stack = [keras.Input((2,)), layers.Dense(4), layers.Dropout(0.5, seed=0), layers.Dense(3)]
+    for way, message in (
+        (DoubleBackward(jit_compile=True), None),
+        (ForwardAccumulation(jit_compile=True), "draws other random numbers"),
+    ):
+        model = compiled(
+            keras.Sequential(list(map(copy_of, stack[1:]))), optimizer=HessianFree(seed=0, curvature=GaussNewton(way))
+        )
+        if message is None:
+            checks = {c.name: c for c in model.check_products(inputs().astype("float32"), TARGETS)}
+            assert all(check.holds for check in checks.values())
+        else:
+            with pytest.raises(ValueError, match=message):
+                fit(model, inputs().astype("float32"), TARGETS)
+
+
+def test_what_xla_cannot_compile_is_said_with_the_cure(float64):
+    # XLA has no second derivative of max pooling in float64.
+    network = keras.Sequential(
+        [keras.Input((4, 4, 2)), layers.Conv2D(2, 2), layers.MaxPooling2D(2), layers.Flatten(), layers.Dense(3)]
+    )
+    model = compiled(network, optimizer=HessianFree(seed=0, curvature=GaussNewton(DoubleBackward(jit_compile=True))))
+    with pytest.raises(ValueError, match=r"XLA cannot compile the products.*DoubleBackward\(jit_compile=False\)"):
+        fit(model, IMAGES.astype("float64"), TARGETS)
+
+
+@pytest.mark.parametrize("value", [1, "auto", None])
+def test_jit_compile_is_a_bool(value):
+    with pytest.raises(ValueError, match="`jit_compile` must be `True` or `False`. Received: jit_compile="):
+        DoubleBackward(jit_compile=value)
+
+
+def test_negative_curvature_warns_once_with_the_alternative(float64):
+    def not_convex(y, y_pred):
+        return tf.reduce_mean((y - tf.sin(3 * y_pred)) ** 2, -1)
+
+    model = make_model(loss=not_convex)
+    with pytest.warns(UserWarning, match="negative curvature.*Cut after the nonlinearity") as record:
+        history = model.fit(inputs(), TARGETS, epochs=4, verbose=0, callbacks=[LevenbergMarquardt()]).history
+    assert sum(history["negative_curvature"]) > 0
+    assert len([w for w in record if "negative curvature" in str(w.message)]) == 1
