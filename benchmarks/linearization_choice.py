@@ -49,8 +49,8 @@ def networks():
     """Name -> network, loss, cases. XLA's convolutions take a minute a product on CPUs: not timed there."""
     labels = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     return {
-        "CURVES autoencoder": (build_autoencoder((400, 200, 100, 50, 25, 6), seed=0), cross_entropy, 2000),
-        "MNIST autoencoder": (build_autoencoder((1000, 500, 250, 30), seed=0), cross_entropy, 1000),
+        "CURVES autoencoder": (build_autoencoder((400, 200, 100, 50, 25, 6), l2=0.0, seed=0), cross_entropy, 2000),
+        "MNIST autoencoder": (build_autoencoder((1000, 500, 250, 30), l2=0.0, seed=0), cross_entropy, 1000),
         "small CNN": (small_cnn(), labels, 500),
         "LSTM": (lstm(), labels, 500),
         "transformer encoder": (transformer(), labels, 300),

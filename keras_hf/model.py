@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 import warnings
 
 import keras
@@ -317,10 +318,11 @@ class HFModel(keras.Model):
         remarks = {
             "determinism": "draw random numbers from a `keras.random.SeedGenerator`; let nothing depend on how often `call` ran",
             "negativity": "the loss is not convex in what it is cut at: see `negative_curvature` in the logs",
-            "adjointness": "this curvature is not made of J"
-            if not isinstance(self.optimizer.curvature, GaussNewton)
-            else "",
+            "adjointness": "TensorFlow has a wrong second derivative of an operation; see docs/support.md",
         }
+        if not isinstance(self.optimizer.curvature, GaussNewton):
+            remarks["adjointness"] = "this curvature is not made of J"
+            remarks["negativity"] = "as it may be: a Hessian is indefinite away from a minimum"
 
         def errors(objective, structure):
             curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
@@ -339,13 +341,12 @@ class HFModel(keras.Model):
             found, rounding = tf.nest.map_structure(
                 lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
             )
-        checks = judged(found, rounding, remarks)
-        print(
-            f"Products for '{self.network.name}', {type(self.optimizer.curvature).__name__}, {type(self._linearization).__name__}:"
-        )
-        for check in checks:
+        report = judged(found, rounding, remarks)
+        parts = type(self.optimizer.curvature).__name__, type(self._linearization).__name__
+        print(f"Products for '{self.network.name}', {', '.join(parts)}:")
+        for check in report:
             print(f"  {check}")
-        return checks
+        return report
 
     # What an update needs of Keras.
 
@@ -575,7 +576,7 @@ class HFModel(keras.Model):
         try:
             yield
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.NotFoundError) as error:
-            if not self._linearization.jit_compile:
+            if not self._linearization.jit_compile or not re.search("XLA|tf2xla|trying to compile", str(error)):
                 raise
             raise ValueError(
                 f"XLA cannot compile the products of '{self.network.name}'. Use `{type(self._linearization).__name__}(jit_compile=False)`. "

@@ -181,8 +181,8 @@ class PieceFunction:
 
     def loss(self, evaluation):
         """The piece's share of the compiled loss, magnified, a scalar."""
-        values = [tf.cast(value, self._local.dtype) for value in self._scaled_terms(evaluation, "value")]
-        return self.magnification * tf.add_n(values)
+        dtype = self._local.dtype
+        return self.magnification * self._sum_of_terms(evaluation, lambda term: tf.cast(term.value(), dtype), dtype)
 
     def added_loss(self, evaluation):
         """The piece's share of the added losses, magnified, a scalar."""
@@ -190,27 +190,27 @@ class PieceFunction:
 
     def accurate_share(self, evaluation):
         """The piece's share of the whole loss, a float64 scalar."""
-        loss = tf.add_n(self._scaled_terms(evaluation, "accurate_value"))
+        loss = self._sum_of_terms(evaluation, lambda term: term.accurate_value(), tf.float64)
         return loss + tf.cast(self.share * evaluation.added_loss, tf.float64) if self.has_added_loss else loss
 
-    def _scaled_terms(self, evaluation, value):
-        """The terms of the compiled loss, each by its denominator's part of the denominator of all."""
+    def _sum_of_terms(self, evaluation, value_of, dtype):
+        """The sum of the terms of the compiled loss, each by its denominator's part of the denominator of all."""
         local, totals = self._local, self._local.totals
+        scaled = [tf.zeros([], dtype)]
         with local.fixed_state(self._number):
             terms = local.task.loss_terms(evaluation.data, evaluation.y_pred)
-            values = [getattr(term, value)() for term in terms]
-            scaled = [tf.zeros([], local.dtype if value == "value" else tf.float64)]
-            for i, combination in enumerate(local.structure.combinations):
+            for i, (term, combination) in enumerate(zip(terms, local.structure.combinations, strict=True)):
+                value = value_of(term)
                 if combination == "sum":
                     # A sum over the chunk stands for the sum over the batch.
                     scale = totals.num_cases / totals.chunk_cases if self._of_chunk else 1.0
                 elif combination == "data":
-                    all_of_it = totals.chunk_denominators if self._of_chunk else totals.denominators
-                    scale = tf.math.divide_no_nan(tf.cast(terms[i].denominator(), local.dtype), all_of_it[i])
+                    denominators = totals.chunk_denominators if self._of_chunk else totals.denominators
+                    scale = tf.math.divide_no_nan(tf.cast(term.denominator(), local.dtype), denominators[i])
                 else:
                     scale = self.share
-                scaled.append(tf.cast(scale, values[i].dtype) * values[i])
-        return scaled
+                scaled.append(tf.cast(scale, dtype) * value)
+        return tf.add_n(scaled)
 
 
 class LocalObjective:

@@ -191,6 +191,29 @@ def test_batch_normalization_and_dropout_train_and_move_their_state_once():
     assert history["step_size"][0] > 0
 
 
+@pytest.mark.parametrize(
+    ("constraint", "violation"),
+    [
+        (keras.constraints.NonNeg(), lambda kernel: -kernel.min()),
+        (keras.constraints.MaxNorm(0.5), lambda kernel: np.linalg.norm(kernel, axis=0).max() - 0.5),
+        (keras.constraints.UnitNorm(), lambda kernel: abs(np.linalg.norm(kernel, axis=0) - 1).max()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_constraints_hold_after_every_update_and_the_loss_falls(constraint, violation):
+    hidden = layers.Dense(4, "tanh", kernel_constraint=constraint)
+    model = compiled(keras.Sequential([keras.Input((2,)), hidden, layers.Dense(1)]))
+    violations = []
+    after = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: violations.append(violation(hidden.kernel.numpy()))
+    )
+    x, y = cases()
+    history = fit(model, x, y, epochs=8, callbacks=[LevenbergMarquardt(), after]).history
+    assert max(violations) < 1e-5
+    # From the first feasible point on, which the first update starts from.
+    assert np.diff(history["loss"][1:]).max() <= 0 and history["loss"][-1] < history["loss"][1]
+
+
 def test_frozen_layers_stay():
     net = network()
     net.layers[0].trainable = False
