@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-slow lint
 
 demo: .venv/examples.installed
 	$(BIN)/python -m examples.autoencoder
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: .venv/test.installed
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: .venv/lint.installed
 	$(BIN)/ruff check .
