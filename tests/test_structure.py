@@ -50,3 +50,11 @@ def test_states_are_those_that_a_pass_changes():
     structure = structure_of(network, "mse", tf.zeros([4, 5]), tf.zeros([4, 3]))
     assert [id(state) for state in structure.states] == [id(moving.moving_mean), id(moving.moving_variance)]
     assert structure.batch_normalizations == [moving]
+
+
+def test_a_batch_of_known_length_is_sized_like_any_other():
+    network = keras.Sequential([keras.Input((5,)), layers.Dense(7, "tanh"), layers.Dense(3)])
+    model = compiled(network)
+    x, y = tf.zeros([4, 5]), tf.zeros([4, 3])
+    model._maybe_symbolic_build(data_batch=(x, y))
+    assert model._task(Data(x, y, None))[1].bytes_per_case == structure_of(network, "mse", x, y).bytes_per_case > 100
