@@ -101,7 +101,7 @@ def constant_statistics(layers):
             object.__delattr__(layer, "call")
 
 
-def squared_gradients(piece, layers):
+def squared_gradients(piece, layers, skipped=()):
     """Sums over the cases of a piece the squared gradients of each case's share of the compiled loss.
 
     Cost: a forward and a backward pass and, per captured layer, about one more weight gradient; for other layers about another gradient.
@@ -109,11 +109,13 @@ def squared_gradients(piece, layers):
     Args:
         piece: `objective.PieceFunction`.
         layers: List of the layers to capture, see `is_capturable`; their weights must be read nowhere else.
+        skipped: List of layers whose weights get zeros, at no cost.
 
     Returns:
         List of tensors shaped as `piece.variables`.
     """
-    squares = {}
+    squares = {id(weight.value): tf.zeros_like(weight.value) for layer in skipped for weight in layer.trainable_weights}
+    layers = [layer for layer in layers if layer not in skipped]
     if layers:
         with tf.GradientTape() as tape, recorded_uses(layers, tape) as uses:
             share = piece.loss(piece.forward())
@@ -172,6 +174,45 @@ def _layer_squares(layer, uses):
     zeros = (tf.zeros([], tf.int64), tf.zeros([fan_in, units], dtype), tf.zeros([units], dtype))
     _, kernel, bias = tf.while_loop(lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1)
     return kernel, bias
+
+
+def second_moments(layer, inputs, gradient):
+    """Sums aa' and dd' over the cases and places of one use of a layer: a is what a place sees, with a 1 appended for a bias, d its gradient.
+
+    Args:
+        layer: Dense or a convolution.
+        inputs: Tensor (cases, ...), the layer's input.
+        gradient: Tensor of the pre-activation's shape (cases, ..., units).
+
+    Returns:
+        Tensors (fan_in, fan_in) or, with a bias, (fan_in + 1, fan_in + 1); (units, units); and a scalar, the number of cases times places.
+    """
+    inputs, gradient = _channels_last(layer, inputs, _at_least_float32(gradient))
+    fan_in, units = layer.kernel.shape[:-1].num_elements(), layer.kernel.shape[-1]
+    d = tf.reshape(gradient, [-1, units])
+    if type(layer) is keras.layers.Dense:
+        a = tf.reshape(inputs, [-1, fan_in])
+        products, sums = tf.matmul(a, a, transpose_a=True), tf.reduce_sum(a, 0)
+    else:
+        num_cases = tf.shape(gradient, tf.int64)[0]
+        num_places = tf.size(gradient, tf.int64) // (units * tf.maximum(num_cases, 1))
+        block = tf.maximum(_BLOCK_FLOATS // tf.maximum(num_places * fan_in, 1), 1)
+
+        def add_block(start, products, sums):
+            of_block = slice(start, start + block)
+            places = _places(layer, inputs[of_block], tf.shape(gradient[of_block]))
+            a = tf.reshape(tf.transpose(places, [0, 2, 1, 3]), [-1, fan_in])
+            return start + block, products + tf.matmul(a, a, transpose_a=True), sums + tf.reduce_sum(a, 0)
+
+        zeros = (tf.zeros([], tf.int64), tf.zeros([fan_in, fan_in], d.dtype), tf.zeros([fan_in], d.dtype))
+        _, products, sums = tf.while_loop(
+            lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1
+        )
+    count = tf.cast(tf.shape(d)[0], d.dtype)
+    if layer.use_bias:
+        products = tf.concat([products, sums[None]], 0)
+        products = tf.concat([products, tf.concat([sums, count[None]], 0)[:, None]], 1)
+    return products, tf.matmul(d, d, transpose_a=True), count
 
 
 def _channels_last(layer, inputs, gradient):

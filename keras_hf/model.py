@@ -148,7 +148,7 @@ class HFModel(keras.Model):
                 "Compile `model.network` to train with another optimizer."
             )
         for leaf in keras.tree.flatten(loss):
-            self._warn_without_curvature(leaf)
+            self._judge_curvature(leaf)
         if kwargs.get("jit_compile", "auto") not in ("auto", False):
             raise ValueError(
                 "`HFModel` cannot train under XLA, whose shapes must not change: pieces of a batch differ in size. "
@@ -431,7 +431,7 @@ class HFModel(keras.Model):
             structure = trace_structure(task, data)
         checks.has_loss(structure.combinations or structure.has_added_loss)
         self._choose_linearization(structure)
-        self._rounding = structure.rounding
+        self._rounding, self._suspects = structure.rounding, structure.suspects
         if structure.combinations and not structure.has_curvature:
             self._warn(
                 "curvature",
@@ -558,17 +558,15 @@ class HFModel(keras.Model):
             )
         if product_error > self._rounding:
             raise ValueError(
-                f"The products of '{self.network.name}' by `{type(self._linearization).__name__}` are wrong: v'Gv and (Jv)'H(Jv) differ by "
-                f"{product_error:.2g} of themselves. {self._cure_for_products()} `HFModel.check_products` tells more."
+                f"The products of '{self.network.name}' by `{type(self._linearization).__name__}` are wrong: what must be equal (v'Gv and "
+                f"(Jv)'H(Jv), or u'(Jv) and (J'u)'v) differs by {product_error:.2g} of itself. {self._cure_for_products()} `HFModel.check_products` tells more."
             )
 
     def _cure_for_products(self):
         if isinstance(self._linearization, ForwardAccumulation) or self._linearization.jit_compile:
             return "Leave the curvature's `linearization` at its default, or use `DoubleBackward()`."
-        return (
-            "TensorFlow has a wrong second derivative of one of the operations, as of overlapping max pooling with padding: docs/support.md lists "
-            "what is known. Replace that layer."
-        )
+        known = " ".join(self._suspects) or "Replace that layer."
+        return f"TensorFlow has a wrong second derivative of one of the operations. {known}"
 
     @contextlib.contextmanager
     def _xla_explained(self):
@@ -599,10 +597,15 @@ class HFModel(keras.Model):
                 "`keras_hf.ConstantDamping()` if that is what you want.",
             )
 
-    def _warn_without_curvature(self, loss):
+    def _judge_curvature(self, loss):
         name = getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss
         if isinstance(name, str):
             name = getattr(keras.losses.get(name), "__name__", name) if isinstance(loss, str) else name
+        if name == "ctc":
+            raise ValueError(
+                "The loss 'ctc' has no second derivative: TensorFlow computes its first one by a function of its own. Train with a loss per frame, such "
+                "as `SparseCategoricalCrossentropy`."
+            )
         if name in _NO_CURVATURE:
             self._warn(
                 f"curvature of {name}",

@@ -308,9 +308,10 @@ class LocalObjective:
 
     def cases_apart(self, number):
         """Returns piece `number` of the batch with batch statistics held constant, so that each case has a gradient of its own."""
-        data = self._data.take(self.pieces.indices(number))
-        statistics = self.batch_statistics(data, number)
-        return PieceFunction(self, data, number, False, statistics)
+        return self._apart(self._data.take(self.pieces.indices(number)), number, of_chunk=False)
+
+    def _apart(self, data, number, of_chunk):
+        return PieceFunction(self, data, number, of_chunk, self.batch_statistics(data, number))
 
     def _share(self, piece, evaluation):
         loss = piece.loss(evaluation)
@@ -421,7 +422,7 @@ class LocalObjective:
         tangents_of = curvature.tangents(self._piece(tf.constant(0), of_chunk=True))
         if tangents_of is None:
             return None
-        v = unpack(v, self.task.variables)
+        v = unpack(v / self._size(v), self.task.variables)
         tangents = tangents_of(v)
         with tf.GradientTape() as tape:
             outputs = self._piece(tf.constant(0), of_chunk=True).forward().outputs
@@ -431,10 +432,34 @@ class LocalObjective:
             for seed, output in zip(seeds, outputs, strict=True)
         ]
         pulled = dense(tape.gradient(outputs, self.task.variables, output_gradients=u), self.task.variables)
-        scale = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents))
-        return inner_product(u, tangents), inner_product(pulled, v), scale
+        left, right = inner_product(u, tangents), inner_product(pulled, v)
+        # Where tangents are lost altogether their size is zero, and the right side tells.
+        return left, right, tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
 
-    def squared_gradients(self):
+    def sum_over_chunk(self, function, num_cases):
+        """This replica's part of `Objective.sum_over_chunk`."""
+        pieces = self.pieces
+        if num_cases is not None:
+            most = -(-num_cases // self._num_replicas)
+            pieces = pieces._replace(chunk_size=tf.minimum(pieces.chunk_size, most))
+
+        def of_piece(number):
+            indices = pieces.indices(number)
+            # The number of the piece is no part of it: results must not depend on the size of pieces.
+            seeds = [
+                indices,
+                tf.fill(tf.shape(indices), self.update_number),
+                tf.fill(tf.shape(indices), replica_number()),
+            ]
+            return function(self._apart(self._data.take(indices), number, of_chunk=True), tf.stack(seeds, 1))
+
+        total = of_piece(tf.constant(0))
+        if self.structure.chunk_is_one_piece:
+            return total
+        add_piece = lambda number, total: tf.nest.map_structure(tf.add, total, of_piece(number))  # noqa: E731
+        return _over_pieces(1, pieces.num_chunk_pieces, add_piece, total)
+
+    def squared_gradients(self, skipped=()):
         """This replica's share of the mean over cases of the squared gradient of a case's loss, `(n,)`. Cost: about two gradients.
 
         With f the sum of shares c_i of the cases, it is `N * sum_i (dc_i)^2`: for a mean over N cases, the mean of the cases' squared gradients.
@@ -442,7 +467,7 @@ class LocalObjective:
 
         def add_piece(number, total):
             piece = self.cases_apart(number)
-            squares = squared_gradients(piece, self.structure.captured)
+            squares = squared_gradients(piece, self.structure.captured, skipped)
             return total + pack(squares, self.dtype) / piece.magnification**2
 
         zeros = tf.zeros([num_weights(self.task.variables)], self.dtype)
@@ -541,9 +566,33 @@ class Objective:
         """What two ways to compute the same may differ by, relative to it: Python float."""
         return self._structure.rounding
 
-    def squared_gradients(self):
-        """Returns the mean over the batch's cases of the squared gradient of a case's loss, `(n,)`; regularizers outside."""
-        return self._replicas.sum(lambda part: part.squared_gradients(), self._parts)
+    @property
+    def variables(self):
+        """The trainable weights, a list of `tf.Variable`, in the order of flat vectors."""
+        return self._task.variables
+
+    @property
+    def captured(self):
+        """The layers whose inputs and pre-activations tell their gradients, a list of `keras.Layer`."""
+        return self._structure.captured
+
+    def sum_over_chunk(self, function, num_cases=None):
+        """Returns a sum over pieces of the chunk, and over all replicas.
+
+        Args:
+            function: Callable `(piece, seeds) -> nest of tensors`, of a `PieceFunction` with batch statistics held constant and of int32
+                `(cases, 3)`: three numbers for each of its cases that no other case and no other update has, whatever the pieces.
+            num_cases: Integer, of so many of the chunk's cases at most; `None` = of all.
+        """
+        return self._replicas.sum(lambda part: part.sum_over_chunk(function, num_cases), self._parts)
+
+    def squared_gradients(self, skipped=()):
+        """Returns the mean over the batch's cases of the squared gradient of a case's loss, `(n,)`; regularizers outside.
+
+        Args:
+            skipped: List of captured layers whose weights get zeros, at no cost.
+        """
+        return self._replicas.sum(lambda part: part.squared_gradients(skipped), self._parts)
 
     def regularization_diagonal(self):
         """Returns the diagonal of the regularizers' second derivative, `(n,)`, where it is diagonal, as for L2; never negative."""

@@ -37,6 +37,14 @@ _MOVING = frozenset(
 )
 
 
+# TensorFlow 2.21 on CPUs: `docs/support.md`.
+_WRONG_IN_SOME_FORMS = {
+    "ResizeBilinear": 'use `interpolation="nearest"`, or `Conv2DTranspose`.',
+    "MaxPool": 'use `padding="valid"` or `strides=pool_size`, or average pooling.',
+    "MaxPool3D": 'use `padding="valid"` or `strides=pool_size`, or average pooling.',
+}
+
+
 class Structure(NamedTuple):
     """Facts of the traced network, all Python values.
 
@@ -83,6 +91,15 @@ class Structure(NamedTuple):
         taken = [(leaf, cut) for leaf, cut in zip(leaves, self.cuts, strict=True) if cut != "unused"]
         tensors = {"logits": lambda leaf: [leaf._keras_logits], "both": lambda leaf: [leaf, leaf._keras_logits]}
         return [tensor for leaf, cut in taken for tensor in tensors.get(cut, lambda leaf: [leaf])(leaf)]
+
+    @property
+    def suspects(self):
+        """Cures, in a list, for layers whose second derivatives TensorFlow has wrong in some forms."""
+        return [
+            f"Layer '{self.layer_of_op[op]}': {cure}"
+            for op, cure in _WRONG_IN_SOME_FORMS.items()
+            if self.layer_of_op.get(op)
+        ]
 
     @property
     def is_float16(self):

@@ -23,7 +23,8 @@ class HFUpdate(NamedTuple):
         num_iterations: int32 scalar, CG iterations run.
         chosen_iteration: int32 scalar, number of the chosen iterate.
         reason: int32 scalar, a `CGStop`.
-        product_error: float64 scalar, how far the products are from `v'Gv = (Jv)'H(Jv)`, where that was checked; else 0.
+        product_error: float64 scalar, how far the products are from `v'Gv = (Jv)'H(Jv)` and J from being the transpose of J', where that was checked;
+            else 0.
         repeat_error: float64 scalar, by how much of itself the loss differed when computed again, where that was checked; else 0.
     """
 
@@ -79,7 +80,7 @@ def hf_update(
         max_cg_iterations: Integer.
         warm_start_decay: Float in [0, 1].
         check: Bool scalar, whether to compute the loss at the start a second time, and the chosen step's curvature another way, and to compare.
-            Cost: about two gradients.
+            Cost: about three gradients.
 
     Returns:
         An `HFUpdate`. Its step is rejected, too, where products or a repeated loss are off by more than rounding.
@@ -125,7 +126,7 @@ def hf_update(
     search = line_search(objective.loss_at, step, at_start.loss, solution.loss, slope)
     product_error, repeat_error = tf.cond(
         tf.convert_to_tensor(check),
-        lambda: (objective.product_error(curvature, step, image), _repeat_error(objective, at_start.loss)),
+        lambda: (_product_error(objective, curvature, step, image), _repeat_error(objective, at_start.loss)),
         lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
     )
     wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)
@@ -146,6 +147,13 @@ def hf_update(
         product_error=product_error,
         repeat_error=repeat_error,
     )
+
+
+def _product_error(objective, curvature, step, image):
+    """By how much the products contradict themselves: in the identity `v'Gv = (Jv)'H(Jv)` or in `u'(Jv) = (J'u)'v`."""
+    adjointness = objective.adjointness_error(curvature, step)
+    identity = objective.product_error(curvature, step, image)
+    return identity if adjointness is None else tf.maximum(identity, adjointness)
 
 
 def _repeat_error(objective, loss):

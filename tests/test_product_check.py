@@ -168,10 +168,16 @@ def test_recomputed_layers_are_refused_with_the_cure():
 
 def test_wrong_second_derivatives_of_tensorflow_are_refused():
     # TensorFlow 2.21: the second derivative of bilinear resizing is not the transpose of its first.
-    stack = [layers.Conv2D(3, 2, activation="tanh"), layers.UpSampling2D(2, interpolation="bilinear"), layers.Flatten()]
+    stack = [
+        layers.Conv2D(3, 2, activation="tanh"),
+        layers.UpSampling2D(2, interpolation="bilinear", name="up"),
+        layers.Flatten(),
+    ]
     model = compiled(keras.Sequential([keras.Input((4, 4, 2)), *stack, layers.Dense(3)]))
     before = model.get_weights()
-    with pytest.raises(ValueError, match="products.*are wrong.*Replace that layer.*check_products"):
+    with pytest.raises(
+        ValueError, match="products.*are wrong.*Layer 'up': use `interpolation=\"nearest\".*check_products"
+    ):
         fit(model, IMAGES, TARGETS)
     for one, other in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
