@@ -17,6 +17,7 @@ from keras_hf.damping import ConstantDamping as ConstantDamping
 from keras_hf.damping import DampingCallback as DampingCallback
 from keras_hf.damping import LevenbergMarquardt as LevenbergMarquardt
 from keras_hf.initializers import SparseNormal as SparseNormal
+from keras_hf.kronecker import KroneckerFactored as KroneckerFactored
 from keras_hf.linearization import DoubleBackward as DoubleBackward
 from keras_hf.linearization import ForwardAccumulation as ForwardAccumulation
 from keras_hf.model import HFModel as HFModel

@@ -205,9 +205,7 @@ def second_moments(layer, inputs, gradient):
             return start + block, products + tf.matmul(a, a, transpose_a=True), sums + tf.reduce_sum(a, 0)
 
         zeros = (tf.zeros([], tf.int64), tf.zeros([fan_in, fan_in], d.dtype), tf.zeros([fan_in], d.dtype))
-        _, products, sums = tf.while_loop(
-            lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1
-        )
+        _, products, sums = tf.while_loop(lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1)
     count = tf.cast(tf.shape(d)[0], d.dtype)
     if layer.use_bias:
         products = tf.concat([products, sums[None]], 0)

@@ -16,11 +16,16 @@ from problems import (
     with_objective,
 )
 
-from keras_hf import EmpiricalFisherDiagonal, Identity
+from keras_hf import EmpiricalFisherDiagonal, Identity, KroneckerFactored
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-PRECONDITIONERS = [Identity(), EmpiricalFisherDiagonal(), EmpiricalFisherDiagonal(exponent=1.0)]
+PRECONDITIONERS = [
+    Identity(),
+    EmpiricalFisherDiagonal(),
+    EmpiricalFisherDiagonal(exponent=1.0),
+    KroneckerFactored(num_cases=10),
+]
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
 

@@ -1,0 +1,276 @@
+"""Kronecker-factored preconditioner: for each layer, the Gauss-Newton matrix as the product of what goes in and what comes back.
+
+For a Dense layer, the block of the Gauss-Newton matrix is the sum over cases of `aa' x J'HJ`: a is the layer's input with a 1 appended for the bias,
+J the derivative of the network's outputs in the pre-activation, H the second derivative of the loss in the outputs. Martens & Grosse take the two
+sides as independent: `mean(aa') x sum(J'HJ)`. One backward pass estimates the second: of vectors u with `E[uu'] = H`, since then
+`E[(J'u)(J'u)'] = J'HJ`.
+"""
+
+import math
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_hf.capture import recorded_uses, second_moments
+from keras_hf.checks import count
+from keras_hf.curvature import _loss_hessian
+from keras_hf.linearization import dense
+from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
+
+# Entries of the outputs' last axis up to which H is formed column by column; for more, its diagonal alone. Columns cost passes through the loss only.
+_MAX_COLUMNS = 32
+# Rows of a factor up to which it is inverted: a second for 4,096, where the loss of an update is a second, too; memory and time grow fast.
+_MAX_ROWS = 4096
+
+
+@keras.saving.register_keras_serializable("keras_hf")
+class KroneckerFactored(Preconditioner):
+    """Kronecker-factored preconditioner: `M = (A + pi sqrt(damping) I) x (S + sqrt(damping) / pi I)` for each layer, kernel and bias together.
+
+    A is the mean of aa' over cases, a being the layer's input with a 1 appended for its bias; S is the sum over cases of dd', d being what the
+    pre-activation receives when a random square root u of the loss's second derivative H, `E[uu'] = H`, is pulled back from the outputs. Not the
+    gradients of the loss, which vanish where it is fitted while the curvature does not. `pi^2 = (tr A / dim A) / (tr S / dim S)` shares the damping
+    between the factors. For one layer under a loss of constant H, `A x S` is the Gauss-Newton matrix itself.
+
+    For deep networks of Dense layers and convolutions: CG then needs a third to a fifth of the iterations that the diagonal leaves it. Sharing of
+    weights (Dense on sequences, convolutions, a layer called again): places count as independent cases, A is the mean over them and S the sum.
+    Regularizers: a layer's damping is raised by the mean over its weights of their second derivative (2c for `L2(c)` on all of them). Weights in no
+    such layer, or in one with more than 4,096 inputs or units, get the diagonal of `EmpiricalFisherDiagonal()`. Layers that batch statistics tie the
+    cases of see them as constants.
+
+    H is asked of the loss by products with it, so that any Keras loss will do, with its weights and masks. Where the outputs' last axis has up to 32
+    entries, all of its block is formed, and `u = Le` with its Cholesky factor L and random signs e. Where it has more, `u = sqrt(|diag H|) e`: all of
+    H for losses that take each entry apart (squares, binary cross-entropy); a softmax over more classes loses what couples them. Negative curvature
+    of a loss that is not convex counts as none in the first case, as positive in the second. In the layer that gives the outputs, the mean over
+    signs is taken exactly.
+
+    Factors are made anew in every update and nothing is kept between updates. Cost: about two gradients of `num_cases` cases, the inverses
+    (m^3 for a factor with m rows), and `m k (m + k)` multiplications per CG iteration for a layer with m inputs and k units.
+
+    Args:
+        num_cases: Integer >= 1, cases of the curvature chunk that factors are estimated on, at most; `None` = all of it. Fewer than the rows of a
+            factor leave directions to the damping alone.
+
+    Raises:
+        ValueError: If `num_cases` is no integer >= 1, nor `None`.
+
+    References:
+        Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Grosse & Martens
+        (2016), *A Kronecker-factored approximate Fisher matrix for convolution layers*.
+    """
+
+    def __init__(self, num_cases=1000):
+        self.num_cases = count("num_cases", num_cases, optional=True)
+
+    def inverse(self, objective, damping):
+        layers = [layer for layer in objective.captured if max(_shape(layer)) <= _MAX_ROWS]
+        sizes = [variable.shape.num_elements() for variable in objective.variables]
+        places = {id(variable): place for place, variable in enumerate(objective.variables)}
+        of_layers = [[places[id(weight.value)] for weight in _weights(layer)] for layer in layers]
+        is_complete = sum(map(len, of_layers)) == len(sizes)
+        by_diagonal = tf.identity
+        if not is_complete:
+            by_diagonal = EmpiricalFisherDiagonal().inverse(_Others(objective, layers), damping)
+        blocks = []
+        if layers:
+            regularization = tf.split(objective.regularization_diagonal(), sizes)
+            for moments, own in zip(self._factors(objective, layers), of_layers, strict=True):
+                curvature = tf.reduce_mean(tf.concat([regularization[place] for place in own], 0))
+                blocks.append(_inverses(moments, damping + curvature))
+
+        def precondition(residual):
+            parts = tf.split(by_diagonal(residual), sizes)
+            residuals = tf.split(residual, sizes)
+            for layer, own, (a, s) in zip(layers, of_layers, blocks, strict=True):
+                matrix = tf.reshape(tf.concat([residuals[place] for place in own], 0), _shape(layer))
+                solved = tf.reshape(_times(tf.matmul(a, matrix), s), [-1])
+                for place, part in zip(own, tf.split(solved, [sizes[place] for place in own]), strict=True):
+                    parts[place] = part
+            return tf.concat(parts, 0)
+
+        return precondition
+
+    def _factors(self, objective, layers):
+        """Returns A and S of every layer, in the type of flat vectors."""
+        sums, num_cases = objective.sum_over_chunk(
+            lambda piece, seeds: (_moments(piece, layers, seeds), tf.cast(piece.num_cases, objective.dtype)),
+            self.num_cases,
+        )
+        # S is a sum over cases of what holds the loss's own 1/N: cases that were left out count as those that were not.
+        share = tf.math.divide_no_nan(objective.totals.chunk_cases, num_cases)
+        return [
+            _Moments(
+                tf.math.divide_no_nan(tf.cast(a, objective.dtype), tf.cast(places, objective.dtype)),
+                share * tf.cast(s, objective.dtype),
+                places,
+            )
+            for a, s, places in sums
+        ]
+
+    def get_config(self):
+        return {"num_cases": self.num_cases}
+
+
+class _Moments(NamedTuple):
+    """Of one layer: of inputs, of output factors (a vector where only the diagonal is not zero), and the number of cases times places."""
+
+    a: tf.Tensor
+    s: tf.Tensor
+    places: tf.Tensor
+
+
+class _Others:
+    """An objective to the diagonal preconditioner, for which the weights of some layers cost nothing."""
+
+    def __init__(self, objective, layers):
+        self.squared_gradients = lambda: objective.squared_gradients(skipped=layers)
+        self.regularization_diagonal = objective.regularization_diagonal
+
+
+def _weights(layer):
+    return [layer.kernel, layer.bias] if layer.use_bias else [layer.kernel]
+
+
+def _shape(layer):
+    """Rows and columns of a layer's weights as one matrix, the bias its last row."""
+    return math.prod(layer.kernel.shape[:-1]) + int(layer.use_bias), layer.kernel.shape[-1]
+
+
+def _moments(piece, layers, seeds):
+    """Sums the moments of every layer over the cases of a piece."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape, recorded_uses(layers, tape) as uses:
+        outputs = (evaluation := piece.forward()).outputs
+    pulls, expected = _square_roots(piece, evaluation, seeds)
+    preactivations = [use.preactivation for layer in layers for use in uses[layer]]
+    gradients = tape.gradient(outputs, preactivations, output_gradients=pulls) if preactivations else []
+    gradients = iter(dense(gradients, preactivations))
+    found = []
+    for layer in layers:
+        of_uses = [second_moments(layer, use.inputs, next(gradients)) for use in uses[layer]]
+        rows, units = _shape(layer)
+        if not of_uses:
+            of_uses = [(tf.zeros([rows, rows]), tf.zeros([units, units]), tf.zeros([]))]
+        a, s, places = (tf.add_n(moments) for moments in zip(*of_uses, strict=True))
+        is_output = len(outputs) == len(uses[layer]) == 1 and uses[layer][0].preactivation is outputs[0]
+        if is_output and getattr(layer, "data_format", "channels_last") == "channels_last":
+            s = expected[0]
+        found.append(_Moments(a, s / tf.cast(piece.magnification, s.dtype), places))
+    return found
+
+
+def _square_roots(piece, evaluation, seeds):
+    """Draws u with `E[uu'] = H` for every case, H the second derivative of the piece's loss in what it is cut at.
+
+    Returns:
+        List of tensors u shaped as the outputs, and a list of what `uu'` sums to over cases and places on average: (k, k) for outputs whose last axis
+        has k entries, or, where H is taken for diagonal, its diagonal (k,).
+    """
+    outputs = evaluation.outputs
+    hessian = _loss_hessian(lambda: piece.loss(evaluation), outputs)
+    pulls, expected = [], []
+    for number, output in enumerate(outputs):
+
+        def product(u, number=number):
+            vectors = [tf.zeros_like(output) for output in outputs]
+            vectors[number] = tf.cast(u, vectors[number].dtype)
+            return _at_least_float32(hessian(vectors)[number])
+
+        signs, others = (_at_least_float32(_signs(output, seeds, 2 * number + salt)) for salt in (0, 1))
+        if output.shape.rank > 1 and output.shape[-1] <= _MAX_COLUMNS:
+            root = _cholesky(product, output)
+            pull = tf.linalg.matvec(root, signs)
+            rows = tf.reshape(root, [-1, *root.shape[-2:]])
+            mean = tf.einsum("nij,nkj->ik", rows, rows)
+        else:
+            diagonal = tf.abs(others * product(others))
+            pull = tf.sqrt(diagonal) * signs
+            mean = tf.reduce_sum(diagonal, range(max(output.shape.rank - 1, 1)))
+        pulls.append(tf.cast(pull, output.dtype))
+        expected.append(mean)
+    return pulls, expected
+
+
+def _cholesky(product, like):
+    """Gives L (..., k, k) with `LL' = H`, from products with H; pivots that rounding or negative curvature leave below zero count as zero."""
+    size = like.shape[-1]
+    rounding = size * _epsilon(like.dtype)
+    first = _at_least_float32(tf.zeros_like(like))
+
+    def add_column(k, root):
+        unit = tf.one_hot(k, size, dtype=first.dtype)
+        column = product(first + unit)
+        pivot_of_h = column[..., k]
+        column -= tf.linalg.matvec(root, root[..., k, :])
+        pivot = column[..., k]
+        is_positive = pivot > rounding * tf.abs(pivot_of_h)
+        scale = tf.where(is_positive, tf.math.rsqrt(tf.where(is_positive, pivot, tf.ones_like(pivot))), 0.0)
+        below = tf.cast(tf.range(size) >= k, first.dtype)
+        return k + 1, root + (scale[..., None] * below * column)[..., None] * unit
+
+    start = (tf.constant(0), tf.zeros_like(first)[..., None] + tf.zeros([size], first.dtype))
+    return tf.while_loop(lambda k, _: k < size, add_column, start, parallel_iterations=1)[1]
+
+
+def _at_least_float32(tensor):
+    return tf.cast(tensor, tf.float32) if tensor.dtype.size == 2 else tensor
+
+
+def _epsilon(dtype):
+    """The distance from 1 to the next number."""
+    return 2.0 ** -{"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[dtype.name]
+
+
+def _signs(like, seeds, salt):
+    """Gives random signs for every entry of `like`, as a function of the case's seeds and the entry's place in the case."""
+    # A hash: TensorFlow's stateless generators give streams that depend on how many cases come together.
+    of_case = tf.cast(tf.fill(tf.shape(seeds)[:1], salt), tf.uint32)
+    for seed in tf.unstack(seeds, axis=1):
+        of_case = _mixed(tf.bitwise.bitwise_xor(of_case, _mixed(tf.bitcast(seed, tf.uint32) + 1)))
+    of_entry = _mixed(tf.cast(tf.range(tf.size(like) // tf.maximum(tf.shape(like)[0], 1)), tf.uint32))
+    bits = _mixed(of_case[:, None] + of_entry)
+    signs = 1 - 2 * tf.cast(bits >= 2**31, tf.int8)
+    return tf.cast(tf.reshape(signs, tf.shape(like)), like.dtype)
+
+
+def _mixed(bits):
+    """Mixes 32 bits: the finalizer of MurmurHash3."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        shifted = tf.bitwise.right_shift(bits, tf.constant(shift, tf.uint32))
+        bits = tf.bitwise.bitwise_xor(bits, shifted) * tf.constant(factor, tf.uint32)
+    return bits
+
+
+def _inverses(moments, damping):
+    """Inverts both factors of a layer, damped."""
+    mean_a = tf.linalg.trace(moments.a) / moments.a.shape[-1]
+    mean_s = tf.reduce_mean(moments.s if moments.s.shape.rank == 1 else tf.linalg.diag_part(moments.s))
+    pi = tf.sqrt(mean_a / mean_s)
+    # A layer that sees or gets nothing but zeros, or numbers that are none.
+    pi = tf.where(tf.math.is_finite(pi) & (pi > 0), pi, tf.ones_like(pi))
+    root = tf.sqrt(damping)
+    return _inverse(moments.a, pi * root), _inverse(moments.s, root / pi)
+
+
+def _inverse(factor, damping):
+    """Inverts factor + damping I by Cholesky; where that fails, the inverse of its diagonal, 1 where that is not positive."""
+    if factor.shape.rank == 1:
+        return _reciprocal(factor + damping)
+    eye = tf.eye(factor.shape[-1], dtype=factor.dtype)
+    # Without damping, a factor of fewer cases than rows is singular, and below that to rounding.
+    jitter = 4 * _epsilon(factor.dtype) * tf.linalg.trace(factor)
+    damped = factor + (damping + jitter) * eye
+    # NaN where the matrix is not positive definite.
+    inverse = tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), eye)
+    inverse = (inverse + tf.transpose(inverse)) / 2
+    is_right = tf.reduce_all(tf.math.is_finite(inverse))
+    return tf.where(is_right, inverse, tf.linalg.diag(_reciprocal(tf.linalg.diag_part(damped))))
+
+
+def _reciprocal(diagonal):
+    is_right = tf.math.is_finite(diagonal) & (diagonal > 0)
+    return tf.where(is_right, 1 / tf.where(is_right, diagonal, tf.ones_like(diagonal)), tf.ones_like(diagonal))
+
+
+def _times(matrix, inverse):
+    return matrix * inverse if inverse.shape.rank == 1 else tf.matmul(matrix, inverse)

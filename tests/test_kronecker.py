@@ -1,0 +1,287 @@
+"""What the Kronecker-factored preconditioner promises: the Gauss-Newton matrix where layers allow it, and its damped inverse everywhere."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from problems import NUM_CASES, PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, with_objective
+
+from keras_hf import (
+    ConstantDamping,
+    EmpiricalFisherDiagonal,
+    GaussNewton,
+    HessianFree,
+    KroneckerFactored,
+    kronecker,
+)
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+# Rounding, and a jitter of 4 epsilon of a factor's trace.
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def factors(model, data, num_cases=None, **arguments):
+    """A and S of every captured layer."""
+    preconditioner = KroneckerFactored(num_cases)
+    found = with_objective(
+        model, data, lambda objective: preconditioner._factors(objective, objective.captured), **arguments
+    )
+    return [(a.numpy(), np.diag(s) if s.shape.rank == 1 else s.numpy()) for a, s, _ in found]
+
+
+def gauss_newton(model, data):
+    return with_objective(
+        model, data, lambda objective: dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+    ).numpy()
+
+
+def inverse(model, data, damping=0.1, preconditioner=None, **arguments):
+    def compute(objective):
+        precondition = (preconditioner or KroneckerFactored()).inverse(objective, tf.constant(damping, tf.float64))
+        return dense_matrix(precondition, objective.num_weights)
+
+    return with_objective(model, data, compute, **arguments).numpy()
+
+
+def one_layer(problem="mse", use_bias=True):
+    layer = layers.Dense(3, PROBLEMS[problem].activation, use_bias=use_bias)
+    return compiled(keras.Sequential([keras.Input((2,)), layer]), PROBLEMS[problem].loss)
+
+
+def targets(problem="mse"):
+    return PROBLEMS[problem].targets(np.random.default_rng(3))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("columns", [32, 0])
+def test_one_layer_under_squared_error_has_the_gauss_newton_matrix_itself(use_bias, columns, monkeypatch):
+    monkeypatch.setattr(kronecker, "_MAX_COLUMNS", columns)
+    model = one_layer(use_bias=use_bias)
+    data = model_data(model, inputs(), targets())
+    ((a, s),) = factors(model, data)
+    np.testing.assert_allclose(np.kron(a, s), gauss_newton(model, data), **EXACT)
+
+
+@pytest.mark.parametrize("name", sorted(set(PROBLEMS) - {"mse on sigmoid"}))
+def test_one_layer_and_one_input_have_the_gauss_newton_matrix_itself(name):
+    """Every case has the same input, so that A x S is exact whatever H is."""
+    model = one_layer(name)
+    data = model_data(model, np.tile([[0.3, -1.2]], [NUM_CASES, 1]), targets(name))
+    ((a, s),) = factors(model, data)
+    np.testing.assert_allclose(np.kron(a, s), gauss_newton(model, data), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["mse on sigmoid", "sparse categorical"])
+def test_before_an_activation_the_mean_over_signs_is_the_pulled_back_loss_curvature(name):
+    model = make_model(PROBLEMS[name].activation, PROBLEMS[name].loss)
+    data = model_data(model, inputs(), targets(name))
+    first, last = model.network.layers
+    hidden = first(data.x).numpy()
+    z = hidden @ last.kernel.numpy() + last.bias.numpy()
+    hessian = PROBLEMS[name].output_hessian(z, data.y).numpy() / NUM_CASES
+    slope = (
+        model.network(data.x).numpy() * (1 - model.network(data.x).numpy())
+        if name == "mse on sigmoid"
+        else np.ones_like(z)
+    )
+    jacobian = slope[:, :, None] * last.kernel.numpy().T * (1 - hidden**2)[:, None, :]
+    expected = np.einsum("nij,nik,nkl->jl", jacobian, hessian, jacobian)
+
+    def draws(objective):
+        def draw(i):
+            moments = lambda piece, seeds: kronecker._moments(piece, [first], seeds + [[0, i, 0]])  # noqa: E731
+            return objective.sum_over_chunk(moments)[0].s
+
+        return tf.map_fn(draw, tf.range(400), fn_output_signature=tf.float64)
+
+    s = with_objective(model, data, draws).numpy()
+    standard_error = np.std(s, 0) / np.sqrt(len(s))
+    assert (np.abs(np.mean(s, 0) - expected) < 4.5 * standard_error + 1e-12).all()
+    # Enough draws to tell.
+    assert standard_error.max() < 0.05 * expected.max()
+
+
+def test_roots_of_a_softmax_have_the_blocks_of_the_loss_curvature():
+    name = "categorical from probabilities"
+    model = one_layer(name)
+    data = model_data(model, inputs(), targets(name))
+
+    def of_piece(piece, seeds):
+        evaluation = piece.forward()
+        hessian = kronecker._loss_hessian(lambda: piece.loss(evaluation), evaluation.outputs)
+        return kronecker._cholesky(lambda u: hessian([u])[0], evaluation.outputs[0])
+
+    root = with_objective(model, data, lambda objective: objective.sum_over_chunk(of_piece)).numpy()
+    z = model.network.layers[0](data.x)._keras_logits
+    expected = PROBLEMS[name].output_hessian(z, data.y).numpy() / NUM_CASES
+    np.testing.assert_allclose(root @ root.transpose(0, 2, 1), expected, **EXACT)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_inverse_is_that_of_the_damped_kronecker_product_formed_densely(damping):
+    model = make_model(regularizer=keras.regularizers.L2(0.25))
+    data = model_data(model, inputs(), targets())
+    matrix = np.zeros((27, 27))
+    # Regularized are 8 of the first layer's 12 weights, its kernel, and 3 of the last one's 15, its biases.
+    for (a, s), start, own in zip(factors(model, data), (0, 12), (0.5 * 8 / 12, 0.5 * 3 / 15), strict=True):
+        pi = np.sqrt(np.trace(a) / len(a) / (np.trace(s) / len(s)))
+        root = np.sqrt(damping + own)
+        block = np.kron(a + pi * root * np.eye(len(a)), s + root / pi * np.eye(len(s)))
+        matrix[start : start + len(block), start : start + len(block)] = block
+    np.testing.assert_allclose(inverse(model, data, damping) @ matrix, np.eye(27), atol=1e-9)
+
+
+def largest_off_diagonal(matrix):
+    return np.abs(matrix - np.diag(np.diag(matrix))).max()
+
+
+def test_weights_in_no_captured_layer_have_the_diagonal():
+    stack = [layers.Dense(3), layers.LayerNormalization(), layers.Dense(2)]
+    model = compiled(keras.Sequential([keras.Input((2,)), *stack]))
+    data = model_data(model, inputs(), targets()[:, :2])
+    found = inverse(model, data)
+    diagonal = inverse(model, data, preconditioner=EmpiricalFisherDiagonal())
+    np.testing.assert_allclose(found[9:15], diagonal[9:15], **EXACT)  # gamma and beta
+    assert largest_off_diagonal(found[:9, :9]) > 1e-2
+
+
+def test_a_layer_with_too_many_rows_has_the_diagonal(monkeypatch):
+    monkeypatch.setattr(kronecker, "_MAX_ROWS", 4)  # the first layer's matrix is 3 by 4, the last one's 5 by 3
+    model = make_model()
+    data = model_data(model, inputs(), targets())
+    found = inverse(model, data)
+    diagonal = inverse(model, data, preconditioner=EmpiricalFisherDiagonal())
+    np.testing.assert_allclose(found[12:], diagonal[12:], **EXACT)
+    assert largest_off_diagonal(found[:12, :12]) > 1e-2
+
+
+def test_no_diagonal_is_computed_where_all_weights_are_captured(monkeypatch):
+    monkeypatch.setattr(EmpiricalFisherDiagonal, "inverse", None)
+    model = make_model()
+    inverse(model, model_data(model, inputs(), targets()))
+
+
+SHARED = {
+    "Dense on sequences": (layers.Dense, (4, 2), {"units": 3}),
+    "Conv1D": (layers.Conv1D, (6, 2), {"filters": 3, "kernel_size": 3, "padding": "causal"}),
+    "Conv2D": (layers.Conv2D, (4, 4, 2), {"filters": 3, "kernel_size": (2, 3), "padding": "same"}),
+    "Conv3D": (layers.Conv3D, (2, 2, 4, 1), {"filters": 2, "kernel_size": 2, "strides": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_one_layer_that_shares_weights_among_places_has_the_gauss_newton_matrix_itself(name):
+    """Squared error doesn't couple the places of an output: here, what Grosse & Martens assume is true."""
+    make, shape, arguments = SHARED[name]
+    model = compiled(keras.Sequential([keras.Input(shape), make(**arguments)]))
+    x = np.random.default_rng(3).normal(size=(7, *shape))
+    data = model_data(model, x, np.zeros(model.network(x).shape))
+    ((a, s),) = factors(model, data)
+    np.testing.assert_allclose(np.kron(a, s), gauss_newton(model, data), **EXACT)
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 1])
+def test_pieces_of_any_size_give_the_same(micro_batch_size):
+    model = make_model()
+    data = model_data(model, inputs(), targets())
+    whole, pieces = (inverse(model, data, micro_batch_size=size) for size in (None, micro_batch_size))
+    np.testing.assert_allclose(pieces, whole, **EXACT)
+
+
+def test_signs_are_fair_and_others_in_another_update():
+    seeds = tf.stack([tf.range(200), tf.zeros([200], tf.int32), tf.zeros([200], tf.int32)], 1)
+    like = tf.zeros([200, 50], tf.float64)
+    signs, next_signs = (kronecker._signs(like, seeds + [0, i, 0], 0).numpy() for i in (0, 1))
+    assert set(np.unique(signs)) == {-1.0, 1.0}
+    # A mean of 10,000 fair signs has a standard deviation of 0.01.
+    assert abs(signs.mean()) < 0.04
+    assert abs((signs * next_signs).mean()) < 0.04
+    # The largest of some thousand, or ten thousand, correlations of 200, or 50.
+    assert np.abs(np.corrcoef(signs.T) - np.eye(50)).max() < 5 / np.sqrt(200)
+    assert np.abs(np.corrcoef(signs) - np.eye(200)).max() < 6 / np.sqrt(50)
+
+
+def test_some_cases_stand_for_the_chunk():
+    model = one_layer()
+    data = model_data(model, np.tile([[0.3, -1.2]], [NUM_CASES, 1]), targets())
+    for some, of_all in zip(factors(model, data, num_cases=4)[0], factors(model, data)[0], strict=True):
+        np.testing.assert_allclose(some, of_all, **EXACT)
+
+
+def test_factors_follow_sample_weights():
+    model = one_layer()
+    x, weight = np.tile([[0.3, -1.2]], [NUM_CASES, 1]), np.linspace(0, 2, NUM_CASES)
+    data = model_data(model, x, targets(), weight)
+    ((a, s),) = factors(model, data)
+    np.testing.assert_allclose(np.kron(a, s), gauss_newton(model, data), **EXACT)
+
+
+class Twice(keras.Model):
+    """Calls one layer twice, and holds one that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.unused = layers.Dense(2, "tanh"), layers.Dense(2)
+
+    def build(self, input_shape):
+        self.shared.build(input_shape)
+        self.unused.build(input_shape)
+
+    def call(self, x):
+        return self.shared(self.shared(x))
+
+
+def test_calls_of_one_layer_count_as_places():
+    model = compiled(Twice())
+    x = inputs()
+    data = model_data(model, x, np.zeros((NUM_CASES, 2)))
+    seen = np.concatenate([np.concatenate([x, model.network.shared(x)]), np.ones((2 * NUM_CASES, 1))], 1)
+    np.testing.assert_allclose(factors(model, data)[0][0], seen.T @ seen / (2 * NUM_CASES), **EXACT)
+    assert np.linalg.eigvalsh(inverse(model, data)).min() > 0
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("a", "s"),
+    [
+        (np.zeros((2, 2)), np.zeros((3, 3))),
+        (np.ones((2, 2)), np.ones((3, 3))),
+        (np.full((2, 2), np.nan), np.eye(3)),
+        (np.array([[1.0, 2.0], [2.0, 1.0]]), np.full(3, np.inf)),
+    ],
+    ids=["zero", "singular", "no number", "indefinite"],
+)
+def test_factors_without_an_inverse_leave_the_preconditioner_positive_definite(a, s, damping):
+    moments = kronecker._Moments(tf.constant(a), tf.constant(s), tf.ones([]))
+    for matrix in kronecker._inverses(moments, tf.constant(damping, tf.float64)):
+        matrix = np.diag(matrix) if matrix.shape.rank == 1 else matrix.numpy()
+        assert np.linalg.eigvalsh(matrix).min() > 0
+
+
+def test_two_replicas_train():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        network = keras.Sequential([keras.Input((2,)), layers.Dense(4, "tanh"), layers.Dense(1)])
+        model = compiled(network, optimizer=HessianFree(0.1, preconditioner=KroneckerFactored(9), seed=0))
+    history = model.fit(inputs(), inputs()[:, :1] ** 2, epochs=4, verbose=0, callbacks=[ConstantDamping()]).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+def test_trains_in_lower_precision(policy):
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy(policy)
+    network = keras.Sequential([keras.Input((2,)), layers.Dense(8, "tanh"), layers.Dense(2, "softmax")])
+    optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(), seed=0)
+    model = compiled(network, "sparse_categorical_crossentropy", optimizer=optimizer)
+    x = inputs().astype("float32")
+    history = model.fit(x, x[:, 0] > x[:, 1], epochs=5, verbose=0, callbacks=[ConstantDamping()]).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "all"])
+def test_a_bad_number_of_cases_is_refused(value):
+    with pytest.raises(ValueError, match="`num_cases` must be an integer >= 1 or `None`. Received: num_cases="):
+        KroneckerFactored(num_cases=value)
