@@ -293,6 +293,6 @@ def second_derivatives_explained(layer_of_op):
 
 _CURES = {
     "Softsign": "Use `lambda x: x / (1 + keras.ops.abs(x))` as the activation.",
-    "ResizeBicubic": 'Use `interpolation="bilinear"`.',
+    "ResizeBicubic": 'Use `interpolation="nearest"`, or `Conv2DTranspose`.',
     "CudnnRNNV3": "Set `use_cudnn=False`.",
 }

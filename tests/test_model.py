@@ -114,26 +114,6 @@ def test_the_order_of_a_whole_batch_is_fixed_by_the_seed():
     assert {tuple(map(tuple, chunk)) for chunk in seen} == {tuple(map(tuple, x[i : i + 5])) for i in (0, 5, 10, 15)}
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        lambda x, y: {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(256)},
-        lambda x, y: {"x": tf.data.Dataset.from_tensor_slices((x, y, np.ones(len(x)))).batch(256)},
-        lambda x, y: {"x": x, "y": y, "sample_weight": np.ones(len(x)), "batch_size": 256},
-        lambda x, y: {"x": tf.constant(x), "y": tf.constant(y), "batch_size": 256},
-    ],
-)
-def test_any_form_of_data_gives_the_same_updates(data, float64):
-    x, y = cases(300)
-    reference = compiled(network(), max_cg_iterations=8)
-    model = compiled(keras.models.clone_model(reference.network), max_cg_iterations=8)
-    model.set_weights(reference.get_weights())
-    reference.fit(x, y, batch_size=256, shuffle=False, verbose=0, callbacks=[LevenbergMarquardt()])
-    model.fit(**data(x, y), shuffle=False, verbose=0, callbacks=[LevenbergMarquardt()])
-    for one, other in zip(reference.get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
-
-
 def test_pieces_give_the_updates_of_the_whole(float64):
     x, y = cases(100)
     # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding.

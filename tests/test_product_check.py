@@ -135,7 +135,7 @@ def test_randomness_outside_keras_seed_generators_is_refused_by_name():
                 layers.Flatten(),
                 layers.Dense(3),
             ],
-            "Layer 'up' has no second derivative.*interpolation=\"bilinear\"",
+            "Layer 'up' has no second derivative.*interpolation=\"nearest\"",
         ),
     ],
     ids=["softsign", "bicubic"],
