@@ -559,7 +559,8 @@ class HFModel(keras.Model):
         if product_error > self._rounding:
             raise ValueError(
                 f"The products of '{self.network.name}' by `{type(self._linearization).__name__}` are wrong: what must be equal (v'Gv and "
-                f"(Jv)'H(Jv), or u'(Jv) and (J'u)'v) differs by {product_error:.2g} of itself. {self._cure_for_products()} `HFModel.check_products` tells more."
+                f"(Jv)'H(Jv), or u'(Jv) and (J'u)'v) differs by {product_error:.2g} of itself. {self._cure_for_products()} "
+                "`HFModel.check_products` tells more."
             )
 
     def _cure_for_products(self):
@@ -603,8 +604,8 @@ class HFModel(keras.Model):
             name = getattr(keras.losses.get(name), "__name__", name) if isinstance(loss, str) else name
         if name == "ctc":
             raise ValueError(
-                "The loss 'ctc' has no second derivative: TensorFlow computes its first one by a function of its own. Train with a loss per frame, such "
-                "as `SparseCategoricalCrossentropy`."
+                "The loss 'ctc' has no second derivative: TensorFlow computes its first one by a function of its own. Train with a loss per frame, "
+                "such as `SparseCategoricalCrossentropy`."
             )
         if name in _NO_CURVATURE:
             self._warn(

@@ -112,7 +112,9 @@ def test_training_works_and_keeps_its_vectors_in_float32(policy):
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"], indirect=True)
 def test_check_products_allows_for_the_rounding_of_the_type(policy):
     model = compiled(network("dense"))
-    assert all(check.holds and check.tolerance == pytest.approx(2e-2) for check in model.check_products(*cases(model.network)))
+    assert all(
+        check.holds and check.tolerance == pytest.approx(2e-2) for check in model.check_products(*cases(model.network))
+    )
 
 
 def test_matrix_products_are_full_float32_during_training_and_as_they_were_afterwards():
