@@ -20,7 +20,7 @@ from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
 
 # Entries of the outputs' last axis up to which H is formed column by column; for more, its diagonal alone. Columns cost passes through the loss only.
 _MAX_COLUMNS = 32
-# Rows of a factor up to which it is inverted: a second for 4,096, where the loss of an update is a second, too; memory and time grow fast.
+# Rows of a factor up to which it is inverted: 2.4 seconds for so many on two cores, and eight times that for twice as many.
 _MAX_ROWS = 4096
 
 
@@ -33,11 +33,13 @@ class KroneckerFactored(Preconditioner):
     gradients of the loss, which vanish where it is fitted while the curvature does not. `pi^2 = (tr A / dim A) / (tr S / dim S)` shares the damping
     between the factors. For one layer under a loss of constant H, `A x S` is the Gauss-Newton matrix itself.
 
-    For deep networks of Dense layers and convolutions: CG then needs a third to a fifth of the iterations that the diagonal leaves it. Sharing of
-    weights (Dense on sequences, convolutions, a layer called again): places count as independent cases, A is the mean over them and S the sum.
-    Regularizers: a layer's damping is raised by the mean over its weights of their second derivative (2c for `L2(c)` on all of them). Weights in no
-    such layer, or in one with more than 4,096 inputs or units, get the diagonal of `EmpiricalFisherDiagonal()`. Layers that batch statistics tie the
-    cases of see them as constants.
+    For deep networks of Dense layers and convolutions: CG needs a third to a half of the iterations that it needs with the diagonal
+    (`benchmarks/preconditioners.py`), the fewer the sooner it is stopped; its last digits come no faster.
+
+    Where weights are shared (Dense on sequences, convolutions, a layer called again), places count as independent cases: A is the mean over them and
+    S the sum. Regularizers raise a layer's damping by the mean over its weights of their second derivative (2c for `L2(c)` on all of them). Under
+    BatchNormalization the batch statistics count as constants. Weights in no such layer, or in one with more than 4,096 inputs or units, get the
+    diagonal of `EmpiricalFisherDiagonal()`.
 
     H is asked of the loss by products with it, so that any Keras loss will do, with its weights and masks. Where the outputs' last axis has up to 32
     entries, all of its block is formed, and `u = Le` with its Cholesky factor L and random signs e. Where it has more, `u = sqrt(|diag H|) e`: all of
@@ -45,7 +47,7 @@ class KroneckerFactored(Preconditioner):
     of a loss that is not convex counts as none in the first case, as positive in the second. In the layer that gives the outputs, the mean over
     signs is taken exactly.
 
-    Factors are made anew in every update and nothing is kept between updates. Cost: about two gradients of `num_cases` cases, the inverses
+    Factors are made anew in every update and nothing is kept between updates. Cost: about 1.5 gradients of `num_cases` cases, the inverses
     (m^3 for a factor with m rows), and `m k (m + k)` multiplications per CG iteration for a layer with m inputs and k units.
 
     Args:

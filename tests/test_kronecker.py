@@ -260,6 +260,35 @@ def test_factors_without_an_inverse_leave_the_preconditioner_positive_definite(a
         assert np.linalg.eigvalsh(matrix).min() > 0
 
 
+def test_cg_needs_less_than_half_of_the_diagonals_iterations_on_a_deep_network():
+    """For 99 % of the decrease that the quadratic model has to give: about what an update asks of CG."""
+    damping = 1e-5
+    stack = [layers.Dense(units, "tanh") for units in (12, 8, 4, 2, 4, 8, 12)]
+    model = compiled(keras.Sequential([keras.Input((16,)), *stack, layers.Dense(16)]))
+    rng = np.random.default_rng(0)
+    x = np.tanh(rng.normal(size=(200, 2)) @ rng.normal(size=(2, 16)))
+    data = model_data(model, x, x)
+    gradient = with_objective(model, data, lambda objective: objective.loss_and_gradient().gradient).numpy()
+    matrix = gauss_newton(model, data) + damping * np.eye(len(gradient))
+    most = gradient @ np.linalg.solve(matrix, gradient) / 2
+
+    def iterations(preconditioner):
+        inverse_matrix = inverse(model, data, damping, preconditioner)
+        step, residual, direction = np.zeros_like(gradient), -gradient, -inverse_matrix @ gradient
+        for number in range(1, 300):
+            size = residual @ inverse_matrix @ residual
+            image = matrix @ direction
+            length = size / (direction @ image)
+            step, residual = step + length * direction, residual - length * image
+            if -(gradient @ step + step @ matrix @ step / 2) > 0.99 * most:
+                return number
+            solved = inverse_matrix @ residual
+            direction = solved + residual @ solved / size * direction
+        return number
+
+    assert 2 * iterations(KroneckerFactored()) < iterations(EmpiricalFisherDiagonal())
+
+
 def test_two_replicas_train():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
