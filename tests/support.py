@@ -1484,7 +1484,7 @@ def by_the_table():
 HEAD = """# What works with which layer and loss
 
 Products of the Gauss-Newton matrix of small networks, a few dozen weights each, held against dense matrices in float64.
-Keras {keras}, TensorFlow {tensorflow}, CPUs. Written by `python tests/support.py` from what it measured; the tests measure it again.
+Keras {keras}, TensorFlow {tensorflow}, CPUs. It is the table of `tests/support.py`, which the slow tests hold against what they measure.
 
 The columns are the ways to differentiate: `GaussNewton()`, which chooses by itself, then `GaussNewton(DoubleBackward())` and so on; XLA is
 `jit_compile=True`. A row is a layer of Keras, or a variant of one, in a network with dense layers and the mean squared error; a construct that a
