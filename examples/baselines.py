@@ -1,4 +1,4 @@
-"""A fair race with first-order methods: the settings they run with, and the clock that every method runs against."""
+"""A fair race with other methods: the settings they run with, and the clock that every method runs against."""
 
 import csv
 import math
@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
+from scipy import optimize
 
 STEPS_PER_EXECUTION = 10  # Keras' own work between calls would otherwise double the time of a step of a small network.
 
@@ -96,6 +97,183 @@ def fit_baseline(baseline, size, network, x, recorder, **compile_arguments):
     )
 
 
+def muon(learning_rate, network):
+    """Makes Keras' Muon for a network: Adam for biases, convolutions and the last layer, as its authors advise.
+
+    Without the decay of weights that it has in Keras by default: a penalty belongs to the loss, the same for all methods.
+
+    Args:
+        learning_rate: Float, in the scale of Adam's.
+        network: Keras model, built.
+
+    Returns:
+        A `keras.optimizers.Muon`.
+    """
+    last = f"(^|/){network.layers[-1].name}/"
+    return keras.optimizers.Muon(learning_rate, weight_decay=None, adam_weight_decay=None, exclude_layers=[last])
+
+
+def fit_compiled(network, optimizer, loss, x, y, batch_size, recorder, cosine_decay=False, seed=0):
+    """Trains with a first-order method, ten steps in one XLA program, until `recorder` ends it.
+
+    Cases are gathered within it, since a step of a small network is over before Keras' loop has prepared the next one.
+
+    Args:
+        network: Keras model.
+        optimizer: Keras optimizer.
+        loss: Callable `(y_true, y_pred) -> (N,)`, the loss of each case; the network's penalties are added to its mean.
+        x: Array `(N, ...)`, the training cases.
+        y: Array `(N, ...)`, their targets.
+        batch_size: Integer, cases in an update, drawn without replacement in each epoch; None for all.
+        recorder: A `Recorder`.
+        cosine_decay: Boolean, whether the learning rate falls to zero along a cosine over the recorder's time.
+        seed: Integer, of the order of cases.
+    """
+    batch_size = min(batch_size or len(x), len(x))
+    optimizer.build(network.trainable_variables)
+    initial = float(optimizer.learning_rate)
+    batches = _batches_of_cases(len(x), batch_size, np.random.default_rng(seed))
+    steps = _compiled_steps(network, optimizer, loss, tf.constant(x), tf.constant(y))
+    recorder.begin([*network.variables, *optimizer.variables])
+    stop = False
+    while not stop:
+        if cosine_decay:
+            optimizer.learning_rate = initial * recorder.cosine
+        steps(next(batches))
+        updates = int(optimizer.iterations)
+        stop = recorder.after_update(updates, {"num_cases": batch_size, "cost": updates * batch_size / len(x)})
+
+
+def _compiled_steps(network, optimizer, loss, x, y):
+    """Returns a function that makes the updates on batches of cases `(num_steps, batch_size)`, which are gathered in it."""
+    weights = network.trainable_variables
+
+    def step(cases):
+        with tf.GradientTape() as tape:
+            y_pred = network(tf.gather(x, cases), training=True)
+            value = tf.reduce_mean(loss(tf.gather(y, cases), y_pred)) + sum(network.losses)
+        optimizer.apply(tape.gradient(value, weights), weights)
+
+    @tf.function(jit_compile=True)
+    def steps(batches):
+        for i in tf.range(STEPS_PER_EXECUTION):
+            step(batches[i])
+
+    return steps
+
+
+def _batches_of_cases(num_cases, batch_size, rng):
+    """Yields tensors `(num_steps, batch_size)` of cases: one permutation of all after the other."""
+    size = STEPS_PER_EXECUTION * batch_size
+    cases = np.empty(0, "int32")
+    while True:
+        while len(cases) < size:
+            cases = np.concatenate([cases, rng.permutation(num_cases).astype("int32")])
+        yield tf.constant(cases[:size].reshape(STEPS_PER_EXECUTION, batch_size))
+        cases = cases[size:]
+
+
+class LossAndGradient:
+    """Loss on the whole training set, penalties included, and its gradient as functions of one flat vector, for scipy.
+
+    Computed in float32, in pieces so that memory is bounded; added up and handed over in float64. Cost: one gradient.
+
+    Args:
+        network: Keras model, built. Each call leaves it with the weights called for.
+        loss: Callable `(y_true, y_pred) -> (N,)`, the loss of each case.
+        x: Array `(N, ...)`, the training cases.
+        y: Array `(N, ...)`, their targets.
+        piece_size: Integer, cases worked on at a time.
+
+    Attributes:
+        num_calls: Integer, the calls so far.
+    """
+
+    def __init__(self, network, loss, x, y, piece_size=5000):
+        self.weights = network.trainable_variables
+        self.pieces = [
+            (tf.constant(x[start : start + piece_size]), tf.constant(y[start : start + piece_size]))
+            for start in range(0, len(x), piece_size)
+        ]
+        self.num_calls = 0
+
+        @tf.function(jit_compile=True)
+        def of_piece(x_piece, y_piece):
+            with tf.GradientTape() as tape:
+                y_pred = network(x_piece, training=True)
+                # Each piece gets its share of the penalty.
+                share = x_piece.shape[0] / len(x)
+                value = tf.reduce_sum(loss(y_piece, y_pred)) / len(x) + share * sum(network.losses)
+            gradients = tape.gradient(value, [weight.value for weight in self.weights])
+            return value, tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
+
+        self._of_piece = of_piece
+
+    def __call__(self, vector):
+        """Returns the loss, a float, and the gradient, a float64 array `(n,)`, at `vector`, `(n,)`."""
+        self.num_calls += 1
+        self.assign(vector)
+        loss, gradient = 0.0, np.zeros(len(vector))
+        for piece in self.pieces:
+            value, part = self._of_piece(*piece)
+            loss += float(value)
+            gradient += part.numpy()
+        return loss, gradient
+
+    def vector(self):
+        """Returns the network's weights as one float64 array `(n,)`."""
+        return np.concatenate([ops.convert_to_numpy(weight).ravel() for weight in self.weights]).astype("float64")
+
+    def assign(self, vector):
+        """Gives the network the weights `vector`, `(n,)`."""
+        ends = np.cumsum([math.prod(weight.shape) for weight in self.weights])
+        for weight, values in zip(self.weights, np.split(vector, ends[:-1]), strict=True):
+            weight.assign(values.reshape(weight.shape).astype("float32"))
+
+
+def fit_lbfgs(network, loss, x, y, recorder, max_corrections=10):
+    """Trains by scipy's L-BFGS on the whole training set until `recorder` ends it, or no step is found.
+
+    Where its line search fails, as it does at the precision of float32, it starts again without memory.
+
+    Args:
+        network: Keras model, built.
+        loss: Callable `(y_true, y_pred) -> (N,)`, the loss of each case.
+        x: Array `(N, ...)`, the training cases.
+        y: Array `(N, ...)`, their targets.
+        recorder: A `Recorder`.
+        max_corrections: Integer, the pairs of steps and gradient differences that it remembers.
+    """
+    function = LossAndGradient(network, loss, x, y)
+    vector = function.vector()
+    recorder.begin([])
+    function(vector)
+    recorder.after_update(0, {})  # The compiled call.
+    function.num_calls = 0
+    updates = 0
+
+    def logs():
+        return {"num_cases": len(x), "cost": function.num_calls}
+
+    def after_iteration(intermediate_result):
+        nonlocal updates
+        updates += 1
+        function.assign(intermediate_result.x)
+        if recorder.after_update(updates, logs()):
+            raise StopIteration
+
+    options = {"maxcor": max_corrections, "maxiter": 10**9, "maxfun": 10**9, "ftol": 0.0, "gtol": 0.0}
+    while not recorder.is_over:
+        result = optimize.minimize(
+            function, vector, jac=True, method="L-BFGS-B", callback=after_iteration, options=options
+        )
+        vector = result.x
+        function.assign(vector)
+        if result.nit == 0:
+            break
+    recorder.finish(updates, logs())
+
+
 class Recorder(keras.callbacks.Callback):
     """Records the error of an autoencoder against time, and ends its training when the time is up.
 
@@ -115,6 +293,7 @@ class Recorder(keras.callbacks.Callback):
 
     Attributes:
         rows: List of dicts, one for each row of the file.
+        is_over: Boolean, whether time or updates have run out.
     """
 
     def __init__(self, network, x_train, x_test, path, max_seconds, max_updates, interval=0.0, log_names=()):
@@ -128,6 +307,7 @@ class Recorder(keras.callbacks.Callback):
         self.interval = interval
         self.log_names = log_names
         self.rows = []
+        self.is_over = False
         self._start = None
 
     @property
@@ -135,26 +315,67 @@ class Recorder(keras.callbacks.Callback):
         """Seconds of training so far."""
         return 0.0 if self._start is None else time.perf_counter() - self._start
 
+    @property
+    def cosine(self):
+        """What a cosine that falls from one to zero over the time given has come down to."""
+        return 0.5 * (1 + math.cos(math.pi * min(self.seconds / self.max_seconds, 1.0)))
+
     def on_train_begin(self, logs=None):
-        self._record(0, {})
+        self.begin([*self.model.variables, *self.model.optimizer.variables])
 
     def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = self.after_update(int(self.model.optimizer.iterations), logs)
+
+    def begin(self, variables):
+        """Writes the first row.
+
+        Args:
+            variables: List of Keras variables that training changes.
+        """
+        del variables
+        self._record(0, {})
+
+    def after_update(self, updates, logs):
+        """Looks at the clock, and writes a row if one is due.
+
+        Args:
+            updates: Integer, the updates so far.
+            logs: Dict of the training logs.
+
+        Returns:
+            Boolean, whether training is over.
+        """
         if self._start is None:
             self._start = time.perf_counter()
-        updates = int(self.model.optimizer.iterations)
         seconds = self.seconds
-        self.model.stop_training = seconds >= self.max_seconds or updates >= self.max_updates
-        if self.model.stop_training or seconds >= self.rows[-1]["seconds"] + self.interval:
+        self.is_over = seconds >= self.max_seconds or updates >= self.max_updates
+        if self.is_over or self.is_due(seconds):
             self._record(updates, logs)
             self._start += self.seconds - seconds
+        return self.is_over
+
+    def is_due(self, seconds):
+        """Returns whether an update that ended after these seconds gets a row."""
+        return seconds >= self.rows[-1]["seconds"] + self.interval
+
+    def finish(self, updates, logs):
+        """Writes a last row where training came to an end by itself."""
+        if not self.is_over:
+            self._record(updates, logs)
+
+    def errors(self):
+        """Returns a dict of the errors that a row holds."""
+        return {
+            "train_error": reconstruction_error(self.network, self.x_train),
+            "test_error": reconstruction_error(self.network, self.x_test),
+        }
 
     def _record(self, updates, logs):
         row = {
             "update": updates,
             **{name: logs.get(name, math.nan) for name in self.log_names},
             "seconds": round(self.seconds, 3),
-            "train_error": reconstruction_error(self.network, self.x_train),
-            "test_error": reconstruction_error(self.network, self.x_test),
+            **self.errors(),
         }
         with open(self.path, "a" if self.rows else "w", newline="") as file:
             writer = csv.DictWriter(file, row)
@@ -179,8 +400,7 @@ class CosineDecay(keras.callbacks.Callback):
         self.initial = float(self.model.optimizer.learning_rate)
 
     def on_train_batch_begin(self, batch, logs=None):
-        done = min(self.recorder.seconds / self.recorder.max_seconds, 1.0)
-        self.model.optimizer.learning_rate = self.initial * 0.5 * (1 + math.cos(math.pi * done))
+        self.model.optimizer.learning_rate = self.initial * self.recorder.cosine
 
 
 def reconstruction_error(network, x, batch_size=5000):

@@ -1,0 +1,224 @@
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from benchmarks import time_to_error
+from benchmarks.time_to_error import Cases, Curve, Problem
+from examples import baselines
+from examples.autoencoder import squared_error
+
+
+def tiny_cases(seed):
+    rng = np.random.default_rng(seed)
+    images = rng.random((60, 784)).astype("float32") ** 8
+    return Cases(images[:40], images[:40], images[40:], images[40:])
+
+
+def tiny_digits(seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(60, 6)).astype("float32"), rng.integers(0, 3, 60).astype("int32")
+    return Cases(x[:40], y[:40], x[40:], y[40:])
+
+
+def tiny_network(l2=0.01, sparse=True):
+    del sparse
+    penalty = keras.regularizers.L2(l2 / 2)
+    dense = keras.layers.Dense
+    return keras.Sequential(
+        [keras.Input((784,)), dense(3, "tanh", kernel_regularizer=penalty), dense(784, kernel_regularizer=penalty)]
+    )
+
+
+def tiny_classifier(l2, sparse):
+    del l2, sparse
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, "softmax")])
+
+
+PROBLEM = Problem("autoencoder", tiny_cases, tiny_network, seconds=0.3, targets=(2, 1))
+CLASSIFIER = Problem("classifier", tiny_digits, tiny_classifier, seconds=0.3, targets=(0.5,))
+
+
+class MeanSquares(Problem):
+    loss = staticmethod(squared_error)
+
+
+SQUARES = MeanSquares(*PROBLEM)
+
+
+def curve(problem, network, path, seconds=0.3):
+    return Curve(problem, network, problem.load(0), path, seconds)
+
+
+def write_run(folder, name, seconds, errors):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"{update},{time},{error},{error}" for update, (time, error) in enumerate(zip(seconds, errors, strict=True))
+    ]
+    (folder / f"{name}.csv").write_text("\n".join(["update,seconds,train_error,test_error", *lines, ""]))
+
+
+def test_gradient_for_scipy_equals_that_of_the_tape():
+    cases, network = tiny_cases(0), tiny_network()
+    function = baselines.LossAndGradient(network, squared_error, cases.x_train, cases.y_train, piece_size=15)
+    vector = function.vector() + 0.01  # Biases that aren't zero.
+    value, gradient = function(vector)
+    with tf.GradientTape() as tape:
+        expected = tf.reduce_mean(squared_error(cases.y_train, network(cases.x_train))) + sum(network.losses)
+    gradients = tape.gradient(expected, network.trainable_variables)
+    assert value == pytest.approx(float(expected), rel=1e-5)  # Float32 sums in another order.
+    flat = np.concatenate([part.numpy().ravel() for part in gradients])
+    np.testing.assert_allclose(gradient, flat, rtol=1e-4, atol=1e-5 * np.abs(flat).max())
+    np.testing.assert_allclose(function.vector(), vector, rtol=1e-6)
+
+
+def test_muon_and_lbfgs_reduce_the_loss(tmp_path):
+    for method, setting in (
+        ("muon", {"learning_rate": 1e-2, "batch_size": 20}),
+        ("lbfgs", {"max_corrections": 5}),
+    ):
+        network = tiny_network()
+        recorder = curve(SQUARES, network, tmp_path / f"{method}.csv")
+        time_to_error.METHODS[method](SQUARES, setting, network, recorder.cases, recorder, 0)
+        assert recorder.rows[-1]["train_loss"] < 0.8 * recorder.rows[0]["train_loss"]
+
+
+def test_muon_leaves_the_last_layer_to_adam_without_weight_decay():
+    network = tiny_network()
+    optimizer = baselines.muon(0.1, network)
+    optimizer.build(network.trainable_variables)
+    by_adam = [velocity is not None for velocity in optimizer.adam_velocities]
+    assert by_adam == [False, True, True, True]  # kernel, bias, kernel, bias
+    before = network.get_weights()
+    optimizer.apply([tf.zeros(weight.shape) for weight in before])
+    for a, b in zip(before, network.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_epoch_holds_every_case_once():
+    batches = baselines._batches_of_cases(50, 5, np.random.default_rng(0))
+    for _ in range(2):
+        assert sorted(next(batches).numpy().ravel()) == list(range(50))
+
+
+def test_compiled_steps_are_those_of_keras():
+    cases = tiny_cases(0)
+    network = tiny_network()
+    weights = network.get_weights()
+    steps = baselines._compiled_steps(
+        network, _built(keras.optimizers.Adam(1e-2), network), squared_error, tf.constant(cases.x_train), cases.y_train
+    )
+    batches = np.arange(40).reshape(10, 4).astype("int32")
+    steps(tf.constant(batches))
+    ours = network.get_weights()
+    network.set_weights(weights)
+    network.compile(keras.optimizers.Adam(1e-2), loss=squared_error)
+    network.fit(cases.x_train, cases.y_train, batch_size=4, shuffle=False, verbose=0)
+    for a, b in zip(ours, network.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def _built(optimizer, network):
+    optimizer.build(network.trainable_variables)
+    return optimizer
+
+
+def test_the_first_compiled_call_is_undone(tmp_path):
+    network = tiny_network()
+    recorder = curve(SQUARES, network, tmp_path / "run.csv")
+    weight = network.trainable_variables[0]
+    before = weight.numpy()
+    recorder.begin(network.variables)
+    weight.assign(before + 1)
+    assert not recorder.after_update(10, {})
+    np.testing.assert_array_equal(weight.numpy(), before)
+    assert recorder.rows[-1]["update"] == 0
+
+
+def test_training_ends_where_the_error_is_no_number(tmp_path):
+    network = tiny_network()
+    recorder = curve(SQUARES, network, tmp_path / "run.csv", seconds=0.0)
+    recorder.max_seconds = math.inf
+    recorder.begin(network.variables)
+    recorder.after_update(10, {})
+    network.trainable_variables[0].assign(np.full((784, 3), np.nan))
+    recorder.is_due = lambda seconds: True
+    assert recorder.after_update(10, {})
+
+
+def test_classifiers_are_measured_by_cross_entropy_and_error_rate(tmp_path):
+    network = tiny_classifier(0, True)
+    errors = curve(CLASSIFIER, network, tmp_path / "run.csv").errors()
+    x, y, _, _ = tiny_digits(0)
+    y_pred = network(x).numpy()
+    assert errors["train_error"] == pytest.approx(-np.log(y_pred[np.arange(40), y]).mean(), rel=1e-5)
+    assert errors["train_error_rate"] == np.mean(y_pred.argmax(axis=1) != y)
+
+
+def test_cost_of_hessian_free_counts_gradient_products_and_losses(tmp_path):
+    recorder = curve(PROBLEM, tiny_network(), tmp_path / "run.csv")
+    model = tiny_network()
+    model.compile(keras.optimizers.Adam())
+    model.optimizer.curvature_batch_size = 10
+    recorder.set_model(model)
+    recorder._add_cost({"cg_iterations": 3, "num_cases": 20})
+    # Of 40 cases: half a gradient, half of 4/3 for losses, three products on a quarter.
+    assert recorder._cost == pytest.approx(0.5 + 0.5 * 4 / 3 + 3 * 4 / 3 / 4)
+
+
+def test_a_target_is_reached_at_the_first_row_at_or_below_it(tmp_path):
+    write_run(tmp_path, "adam-0-seed0", (0, 1.5, 3, 4), (5, 2, 1, 1.5))
+    rows = time_to_error.read(tmp_path / "adam-0-seed0.csv")
+    assert [time_to_error.seconds_until(rows, target) for target in (6, 2, 1.9, 0.5)] == [0, 1.5, 3, math.inf]
+
+
+def test_the_best_setting_has_the_least_training_error_in_the_end(tmp_path):
+    for number, final in enumerate((3.0, 1.0, 2.0, math.nan)):
+        write_run(tmp_path, f"adam-{number}-seed0", (0, 1), (0.5, final))
+    write_run(tmp_path, "adam-1-seed1", (0, 1), (9, 9))
+    assert time_to_error.best_setting(tmp_path, "adam", 4) == 1
+    best = time_to_error.of_best_settings(time_to_error.complete_runs(tmp_path))
+    assert list(best) == [("adam", 1, 0), ("adam", 1, 1)]
+    with pytest.raises(FileNotFoundError, match="adam-4-seed0.csv is missing"):
+        time_to_error.best_setting(tmp_path, "adam", 5)
+
+
+def test_a_complete_run_is_not_made_again_and_a_partial_one_is(tmp_path):
+    setting = {"learning_rate": 1e-2, "batch_size": 20}
+    (tmp_path / "adam-0-seed0.partial").write_text("update\n")
+    path = time_to_error.run(tmp_path, SQUARES, "adam", setting, 0, 0, 0.2)
+    written = path.read_text()
+    assert not path.with_suffix(".partial").exists()
+    assert time_to_error.run(tmp_path, SQUARES, "adam", setting, 0, 0, 0.2) == path
+    assert path.read_text() == written
+    assert time_to_error.read(path)[-1]["seconds"] >= 0.2
+
+
+def test_ratios_take_the_fastest_of_the_others():
+    seconds = {"hf": [2.0, 4.0, math.inf], "adam": [3.0, math.inf, 1.0], "nag": [4.0, math.inf, math.inf]}
+    assert time_to_error.ratios_to_hf(seconds, ("adam", "nag", "muon")) == [1.5, math.inf, 0.0]
+    assert time_to_error.ratios_to_hf(seconds, ("lbfgs",)) == []
+
+
+def test_grids_are_small_and_cover_every_problem():
+    for name, problem in time_to_error.PROBLEMS.items():
+        for method in time_to_error.METHODS:
+            if (method, problem.kind) != ("adam-glorot", "classifier"):
+                assert 1 <= len(time_to_error.grid(name, problem, method)) <= 6
+
+
+def test_the_table_holds_every_run_and_marks_the_best(tmp_path, capsys):
+    folder = tmp_path / "small-curves"
+    write_run(folder, "adam-0-seed0", (0, 1), (9, 3))
+    write_run(folder, "adam-1-seed0", (0, 1), (9, 2))
+    write_run(folder, "hf-0-seed0", (0, 0.5), (9, 1))
+    time_to_error.main(f"table --problem small-curves --out {tmp_path}".split())
+    with open(tmp_path / "small-curves.csv", newline="") as file:
+        header, *rows = [line.split(",") for line in file.read().splitlines()]
+    column = dict(zip(header, zip(*rows, strict=True), strict=True))
+    assert (column["method"], column["best"]) == (("adam", "adam", "hf"), ("0", "1", "1"))
+    assert column["seconds_to_2"] == ("inf", "1.0", "0.5")
+    assert (tmp_path / "small-curves.png").stat().st_size > 0
+    assert "best first-order / hf          2.00     2.00        -        -" in capsys.readouterr().out
