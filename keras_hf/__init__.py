@@ -8,6 +8,7 @@ if _keras.backend.backend() != "tensorflow":
         f"Received: backend={_keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
     )
 
+from keras_hf.batching import GrowingBatch as GrowingBatch
 from keras_hf.cg import CGResult as CGResult
 from keras_hf.cg import CGStop as CGStop
 from keras_hf.cg import conjugate_gradient as conjugate_gradient

@@ -1,4 +1,4 @@
-"""Which cases an update uses: the curvature chunk and the pieces (micro-batches) it is worked through in.
+"""Which cases an update uses: the part of the batch, the curvature chunk and the pieces (micro-batches) they are worked through in.
 
 Martens (2010), section 4.3: the gradient on all cases of the batch, products on a chunk of them. The batch is read as a ring that starts at the
 chunk, so that the chunk is the first `chunk_size` cases and a union of whole pieces: gradient, products, backtracking and line search then see
@@ -7,7 +7,11 @@ the same pieces, with the same random numbers and batch statistics in each.
 
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
+
+from keras_hf.checks import count, finite
+from keras_hf.part import Part
 
 
 class Pieces(NamedTuple):
@@ -49,6 +53,88 @@ class Pieces(NamedTuple):
 
     def _around(self, start, stop):
         return (self.chunk_start + tf.range(start, stop)) % tf.maximum(self.num_cases, 1)
+
+
+class Selection(NamedTuple):
+    """The cases of one update, as places in the batch of one replica.
+
+    Attributes:
+        used: int32 `(k,)`, the cases that the update is made of.
+        unseen: int32 `(k,)`, as many others, the next ones; none where the update uses all.
+    """
+
+    used: tf.Tensor
+    unseen: tf.Tensor
+
+
+@keras.saving.register_keras_serializable("keras_hf")
+class GrowingBatch(Part):
+    """Makes updates of a part of the batch that grows when it generalises too little to the rest.
+
+    Redundant data need no thousands of cases while the error is large. Gradient, products, backtracking and line search of an update see the same
+    cases: the first `initial_size` of the batch, in the next update the ones after them, and so around. After each update the loss of the next
+    cases, as many and unseen by it, is compared: when for `patience` updates on end it fell by less than `share` of what the loss of the cases used
+    fell by, the part is doubled; where it would be more than half of the batch, it is the batch. It never shrinks, neither between `fit` calls.
+
+    Loss and metrics in the logs are those of the cases used, `num_cases` says how many. Cases in order of their label would make bad parts: `fit`
+    permutes arrays once, unless `shuffle=False`. Cost: the loss of as many cases again, twice.
+
+    Args:
+        initial_size: Integer >= 1, cases of the first update, over all replicas.
+        share: Float in (0, 1].
+        patience: Integer >= 1, updates.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    References:
+        Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*, on growing samples; the rule is our own.
+    """
+
+    def __init__(self, initial_size=500, share=0.3, patience=3):
+        self.initial_size = count("initial_size", initial_size)
+        self.share = finite("share", share, 0, 1)
+        self.patience = count("patience", patience)
+
+    def initial_state(self, variables, layers):
+        del variables, layers
+        return {"size": tf.constant(self.initial_size), "start": tf.constant(0), "misses": tf.constant(0)}
+
+    def select(self, state, num_cases, num_replicas):
+        """Returns the `Selection` of this update from one replica's batch of `num_cases`, int32 scalar."""
+        size, start = tf.maximum(state["size"] // num_replicas, 1), state["start"] // num_replicas
+        uses_all = 2 * size > num_cases
+        size = tf.where(uses_all, num_cases, size)
+        # From the first case where all are used: that order is the same in every update, and so are the chunks.
+        start = tf.where(uses_all, 0, start)
+        around = lambda start: (start + tf.range(size)) % tf.maximum(num_cases, 1)  # noqa: E731
+        unseen = around(start + size)
+        return Selection(around(start), unseen[: tf.where(uses_all, 0, size)])
+
+    def next_state(self, state, num_used, num_unseen, seen_reduction, unseen_reduction):
+        """Returns the state after an update.
+
+        Args:
+            state: Dict, the state before it.
+            num_used: int32 scalar, cases that the update used, over all replicas.
+            num_unseen: int32 scalar, cases that it was tried on.
+            seen_reduction: float64 scalar, what the loss of the cases used fell by.
+            unseen_reduction: float64 scalar, what that of the unseen ones fell by.
+        """
+        # Not where the loss became no number there. A rejected step says nothing.
+        generalises = unseen_reduction >= self.share * seen_reduction
+        judged = (seen_reduction > 0) & (num_unseen > 0)
+        misses = tf.where(judged, tf.where(generalises, 0, state["misses"] + 1), state["misses"])
+        grows = misses >= self.patience
+        limit = 2**29
+        return {
+            "size": tf.where(grows, tf.minimum(2 * state["size"], limit), state["size"]),
+            "start": (state["start"] + num_used) % limit,  # in the batch of all replicas
+            "misses": tf.where(grows, 0, misses),
+        }
+
+    def get_config(self):
+        return {"initial_size": self.initial_size, "share": self.share, "patience": self.patience}
 
 
 def divide(num_cases, curvature_batch_size, piece_size, update_number, seed):

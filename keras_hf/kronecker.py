@@ -12,10 +12,11 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.capture import at_least_float32, recorded_uses, second_moments
+from keras_hf.capture import at_least_float32, is_capturable, recorded_uses, second_moments
 from keras_hf.checks import count
 from keras_hf.curvature import loss_hessian
 from keras_hf.linearization import dense
+from keras_hf.objective import num_weights, vector_dtype
 from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
 
 # Entries of the outputs' last axis up to which H is formed column by column; for more, its diagonal alone. Columns cost passes through the loss only.
@@ -47,43 +48,54 @@ class KroneckerFactored(Preconditioner):
     of a loss that is not convex counts as none in the first case, as positive in the second. In the layer that gives the outputs, the mean over
     signs is taken exactly.
 
-    Factors are made anew in every update and nothing is kept between updates. Cost: about 1.5 gradients of `num_cases` cases, the inverses
-    (m^3 for a factor with m rows), and `m k (m + k)` multiplications per CG iteration for a layer with m inputs and k units.
+    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases and the inverses (m^3 for a factor with m rows); in every CG iteration
+    `m k (m + k)` multiplications for a layer with m inputs and k units. Inverses that are kept for some updates keep their damping, too: what CG
+    solves is exact all the same.
 
     Args:
         num_cases: Integer >= 1, cases of the curvature chunk that factors are estimated on, at most; `None` = all of it. Fewer than the rows of a
             factor leave directions to the damping alone.
+        interval: Integer >= 1, updates that factors and their inverses serve for. More than 1 keeps the inverses, saved with the optimizer.
 
     Raises:
-        ValueError: If `num_cases` is no integer >= 1, nor `None`.
+        ValueError: If `num_cases` is no integer >= 1, nor `None`, or `interval` no integer >= 1.
 
     References:
         Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Grosse & Martens
         (2016), *A Kronecker-factored approximate Fisher matrix for convolution layers*.
     """
 
-    def __init__(self, num_cases=1000):
+    def __init__(self, num_cases=1000, interval=1):
         self.num_cases = count("num_cases", num_cases, optional=True)
+        self.interval = count("interval", interval)
 
-    def inverse(self, objective, damping):
-        layers = [layer for layer in objective.captured if max(_shape(layer)) <= _MAX_ROWS]
+    def initial_state(self, variables, layers):
+        if self.interval == 1:
+            return {}
+        dtype = vector_dtype(variables)
+        state = {"others": tf.ones([num_weights(variables)], dtype)}
+        trained = {id(variable) for variable in variables}
+        for layer in layers:
+            if _is_factored(layer) and all(id(weight.value) in trained for weight in _weights(layer)):
+                rows, units = _shape(layer)
+                name = _name(layer, variables)
+                state |= {f"{name}_a": tf.eye(rows, dtype=dtype), f"{name}_s": tf.eye(units, dtype=dtype)}
+        return state
+
+    def inverse(self, objective, damping, state):
+        layers = [layer for layer in objective.captured if _is_factored(layer)]
         sizes = [variable.shape.num_elements() for variable in objective.variables]
         places = {id(variable): place for place, variable in enumerate(objective.variables)}
         of_layers = [[places[id(weight.value)] for weight in _weights(layer)] for layer in layers]
         is_complete = sum(map(len, of_layers)) == len(sizes)
-        by_diagonal = tf.identity
-        if not is_complete:
-            by_diagonal = EmpiricalFisherDiagonal().inverse(_Others(objective, layers), damping)
-        blocks = []
-        if layers:
-            regularization = tf.split(objective.regularization_diagonal(), sizes)
-            for moments, own in zip(self._factors(objective, layers), of_layers, strict=True):
-                curvature = tf.reduce_mean(tf.concat([regularization[place] for place in own], 0))
-                blocks.append(_inverses(moments, damping + curvature))
+        if self.interval == 1:
+            others, blocks = self._inverses(objective, damping, layers, of_layers, is_complete)
+        else:
+            others, blocks, state = self._kept_inverses(objective, damping, layers, of_layers, is_complete, state)
 
         def precondition(residual):
-            parts = tf.split(by_diagonal(residual), sizes)
             residuals = tf.split(residual, sizes)
+            parts = list(residuals) if is_complete else tf.split(others * residual, sizes)
             for layer, own, (a, s) in zip(layers, of_layers, blocks, strict=True):
                 matrix = tf.reshape(tf.concat([residuals[place] for place in own], 0), _shape(layer))
                 solved = tf.reshape(_times(tf.matmul(a, matrix), s), [-1])
@@ -91,7 +103,43 @@ class KroneckerFactored(Preconditioner):
                     parts[place] = part
             return tf.concat(parts, 0)
 
-        return precondition
+        return precondition, state
+
+    def _inverses(self, objective, damping, layers, of_layers, is_complete):
+        """Returns what the residual of other weights is multiplied by, `(n,)`, and for every layer the inverses of its factors."""
+        others = tf.ones([objective.num_weights], objective.dtype)
+        if not is_complete:
+            others = EmpiricalFisherDiagonal().inverse(_Others(objective, layers), damping, {})[0](others)
+        blocks = []
+        if layers:
+            regularization = tf.split(
+                objective.regularization_diagonal(), [v.shape.num_elements() for v in objective.variables]
+            )
+            for moments, own in zip(self._factors(objective, layers), of_layers, strict=True):
+                curvature = tf.reduce_mean(tf.concat([regularization[place] for place in own], 0))
+                blocks.append(_inverses(moments, damping + curvature))
+        return others, blocks
+
+    def _kept_inverses(self, objective, damping, layers, of_layers, is_complete, state):
+        """The same, from the state where that holds them still, and the next state."""
+        names = [_name(layer, objective.variables) for layer in layers]
+        diagonal = []  # whether the second factor of a layer is diagonal: known once it has been made
+
+        def made():
+            others, blocks = self._inverses(objective, damping, layers, of_layers, is_complete)
+            diagonal.extend(s.shape.rank == 1 for _, s in blocks)
+            new = {"others": others}
+            for name, (a, s) in zip(names, blocks, strict=True):
+                new |= {f"{name}_a": a, f"{name}_s": tf.linalg.diag(s) if s.shape.rank == 1 else s}
+            return {**state, **new}
+
+        state = tf.cond(objective.update_number % self.interval == 0, made, lambda: dict(state))
+        blocks = [
+            (state[f"{name}_a"], tf.linalg.diag_part(s) if is_diagonal else s)
+            for name, is_diagonal in zip(names, diagonal, strict=True)
+            for s in [state[f"{name}_s"]]
+        ]
+        return state["others"], blocks, state
 
     def _factors(self, objective, layers):
         """Returns A and S of every layer, in the type of flat vectors."""
@@ -111,7 +159,7 @@ class KroneckerFactored(Preconditioner):
         ]
 
     def get_config(self):
-        return {"num_cases": self.num_cases}
+        return {"num_cases": self.num_cases, "interval": self.interval}
 
 
 class _Moments(NamedTuple):
@@ -128,6 +176,15 @@ class _Others:
     def __init__(self, objective, layers):
         self.squared_gradients = lambda: objective.squared_gradients(skipped=layers)
         self.regularization_diagonal = objective.regularization_diagonal
+
+
+def _is_factored(layer):
+    return is_capturable(layer) and layer.built and max(_shape(layer)) <= _MAX_ROWS
+
+
+def _name(layer, variables):
+    """Names a layer by the place of its kernel among the weights, which stays the same in a model that was saved and loaded."""
+    return next(f"factor_{place}" for place, variable in enumerate(variables) if variable is layer.kernel.value)
 
 
 def _weights(layer):

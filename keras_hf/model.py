@@ -233,6 +233,12 @@ class HFModel(keras.Model):
                     order = np.random.default_rng(self.optimizer.seed).permutation(num_cases)
                     x, y, sample_weight = _in_order((x, y, sample_weight), order)
                     shuffle = False
+                if self.distribute_strategy.num_replicas_in_sync == self.steps_per_execution == 1:
+                    if validation_split and validation_data is None:
+                        x, y, sample_weight, validation_data = _split((x, y, sample_weight), num_cases)
+                        validation_split = 0.0
+                    x, steps_per_epoch = _repeated(x, y, sample_weight), 1
+                    y = sample_weight = batch_size = None
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
         return super().fit(
@@ -295,7 +301,16 @@ class HFModel(keras.Model):
     def train_step(self, data):
         """Makes one update; see the class. Called by Keras, in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
-        logs = self._with_objective(data, self._update)
+        checks.equal_lengths(data.x, data.y, data.sample_weight)
+        most_cases, unseen = data.static_num_cases, None
+        if self.optimizer.growing_batch is not None:
+            selection = self.optimizer.growing_batch.select(
+                self.optimizer.part_state("growing_batch"),
+                data.num_cases,
+                self.distribute_strategy.num_replicas_in_sync,
+            )
+            data, unseen = data.take(selection.used), data.take(selection.unseen)
+        logs = self._with_objective(data, self._update, most_cases, unseen)
         self._loss_tracker.update_state(logs["loss"], sample_weight=logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
         return {**logs, **metrics}
@@ -362,32 +377,48 @@ class HFModel(keras.Model):
         # An update takes them apart: they have no part in the loss of a piece.
         return [] if self._regularizers_apart else super().losses
 
-    def _with_objective(self, data, function):
-        """Calls `function(objective, structure)` with the objective of the next update on these cases, once for all replicas."""
-        checks.equal_lengths(data.x, data.y, data.sample_weight)
+    def _with_objective(self, data, function, most_cases=None, unseen=None):
+        """Calls `function(objective, structure)` with the objective of the next update, once for all replicas.
+
+        Args:
+            data: `Data`, the cases of the objective.
+            function: Callable; where there are unseen cases, their objective is its third argument.
+            most_cases: Integer, cases at most, where that is known and their number not.
+            unseen: `Data`, cases that the update does not use, or `None`.
+        """
         optimizer = self.optimizer
         task, structure = self._task(data)
         chunk_size = optimizer.curvature_batch_size
         piece_size = optimizer.micro_batch_size or min(structure.default_piece_size, chunk_size or 2**30)
         if "unknown" in structure.combinations:
             piece_size, chunk_size = None, None
-        most_cases = chunk_size or data.static_num_cases
+        most_cases = chunk_size or data.static_num_cases or most_cases
         one_piece = piece_size is None or (most_cases is not None and piece_size >= most_cases)
         structure = structure._replace(chunk_is_one_piece=one_piece)
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
         share = None if chunk_size is None else replica_share(chunk_size)
         pieces = batching.divide(data.num_cases, share, piece_size, update_number, optimizer.seed)
-        part = LocalObjective(task, structure, data, pieces, update_number)
+        parts = [LocalObjective(task, structure, data, pieces, update_number)]
+        if unseen is not None:
+            pieces = batching.divide(unseen.num_cases, None, piece_size, update_number, optimizer.seed)
+            parts.append(LocalObjective(task, structure, unseen, pieces, update_number))
 
-        def across(replicas, parts):
-            return function(Objective(replicas, parts, task, structure, chunk_is_batch=chunk_size is None), structure)
+        def across(replicas, parts, *others):
+            objective = Objective(replicas, parts, task, structure, update_number, chunk_is_batch=chunk_size is None)
+            return function(
+                objective, structure, *[Objective(replicas, o, task, structure, update_number, True) for o in others]
+            )
 
         with second_derivatives_explained(structure.layer_of_op):
-            return across_replicas(across, part)
+            return across_replicas(across, *parts)
 
-    def _update(self, objective, structure):
+    def _update(self, objective, structure, unseen=None):
         """Computes one update, applies it and returns its logs."""
         optimizer = self.optimizer
+
+        def unseen_reduction(step):
+            return unseen.loss_at(tf.zeros_like(step)) - unseen.loss_at(step)
+
         result = hf_update(
             objective,
             tf.convert_to_tensor(optimizer.damping.value),
@@ -397,11 +428,22 @@ class HFModel(keras.Model):
             optimizer.stopping,
             optimizer.max_cg_iterations,
             optimizer.warm_start_decay,
+            preconditioner_state=optimizer.part_state("preconditioner"),
+            unseen_reduction=None if unseen is None else unseen_reduction,
             # What double backward gets wrong is wrong in the first update; forward accumulation is watched in every one.
             check=tf.convert_to_tensor(self._is_first_update) | isinstance(self._linearization, ForwardAccumulation),
         )
         logs = self._update_logs(objective, result)
         self._apply(objective, structure, result)
+        if unseen is not None:
+            state = optimizer.growing_batch.next_state(
+                optimizer.part_state("growing_batch"),
+                tf.cast(objective.totals.num_cases, tf.int32),
+                tf.cast(unseen.totals.num_cases, tf.int32),
+                result.actual_reduction,
+                result.unseen_reduction,
+            )
+            optimizer.assign_part_state("growing_batch", state)
         return logs
 
     def _task(self, data):
@@ -528,11 +570,12 @@ class HFModel(keras.Model):
         for state, new in zip(structure.states, result.states, strict=True):
             state.value.assign(tf.where(accepted, new, tf.convert_to_tensor(state.value)))
         self.optimizer.warm_start.value.assign(result.warm_start)
+        self.optimizer.assign_part_state("preconditioner", result.preconditioner_state)
         self.optimizer.iterations.value.assign_add(1)
 
     def _build_optimizer(self):
         with self.distribute_strategy.scope():
-            self.optimizer.build(self.trainable_variables)
+            self.optimizer.build(self.trainable_variables, self.network._flatten_layers())
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Keras builds from a first batch only under a strategy. Without it a first fit traces twice, and a network without an input shape has no
@@ -659,6 +702,29 @@ def _is_arrays(x):
         return False
     leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
     return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__len__") for leaf in leaves)
+
+
+def _split(arrays, num_cases):
+    """Takes the first cases of each of `(x, y, sample_weight)` for training, and gives the rest as Keras' `validation_data`."""
+    first, rest = (
+        keras.tree.map_structure(lambda array, part=part: None if array is None else array[part], arrays)
+        for part in (slice(num_cases), slice(num_cases, None))
+    )
+    return *first, rest if arrays[2] is not None else rest[:2]
+
+
+def _repeated(*arrays):
+    """Gives `(x, y, sample_weight)` as a dataset of one batch, again and again: Keras would copy arrays, and start anew, in every epoch."""
+
+    def tensor(array):
+        array = array if isinstance(array, tf.Tensor) else np.asarray(array)
+        is_float = tf.as_dtype(array.dtype).is_floating
+        return tf.cast(array, keras.config.floatx()) if is_float else tf.convert_to_tensor(array)
+
+    while arrays[-1] is None:
+        arrays = arrays[:-1]
+    tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), tuple(arrays))
+    return tf.data.Dataset.from_tensors(tensors).repeat()
 
 
 def _in_order(arrays, order):

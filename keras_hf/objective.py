@@ -170,6 +170,11 @@ class PieceFunction:
         return 2.0 * tf.cast(tf.random.stateless_uniform([self.num_cases], seed) < 0.5, tf.float32) - 1.0
 
     @property
+    def hessian_is_diagonal(self):
+        """Whether the second derivative of `loss` in the outputs is."""
+        return self._local.structure.is_entrywise
+
+    @property
     def is_vectorizable(self):
         """Whether TensorFlow vectorises the network over cases."""
         return self._local.structure.is_vectorizable
@@ -485,11 +490,13 @@ class Objective:
         parts: The `LocalObjective` of every replica, as `replicas` holds them.
         task: `Task`.
         structure: `structure.Structure`.
+        update_number: int32 scalar, updates made before this one.
         chunk_is_batch: Whether the curvature chunk is all of the batch.
     """
 
-    def __init__(self, replicas, parts, task, structure, chunk_is_batch):
+    def __init__(self, replicas, parts, task, structure, update_number, chunk_is_batch):
         self._replicas, self._parts, self._task, self.chunk_is_batch = replicas, parts, task, chunk_is_batch
+        self.update_number = update_number
         self._structure = structure
         self.dtype = vector_dtype(task.variables)
         self.num_weights = num_weights(task.variables)

@@ -5,13 +5,14 @@ import random
 import keras
 import tensorflow as tf
 
+from keras_hf.batching import GrowingBatch
 from keras_hf.checks import count, finite, integer, part
 from keras_hf.curvature import Curvature, GaussNewton
 from keras_hf.objective import num_weights, vector_dtype
 from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
 from keras_hf.stopping import RelativeProgress, StoppingRule
 
-_PARTS = ("curvature", "preconditioner", "stopping")
+_PARTS = ("curvature", "preconditioner", "stopping", "growing_batch")
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -67,6 +68,7 @@ class HessianFree(keras.optimizers.Optimizer):
         stopping=None,
         max_cg_iterations=250,
         warm_start_decay=0.95,
+        growing_batch=None,
         curvature_batch_size=None,
         micro_batch_size=None,
         seed=None,
@@ -89,6 +91,9 @@ class HessianFree(keras.optimizers.Optimizer):
         self.preconditioner = part("preconditioner", preconditioner, Preconditioner, "EmpiricalFisherDiagonal()")
         stopping = RelativeProgress() if stopping is None else stopping
         self.stopping = part("stopping", stopping, StoppingRule, "RelativeProgress()")
+        if growing_batch is not None:
+            part("growing_batch", growing_batch, GrowingBatch, "GrowingBatch()")
+        self.growing_batch = growing_batch
         self.max_cg_iterations = count("max_cg_iterations", max_cg_iterations)
         self.warm_start_decay = finite("warm_start_decay", warm_start_decay, 0, 1)
         self.curvature_batch_size = count("curvature_batch_size", curvature_batch_size, optional=True)
@@ -97,17 +102,19 @@ class HessianFree(keras.optimizers.Optimizer):
         self.seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
         self._damping = None
         self.warm_start = None
+        self._part_states = {}
 
     @property
     def damping(self):
         """The damping: a scalar `keras.Variable` once built, the initial value before."""
         return self._initial_damping if self._damping is None else self._damping
 
-    def build(self, variables):
-        """Makes the state: the damping and the warm start `(n,)`.
+    def build(self, variables, layers=()):
+        """Makes the state: the damping, the warm start `(n,)` and what parts remember.
 
         Args:
             variables: List of `keras.Variable`, the trainable weights.
+            layers: List of `keras.Layer`, all layers of the network.
         """
         if self.built:
             return
@@ -125,6 +132,28 @@ class HessianFree(keras.optimizers.Optimizer):
         self.warm_start = self.add_variable(
             (num_weights(values),), dtype=dtype.name, aggregation="only_first_replica", name="warm_start"
         )
+        for part_name in _PARTS:
+            owner = getattr(self, part_name)
+            initial = owner.initial_state(values, layers) if owner is not None else {}
+            self._part_states[part_name] = {
+                name: self.add_variable(
+                    value.shape,
+                    initializer=lambda shape, dtype, value=value: tf.identity(value),
+                    dtype=value.dtype.name,
+                    aggregation="only_first_replica",
+                    name=f"{part_name}_{name}",
+                )
+                for name, value in initial.items()
+            }
+
+    def part_state(self, name):
+        """Returns what the part that is the argument `name` remembers: a dict of tensors."""
+        return {key: tf.convert_to_tensor(variable.value) for key, variable in self._part_states[name].items()}
+
+    def assign_part_state(self, name, state):
+        """Sets what the part that is the argument `name` remembers: a dict of tensors."""
+        for key, variable in self._part_states[name].items():
+            variable.value.assign(state[key])
 
     def apply(self, grads, trainable_variables=None):
         """Refuses: an update needs products with the curvature, which a list of gradients does not give.
@@ -148,7 +177,11 @@ class HessianFree(keras.optimizers.Optimizer):
             "seed": self.seed,
             "name": self.name,
         }
-        return {**config, **{name: keras.saving.serialize_keras_object(getattr(self, name)) for name in _PARTS}}
+        parts = {name: getattr(self, name) for name in _PARTS}
+        return {
+            **config,
+            **{name: part and keras.saving.serialize_keras_object(part) for name, part in parts.items()},
+        }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -156,6 +189,6 @@ class HessianFree(keras.optimizers.Optimizer):
         parts = {
             name: keras.saving.deserialize_keras_object(config[name], custom_objects)
             for name in _PARTS
-            if name in config
+            if config.get(name) is not None
         }
         return cls(**{**config, **parts})

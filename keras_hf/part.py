@@ -1,8 +1,20 @@
-"""What every exchangeable part promises Keras: immutable settings that serialise."""
+"""What every exchangeable part promises: immutable settings that serialise, and memory that somebody else keeps."""
 
 
 class Part:
-    """Base of the parts handed to `HessianFree`. Subclasses with settings override `get_config`."""
+    """Base of the parts handed to `HessianFree`. Subclasses with settings override `get_config`, those with memory `initial_state`."""
+
+    def initial_state(self, variables, layers):
+        """Returns what this part remembers before the first update: a dict of tensors, whose shapes stay.
+
+        The optimizer makes variables of it, which are saved with it; an update passes their values in and hands the next ones back.
+
+        Args:
+            variables: List of tensors or variables, the trainable weights in the order of flat vectors.
+            layers: List of `keras.Layer`, all layers of the network.
+        """
+        del variables, layers
+        return {}
 
     def get_config(self):
         """Returns the constructor's arguments as a dict."""

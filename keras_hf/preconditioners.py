@@ -8,17 +8,18 @@ from keras_hf.part import Part
 
 
 class Preconditioner(Part):
-    """What a preconditioner promises: immutable settings, and an inverse made anew in every update."""
+    """What a preconditioner promises: immutable settings, and an inverse for every update."""
 
-    def inverse(self, objective, damping):
+    def inverse(self, objective, damping, state):
         """Prepares the preconditioner of one update.
 
         Args:
             objective: `objective.Objective`.
             damping: Scalar, the damping of this update.
+            state: Dict of tensors, what the update before left; see `Part.initial_state`.
 
         Returns:
-            Callable `(n,) -> (n,)`, r -> M^-1 r, with M symmetric positive definite.
+            Callable `(n,) -> (n,)`, r -> M^-1 r, with M symmetric positive definite; and the next state.
         """
         raise NotImplementedError
 
@@ -27,9 +28,9 @@ class Preconditioner(Part):
 class Identity(Preconditioner):
     """No preconditioning: M = I."""
 
-    def inverse(self, objective, damping):
+    def inverse(self, objective, damping, state):
         del objective, damping
-        return tf.identity
+        return tf.identity, state
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -55,11 +56,11 @@ class EmpiricalFisherDiagonal(Preconditioner):
     def __init__(self, exponent=0.75):
         self.exponent = positive("exponent", exponent)
 
-    def inverse(self, objective, damping):
+    def inverse(self, objective, damping, state):
         diagonal = objective.squared_gradients() + objective.regularization_diagonal() + damping
         scale = diagonal ** tf.constant(self.exponent, diagonal.dtype)
         scale = tf.where(scale > 0, scale, tf.ones_like(scale))
-        return lambda residual: residual / scale
+        return lambda residual: residual / scale, state
 
     def get_config(self):
         return {"exponent": self.exponent}

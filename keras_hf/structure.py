@@ -37,6 +37,17 @@ _MOVING = frozenset(
 )
 
 
+# What derivatives see of an operation: linear in all its inputs together, or in one where the others do not depend on the outputs.
+_LINEAR = frozenset(
+    "Add AddN AddV2 BroadcastTo Cast ConcatV2 ExpandDims GatherV2 Identity Mean Neg Pack Reshape Squeeze StridedSlice Sub Sum Tile Transpose".split()
+)
+_BILINEAR = frozenset({"DivNoNan", "Mul", "RealDiv"})
+_ENTRYWISE = frozenset(
+    "Add AddN AddV2 Cast Exp Expm1 Identity Log Log1p Maximum Minimum Mul Neg Pow RealDiv Reciprocal Relu Rsqrt Select SelectV2 Sigmoid Sign "
+    "Abs Softplus Sqrt Square SquaredDifference Sub Tanh".split()
+)
+
+
 # TensorFlow 2.21 on CPUs: `docs/support.md`.
 _WRONG_IN_SOME_FORMS = {
     "ResizeBilinear": 'use `interpolation="nearest"`, or `Conv2DTranspose`.',
@@ -63,6 +74,7 @@ class Structure(NamedTuple):
         combinations: List of strings, for every term of the compiled loss how its values on pieces combine; see `loss_terms.LossTerm`.
         float_types: Frozenset of the names of the float types that the forward pass computes in.
         has_curvature: Whether the compiled loss has a second derivative in any output.
+        is_entrywise: Whether the compiled loss is a sum of functions of single entries of what it is cut at: its second derivative is diagonal.
         captured: List of `keras.Layer`, those whose squared gradients `capture` gets from inputs and pre-activation gradients.
         batch_normalizations: List of `keras.layers.BatchNormalization` that normalize by the piece's statistics.
         chunk_is_one_piece: Whether the curvature chunk is one piece whatever batch comes.
@@ -81,6 +93,7 @@ class Structure(NamedTuple):
     combinations: list
     float_types: frozenset
     has_curvature: bool
+    is_entrywise: bool
     captured: list
     batch_normalizations: list
     chunk_is_one_piece: bool = False
@@ -141,9 +154,10 @@ def trace_structure(task, data):
         layer_of_op = _layers_of_ops(forward, task.layers)
         _check_randomness(graph, layer_of_op)
         intensity = _arithmetic_intensity(forward)
+        num_forward = len(forward)
         leaves = keras.tree.flatten(y_pred)
         logits = [getattr(leaf, "_keras_logits", None) for leaf in leaves]
-        cuts, has_curvature = ["unused"] * len(leaves), False
+        cuts, has_curvature, is_entrywise = ["unused"] * len(leaves), False, True
         with keras.StatelessScope():
             terms = task.loss_terms(type(data)(x, y, sample_weight), y_pred)
         if terms:
@@ -155,6 +169,7 @@ def trace_structure(task, data):
                     with keras.StatelessScope():
                         loss = tf.add_n([tf.cast(term.value(), tf.float32) for term in terms])
                 forward = graph.get_operations()
+                is_entrywise = _is_entrywise(forward[num_forward:], sources, loss)
                 gradients = iter(tape.gradient(loss, sources))
             by_output = [next(gradients) for _ in leaves]
             by_logits = [None if tensor is None else next(gradients) for tensor in logits]
@@ -193,6 +208,7 @@ def trace_structure(task, data):
         combinations=combinations,
         float_types=float_types,
         has_curvature=has_curvature,
+        is_entrywise=is_entrywise,
         captured=captured,
         batch_normalizations=[
             layer
@@ -248,6 +264,42 @@ def _check_randomness(graph, layer_of_op):
                 "one fixed function per update; draw them from a `keras.random.SeedGenerator` that the layer holds: "
                 "`keras.random.normal(shape, seed=self.seed_generator)`."
             )
+
+
+def _is_entrywise(operations, sources, value):
+    """Whether a scalar is a sum of functions of single entries of its sources, as far as the operations between tell for sure.
+
+    Follows what each tensor is: "entry", shaped as a source with each entry a function of the source's own; "single", each entry a function of one
+    entry of a source; "sum", sums of such functions; or "mixed". Whole numbers and truth values have no derivative and count as constants.
+    """
+    kinds = {id(source): ("entry", i) for i, source in enumerate(sources)}
+    for operation in operations:
+        found = [kinds[id(tensor)] for tensor in operation.inputs if id(tensor) in kinds]
+        outputs = [tensor for tensor in operation.outputs if tensor.dtype.is_floating]
+        if not found or not outputs or operation.type in ("OnesLike", "StopGradient", "ZerosLike"):
+            continue
+        is_denominator = "Div" in operation.type and id(operation.inputs[1]) in kinds
+        kind = _kind(operation, found, sources, is_denominator)
+        kinds.update({id(tensor): kind for tensor in outputs})
+    return kinds.get(id(value), ("mixed", None))[0] != "mixed"
+
+
+def _kind(operation, found, sources, is_denominator):
+    """What `_is_entrywise` says of an operation's output, from what it said of the inputs that depend on a source."""
+    op, names = operation.type, {name for name, _ in found}
+    if "mixed" in names:
+        return "mixed", None
+    if op in _ENTRYWISE and names == {"entry"} and len({source for _, source in found}) == 1:
+        source = found[0][1]
+        same = str(operation.outputs[0].shape) == str(sources[source].shape)
+        if same or len(found) == 1:
+            return "entry" if same else "single", source
+    if op in _ENTRYWISE and len(found) == 1 and names == {"single"}:
+        return found[0]
+    if op in _LINEAR or (op in _BILINEAR and len(found) == 1 and not is_denominator):
+        moves = op not in ("Sum", "Mean") and len(found) == 1 and "sum" not in names
+        return ("single", found[0][1]) if moves else ("sum", None)
+    return "mixed", None
 
 
 def _arithmetic_intensity(operations):

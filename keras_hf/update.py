@@ -26,6 +26,9 @@ class HFUpdate(NamedTuple):
         product_error: float64 scalar, how far the products are from `v'Gv = (Jv)'H(Jv)` and J from being the transpose of J', where that was checked;
             else 0.
         repeat_error: float64 scalar, by how much of itself the loss differed when computed again, where that was checked; else 0.
+        actual_reduction: float64 scalar, what the loss falls by at the step size chosen.
+        unseen_reduction: float64 scalar, what the loss of unseen cases falls by there; NaN without them.
+        preconditioner_state: Dict of tensors, the preconditioner's next state.
     """
 
     step: tf.Tensor
@@ -40,6 +43,9 @@ class HFUpdate(NamedTuple):
     reason: tf.Tensor
     product_error: tf.Tensor
     repeat_error: tf.Tensor
+    actual_reduction: tf.Tensor
+    unseen_reduction: tf.Tensor
+    preconditioner_state: dict
 
 
 class _Solution(NamedTuple):
@@ -62,6 +68,8 @@ def hf_update(
     stopping,
     max_cg_iterations,
     warm_start_decay,
+    preconditioner_state=None,
+    unseen_reduction=None,
     check=False,
 ):
     """Computes one update.
@@ -79,6 +87,8 @@ def hf_update(
         stopping: `stopping.StoppingRule`.
         max_cg_iterations: Integer.
         warm_start_decay: Float in [0, 1].
+        preconditioner_state: Dict of tensors, what the preconditioner left in the update before; `None` for one that remembers nothing.
+        unseen_reduction: Callable `(n,) -> float64 scalar`, what the loss of cases that the update does not use falls by in a step, or `None`.
         check: Bool scalar, whether to compute the loss at the start a second time, and the chosen step's curvature another way, and to compare.
             Cost: about three gradients.
 
@@ -92,7 +102,7 @@ def hf_update(
     gradient = at_start.gradient
     # One after the other: a graph would run the three passes at once, and hold the activations of all three.
     with tf.control_dependencies([gradient]):
-        precondition = preconditioner.inverse(objective, damping)
+        precondition, preconditioner_state = preconditioner.inverse(objective, damping, preconditioner_state or {})
     with tf.control_dependencies([precondition(gradient)]):
         product = objective.product(curvature)
 
@@ -131,7 +141,7 @@ def hf_update(
     )
     wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)
     step_size = tf.where(wrong, tf.zeros([], tf.float64), search.step_size)
-    accepted = step_size > 0
+    accepted, nothing = step_size > 0, tf.constant(float("nan"), tf.float64)
     return HFUpdate(
         step=step,
         step_size=step_size,
@@ -146,6 +156,9 @@ def hf_update(
         reason=solution.reason,
         product_error=product_error,
         repeat_error=repeat_error,
+        actual_reduction=at_start.loss - search.loss,
+        unseen_reduction=unseen_reduction(tf.cast(step_size, step.dtype) * step) if unseen_reduction else nothing,
+        preconditioner_state=preconditioner_state,
     )
 
 

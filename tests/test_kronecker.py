@@ -39,7 +39,8 @@ def gauss_newton(model, data):
 
 def inverse(model, data, damping=0.1, preconditioner=None, **arguments):
     def compute(objective):
-        precondition = (preconditioner or KroneckerFactored()).inverse(objective, tf.constant(damping, tf.float64))
+        part = preconditioner or KroneckerFactored()
+        precondition, _ = part.inverse(objective, tf.constant(damping, tf.float64), {})
         return dense_matrix(precondition, objective.num_weights)
 
     return with_objective(model, data, compute, **arguments).numpy()

@@ -31,7 +31,8 @@ EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
 def inverse_matrix(preconditioner, model, data, damping):
     def compute(objective):
-        return dense_matrix(preconditioner.inverse(objective, tf.constant(damping, tf.float64)), objective.num_weights)
+        precondition, _ = preconditioner.inverse(objective, tf.constant(damping, tf.float64), {})
+        return dense_matrix(precondition, objective.num_weights)
 
     return with_objective(model, data, compute).numpy()
 
