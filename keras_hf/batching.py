@@ -88,7 +88,7 @@ class GrowingBatch(Part):
         ValueError: If a number is out of its range.
 
     References:
-        Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*, on growing samples; the rule is our own.
+        Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*; the rule is our own.
     """
 
     def __init__(self, initial_size=500, share=0.3, patience=3):

@@ -67,7 +67,7 @@ _BLOCK = 256
 
 def dot(a, b):
     """Inner product of two vectors `(n,)`, summed in float64: relative progress of 1e-6 must be seen in float32 runs."""
-    # Products and sums of a block stay in their dtype: their rounding averages out over the blocks, at a third of the time of converting each product.
+    # Products and sums of a block stay in their dtype: their rounding averages out over blocks, at a third of the time of converting each product.
     products = a * b
     in_blocks = a.shape[0] // _BLOCK * _BLOCK if a.shape[0] else 0
     blocks = tf.reduce_sum(tf.reshape(products[:in_blocks], [-1, _BLOCK]), 1)
