@@ -123,7 +123,8 @@ class KroneckerFactored(Preconditioner):
     def _kept_inverses(self, objective, damping, layers, of_layers, is_complete, state):
         """The same, from the state where that holds them still, and the next state."""
         names = [_name(layer, objective.variables) for layer in layers]
-        diagonal = []  # whether the second factor of a layer is diagonal: known once it has been made
+        # Whether the second factor of a layer is diagonal: known once it has been made; eagerly, only in an update that makes it.
+        diagonal = []
 
         def made():
             others, blocks = self._inverses(objective, damping, layers, of_layers, is_complete)
@@ -136,7 +137,7 @@ class KroneckerFactored(Preconditioner):
         state = tf.cond(objective.update_number % self.interval == 0, made, lambda: dict(state))
         blocks = [
             (state[f"{name}_a"], tf.linalg.diag_part(s) if is_diagonal else s)
-            for name, is_diagonal in zip(names, diagonal, strict=True)
+            for name, is_diagonal in zip(names, diagonal or [False] * len(names), strict=True)
             for s in [state[f"{name}_s"]]
         ]
         return state["others"], blocks, state

@@ -295,9 +295,99 @@ def test_two_replicas_train():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         network = keras.Sequential([keras.Input((2,)), layers.Dense(4, "tanh"), layers.Dense(1)])
-        model = compiled(network, optimizer=HessianFree(0.1, preconditioner=KroneckerFactored(9), seed=0))
+        model = compiled(network, optimizer=HessianFree(0.1, preconditioner=KroneckerFactored(9, interval=2), seed=0))
     history = model.fit(inputs(), inputs()[:, :1] ** 2, epochs=4, verbose=0, callbacks=[ConstantDamping()]).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]
+
+
+def initial_state(preconditioner, model):
+    variables = [variable.value for variable in model.trainable_variables]
+    return preconditioner.initial_state(variables, model.network._flatten_layers())
+
+
+def inverse_and_state(model, data, preconditioner, state, update_number=0):
+    """The inverse as a matrix, and the state that the update leaves."""
+
+    def compute(objective):
+        precondition, new = preconditioner.inverse(objective, tf.constant(0.1, tf.float64), state)
+        return dense_matrix(precondition, objective.num_weights), new
+
+    matrix, state = with_objective(model, data, compute, update_number=update_number)
+    return matrix.numpy(), state
+
+
+@pytest.mark.parametrize("columns", [32, 0])
+def test_inverses_serve_for_an_interval_of_updates(columns, monkeypatch):
+    monkeypatch.setattr(kronecker, "_MAX_COLUMNS", columns)
+    model = make_model("sigmoid")
+    data = model_data(model, inputs(), targets())
+    always, kept = KroneckerFactored(), KroneckerFactored(interval=3)
+    first, state = inverse_and_state(model, data, kept, initial_state(kept, model))
+    np.testing.assert_allclose(first, inverse_and_state(model, data, always, {})[0], **EXACT)
+    for weight in model.trainable_variables:
+        weight.assign(0.5 * weight)
+    for update_number in (1, 2):
+        again, state = inverse_and_state(model, data, kept, state, update_number)
+        np.testing.assert_array_equal(again, first)
+    refreshed, _ = inverse_and_state(model, data, kept, state, update_number=3)
+    expected, _ = inverse_and_state(model, data, always, {}, update_number=3)
+    np.testing.assert_allclose(refreshed, expected, **EXACT)
+    assert np.abs(refreshed - first).max() > 1e-2
+
+
+def test_a_saved_model_goes_on_bit_equally(tmp_path):
+    optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(interval=3), max_cg_iterations=3, seed=0)
+    model = make_model(optimizer=optimizer)
+    arguments = {"x": inputs(), "y": targets(), "verbose": 0, "callbacks": [ConstantDamping()]}
+    model.fit(epochs=2, **arguments)
+    model.save(tmp_path / "run.keras")
+    again = keras.models.load_model(tmp_path / "run.keras")
+    # The first update after loading uses what the one before saving left.
+    histories = [one.fit(epochs=3, **arguments).history for one in (model, again)]
+    assert histories[0] == histories[1]
+    for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def frozen():
+    stack = [layers.Dense(3, "tanh"), layers.Dense(3, "tanh", trainable=False), layers.Dense(1)]
+    return keras.Sequential([keras.Input((2,)), *stack])
+
+
+def convolutional():
+    stack = [layers.Conv1D(3, 2, activation="tanh"), layers.BatchNormalization(), layers.Flatten(), layers.Dense(1)]
+    return keras.Sequential([keras.Input((4, 2)), *stack])
+
+
+# Name: network, shape of a case.
+KEPT = {
+    "frozen layer": (frozen, (2,)),
+    "convolution and batch statistics": (convolutional, (4, 2)),
+    "layer used twice and layer never used": (lambda: Twice(), (2,)),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_state_fits_what_updates_make(name):
+    make, shape = KEPT[name]
+    model = compiled(make())
+    x = np.random.default_rng(3).normal(size=(NUM_CASES, *shape))
+    data = model_data(model, x, np.zeros(model.network(x).shape))
+    kept = KroneckerFactored(interval=2)
+    state = initial_state(kept, model)
+    found, new = inverse_and_state(model, data, kept, state)
+    np.testing.assert_allclose(found, inverse(model, data), **EXACT)
+    assert {key: value.shape for key, value in new.items()} == {key: value.shape for key, value in state.items()}
+
+
+def test_eager_updates_keep_inverses_too():
+    losses = []
+    for run_eagerly in (False, True):
+        optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(interval=2), max_cg_iterations=2, seed=0)
+        model = make_model(optimizer=optimizer, run_eagerly=run_eagerly)
+        history = model.fit(inputs(), targets(), epochs=3, verbose=0, callbacks=[ConstantDamping()]).history
+        losses.append(history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-9)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
@@ -316,3 +406,9 @@ def test_trains_in_lower_precision(policy):
 def test_a_bad_number_of_cases_is_refused(value):
     with pytest.raises(ValueError, match="`num_cases` must be an integer >= 1 or `None`. Received: num_cases="):
         KroneckerFactored(num_cases=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, None])
+def test_a_bad_interval_is_refused(value):
+    with pytest.raises(ValueError, match="`interval` must be an integer >= 1. Received: interval="):
+        KroneckerFactored(interval=value)
