@@ -3,12 +3,15 @@
 For a Dense layer on vectors the gradient of case i is `a_i d_i'`, a its input and d the gradient in its pre-activation, so that the sum of squares
 is `(a^2)'(d^2)`: no case's gradient is ever formed (Martens' released code; Goodfellow 2015, *Efficient per-example gradient computations*).
 Where weights are shared within a case (Dense on sequences, convolutions, a layer called twice), the places of a case are summed before squaring,
-a block of cases at a time. Any other weight takes its gradients case by case, vectorised over a block, or an unbiased estimate from blocks of cases
-with random signs (Bekas, Kokiopoulou & Saad 2007) where TensorFlow cannot vectorise.
+a block of cases at a time. An Embedding is a Dense layer on one-hot inputs: only the rows of a case's tokens are summed. Any other weight takes its
+gradients case by case, vectorised over a block, or an unbiased estimate from blocks of cases with random signs (Bekas, Kokiopoulou & Saad 2007)
+where TensorFlow cannot vectorise.
 """
 
 import contextlib
 import itertools
+import math
+import re
 
 import keras
 import tensorflow as tf
@@ -36,9 +39,48 @@ def is_capturable(layer):
     # Subclasses may compute anything; adapters (LoRA) and quantized kernels are not the kernel itself.
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return False
-    if type(layer) is keras.layers.Dense:
+    if type(layer) is keras.layers.EinsumDense:
+        return _num_summed_axes(layer) > 0
+    if type(layer) in (keras.layers.Dense, keras.layers.Embedding):
         return True
     return type(layer) in _CONVOLUTIONS and layer.groups == 1
+
+
+def has_tokens(layer):
+    """Whether a capturable layer's inputs are indices of one-hot vectors."""
+    return type(layer) is keras.layers.Embedding
+
+
+def kernel_and_bias(layer):
+    """Returns the weights of a capturable layer that is built: a list of its kernel and, if it has one, its bias."""
+    kernel, bias = layer.embeddings if has_tokens(layer) else layer.kernel, getattr(layer, "bias", None)
+    return [kernel] if bias is None else [kernel, bias]
+
+
+def matrix_shape(layer):
+    """Returns fan-in and units, the shape of a capturable layer's kernel as a matrix."""
+    shape = kernel_and_bias(layer)[0].shape
+    num_inputs = _num_summed_axes(layer) if type(layer) is keras.layers.EinsumDense else len(shape) - 1
+    return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
+
+
+def _num_summed_axes(layer):
+    """Counts the axes that an EinsumDense sums over, if it is a Dense layer but for its shapes; else 0.
+
+    Such are places and then features in inputs and outputs alike, features of the input and then of the output in the kernel, and no bias or one
+    number for every feature of the output: "abc,cde->abde" with `bias_axes="de"`.
+    """
+    inputs, kernel, outputs = re.split(",|->", layer.equation.replace("...", "."))
+    for number in range(1, len(kernel)):
+        places, units = inputs.removesuffix(kernel[:number]), kernel[number:]
+        is_product = places != inputs and places and outputs == places + units and _are_distinct(places + kernel)
+        if is_product and (not layer.bias_axes or set(layer.bias_axes) == set(units)):
+            return number
+    return 0
+
+
+def _are_distinct(letters):
+    return len(set(letters)) == len(letters)
 
 
 @contextlib.contextmanager
@@ -46,42 +88,44 @@ def recorded_uses(layers, tape=None):
     """Records the calls of `layers` while it is open, in the dict from layer to list of uses that it gives.
 
     Args:
-        layers: List of `keras.Layer`, Dense or convolutions.
+        layers: List of `keras.Layer`, see `is_capturable`.
         tape: `tf.GradientTape` to watch the pre-activations, or `None`.
     """
     uses = {layer: [] for layer in layers}
     # object.__setattr__: Keras' own would track what is set.
-    before = {layer: layer.activation for layer in layers}
+    before = {layer: layer.activation for layer in layers if hasattr(layer, "activation")}
+
+    def watched(layer, preactivation):
+        if tape is not None:
+            tape.watch(preactivation)
+        uses[layer][-1].preactivation = preactivation
+        return preactivation
 
     def call(layer):
         original = layer.call
 
         def recorded(inputs, *args, **kwargs):
             uses[layer].append(_Use(inputs))
-            return original(inputs, *args, **kwargs)
+            outputs = original(inputs, *args, **kwargs)
+            return outputs if layer in before else watched(layer, outputs)
 
         return recorded
 
     def activation(layer):
         original = layer.activation or tf.identity
-
-        def recorded(preactivation):
-            if tape is not None:
-                tape.watch(preactivation)
-            uses[layer][-1].preactivation = preactivation
-            return original(preactivation)
-
-        return recorded
+        return lambda preactivation: original(watched(layer, preactivation))
 
     for layer in layers:
         object.__setattr__(layer, "call", call(layer))
-        object.__setattr__(layer, "activation", activation(layer))
+        if layer in before:
+            object.__setattr__(layer, "activation", activation(layer))
     try:
         yield uses
     finally:
         for layer in layers:
             object.__delattr__(layer, "call")
-            object.__setattr__(layer, "activation", before[layer])
+        for layer, original in before.items():
+            object.__setattr__(layer, "activation", original)
 
 
 @contextlib.contextmanager
@@ -123,12 +167,10 @@ def squared_gradients(piece, layers, skipped=()):
         preactivations = [use.preactivation for layer in layers for use in uses[layer]]
         gradients = iter(dense(tape.gradient(share, preactivations), preactivations))
         for layer in layers:
-            kernel, bias = _layer_squares(
-                layer, [(use.inputs, at_least_float32(next(gradients))) for use in uses[layer]]
-            )
-            squares[id(layer.kernel.value)] = kernel
-            if layer.use_bias:
-                squares[id(layer.bias.value)] = bias
+            of_uses = [_aligned(layer, use.inputs, at_least_float32(next(gradients))) for use in uses[layer]]
+            found = (_embedding_squares if has_tokens(layer) else _layer_squares)(layer, of_uses)
+            for weight, square in zip(kernel_and_bias(layer), found, strict=False):
+                squares[id(weight.value)] = square
     others = [variable for variable in piece.variables if id(variable) not in squares]
     if others:
         method = _case_by_case if piece.is_vectorizable else _in_signed_blocks
@@ -145,16 +187,15 @@ def _layer_squares(layer, uses):
     """Sums squared gradients over cases: the kernel's as (fan_in, units), the bias's as (units,).
 
     Args:
-        layer: Dense or a convolution.
-        uses: List of pairs of an input (cases, ...) and the gradient in its pre-activation (cases, ..., units).
+        layer: Dense, EinsumDense or a convolution.
+        uses: List of what `_aligned` gives for every use.
     """
-    uses = [_channels_last(layer, inputs, gradient) for inputs, gradient in uses]
-    if len(uses) == 1 and uses[0][1].shape.rank == 2:
+    fan_in, units = matrix_shape(layer)
+    if len(uses) == 1 and uses[0][1].shape[1:-1].num_elements() == 1 and type(layer) not in _CONVOLUTIONS:
         inputs, gradient = uses[0]
-        squared = gradient**2
-        return tf.matmul(inputs**2, squared, transpose_a=True), tf.reduce_sum(squared, 0)
+        squared = gradient[:, 0] ** 2
+        return tf.matmul(inputs[:, 0] ** 2, squared, transpose_a=True), tf.reduce_sum(squared, 0)
 
-    fan_in, units = layer.kernel.shape[:-1].num_elements(), layer.kernel.shape[-1]
     num_cases = tf.shape(uses[0][1], tf.int64)[0]
     num_places = tf.add_n([tf.size(gradient, tf.int64) for _, gradient in uses]) // (units * tf.maximum(num_cases, 1))
     block = tf.maximum(_BLOCK_FLOATS // tf.maximum(num_places * max(fan_in, units), fan_in * units), 1)
@@ -176,23 +217,44 @@ def _layer_squares(layer, uses):
     return kernel, bias
 
 
+def _embedding_squares(layer, uses):
+    """Sums squared gradients over cases: a list of the kernel's alone, (tokens, units); arguments as `_layer_squares`."""
+    vocabulary, units = matrix_shape(layer)
+    tokens, gradient = (tf.concat(parts, 1) for parts in zip(*uses, strict=True))
+    # A number for every token of every case.
+    ids = tokens + vocabulary * tf.range(tf.shape(tokens, tf.int64)[0])[:, None]
+    ids, places = tf.unique(tf.reshape(ids, [-1]))
+    of_token = tf.math.unsorted_segment_sum(tf.reshape(gradient, [-1, units]), places, tf.size(ids))
+    return [tf.math.unsorted_segment_sum(of_token**2, ids % vocabulary, vocabulary)]
+
+
 def second_moments(layer, inputs, gradient):
     """Sums aa' and dd' over the cases and places of one use of a layer: a is what a place sees, with a 1 appended for a bias, d its gradient.
 
+    Places to which nothing comes back (`d = 0`: under a mask, say) do not count.
+
     Args:
-        layer: Dense or a convolution.
+        layer: `keras.Layer`, see `is_capturable`.
         inputs: Tensor (cases, ...), the layer's input.
-        gradient: Tensor of the pre-activation's shape (cases, ..., units).
+        gradient: Tensor of the pre-activation's shape (cases, ...).
 
     Returns:
-        Tensors (fan_in, fan_in) or, with a bias, (fan_in + 1, fan_in + 1); (units, units); and a scalar, the number of cases times places.
+        Tensors (fan_in, fan_in), with a bias (fan_in + 1, fan_in + 1), or of one-hot inputs, whose aa' is diagonal, its diagonal (fan_in,);
+        (units, units); and a scalar, the number of places.
     """
-    inputs, gradient = _channels_last(layer, inputs, at_least_float32(gradient))
-    fan_in, units = layer.kernel.shape[:-1].num_elements(), layer.kernel.shape[-1]
+    inputs, gradient = _aligned(layer, inputs, at_least_float32(gradient))
+    fan_in, units = matrix_shape(layer)
     d = tf.reshape(gradient, [-1, units])
-    if type(layer) is keras.layers.Dense:
-        a = tf.reshape(inputs, [-1, fan_in])
-        products, sums = tf.matmul(a, a, transpose_a=True), tf.reduce_sum(a, 0)
+    counts = tf.cast(tf.reduce_any(d != 0, 1), d.dtype)
+    count, s = tf.reduce_sum(counts), tf.matmul(d, d, transpose_a=True)
+    if has_tokens(layer):
+        return tf.math.unsorted_segment_sum(counts, tf.reshape(inputs, [-1]), fan_in), s, count
+
+    def moments(a, counts):
+        return tf.matmul(a * counts[:, None], a, transpose_a=True), tf.linalg.matvec(a, counts, transpose_a=True)
+
+    if type(layer) not in _CONVOLUTIONS:
+        products, sums = moments(tf.reshape(inputs, [-1, fan_in]), counts)
     else:
         num_cases = tf.shape(gradient, tf.int64)[0]
         num_places = tf.size(gradient, tf.int64) // (units * tf.maximum(num_cases, 1))
@@ -202,24 +264,47 @@ def second_moments(layer, inputs, gradient):
             of_block = slice(start, start + block)
             places = _places(layer, inputs[of_block], tf.shape(gradient[of_block]))
             a = tf.reshape(tf.transpose(places, [0, 2, 1, 3]), [-1, fan_in])
-            return start + block, products + tf.matmul(a, a, transpose_a=True), sums + tf.reduce_sum(a, 0)
+            found = moments(a, counts[start * num_places : (start + block) * num_places])
+            return start + block, products + found[0], sums + found[1]
 
         zeros = (tf.zeros([], tf.int64), tf.zeros([fan_in, fan_in], d.dtype), tf.zeros([fan_in], d.dtype))
         _, products, sums = tf.while_loop(lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1)
-    count = tf.cast(tf.shape(d)[0], d.dtype)
-    if layer.use_bias:
+    if len(kernel_and_bias(layer)) == 2:
         products = tf.concat([products, sums[None]], 0)
         products = tf.concat([products, tf.concat([sums, count[None]], 0)[:, None]], 1)
-    return products, tf.matmul(d, d, transpose_a=True), count
+    return products, s, count
 
 
-def _channels_last(layer, inputs, gradient):
-    """Brings inputs and gradient into the gradient's dtype, and channels to the last axis."""
+def _aligned(layer, inputs, gradient):
+    """Brings the input of a use and the gradient in its pre-activation into the gradient's dtype, and into one shape for all layers of a kind.
+
+    Returns:
+        Tensors (cases, places, fan_in), tokens (cases, places) or, of a convolution, (cases, ..., channels); and (cases, places, units) or, of a
+        convolution, (cases, ..., units).
+    """
+    fan_in, units = matrix_shape(layer)
+    if has_tokens(layer):
+        # Indices below zero count from the end.
+        tokens = tf.cast(inputs, tf.int64)[..., None] % fan_in
+        return _by_place(tokens, 1, 1)[..., 0], _by_place(gradient, 1, units)
     inputs = tf.cast(inputs, gradient.dtype)
-    if getattr(layer, "data_format", None) == "channels_first":
+    if type(layer) in _CONVOLUTIONS:
+        if layer.data_format == "channels_last":
+            return inputs, gradient
         order = [0, *range(2, inputs.shape.rank), 1]
         return tf.transpose(inputs, order), tf.transpose(gradient, order)
-    return inputs, gradient
+    num_inputs = _num_summed_axes(layer) if type(layer) is keras.layers.EinsumDense else 1
+    num_outputs = len(layer.kernel.shape) - num_inputs
+    return _by_place(inputs, num_inputs, fan_in), _by_place(gradient, num_outputs, units)
+
+
+def _by_place(tensor, num_features, size):
+    """Reshapes to (cases, places, size): the last `num_features` axes become one, and those between them and the first."""
+    last = tensor.shape.rank - num_features
+    num_places = tensor.shape[1:last].num_elements()
+    if num_places is None:
+        num_places = tf.reduce_prod(tf.shape(tensor)[1:last])
+    return tf.reshape(tensor, [tf.shape(tensor)[0], num_places, size])
 
 
 def _places(layer, inputs, output_shape):
@@ -228,8 +313,8 @@ def _places(layer, inputs, output_shape):
     Strided slices, one a tap: `tf.image.extract_patches` takes up to six times as long.
     """
     num_cases, channels = tf.shape(inputs)[0], inputs.shape[-1]
-    if type(layer) is keras.layers.Dense:
-        return tf.reshape(inputs, [num_cases, 1, -1, channels])
+    if type(layer) not in _CONVOLUTIONS:
+        return inputs[:, None]
     sizes, strides, rates = layer.kernel_size, layer.strides, layer.dilation_rate
     outputs = [output_shape[1 + axis] for axis in range(layer.rank)]
     if layer.padding != "valid":

@@ -6,13 +6,20 @@ sides as independent: `mean(aa') x sum(J'HJ)`. One backward pass estimates the s
 `E[(J'u)(J'u)'] = J'HJ`.
 """
 
-import math
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_hf.capture import at_least_float32, is_capturable, recorded_uses, second_moments
+from keras_hf.capture import (
+    at_least_float32,
+    has_tokens,
+    is_capturable,
+    kernel_and_bias,
+    matrix_shape,
+    recorded_uses,
+    second_moments,
+)
 from keras_hf.checks import count
 from keras_hf.curvature import loss_hessian
 from keras_hf.linearization import dense
@@ -76,17 +83,18 @@ class KroneckerFactored(Preconditioner):
         state = {"others": tf.ones([num_weights(variables)], dtype)}
         trained = {id(variable) for variable in variables}
         for layer in layers:
-            if _is_factored(layer) and all(id(weight.value) in trained for weight in _weights(layer)):
+            if _is_factored(layer) and all(id(weight.value) in trained for weight in kernel_and_bias(layer)):
                 rows, units = _shape(layer)
                 name = _name(layer, variables)
-                state |= {f"{name}_a": tf.eye(rows, dtype=dtype), f"{name}_s": tf.eye(units, dtype=dtype)}
+                a = tf.ones([rows], dtype) if has_tokens(layer) else tf.eye(rows, dtype=dtype)
+                state |= {f"{name}_a": a, f"{name}_s": tf.eye(units, dtype=dtype)}
         return state
 
     def inverse(self, objective, damping, state):
         layers = [layer for layer in objective.captured if _is_factored(layer)]
         sizes = [variable.shape.num_elements() for variable in objective.variables]
         places = {id(variable): place for place, variable in enumerate(objective.variables)}
-        of_layers = [[places[id(weight.value)] for weight in _weights(layer)] for layer in layers]
+        of_layers = [[places[id(weight.value)] for weight in kernel_and_bias(layer)] for layer in layers]
         is_complete = sum(map(len, of_layers)) == len(sizes)
         if self.interval == 1:
             others, blocks = self._inverses(objective, damping, layers, of_layers, is_complete)
@@ -98,7 +106,7 @@ class KroneckerFactored(Preconditioner):
             parts = list(residuals) if is_complete else tf.split(others * residual, sizes)
             for layer, own, (a, s) in zip(layers, of_layers, blocks, strict=True):
                 matrix = tf.reshape(tf.concat([residuals[place] for place in own], 0), _shape(layer))
-                solved = tf.reshape(_times(tf.matmul(a, matrix), s), [-1])
+                solved = tf.reshape(_between(a, matrix, s), [-1])
                 for place, part in zip(own, tf.split(solved, [sizes[place] for place in own]), strict=True):
                     parts[place] = part
             return tf.concat(parts, 0)
@@ -164,7 +172,7 @@ class KroneckerFactored(Preconditioner):
 
 
 class _Moments(NamedTuple):
-    """Of one layer: of inputs, of output factors (a vector where only the diagonal is not zero), and the number of cases times places."""
+    """Of one layer: of inputs, of output factors (vectors where only the diagonal is not zero), and the number of places."""
 
     a: tf.Tensor
     s: tf.Tensor
@@ -180,21 +188,23 @@ class _Others:
 
 
 def _is_factored(layer):
-    return is_capturable(layer) and layer.built and max(_shape(layer)) <= _MAX_ROWS
+    if not is_capturable(layer) or not layer.built:
+        return False
+    rows, units = _shape(layer)
+    # That of one-hot inputs is diagonal.
+    return (has_tokens(layer) or rows <= _MAX_ROWS) and units <= _MAX_ROWS
 
 
 def _name(layer, variables):
     """Names a layer by the place of its kernel among the weights, which stays the same in a model that was saved and loaded."""
-    return next(f"factor_{place}" for place, variable in enumerate(variables) if variable is layer.kernel.value)
-
-
-def _weights(layer):
-    return [layer.kernel, layer.bias] if layer.use_bias else [layer.kernel]
+    kernel = kernel_and_bias(layer)[0].value
+    return next(f"factor_{place}" for place, variable in enumerate(variables) if variable is kernel)
 
 
 def _shape(layer):
     """Rows and columns of a layer's weights as one matrix, the bias its last row."""
-    return math.prod(layer.kernel.shape[:-1]) + int(layer.use_bias), layer.kernel.shape[-1]
+    fan_in, units = matrix_shape(layer)
+    return fan_in + len(kernel_and_bias(layer)) - 1, units
 
 
 def _moments(piece, layers, seeds):
@@ -210,10 +220,12 @@ def _moments(piece, layers, seeds):
         of_uses = [second_moments(layer, use.inputs, next(gradients)) for use in uses[layer]]
         rows, units = _shape(layer)
         if not of_uses:
-            of_uses = [(tf.zeros([rows, rows]), tf.zeros([units, units]), tf.zeros([]))]
+            of_a = [rows] if has_tokens(layer) else [rows, rows]
+            of_uses = [(tf.zeros(of_a), tf.zeros([units, units]), tf.zeros([]))]
         a, s, places = (tf.add_n(moments) for moments in zip(*of_uses, strict=True))
         is_output = len(outputs) == len(uses[layer]) == 1 and uses[layer][0].preactivation is outputs[0]
-        if is_output and getattr(layer, "data_format", "channels_last") == "channels_last":
+        # The outputs' last axis may be less than all units.
+        if is_output and expected[0].shape[-1] == units and getattr(layer, "data_format", None) != "channels_first":
             s = expected[0]
         found.append(_Moments(a, s / tf.cast(piece.magnification, s.dtype), places))
     return found
@@ -299,9 +311,11 @@ def _mixed(bits):
 
 def _inverses(moments, damping):
     """Inverts both factors of a layer, damped."""
-    mean_a = tf.linalg.trace(moments.a) / moments.a.shape[-1]
-    mean_s = tf.reduce_mean(moments.s if moments.s.shape.rank == 1 else tf.linalg.diag_part(moments.s))
-    pi = tf.sqrt(mean_a / mean_s)
+    means = [
+        tf.reduce_mean(factor if factor.shape.rank == 1 else tf.linalg.diag_part(factor))
+        for factor in (moments.a, moments.s)
+    ]
+    pi = tf.sqrt(means[0] / means[1])
     # A layer that sees or gets nothing but zeros, or numbers that are none.
     pi = tf.where(tf.math.is_finite(pi) & (pi > 0), pi, tf.ones_like(pi))
     root = tf.sqrt(damping)
@@ -328,5 +342,7 @@ def _reciprocal(diagonal):
     return tf.where(is_right, 1 / tf.where(is_right, diagonal, tf.ones_like(diagonal)), tf.ones_like(diagonal))
 
 
-def _times(matrix, inverse):
-    return matrix * inverse if inverse.shape.rank == 1 else tf.matmul(matrix, inverse)
+def _between(a, matrix, s):
+    """The product of three matrices, the first and last of which may be diagonals."""
+    matrix = a[:, None] * matrix if a.shape.rank == 1 else tf.matmul(a, matrix)
+    return matrix * s if s.shape.rank == 1 else tf.matmul(matrix, s)

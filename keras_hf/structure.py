@@ -219,8 +219,12 @@ def trace_structure(task, data):
 
 
 def _num_reads(graph, variable):
-    """How often a graph reads a `keras.Variable`, a nested function counting once."""
-    return sum(len(inner.consumers()) for outer, inner in graph.captures if outer is variable.value.handle)
+    """How often a graph reads a `keras.Variable`, a nested function counting once, a look at its shape not at all."""
+    readers = [op for outer, inner in graph.captures if outer is variable.value.handle for op in inner.consumers()]
+    return sum(
+        op.type != "ReadVariableOp" or any(reader.type != "Shape" for reader in op.outputs[0].consumers())
+        for op in readers
+    )
 
 
 def _placeholder(leaf):

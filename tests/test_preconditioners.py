@@ -94,6 +94,36 @@ class Tied(keras.Model):
         return tf.matmul(self.shared(x), tf.transpose(tf.convert_to_tensor(self.shared.kernel)))
 
 
+class SharedEmbedding(keras.Model):
+    """Embeds two sequences, of words and of the words before, with one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.output_layer = layers.Embedding(4, 2, mask_zero=True), layers.Dense(1)
+
+    def call(self, x):
+        return self.output_layer(self.shared(x) + keras.ops.tanh(self.shared(keras.ops.roll(x, 1, 1))))
+
+
+class TiedEmbedding(keras.Model):
+    """Reads words in and out with one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = layers.Embedding(4, 2)
+
+    def build(self, input_shape):
+        self.shared.build()
+
+    def call(self, x):
+        return keras.ops.matmul(keras.ops.tanh(self.shared(x)), keras.ops.transpose(self.shared.embeddings))
+
+
+def attention():
+    x = keras.Input((4, 3))
+    return keras.Model(x, layers.MultiHeadAttention(2, 3)(x, x))
+
+
 def sequential(shape, *stack):
     return lambda: keras.Sequential([keras.Input(shape), *(make() for make in stack)])
 
@@ -149,7 +179,37 @@ NETWORKS = {
         sequential((3,), lambda: layers.Embedding(4, 2), layers.Flatten, lambda: layers.Dense(1)),
         None,
         (7, 1),
+        2,
+    ),
+    "embedding of masked tokens, used twice": (SharedEmbedding, None, (7, 3, 1), 2),
+    "embedding whose kernel is read elsewhere": (TiedEmbedding, None, (7, 3, 4), 0),
+    "EinsumDense": (
+        sequential(
+            (4, 2, 3),
+            lambda: layers.EinsumDense("...bc,bcde->...de", (2, 2), "tanh", bias_axes="de"),
+            lambda: layers.EinsumDense("abcd,cde->abe", (None, 1)),
+        ),
+        (7, 4, 2, 3),
+        (7, 4, 1),
+        2,
+    ),
+    "attention": (attention, (7, 4, 3), (7, 4, 3), 4),
+    "EinsumDense on vectors": (
+        sequential((3,), lambda: layers.EinsumDense("ab,bcd->acd", (2, 2), bias_axes="cd")),
+        (7, 3),
+        (7, 2, 2),
         1,
+    ),
+    "EinsumDense that is no Dense layer": (
+        sequential(
+            (4, 3),
+            lambda: layers.EinsumDense("abc,bcd->abd", (4, 3)),
+            lambda: layers.EinsumDense("abc,cd->abd", (4, 2), bias_axes="bd"),
+            lambda: layers.EinsumDense("abc,cd->adb", (2, 4)),
+        ),
+        (7, 4, 3),
+        (7, 2, 4),
+        0,
     ),
     "recurrent": (sequential((2, 2), lambda: layers.SimpleRNN(2)), (7, 2, 2), (7, 2), 0),
 }
