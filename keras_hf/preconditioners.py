@@ -40,8 +40,8 @@ class EmpiricalFisherDiagonal(Preconditioner):
     d is the mean over the batch's cases of the squared gradient of the case's loss: squares of per-case gradients, not of their mean. w is the
     second derivative of the regularizers (2c for `L2(c)`). M is 1 where it would be 0. Under BatchNormalization, where a case has no gradient of
     its own, the batch statistics count as constants. In networks with loops or batched matrix products (recurrent layers, attention), where
-    TensorFlow cannot vectorise over cases, weights of other layers than Dense and convolutions have an unbiased estimate of d, from 32 blocks of
-    cases with random signs. Cost: about two gradients an update, and one division per CG iteration.
+    TensorFlow cannot vectorise over cases, weights of other layers than Dense, EinsumDense, Embedding and convolutions have an unbiased estimate of
+    d, from 32 blocks of cases with random signs. Cost: about two gradients an update, and one division per CG iteration.
 
     Args:
         exponent: Float > 0; 1 would be the diagonal itself, less than 1 interpolates to no preconditioning.

@@ -311,6 +311,14 @@ def test_calls_of_one_layer_count_as_places():
     assert np.linalg.eigvalsh(inverse(model, data)).min() > 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 16])
+def test_inverse_by_halves_is_the_inverse(size, monkeypatch):
+    monkeypatch.setattr(kronecker, "_MAX_SOLVED", 2)
+    root = np.tril(np.random.default_rng(0).normal(size=(size, size))) + 3 * np.eye(size)
+    found = kronecker._inverse_from_root(tf.constant(root))
+    np.testing.assert_allclose(found, np.linalg.inv(root @ root.T), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("a", "s"),
