@@ -43,15 +43,15 @@ class KroneckerFactored(Preconditioner):
     gradients of the loss, which vanish where it is fitted while the curvature does not. `pi^2 = (tr A / dim A) / (tr S / dim S)` shares the damping
     between the factors. For one layer under a loss of constant H, `A x S` is the Gauss-Newton matrix itself.
 
-    For deep networks: CG needs a third to a half of the iterations that it needs with the diagonal
-    (`benchmarks/preconditioners.py`), the fewer the sooner it is stopped; its last digits come no faster.
+    For deep networks: CG needs a third to a half of the iterations that it needs with the diagonal (`benchmarks/preconditioners.py`), the fewer the
+    sooner it is stopped; its last digits come no faster.
 
     Factored are, of the layers that are trained:
 
     - Dense;
     - Conv1D, Conv2D and Conv3D with one group;
     - EinsumDense that is a Dense layer but for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features last in inputs and outputs, and no
-      bias or one number for each feature. So are the projections of MultiHeadAttention and GroupedQueryAttention;
+      bias or one number for each feature. So are the projections of MultiHeadAttention and GroupQueryAttention;
     - Embedding, a Dense layer on one-hot inputs: A is diagonal, the share of places that each token has, whatever the size of the vocabulary.
 
     All other weights get the diagonal of `EmpiricalFisherDiagonal()`: those of other layers and of subclasses of these, under LoRA or quantization,
@@ -64,12 +64,12 @@ class KroneckerFactored(Preconditioner):
     H is asked of the loss by products with it, so that any Keras loss will do, with its weights and masks. Where the outputs' last axis has up to 32
     entries, all of its block is formed, and `u = Le` with its Cholesky factor L and random signs e. Where it has more, `u = sqrt(|diag H|) e`: all of
     H for losses that take each entry apart (squares, binary cross-entropy); a softmax over more classes loses what couples them. Negative curvature
-    of a loss that is not convex counts as none in the first case, as positive in the second. In the layer that gives the outputs, the mean over
-    signs is taken exactly.
+    of a loss that is not convex counts as none in the first case, as positive in the second. In the layer that gives the outputs, their last axis
+    its units, the mean over signs is taken exactly.
 
     Cost: every `interval` updates about 1.5 gradients of `num_cases` cases and the inverses (m^3 for a factor with m rows); in every CG iteration
-    `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for some updates keep their damping, too: what CG
-    solves is exact all the same.
+    `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for some updates keep their
+    damping, too: what CG solves is exact all the same.
 
     Args:
         num_cases: Integer >= 1, cases of the curvature chunk that factors are estimated on, at most; `None` = all of it. Fewer than the rows of a
