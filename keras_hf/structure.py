@@ -186,11 +186,13 @@ def trace_structure(task, data):
         num_bytes = [_bytes_per_case(output) for operation in forward for output in operation.outputs]
         with keras.StatelessScope():
             combinations = [term.combination() for term in terms]
-    # A layer's weights that are read anywhere but in its calls (tied weights, say) have gradients that its inputs don't tell.
+    # A layer's weights that are read anywhere but in its calls (tied weights, say) have gradients that its inputs don't tell; calls in a loop or on
+    # sparse tensors have inputs that nobody can get at.
     captured = [
         layer
         for layer in capturable
         if all(variable.trainable and _num_reads(graph, variable) == len(uses[layer]) for variable in layer.weights)
+        and all(isinstance(use.inputs, tf.Tensor) and use.preactivation.graph is graph for use in uses[layer])
     ]
     states = [state for state in task.states if scope.get_current_value(state) is not None]
     changed = {id(state) for state in states}

@@ -119,6 +119,22 @@ class TiedEmbedding(keras.Model):
         return keras.ops.matmul(keras.ops.tanh(self.shared(x)), keras.ops.transpose(self.shared.embeddings))
 
 
+class Cell(layers.Layer):
+    """A recurrent cell of Dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.state_size = self.output_size = 2
+        self.dense = layers.Dense(2, "tanh")
+
+    def build(self, input_shape):
+        self.dense.build((None, input_shape[-1] + 2))
+
+    def call(self, x, states):
+        h = self.dense(keras.ops.concatenate([x, states[0]], -1))
+        return h, [h]
+
+
 def attention():
     x = keras.Input((4, 3))
     return keras.Model(x, layers.MultiHeadAttention(2, 3)(x, x))
@@ -211,6 +227,7 @@ NETWORKS = {
         (7, 2, 4),
         0,
     ),
+    "Dense in a loop": (sequential((2, 2), lambda: layers.RNN(Cell()), lambda: layers.Dense(1)), (7, 2, 2), (7, 1), 1),
     "recurrent": (sequential((2, 2), lambda: layers.SimpleRNN(2)), (7, 2, 2), (7, 2), 0),
 }
 
