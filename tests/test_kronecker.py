@@ -437,7 +437,7 @@ def test_a_saved_model_goes_on_bit_equally(tmp_path):
     histories = [one.fit(epochs=3, **arguments).history for one in (model, again)]
     assert histories[0] == histories[1]
     for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
 def frozen():

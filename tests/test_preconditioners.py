@@ -25,13 +25,17 @@ PRECONDITIONERS = [
     EmpiricalFisherDiagonal(),
     EmpiricalFisherDiagonal(exponent=1.0),
     KroneckerFactored(num_cases=10),
+    KroneckerFactored(interval=2),
 ]
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
 
 def inverse_matrix(preconditioner, model, data, damping):
+    variables = [variable.value for variable in model.trainable_variables]
+    state = preconditioner.initial_state(variables, model.network._flatten_layers())
+
     def compute(objective):
-        precondition, _ = preconditioner.inverse(objective, tf.constant(damping, tf.float64), {})
+        precondition, _ = preconditioner.inverse(objective, tf.constant(damping, tf.float64), state)
         return dense_matrix(precondition, objective.num_weights)
 
     return with_objective(model, data, compute).numpy()
