@@ -102,7 +102,8 @@ class KroneckerFactored(Preconditioner):
                 state |= {f"{name}_a": a, f"{name}_s": tf.eye(units, dtype=dtype)}
         return state
 
-    def inverse(self, objective, damping, state):
+    def inverse(self, objective, linearize, damping, state):
+        del linearize
         layers = [layer for layer in objective.captured if _is_factored(layer)]
         sizes = [variable.shape.num_elements() for variable in objective.variables]
         places = {id(variable): place for place, variable in enumerate(objective.variables)}
@@ -129,7 +130,7 @@ class KroneckerFactored(Preconditioner):
         """Returns what the residual of other weights is multiplied by, `(n,)`, and for every layer the inverses of its factors."""
         others = tf.ones([objective.num_weights], objective.dtype)
         if not is_complete:
-            others = EmpiricalFisherDiagonal().inverse(_Others(objective, layers), damping, {})[0](others)
+            others = EmpiricalFisherDiagonal().inverse(_Others(objective, layers), None, damping, {})[0](others)
         blocks = []
         if layers:
             regularization = tf.split(

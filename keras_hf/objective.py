@@ -14,6 +14,9 @@ from keras_hf.capture import constant_statistics, squared_gradients
 from keras_hf.linearization import DoubleBackward, dense, inner_product
 from keras_hf.replicas import replica_number
 
+# Bytes of a linearization, times rows, that one vectorised product of several rows may take.
+_BLOCK_BYTES = 2**28
+
 
 class Task(NamedTuple):
     """What the Keras room hands over: the model as plain functions.
@@ -373,7 +376,7 @@ class LocalObjective:
         return lambda v: pack(product(unpack(v, self.task.variables)), self.dtype)
 
     def product(self, curvature):
-        """Gives `v -> Gv` on flat vectors, this replica's share over the chunk, regularizers included.
+        """Gives `v -> Gv` on flat vectors or rows of them, this replica's share over the chunk, regularizers included.
 
         The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized anew in every product, so that memory is
         bounded by one piece's.
@@ -381,19 +384,30 @@ class LocalObjective:
         piece = self._piece(tf.constant(0), of_chunk=True)
         first = curvature.linearize(piece)
         regularization = self.regularization_product()
+        # XLA's products are compiled for one vector.
+        vectorizes = self.structure.is_vectorizable and not curvature.linearization.jit_compile
+
+        def image(linearized, piece, v):
+            def of_one(v):
+                return pack(linearized(unpack(v, self.task.variables)), self.dtype)
+
+            if v.shape.rank == 1 or not vectorizes:
+                return _by_rows(of_one, v)
+            most = tf.constant(_BLOCK_BYTES // self.structure.bytes_per_case)
+            return _in_blocks(of_one, v, most // tf.maximum(piece.num_cases, 1))
 
         def product(v):
             size = self._size(v)
-            tangents = unpack(v / size, self.task.variables)
+            scaled = v / size
 
             def add_piece(number, total):
-                linearized = curvature.linearize(self._piece(number, of_chunk=True))
-                return total + pack(linearized(tangents), self.dtype)
+                piece = self._piece(number, of_chunk=True)
+                return total + image(curvature.linearize(piece), piece, scaled)
 
-            total = pack(first(tangents), self.dtype)
+            total = image(first, piece, scaled)
             if not self.structure.chunk_is_one_piece:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
-            return (size / piece.magnification) * total + regularization(v)
+            return (size / piece.magnification) * total + _by_rows(regularization, v)
 
         return product
 
@@ -416,10 +430,13 @@ class LocalObjective:
         return tf.cast(size**2 / piece.magnification, tf.float64) * total + of_regularizers
 
     def _size(self, v):
-        """What a vector is divided by before it goes through the network: 1, but for float16, where CG's small vectors would be zeros."""
+        """What a vector, or each row of some, is divided by before it goes through the network.
+
+        1, but for float16, where CG's small vectors would be zeros.
+        """
         if not self.structure.is_float16:
             return tf.ones([], self.dtype)
-        largest = tf.reduce_max(tf.abs(v))
+        largest = tf.reduce_max(tf.abs(v), -1, keepdims=v.shape.rank == 2)
         return tf.where(largest > 0, largest, tf.ones_like(largest))
 
     def adjointness(self, curvature, v):
@@ -538,7 +555,11 @@ class Objective:
         return self._start
 
     def product(self, curvature):
-        """Gives `v -> Gv`, `(n,) -> (n,)`, the product over the chunk at the start, regularizers' second derivatives included."""
+        """Gives `v -> Gv`, the product over the chunk at the start, regularizers' second derivatives included.
+
+        On a vector `(n,)`, or on each row of `(k, n)`. Rows share their passes through the network, as many at a time as take some memory, where
+        TensorFlow vectorises it; else they come one after the other. Both ways further pieces are linearized once for all rows.
+        """
         curvature = curvature.fitted_to(self._structure, self._replicas.count)
         products = self._replicas.run(lambda part: part.product(curvature), self._parts)
         return lambda v: self._replicas.sum(lambda local_product, v: local_product(v), products, v)
@@ -626,6 +647,29 @@ def _over_pieces(first, stop, add_piece, sums):
         parallel_iterations=1,
     )
     return sums
+
+
+def _in_blocks(function, rows, block):
+    """Applies `(n,) -> (n,)` to every row of `(k, n)`, vectorised over `block` rows at a time, an int32 scalar that may be 0 for 1."""
+    num_rows, block = tf.shape(rows)[0], tf.maximum(block, 1)
+
+    def add_block(start, images):
+        image = tf.vectorized_map(function, rows[start : start + block], warn=False)
+        return start + block, tf.concat([images, image], 0)
+
+    _, images = tf.while_loop(
+        lambda start, _: start < num_rows,
+        add_block,
+        (tf.constant(0), rows[:0]),
+        (tf.TensorShape([]), tf.TensorShape([None, rows.shape[1]])),
+        parallel_iterations=1,
+    )
+    return tf.ensure_shape(images, rows.shape)
+
+
+def _by_rows(function, v):
+    """Applies `(n,) -> (n,)` to a vector, or to every row of `(k, n)`, one after the other."""
+    return function(v) if v.shape.rank == 1 else tf.map_fn(function, v, parallel_iterations=1)
 
 
 def _where_violated(projected, value):

@@ -10,11 +10,13 @@ from keras_hf.part import Part
 class Preconditioner(Part):
     """What a preconditioner promises: immutable settings, and an inverse for every update."""
 
-    def inverse(self, objective, damping, state):
+    def inverse(self, objective, linearize, damping, state):
         """Prepares the preconditioner of one update.
 
         Args:
             objective: `objective.Objective`.
+            linearize: Callable without arguments that gives the update's product `v -> Gv`, undamped; see `Objective.product`. It is the one CG
+                uses: held from the first call on, so call it where products are needed only, and outside of branches and loops.
             damping: Scalar, the damping of this update.
             state: Dict of tensors, what the update before left; see `Part.initial_state`.
 
@@ -28,8 +30,8 @@ class Preconditioner(Part):
 class Identity(Preconditioner):
     """No preconditioning: M = I."""
 
-    def inverse(self, objective, damping, state):
-        del objective, damping
+    def inverse(self, objective, linearize, damping, state):
+        del objective, linearize, damping
         return tf.identity, state
 
 
@@ -56,7 +58,8 @@ class EmpiricalFisherDiagonal(Preconditioner):
     def __init__(self, exponent=0.75):
         self.exponent = positive("exponent", exponent)
 
-    def inverse(self, objective, damping, state):
+    def inverse(self, objective, linearize, damping, state):
+        del linearize
         diagonal = objective.squared_gradients() + objective.regularization_diagonal() + damping
         scale = diagonal ** tf.constant(self.exponent, diagonal.dtype)
         scale = tf.where(scale > 0, scale, tf.ones_like(scale))

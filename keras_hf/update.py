@@ -1,5 +1,6 @@
 """One Hessian-free update, in the order of Martens (2010): gradient, products, CG, backtracking, reduction ratio, line search."""
 
+import functools
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -100,11 +101,14 @@ def hf_update(
     """
     at_start = objective.loss_and_gradient()
     gradient = at_start.gradient
+    # One linearization, made by whoever needs it first.
+    linearize = functools.cache(lambda: objective.product(curvature))
     # One after the other: a graph would run the three passes at once, and hold the activations of all three.
     with tf.control_dependencies([gradient]):
-        precondition, preconditioner_state = preconditioner.inverse(objective, damping, preconditioner_state or {})
+        state = preconditioner_state or {}
+        precondition, preconditioner_state = preconditioner.inverse(objective, linearize, damping, state)
     with tf.control_dependencies([precondition(gradient)]):
-        product = objective.product(curvature)
+        product = linearize()
 
     def solve(start):
         result = conjugate_gradient(

@@ -41,7 +41,7 @@ def gauss_newton(model, data):
 def inverse(model, data, damping=0.1, preconditioner=None, **arguments):
     def compute(objective):
         part = preconditioner or KroneckerFactored()
-        precondition, _ = part.inverse(objective, tf.constant(damping, tf.float64), {})
+        precondition, _ = part.inverse(objective, None, tf.constant(damping, tf.float64), {})
         return dense_matrix(precondition, objective.num_weights)
 
     return with_objective(model, data, compute, **arguments).numpy()

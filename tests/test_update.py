@@ -42,8 +42,8 @@ def linear_regression(regularizer=None):
 class ExactInverse(Preconditioner):
     """The inverse of the damped matrix itself."""
 
-    def inverse(self, objective, damping, state):
-        matrix = dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+    def inverse(self, objective, linearize, damping, state):
+        matrix = dense_matrix(linearize(), objective.num_weights)
         inverse = tf.linalg.inv(matrix + damping * tf.eye(objective.num_weights, dtype=tf.float64))
         return lambda residual: tf.linalg.matvec(inverse, residual), state
 
