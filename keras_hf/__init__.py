@@ -22,6 +22,7 @@ from keras_hf.kronecker import KroneckerFactored as KroneckerFactored
 from keras_hf.linearization import DoubleBackward as DoubleBackward
 from keras_hf.linearization import ForwardAccumulation as ForwardAccumulation
 from keras_hf.model import HFModel as HFModel
+from keras_hf.nystrom import Nystrom as Nystrom
 from keras_hf.optimizer import HessianFree as HessianFree
 from keras_hf.preconditioners import EmpiricalFisherDiagonal as EmpiricalFisherDiagonal
 from keras_hf.preconditioners import Identity as Identity

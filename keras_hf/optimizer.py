@@ -34,7 +34,7 @@ class HessianFree(keras.optimizers.Optimizer):
         damping: Float >= 0, the coefficient of the identity at the start of training. Once built, `optimizer.damping` is a scalar variable that any
             callback may assign.
         curvature: The matrix G: `GaussNewton()` (default) or `Hessian()`.
-        preconditioner: `EmpiricalFisherDiagonal()` (default), `KroneckerFactored()` or `Identity()`.
+        preconditioner: `EmpiricalFisherDiagonal()` (default), `KroneckerFactored()`, `Nystrom()` or `Identity()`.
         stopping: When CG may stop: `RelativeProgress()` (default) or `ResidualTolerance()`.
         max_cg_iterations: Integer >= 1, the limit of CG. It bounds the cost of an update, and how far CG may fit the curvature of a chunk.
         warm_start_decay: Float in [0, 1]. CG starts at this share of its last iterate of the previous update; 0 = from zero.

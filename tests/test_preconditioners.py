@@ -16,7 +16,7 @@ from problems import (
     with_objective,
 )
 
-from keras_hf import EmpiricalFisherDiagonal, Identity, KroneckerFactored
+from keras_hf import EmpiricalFisherDiagonal, GaussNewton, Identity, KroneckerFactored, Nystrom
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -26,6 +26,8 @@ PRECONDITIONERS = [
     EmpiricalFisherDiagonal(exponent=1.0),
     KroneckerFactored(num_cases=10),
     KroneckerFactored(interval=2),
+    Nystrom(rank=8),
+    Nystrom(rank=60, interval=1),
 ]
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
@@ -35,7 +37,8 @@ def inverse_matrix(preconditioner, model, data, damping):
     state = preconditioner.initial_state(variables, model.network._flatten_layers())
 
     def compute(objective):
-        precondition, _ = preconditioner.inverse(objective, tf.constant(damping, tf.float64), state)
+        linearize = lambda: objective.product(GaussNewton())  # noqa: E731
+        precondition, _ = preconditioner.inverse(objective, linearize, tf.constant(damping, tf.float64), state)
         return dense_matrix(precondition, objective.num_weights)
 
     return with_objective(model, data, compute).numpy()
