@@ -37,6 +37,10 @@ _MOVING = frozenset(
 )
 
 
+# A weight on its way into an operation.
+_SAME_VALUE = frozenset({"Cast", "ExpandDims", "Identity", "ReadVariableOp", "Reshape"})
+
+
 # What derivatives see of an operation: linear in all its inputs together, or in one where the others do not depend on the outputs.
 _LINEAR = frozenset(
     "Add AddN AddV2 BroadcastTo Cast ConcatV2 ExpandDims GatherV2 Identity Mean Neg Pack Reshape Squeeze StridedSlice Sub Sum Tile Transpose".split()
@@ -186,12 +190,12 @@ def trace_structure(task, data):
         num_bytes = [_bytes_per_case(output) for operation in forward for output in operation.outputs]
         with keras.StatelessScope():
             combinations = [term.combination() for term in terms]
-    # A layer's weights that are read anywhere but in its calls (tied weights, say) have gradients that its inputs don't tell; calls in a loop or on
-    # sparse tensors have inputs that nobody can get at.
+    # A layer's weights that are used anywhere but in its calls (tied weights, or derivatives of the layer that are part of the network) have
+    # gradients that its inputs don't tell; calls in a loop or on sparse tensors have inputs that nobody can get at.
     captured = [
         layer
         for layer in capturable
-        if all(variable.trainable and _num_reads(graph, variable) == len(uses[layer]) for variable in layer.weights)
+        if all(variable.trainable and _num_uses_of(graph, variable) == len(uses[layer]) for variable in layer.weights)
         and all(isinstance(use.inputs, tf.Tensor) and use.preactivation.graph is graph for use in uses[layer])
     ]
     states = [state for state in task.states if scope.get_current_value(state) is not None]
@@ -220,13 +224,16 @@ def trace_structure(task, data):
     )
 
 
-def _num_reads(graph, variable):
-    """How often a graph reads a `keras.Variable`, a nested function counting once, a look at its shape not at all."""
-    readers = [op for outer, inner in graph.captures if outer is variable.value.handle for op in inner.consumers()]
-    return sum(
-        op.type != "ReadVariableOp" or any(reader.type != "Shape" for reader in op.outputs[0].consumers())
-        for op in readers
-    )
+def _num_uses_of(graph, variable):
+    """How often a graph uses a `keras.Variable`, a nested function counting once."""
+    handles = [inner for outer, inner in graph.captures if outer is variable.value.handle]
+    return sum(map(_num_uses, handles))
+
+
+def _num_uses(value):
+    """How many operations use a tensor, or what reads, converts and reshapes make of it."""
+    users = [operation for operation in value.consumers() if operation.type != "Shape"]
+    return sum(_num_uses(user.outputs[0]) if user.type in _SAME_VALUE else 1 for user in users)
 
 
 def _placeholder(leaf):

@@ -147,6 +147,24 @@ def attention():
     return keras.Model(x, layers.MultiHeadAttention(2, 3)(x, x))
 
 
+class Derivative(keras.Model):
+    """Returns the derivative of its layers in its input: their kernels are used outside of their calls, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.output_layer = layers.Dense(3, "tanh"), layers.Dense(1)
+
+    def build(self, input_shape):
+        self.hidden.build(input_shape)
+        self.output_layer.build((None, 3))
+
+    def call(self, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = self.output_layer(self.hidden(x))
+        return tape.gradient(y, x)
+
+
 def sequential(shape, *stack):
     return lambda: keras.Sequential([keras.Input(shape), *(make() for make in stack)])
 
@@ -197,6 +215,7 @@ NETWORKS = {
     ),
     "a layer used twice": (Twice, (7, 2), (7, 1), 2),
     "tied weights": (Tied, (7, 2), (7, 2), 0),
+    "a derivative": (Derivative, (7, 2), (7, 2), 0),
     "normalization": (sequential((2,), lambda: layers.Dense(3), layers.LayerNormalization), (7, 2), (7, 3), 1),
     "embedding": (
         sequential((3,), lambda: layers.Embedding(4, 2), layers.Flatten, lambda: layers.Dense(1)),
