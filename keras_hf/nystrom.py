@@ -1,9 +1,9 @@
-"""Randomized Nystrom preconditioner: the largest eigenvalues of the curvature from one sketch `G Omega`, the same whatever the layers are.
+"""Randomized Nystrom preconditioner: the largest eigenvalues of the curvature, from a sketch of it.
 
-Frangella, Tropp & Udell (2021): algorithm 2.1 for the sketch, equation 5.3 for the preconditioner. Two things are otherwise here. The core `Omega'G Omega`
-is taken apart by eigenvalues where the paper uses Cholesky: its least one says how large a shift makes it definite, so that nothing can fail. And
-tall matrices are orthonormalised through their Gram matrices, twice, not by Householder reflections, which in TensorFlow on CPUs take eight times as
-long and leave errors of 1e-4 in float32 for a million rows.
+Frangella, Tropp & Udell (2021): algorithm 2.1 for the sketch `Y = G Omega`, equation 5.3 for the preconditioner. Two
+steps differ. Where the paper takes a Cholesky factor of the core `Omega'Y`, eigenvalues tell how large a shift makes it
+definite, so that nothing can fail. And tall matrices are orthonormalised through their Gram matrix, twice: Householder's
+way, TensorFlow's `qr`, takes six times as long on a CPU and leaves errors of 4e-4 in float32 with a million rows.
 """
 
 import math
@@ -21,16 +21,18 @@ from keras_hf.preconditioners import Preconditioner
 class Nystrom(Preconditioner):
     """Nystrom preconditioner: `M = U (L + damping I) U' / (l + damping) + (I - UU')`.
 
-    U `(n, rank)` and L hold approximate eigenvectors and eigenvalues of the curvature, l the least of L: what is large is divided out, the rest left
-    as it is. From products with `rank` random directions, so for networks of any layers: physics-informed and recurrent networks, where there are no
-    Kronecker factors. It pays where few eigenvalues stand out, or `rank` is not small beside the number of weights (`benchmarks/nystrom.py`).
+    U `(n, rank)` and L hold approximate eigenvectors of the curvature and their eigenvalues, l is the least of L: what is
+    large is divided out, the rest left as it is. It asks for products with random directions alone, so that it serves
+    networks of any layers: physics-informed and recurrent ones, where there are no Kronecker factors. For a few hundred
+    weights, `rank` can be half of them (`benchmarks/nystrom.py`); for many, it pays where few eigenvalues stand out.
 
-    Curvature is sketched as CG sees it: of the chunk, regularizers and added losses included. Where it is not positive semi-definite, L is what is left
-    above a shift that makes it so. M is positive definite in any case: damping below what rounding leaves of the largest eigenvalue counts as that
-    much, and a sketch that is not finite gives `M = I`. The sketch is kept, and saved with the optimizer, while the damping is that of each update.
+    The curvature is sketched as CG sees it: that of the chunk, with regularizers and added losses. Where it is not
+    positive semi-definite, L is what exceeds a shift that makes it so. M is positive definite in any case: a damping below
+    the rounding of the largest eigenvalue counts as that rounding, and a sketch that is not finite gives `M = I`. A sketch
+    serves for some updates and is saved with the optimizer; the damping is always the update's own.
 
-    Cost: `rank` products every `interval` updates, `2 n rank` multiplications in every CG iteration, memory of `n rank` numbers, and three times that
-    while sketching.
+    Cost: `rank` products every `interval` updates; `2 n rank` multiplications in every CG iteration; memory of `n rank`
+    numbers, and of four times as many while sketching.
 
     Args:
         rank: Integer >= 1, random directions; n where there are fewer weights than that.

@@ -1,0 +1,353 @@
+"""What the Nystrom preconditioner promises: the damped inverse of what its sketch saw, and to be positive definite."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, with_objective
+
+from keras_hf import (
+    ConstantDamping,
+    EmpiricalFisherDiagonal,
+    ForwardAccumulation,
+    GaussNewton,
+    Hessian,
+    HessianFree,
+    Identity,
+    LevenbergMarquardt,
+    Nystrom,
+    ResidualTolerance,
+    conjugate_gradient,
+    nystrom,
+)
+from keras_hf.update import hf_update
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Plain:
+    """An objective that is a matrix: what `Nystrom` asks of one."""
+
+    dtype = tf.float64
+
+    def __init__(self, matrix, update_number=0):
+        self.matrix, self.num_weights = tf.constant(matrix), len(matrix)
+        self.update_number = tf.constant(update_number)
+
+    def product(self):
+        return lambda rows: tf.matmul(rows, self.matrix)
+
+    def inverse(self, preconditioner, damping, state=None):
+        """M^-1 as a matrix, and the next state."""
+        if state is None:
+            state = preconditioner.initial_state([tf.zeros([self.num_weights], self.dtype)], [])
+        precondition, state = preconditioner.inverse(self, self.product, tf.constant(damping, self.dtype), state)
+        return dense_matrix(precondition, self.num_weights).numpy(), state
+
+
+def symmetric(values, seed=0):
+    """A matrix of given eigenvalues."""
+    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values), len(values))))[0]
+    return basis * values @ basis.T
+
+
+def data_of(model, name="mse"):
+    return model_data(model, inputs(), PROBLEMS[name].targets(np.random.default_rng(3)))
+
+
+def inverse(model, data, preconditioner, damping=0.1, curvature=None, **arguments):
+    """M^-1 and the matrix G, of a model."""
+
+    def compute(objective):
+        linearize = lambda: objective.product(curvature or GaussNewton())  # noqa: E731
+        state = preconditioner.initial_state(objective.variables, [])
+        precondition, _ = preconditioner.inverse(objective, linearize, tf.constant(damping, tf.float64), state)
+        return dense_matrix(precondition, objective.num_weights), dense_matrix(linearize(), objective.num_weights)
+
+    return [matrix.numpy() for matrix in with_objective(model, data, compute, **arguments)]
+
+
+def assert_inverts(found, matrix, damping):
+    """M^-1 is that of the damped matrix, times a number."""
+    identity = found @ (matrix + damping * np.eye(len(matrix)))
+    np.testing.assert_allclose(identity / identity[0, 0], np.eye(len(matrix)), atol=1e-7)
+
+
+def assert_positive_definite(found):
+    np.testing.assert_allclose(found, found.T, rtol=1e-9, atol=1e-12)
+    assert np.linalg.eigvalsh(found).min() > 0
+
+
+# The sketch, against dense matrices.
+
+
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_full_rank_is_the_damped_inverse(damping):
+    matrix = symmetric(np.logspace(0, -4, 20))
+    assert_inverts(Plain(matrix).inverse(Nystrom(20), damping)[0], matrix, damping)
+
+
+def test_a_matrix_of_low_rank_is_recovered():
+    values = np.array([7.0, 5.0, 0.3] + [0.0] * 17)
+    matrix = symmetric(values)
+    _, state = Plain(matrix).inverse(Nystrom(6), 0.1)
+    np.testing.assert_allclose(state["values"], values[:6], atol=1e-12)
+    vectors = state["vectors"].numpy()
+    np.testing.assert_allclose(vectors * state["values"] @ vectors.T, matrix, atol=1e-12)
+
+
+def test_the_sketch_is_below_the_matrix_and_near_its_largest_eigenvalues():
+    values = np.logspace(2, -6, 40)
+    matrix = symmetric(values)
+    _, state = Plain(matrix).inverse(Nystrom(12), 0.1)
+    vectors = state["vectors"].numpy()
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(12), atol=1e-12)
+    assert np.linalg.eigvalsh(matrix - vectors * state["values"] @ vectors.T).min() > -1e-10
+    np.testing.assert_allclose(state["values"][:4], values[:4], rtol=0.05)
+
+
+def test_the_preconditioner_is_that_of_the_paper():
+    found, state = Plain(symmetric(np.logspace(2, -6, 40))).inverse(Nystrom(12), 0.1)
+    u, values = state["vectors"].numpy(), state["values"].numpy()
+    expected = (values[-1] + 0.1) * u / (values + 0.1) @ u.T + np.eye(40) - u @ u.T
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e150])
+def test_the_size_of_the_matrix_does_not_matter(scale):
+    matrix = symmetric(np.logspace(0, -4, 20))
+    small, other = (Plain(matrix * s).inverse(Nystrom(5), 1e-3 * s)[0] for s in (1, scale))
+    np.testing.assert_allclose(other, small, atol=1e-9)
+
+
+INDEFINITE = np.concatenate([np.logspace(1, -3, 15), -np.logspace(1.5, -3, 15)])
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12, 0.1])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        np.zeros((30, 30)),
+        np.ones((30, 30)),
+        symmetric(np.logspace(8, -20, 30)),
+        symmetric(INDEFINITE),
+        -symmetric(np.logspace(1, -3, 30)),
+        np.full((30, 30), np.nan),
+        np.full((30, 30), np.inf),
+    ],
+    ids=["zero", "rank one", "ill-conditioned", "indefinite", "negative", "no number", "infinite"],
+)
+@pytest.mark.parametrize("rank", [5, 30])
+def test_any_matrix_leaves_the_preconditioner_positive_definite(matrix, damping, rank):
+    found, state = Plain(matrix).inverse(Nystrom(rank), damping)
+    assert_positive_definite(found)
+    assert (state["values"].numpy() >= 0).all()
+
+
+def test_float32_stays_positive_definite_without_damping():
+    # Residuals along the largest eigenvector, where what is left is 1 - 1.
+    preconditioner, objective = Nystrom(10), Plain(symmetric(np.logspace(4, -8, 500)).astype("float32"))
+    objective.dtype = tf.float32
+    state = preconditioner.initial_state([tf.zeros([500])], [])
+    precondition, state = preconditioner.inverse(objective, objective.product, tf.zeros([]), state)
+    for vector in tf.unstack(state["vectors"], axis=1):
+        assert tf.reduce_sum(vector * precondition(vector)) > 0
+
+
+def test_cg_needs_a_few_iterations_where_few_eigenvalues_stand_out():
+    matrix = symmetric(np.concatenate([np.logspace(6, 1, 20), np.full(180, 1e-2)]))
+    b, damping = tf.constant(np.random.default_rng(1).normal(size=200)), 1e-2
+    inverse_matrix = tf.constant(Plain(matrix).inverse(Nystrom(30), damping)[0])
+
+    def solve(precondition):
+        return conjugate_gradient(
+            lambda v: tf.linalg.matvec(matrix, v) + damping * v, b, None, precondition, max_iterations=400
+        )
+
+    without, found = solve(None), solve(lambda r: tf.linalg.matvec(inverse_matrix, r))
+    assert found.num_iterations < 6 < 40 < without.num_iterations
+    exact = np.linalg.solve(matrix + damping * np.eye(200), b)
+    np.testing.assert_allclose(found.iterates[-1], exact, rtol=1e-6, atol=1e-8 * np.abs(exact).max())
+
+
+# State.
+
+
+def test_a_sketch_is_renewed_after_its_interval():
+    preconditioner, state, kept = Nystrom(4, interval=3), None, []
+    matrices = [symmetric(np.logspace(0, -2, 12), seed=number) for number in range(7)]
+    for number, matrix in enumerate(matrices):
+        _, state = Plain(matrix, number).inverse(preconditioner, 0.1, state)
+        kept.append(state["vectors"].numpy())
+    changed = [not np.array_equal(a, b) for a, b in zip(kept, kept[1:], strict=False)]
+    assert changed == [False, False, True, False, False, True]
+    _, fresh = Plain(matrices[3], 3).inverse(preconditioner, 0.1)
+    np.testing.assert_array_equal(kept[5], fresh["vectors"])
+
+
+def test_an_old_sketch_has_the_damping_of_the_update():
+    preconditioner, matrix = Nystrom(12, interval=3), symmetric(np.logspace(0, -2, 12))
+    _, state = Plain(matrix, 0).inverse(preconditioner, 0.1)
+    found, _ = Plain(np.zeros((12, 12)), 1).inverse(preconditioner, 7.0, state)
+    assert_inverts(found, matrix, 7.0)
+
+
+def test_updates_draw_other_directions():
+    first, again, second = (nystrom._directions(Plain(np.eye(20), number), 4).numpy() for number in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first.T @ second).max() < 0.9
+    np.testing.assert_allclose(second.T @ second, np.eye(4), atol=1e-12)
+
+
+def test_a_sketch_for_one_update_is_not_kept():
+    assert Nystrom(4, interval=1).initial_state([tf.zeros([12])], []) == {}
+    _, state = Plain(np.eye(12)).inverse(Nystrom(4, interval=1), 0.1)
+    assert state == {}
+
+
+def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    x, y = inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3))
+
+    def fit(model, epochs):
+        model.fit(x, y, epochs=epochs, verbose=0, callbacks=[LevenbergMarquardt()])
+        return model
+
+    def make():
+        return make_model(optimizer=HessianFree(0.1, preconditioner=Nystrom(6, interval=3), seed=0))
+
+    whole = fit(make(), 7)
+    fit(make(), 4).save(tmp_path / "run.keras")
+    resumed = fit(keras.models.load_model(tmp_path / "run.keras"), 3)
+    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    states = [model.optimizer.part_state("preconditioner") for model in (whole, resumed)]
+    np.testing.assert_array_equal(*(state["vectors"] for state in states))
+    assert tf.reduce_any(states[0]["values"] > 0)
+
+
+# The curvature of networks.
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton(), GaussNewton(ForwardAccumulation())], ids=["double", "forward"])
+@pytest.mark.parametrize("sizes", [{}, {"micro_batch_size": 4}, {"curvature_batch_size": 6, "micro_batch_size": 4}])
+def test_full_rank_is_the_damped_inverse_of_a_network_with_its_regularizers(curvature, sizes):
+    model = make_model(regularizer=keras.regularizers.L2(0.25))
+    found, matrix = inverse(model, data_of(model), Nystrom(27), curvature=curvature, **sizes)
+    assert_inverts(found, matrix, 0.1)
+
+
+def test_the_hessian_of_a_network_leaves_it_positive_definite():
+    model = make_model("sigmoid")
+    found, matrix = inverse(model, data_of(model, "mse on sigmoid"), Nystrom(10), 0.0, Hessian())
+    assert np.linalg.eigvalsh(matrix).min() < -1e-3
+    assert_positive_definite(found)
+
+
+class Concave(layers.Layer):
+    """Adds a loss whose curvature is negative."""
+
+    def call(self, x):
+        self.add_loss(-3.0 * tf.reduce_mean(x**2))
+        return x
+
+
+def test_added_losses_that_are_not_convex_leave_it_positive_definite():
+    stack = [layers.Dense(4, "tanh"), Concave(), layers.Dense(3)]
+    model = compiled(keras.Sequential([keras.Input((2,)), *stack]))
+    found, matrix = inverse(model, data_of(model), Nystrom(10), 0.0)
+    assert np.linalg.eigvalsh(matrix).min() < -1e-3
+    assert_positive_definite(found)
+
+
+def test_recurrent_networks_have_one():
+    model = compiled(keras.Sequential([keras.Input((5, 2)), layers.SimpleRNN(3), layers.Dense(2)]))
+    x = np.random.default_rng(0).normal(size=(7, 5, 2))
+    data = model_data(model, x, x[:, 0])
+    assert model._task(data)[1].nesting_ops
+    found, matrix = inverse(model, data, Nystrom(100), 1e-3)
+    assert_inverts(found, matrix, 1e-3)
+
+
+def ill_conditioned():
+    """A deep network on inputs of very different sizes."""
+    keras.utils.set_random_seed(0)
+    stack = [layers.Dense(units, "tanh") for units in (8, 6, 4)]
+    model = compiled(keras.Sequential([keras.Input((6,)), *stack, layers.Dense(3)]))
+    x = np.random.default_rng(0).normal(size=(100, 6)) * np.logspace(0, -2, 6)
+    return model, model_data(model, x, np.tanh(x[:, :3]))
+
+
+def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_once():
+    model, data = ill_conditioned()
+    formed = []
+
+    class Counted(GaussNewton):
+        def linearize(self, piece):
+            formed.append(piece)
+            return super().linearize(piece)
+
+    def update(objective, preconditioner):
+        zero = tf.zeros([objective.num_weights], tf.float64)
+        return hf_update(
+            objective,
+            tf.constant(1e-6, tf.float64),
+            zero,
+            curvature=Counted(),
+            preconditioner=preconditioner,
+            stopping=ResidualTolerance(1e-8),
+            max_cg_iterations=1000,
+            warm_start_decay=0.0,
+            preconditioner_state=preconditioner.initial_state(objective.variables, []),
+        )
+
+    found = {}
+    for preconditioner in (Identity(), EmpiricalFisherDiagonal(), Nystrom(40)):
+        formed.clear()
+        result = with_objective(model, data, lambda objective, part=preconditioner: update(objective, part))
+        found[type(preconditioner)] = result
+        assert len(formed) == 1
+    iterations = [int(result.num_iterations) for result in found.values()]
+    assert iterations[2] < 0.7 * min(iterations[:2])
+    np.testing.assert_allclose(found[Nystrom].warm_start, found[Identity].warm_start, rtol=1e-3, atol=1e-3)
+
+
+def test_two_replicas_give_the_weights_of_one_device():
+    def trained(strategy):
+        with strategy.scope():
+            optimizer = HessianFree(
+                0.1, preconditioner=Nystrom(8, interval=2), micro_batch_size=4, max_cg_iterations=8, seed=0
+            )
+            model = make_model(optimizer=optimizer)
+        y = PROBLEMS["mse"].targets(np.random.default_rng(3))
+        model.fit(inputs(), y, epochs=3, verbose=0, callbacks=[ConstantDamping()])
+        return model
+
+    one, two = trained(tf.distribute.get_strategy()), trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+def test_trains_in_lower_precision(policy):
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy(policy)
+    network = keras.Sequential([keras.Input((2,)), layers.Dense(8, "tanh"), layers.Dense(2, "softmax")])
+    optimizer = HessianFree(0.1, preconditioner=Nystrom(10, interval=2), seed=0)
+    model = compiled(network, "sparse_categorical_crossentropy", optimizer=optimizer)
+    x = inputs().astype("float32")
+    history = model.fit(x, x[:, 0] > x[:, 1], epochs=5, verbose=0, callbacks=[ConstantDamping()]).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert model.optimizer.part_state("preconditioner")["vectors"].dtype == tf.float32
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "all", None])
+@pytest.mark.parametrize("name", ["rank", "interval"])
+def test_a_bad_argument_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer >= 1. Received: {name}="):
+        Nystrom(**{name: value})
+
+
+def test_more_directions_than_weights_are_as_many():
+    state = Nystrom(60).initial_state([tf.zeros([3, 2]), tf.zeros([2])], [])
+    assert state["vectors"].shape == (8, 8) and state["values"].shape == (8,)
