@@ -1,8 +1,9 @@
-"""What the Nystrom preconditioner brings on a physics-informed network: the error of a solution, and the products it took.
+"""What the Nystrom preconditioner brings on a physics-informed network: the error of a solution, the products it took.
 
-Poisson's equation on the unit square, solution sin(pi x) sin(pi y), by a network of 2-32-1 tanh units in float64: squared residuals at 30 by 30
-inner points and squared errors at 124 boundary points, the mean of each. The same weights and settings for all. Products are those of conjugate
-gradients and of sketches; the error is relative, in the L2 norm, at 101 by 101 points.
+Poisson's equation on the unit square, solution sin(pi x) sin(pi y), by a network of 2-32-1 tanh units in float64: the
+mean of squared residuals at 30 by 30 inner points and that of squared errors at 124 boundary points. The same weights
+and settings for all. Products are those of conjugate gradients and of sketches; the error is relative, in the L2 norm,
+at 101 by 101 points. Seconds are those of training, without the first update, which traces and compiles.
 
     python -m benchmarks.nystrom --csv benchmarks/results/nystrom.csv
 """
@@ -26,7 +27,13 @@ FIELDS = ("preconditioner", "update", "products", "seconds", "loss", "relative_e
 
 
 class Poisson(keras.Model):
-    """Minus the Laplacian of a solution at inner points, the solution itself at the boundary: `(N, 3)` of x, y, is_inner to `(N, 1)`."""
+    """Minus the Laplacian of a solution at inner points, the solution itself at others: `(N, 3)` -> `(N, 1)`.
+
+    A row of the input is x, y and 1 for an inner point, 0 for another.
+
+    Args:
+        num_units: Integer, of the hidden layer.
+    """
 
     def __init__(self, num_units=32):
         super().__init__()
@@ -64,7 +71,7 @@ def grid(num_points):
 
 
 def cases(num_points=32):
-    """Returns points with their kind `(N, 3)`, targets `(N, 1)` and weights `(N,)` that make each kind's mean count once."""
+    """Returns inputs `(N, 3)`, targets `(N, 1)` and weights `(N,)` that make each kind's mean count once."""
     points = grid(num_points)
     is_inner = ((points > 0) & (points < 1)).all(1, keepdims=True)
     y = np.where(is_inner, 2 * np.pi**2 * exact(points), 0.0)
@@ -90,7 +97,7 @@ class Recorder(keras.callbacks.Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.updates:  # The first update traces and compiles.
+        if self.updates:
             self.seconds += time.perf_counter() - self._start
         self.products += int(logs["cg_iterations"])
         if isinstance(self.preconditioner, Nystrom) and self.updates % self.preconditioner.interval == 0:

@@ -2,8 +2,8 @@
 
 Frangella, Tropp & Udell (2021): algorithm 2.1 for the sketch `Y = G Omega`, equation 5.3 for the preconditioner. Two
 steps differ. Where the paper takes a Cholesky factor of the core `Omega'Y`, eigenvalues tell how large a shift makes it
-definite, so that nothing can fail. And tall matrices are orthonormalised through their Gram matrix, twice: Householder's
-way, TensorFlow's `qr`, takes six times as long on a CPU and leaves errors of 4e-4 in float32 with a million rows.
+definite, so that nothing can fail. And tall matrices are orthonormalised through their Gram matrix, twice: TensorFlow's
+`qr` takes six times as long on a CPU, and leaves errors of 4e-4 in float32 with a million rows.
 """
 
 import math
@@ -21,15 +21,15 @@ from keras_hf.preconditioners import Preconditioner
 class Nystrom(Preconditioner):
     """Nystrom preconditioner: `M = U (L + damping I) U' / (l + damping) + (I - UU')`.
 
-    U `(n, rank)` and L hold approximate eigenvectors of the curvature and their eigenvalues, l is the least of L: what is
-    large is divided out, the rest left as it is. It asks for products with random directions alone, so that it serves
+    U `(n, rank)` and L hold approximate eigenvectors of the curvature and their eigenvalues, l is the least of L: what
+    is large is divided out, the rest left as it is. It asks for products with random directions alone, so that it serves
     networks of any layers: physics-informed and recurrent ones, where there are no Kronecker factors. For a few hundred
     weights, `rank` can be half of them (`benchmarks/nystrom.py`); for many, it pays where few eigenvalues stand out.
 
     The curvature is sketched as CG sees it: that of the chunk, with regularizers and added losses. Where it is not
-    positive semi-definite, L is what exceeds a shift that makes it so. M is positive definite in any case: a damping below
-    the rounding of the largest eigenvalue counts as that rounding, and a sketch that is not finite gives `M = I`. A sketch
-    serves for some updates and is saved with the optimizer; the damping is always the update's own.
+    positive semi-definite, L is what exceeds a shift that makes it so. M is positive definite in any case: damping below
+    the rounding of the largest eigenvalue counts as that rounding, and a sketch that is not finite gives `M = I`.
+    A sketch serves for some updates and is saved with the optimizer; the damping is always the update's own.
 
     Cost: `rank` products every `interval` updates; `2 n rank` multiplications in every CG iteration; memory of `n rank`
     numbers, and of four times as many while sketching.
@@ -92,7 +92,9 @@ def _directions(objective, rank):
 
 
 def _eigenvectors(product, directions):
-    """Gives U `(n, rank)`, orthonormal or zero columns, and eigenvalues `(rank,)` >= 0, in falling order, with `U diag(values) U'` near G.
+    """Gives eigenvectors U `(n, rank)` and eigenvalues `(rank,)` of an approximation `U diag(values) U'` of G.
+
+    Eigenvalues are >= 0, the largest first; columns of U are orthonormal, or zero where G has fewer directions.
 
     Args:
         product: Callable `v -> Gv` on the rows of `(k, n)`, symmetric.
@@ -115,7 +117,7 @@ def _eigenvectors(product, directions):
 
 
 def _orthonormal(columns):
-    """Gives the orthonormal columns nearest to those of `(n, k)`, `A (A'A)^(-1/2)`; what depends on others to rounding is left out."""
+    """Gives the orthonormal columns `A (A'A)^(-1/2)` nearest to those of A `(n, k)`, without what rounding leaves of A'A."""
     for _ in range(2):
         values, vectors = tf.linalg.eigh(tf.matmul(columns, columns, transpose_a=True))
         is_independent = values > values.shape[0] * _epsilon(values) * values[-1]

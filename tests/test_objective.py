@@ -87,6 +87,19 @@ def test_products_and_chunk_loss_are_those_of_the_chunk_alone(reduction):
         np.testing.assert_allclose(of_chunk[i], whole[i], **EXACT)
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_product_of_rows_is_that_of_each(micro_batch_size):
+    model = make_model(regularizer=keras.regularizers.L2(0.25))
+    data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
+
+    def compute(objective):
+        product, rows = objective.product(GaussNewton()), tf.random.stateless_normal([3, 27], [0, 0], dtype=tf.float64)
+        return product(rows), tf.stack([product(row) for row in tf.unstack(rows)])
+
+    found, expected = with_objective(model, data, compute, micro_batch_size=micro_batch_size)
+    np.testing.assert_allclose(found, expected, **EXACT)
+
+
 def test_loss_at_is_the_keras_loss_there_and_leaves_the_weights_bit_equal():
     model = make_model(regularizer=keras.regularizers.L2(0.25))
     data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
