@@ -111,12 +111,18 @@ class Recorder(keras.callbacks.Callback):
             print(self.rows[-1], flush=True)
 
 
-def measure(preconditioner, updates, every, seed, num_points=32):
-    """Trains once and returns the rows of the table as dicts. Wants float64 as Keras' `floatx`."""
+def compiled(preconditioner, seed):
+    """Returns the `HFModel` of a run."""
     keras.utils.set_random_seed(seed)
     model = HFModel(Poisson())
     optimizer = HessianFree(damping=1.0, preconditioner=preconditioner, max_cg_iterations=250, seed=seed)
     model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+def measure(preconditioner, updates, every, seed, num_points=32):
+    """Trains once and returns the rows of the table as dicts. Wants float64 as Keras' `floatx`."""
+    model = compiled(preconditioner, seed)
     x, y, weight = cases(num_points)
     recorder = Recorder(preconditioner, every)
     model.fit(

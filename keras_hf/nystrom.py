@@ -22,13 +22,13 @@ class Nystrom(Preconditioner):
     """Nystrom preconditioner: `M = U (L + damping I) U' / (l + damping) + (I - UU')`.
 
     U `(n, rank)` and L hold approximate eigenvectors of the curvature and their eigenvalues, l is the least of L: what
-    is large is divided out, the rest left as it is. It asks for products with random directions alone, so that it serves
+    is large is divided out, the rest left as it is. It needs products with random directions alone, so it serves
     networks of any layers: physics-informed and recurrent ones, where there are no Kronecker factors. For a few hundred
     weights, `rank` can be half of them (`benchmarks/nystrom.py`); for many, it pays where few eigenvalues stand out.
 
     The curvature is sketched as CG sees it: that of the chunk, with regularizers and added losses. Where it is not
-    positive semi-definite, L is what exceeds a shift that makes it so. M is positive definite in any case: damping below
-    the rounding of the largest eigenvalue counts as that rounding, and a sketch that is not finite gives `M = I`.
+    positive semi-definite, L is what exceeds a shift that makes it so. M is positive definite in any case: a damping
+    below the rounding of the largest eigenvalue counts as that rounding, and a sketch that is not finite gives `M = I`.
     A sketch serves for some updates and is saved with the optimizer; the damping is always the update's own.
 
     Cost: `rank` products every `interval` updates; `2 n rank` multiplications in every CG iteration; memory of `n rank`
@@ -117,7 +117,7 @@ def _eigenvectors(product, directions):
 
 
 def _orthonormal(columns):
-    """Gives the orthonormal columns `A (A'A)^(-1/2)` nearest to those of A `(n, k)`, without what rounding leaves of A'A."""
+    """Gives the orthonormal columns nearest to those of A `(n, k)`: `A (A'A)^(-1/2)`, without the null space of A'A."""
     for _ in range(2):
         values, vectors = tf.linalg.eigh(tf.matmul(columns, columns, transpose_a=True))
         is_independent = values > values.shape[0] * _epsilon(values) * values[-1]

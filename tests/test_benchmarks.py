@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import time_to_error
+from benchmarks import nystrom, time_to_error
 from benchmarks.time_to_error import Cases, Curve, Problem
 from examples import baselines
 from examples.autoencoder import squared_error
+from keras_hf import Nystrom
 
 
 def tiny_cases(seed):
@@ -222,3 +223,42 @@ def test_the_table_holds_every_run_and_marks_the_best(tmp_path, capsys):
     assert column["seconds_to_2"] == ("inf", "1.0", "0.5")
     assert (tmp_path / "small-curves.png").stat().st_size > 0
     assert "best first-order / hf          2.00     2.00        -        -" in capsys.readouterr().out
+
+
+def test_the_poisson_network_returns_the_laplacian_inside_and_the_solution_elsewhere(float64):
+    network = nystrom.Poisson(num_units=5)
+    x = np.random.default_rng(0).random((4, 3)).round(1)
+    x[:, 2] = [1, 0, 1, 0]
+    found = network(x).numpy()[:, 0]
+    (kernel, bias), output = network.hidden.get_weights(), network.solution.kernel.numpy()[:, 0]
+    t = np.tanh(x[:, :2] @ kernel + bias)
+    # The second derivative of tanh is -2 tanh (1 - tanh^2).
+    laplacian = (-2 * t * (1 - t**2) * (kernel**2).sum(0)) @ output
+    np.testing.assert_allclose(found, np.where(x[:, 2] == 1, -laplacian, t @ output), rtol=1e-10)
+
+
+def test_cases_of_the_poisson_equation_are_those_of_its_solution():
+    x, y, weight = nystrom.cases(8)
+    inner = x[:, 2] == 1
+    assert inner.sum() == 36 and len(x) == 64
+    np.testing.assert_allclose(y[~inner, 0], nystrom.exact(x[~inner, :2])[:, 0], atol=1e-15)
+    h = 1e-4
+    around = [nystrom.exact(x[inner, :2] + step) for step in ([h, 0], [-h, 0], [0, h], [0, -h])]
+    laplacian = (sum(around) - 4 * nystrom.exact(x[inner, :2])) / h**2
+    np.testing.assert_allclose(y[inner], -laplacian, rtol=1e-5)
+    assert weight[inner].sum() == pytest.approx(64) and weight[~inner].sum() == pytest.approx(64)
+
+
+def test_products_of_sketches_count(float64):
+    recorder = nystrom.Recorder(Nystrom(rank=4, interval=2), every=1)
+    recorder.set_model(nystrom.compiled(Nystrom(rank=4, interval=2), seed=0))
+    recorder.model.network.build((None, 3))
+    for _ in range(3):
+        recorder.on_train_batch_begin(0)
+        recorder.on_train_batch_end(0, {"cg_iterations": 10, "loss": 1.0})
+    assert [row["products"] for row in recorder.rows] == [14, 24, 38]
+
+
+def test_the_poisson_equation_is_trained_on(float64):
+    first, *_, last = nystrom.measure(Nystrom(rank=4, interval=2), updates=4, every=1, seed=0, num_points=5)
+    assert float(last["loss"]) < float(first["loss"])
