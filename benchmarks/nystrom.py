@@ -3,14 +3,13 @@
 Poisson's equation on the unit square, solution sin(pi x) sin(pi y), by a network of 2-32-1 tanh units in float64: the
 mean of squared residuals at 30 by 30 inner points and that of squared errors at 124 boundary points. The same weights
 and settings for all. Products are those of conjugate gradients and of sketches; the error is relative, in the L2 norm,
-at 101 by 101 points. Seconds are those of training, without the first update, which traces and compiles.
+at 101 by 101 points.
 
     python -m benchmarks.nystrom --csv benchmarks/results/nystrom.csv
 """
 
 import argparse
 import csv
-import time
 
 import keras
 import numpy as np
@@ -23,7 +22,7 @@ PRECONDITIONERS = {
     "EmpiricalFisherDiagonal": EmpiricalFisherDiagonal(),
     "Nystrom": Nystrom(rank=60, interval=10),
 }
-FIELDS = ("preconditioner", "update", "products", "seconds", "loss", "relative_error")
+FIELDS = ("preconditioner", "update", "products", "loss", "relative_error")
 
 
 class Poisson(keras.Model):
@@ -90,15 +89,10 @@ class Recorder(keras.callbacks.Callback):
     def __init__(self, preconditioner, every):
         super().__init__()
         self.preconditioner, self.every = preconditioner, every
-        self.rows, self.updates, self.products, self.seconds = [], 0, 0, 0.0
+        self.rows, self.updates, self.products = [], 0, 0
         self.points = grid(101)
 
-    def on_train_batch_begin(self, batch, logs=None):
-        self._start = time.perf_counter()
-
     def on_train_batch_end(self, batch, logs=None):
-        if self.updates:
-            self.seconds += time.perf_counter() - self._start
         self.products += int(logs["cg_iterations"])
         if isinstance(self.preconditioner, Nystrom) and self.updates % self.preconditioner.interval == 0:
             self.products += min(self.preconditioner.rank, self.model.network.count_params())
@@ -106,7 +100,7 @@ class Recorder(keras.callbacks.Callback):
         if self.updates % self.every == 0:
             found = self.model.network.solve(tf.constant(self.points)).numpy()
             error = np.linalg.norm(found - exact(self.points)) / np.linalg.norm(exact(self.points))
-            values = (self.updates, self.products, f"{self.seconds:.2f}", f"{logs['loss']:.3e}", f"{error:.3e}")
+            values = (self.updates, self.products, f"{logs['loss']:.3e}", f"{error:.3e}")
             self.rows.append(dict(zip(FIELDS, (type(self.preconditioner).__name__, *values), strict=True)))
             print(self.rows[-1], flush=True)
 
