@@ -127,8 +127,9 @@ def _orthonormal(columns):
 
 
 def _rounding(tall):
-    """What rounding leaves of the largest eigenvalue of G, relative to it, as the shift of the paper has it."""
-    return math.sqrt(tall.shape[0]) * _epsilon(tall)
+    """What rounding leaves of the largest eigenvalue, relative to it: a share that only grows with the square root of n."""
+    # The paper's shift is the square root alone, too little for a few weights.
+    return (100 + math.sqrt(tall.shape[0])) * _epsilon(tall)
 
 
 def _epsilon(tensor):

@@ -9,7 +9,6 @@ from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model
 
 from keras_hf import (
     ConstantDamping,
-    EmpiricalFisherDiagonal,
     ForwardAccumulation,
     GaussNewton,
     Hessian,
@@ -161,9 +160,8 @@ def test_cg_needs_a_few_iterations_where_few_eigenvalues_stand_out():
     inverse_matrix = tf.constant(Plain(matrix).inverse(Nystrom(30), damping)[0])
 
     def solve(precondition):
-        return conjugate_gradient(
-            lambda v: tf.linalg.matvec(matrix, v) + damping * v, b, None, precondition, max_iterations=400
-        )
+        product = lambda v: tf.linalg.matvec(matrix, v) + damping * v  # noqa: E731
+        return conjugate_gradient(product, b, None, precondition, ResidualTolerance(1e-9), 400)
 
     without, found = solve(None), solve(lambda r: tf.linalg.matvec(inverse_matrix, r))
     assert found.num_iterations < 6 < 40 < without.num_iterations
@@ -302,22 +300,20 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
         )
 
     found = {}
-    for preconditioner in (Identity(), EmpiricalFisherDiagonal(), Nystrom(40)):
+    for preconditioner in (Identity(), Nystrom(40)):
         formed.clear()
         result = with_objective(model, data, lambda objective, part=preconditioner: update(objective, part))
         found[type(preconditioner)] = result
         assert len(formed) == 1
-    iterations = [int(result.num_iterations) for result in found.values()]
-    assert iterations[2] < 0.7 * min(iterations[:2])
+    print([int(r.num_iterations) for r in found.values()])
+    assert 2 * found[Nystrom].num_iterations < found[Identity].num_iterations
     np.testing.assert_allclose(found[Nystrom].warm_start, found[Identity].warm_start, rtol=1e-3, atol=1e-3)
 
 
 def test_two_replicas_give_the_weights_of_one_device():
     def trained(strategy):
         with strategy.scope():
-            optimizer = HessianFree(
-                0.1, preconditioner=Nystrom(8, interval=2), micro_batch_size=4, max_cg_iterations=8, seed=0
-            )
+            optimizer = HessianFree(0.1, preconditioner=Nystrom(8, interval=2), max_cg_iterations=8, seed=0)
             model = make_model(optimizer=optimizer)
         y = PROBLEMS["mse"].targets(np.random.default_rng(3))
         model.fit(inputs(), y, epochs=3, verbose=0, callbacks=[ConstantDamping()])
