@@ -164,7 +164,7 @@ def test_cg_needs_a_few_iterations_where_few_eigenvalues_stand_out():
         return conjugate_gradient(product, b, None, precondition, ResidualTolerance(1e-9), 400)
 
     without, found = solve(None), solve(lambda r: tf.linalg.matvec(inverse_matrix, r))
-    assert found.num_iterations < 6 < 40 < without.num_iterations
+    assert found.num_iterations < 10 < 100 < without.num_iterations
     exact = np.linalg.solve(matrix + damping * np.eye(200), b)
     np.testing.assert_allclose(found.iterates[-1], exact, rtol=1e-6, atol=1e-8 * np.abs(exact).max())
 
@@ -305,7 +305,7 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
         result = with_objective(model, data, lambda objective, part=preconditioner: update(objective, part))
         found[type(preconditioner)] = result
         assert len(formed) == 1
-    print([int(r.num_iterations) for r in found.values()])
+    # 69 and 543.
     assert 2 * found[Nystrom].num_iterations < found[Identity].num_iterations
     np.testing.assert_allclose(found[Nystrom].warm_start, found[Identity].warm_start, rtol=1e-3, atol=1e-3)
 
