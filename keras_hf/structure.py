@@ -288,7 +288,8 @@ def _is_entrywise(operations, sources, value):
     kinds = {id(source): ("entry", i) for i, source in enumerate(sources)}
     for operation in operations:
         found = [kinds[id(tensor)] for tensor in operation.inputs if id(tensor) in kinds]
-        outputs = [tensor for tensor in operation.outputs if tensor.dtype.is_floating]
+        # Complex numbers and lists of tensors (of loops), too, lead back to floats.
+        outputs = [tensor for tensor in operation.outputs if not (tensor.dtype.is_integer or tensor.dtype.is_bool)]
         if not found or not outputs or operation.type in ("OnesLike", "StopGradient", "ZerosLike"):
             continue
         is_denominator = "Div" in operation.type and id(operation.inputs[1]) in kinds

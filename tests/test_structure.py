@@ -1,11 +1,14 @@
 """What one trace of the network tells."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import compiled
+from problems import compiled, dense_matrix, flat, inputs, make_model, model_data, with_objective
 
+from examples.autoencoder import cross_entropy
+from keras_hf import GaussNewton
 from keras_hf.objective import Data
 
 
@@ -58,3 +61,187 @@ def test_a_batch_of_known_length_is_sized_like_any_other():
     x, y = tf.zeros([4, 5]), tf.zeros([4, 3])
     model._maybe_symbolic_build(data_batch=(x, y))
     assert model._task(Data(x, y, None))[1].bytes_per_case == structure_of(network, "mse", x, y).bytes_per_case > 100
+
+
+# Losses by the question whether their second derivative is diagonal: activation of the output layer, loss, targets. As callables: a loss keeps the
+# `floatx` it was made in.
+
+FEW = 4
+
+
+def bits(rng):
+    return rng.integers(0, 2, size=(FEW, 3)).astype("float64")
+
+
+def reals(rng):
+    return rng.normal(size=(FEW, 3))
+
+
+def one_hot(rng):
+    return np.eye(3)[rng.integers(0, 3, size=FEW)]
+
+
+def labels(rng):
+    return rng.integers(0, 3, size=FEW)
+
+
+def signs(rng):
+    return 2 * bits(rng) - 1
+
+
+def shares(rng):
+    return rng.dirichlet(np.ones(3), size=FEW)
+
+
+def probabilities_of_no_layer(z):
+    """Logistic, without logits that Keras could find."""
+    return 1 / (1 + tf.exp(-z))
+
+
+def smoothness(y, y_pred):
+    return tf.reduce_mean((y - y_pred) ** 2, -1) + tf.reduce_mean((y_pred[:, 1:] - y_pred[:, :-1]) ** 2, -1)
+
+
+def relative_error(y, y_pred):
+    return tf.reduce_sum((y - y_pred) ** 2, -1) / (1 + tf.reduce_sum(y_pred**2, -1))
+
+
+def with_spectrum(y, y_pred):
+    spectrum = tf.abs(tf.signal.fft(tf.cast(y_pred - y, tf.complex128)))
+    return tf.reduce_mean((y - y_pred) ** 2, -1) + tf.reduce_sum(tf.math.log(1 + spectrum**2), -1)
+
+
+def with_loop(y, y_pred):
+    def total(entries):
+        return tf.while_loop(lambda i, _: i < 3, lambda i, s: (i + 1, s + entries[i]), (0, tf.zeros([], y_pred.dtype)))
+
+    sums = tf.map_fn(lambda entries: total(entries)[1], y_pred)
+    return tf.reduce_mean((y - y_pred) ** 2, -1) + sums**2
+
+
+def product_of_outputs(y, y_pred):
+    return tf.reduce_prod(1 + (y - y_pred) ** 2, -1)
+
+
+def across_cases(y, y_pred):
+    return tf.reduce_mean((y - y_pred) ** 2, -1) * tf.reduce_mean((y - y_pred) ** 2)
+
+
+def quartic(y, y_pred):
+    return tf.reduce_sum((y - y_pred) ** 4 + tf.where(y_pred > y, tf.exp(y_pred), y_pred**2), -1)
+
+
+def of_switched_entries(y, y_pred):
+    """Each entry on its own, though a truth value that couples them switches it."""
+    largest = tf.reduce_max(y_pred, -1, keepdims=True)
+    return tf.reduce_sum(tf.cast(tf.where(y_pred >= largest, 2, 1), y.dtype) * (y - y_pred) ** 2, -1)
+
+
+K = keras.losses
+DIAGONAL = {
+    "mse": ("linear", K.MeanSquaredError, reals),
+    "mse on sigmoid": ("sigmoid", K.MeanSquaredError, bits),
+    "mse on softmax": ("softmax", K.MeanSquaredError, one_hot),
+    "summed mse": ("linear", lambda: K.MeanSquaredError(reduction="sum"), reals),
+    "weighted mean of mse": ("linear", lambda: K.MeanSquaredError(reduction="mean_with_sample_weight"), reals),
+    "msle": ("exponential", K.MeanSquaredLogarithmicError, shares),
+    "huber": ("linear", lambda: K.Huber(0.7), reals),
+    "log-cosh": ("linear", K.LogCosh, reals),
+    "squared hinge": ("linear", K.SquaredHinge, signs),
+    "poisson": ("exponential", K.Poisson, bits),
+    "Kullback-Leibler": ("softmax", K.KLDivergence, shares),
+    "binary from logits": ("linear", lambda: K.BinaryCrossentropy(from_logits=True), bits),
+    "binary by logits": ("sigmoid", K.BinaryCrossentropy, bits),
+    "binary from probabilities": (probabilities_of_no_layer, K.BinaryCrossentropy, bits),
+    "smoothed binary": ("sigmoid", lambda: K.BinaryCrossentropy(label_smoothing=0.1), bits),
+    "of the autoencoder": ("sigmoid", lambda: cross_entropy, bits),
+    "focal from probabilities": (probabilities_of_no_layer, K.BinaryFocalCrossentropy, bits),
+    "quartic": ("linear", lambda: quartic, reals),
+    "of switched entries": ("linear", lambda: of_switched_entries, reals),
+}
+COUPLED = {
+    "categorical by logits": ("softmax", K.CategoricalCrossentropy, one_hot),
+    "categorical from logits": ("linear", lambda: K.CategoricalCrossentropy(from_logits=True), one_hot),
+    "categorical from probabilities": (probabilities_of_no_layer, K.CategoricalCrossentropy, one_hot),
+    "sparse categorical by logits": ("softmax", K.SparseCategoricalCrossentropy, labels),
+    "sparse categorical from logits": (
+        "linear",
+        lambda: K.SparseCategoricalCrossentropy(from_logits=True),
+        labels,
+    ),
+    "cosine": ("linear", K.CosineSimilarity, reals),
+    "binary focal": ("sigmoid", K.BinaryFocalCrossentropy, bits),
+    "categorical focal": ("softmax", K.CategoricalFocalCrossentropy, one_hot),
+    "dice": ("sigmoid", K.Dice, bits),
+    "tversky": ("sigmoid", K.Tversky, bits),
+    "smoothness": ("linear", lambda: smoothness, reals),
+    "relative error": ("linear", lambda: relative_error, reals),
+    "with a spectrum": ("linear", lambda: with_spectrum, reals),
+    "with a loop": ("linear", lambda: with_loop, reals),
+    "product of outputs": ("linear", lambda: product_of_outputs, reals),
+    "across cases": ("linear", lambda: across_cases, reals),
+    "in a function": ("linear", lambda: tf.function(smoothness), reals),
+}
+
+
+def model_and_data(activation, loss, targets, sample_weight=None):
+    model = make_model(activation, loss())
+    return model, model_data(model, inputs()[:FEW], targets(np.random.default_rng(3)), sample_weight)
+
+
+def dense_derivatives(model, data):
+    """J and H of all entries of what the loss is cut at, `(entries, n)` and `(entries, entries)`, by `GradientTape.jacobian`."""
+    variables = [variable.value for variable in model.trainable_variables]
+    structure = model._task(data)[1]
+    with tf.GradientTape(persistent=True) as forward:
+        y_pred = model(data.x, training=True)
+        outputs = structure.cut(y_pred)
+    with tf.GradientTape(persistent=True) as outer:
+        outer.watch(outputs)
+        with tf.GradientTape() as inner:
+            inner.watch(outputs)
+            loss = model._compile_loss(data.y, y_pred, data.sample_weight)
+        gradient = flat(inner.gradient(loss, outputs))
+
+    def matrix(tape, target, sources):
+        rows = tape.jacobian(target, sources, unconnected_gradients="zero", experimental_use_pfor=False)
+        return np.concatenate([row.numpy().reshape(target.shape.num_elements(), -1) for row in rows], 1)
+
+    j = np.concatenate([matrix(forward, output, variables) for output in outputs])
+    return j, matrix(outer, gradient, outputs)
+
+
+def assert_product_is_dense(model, data):
+    j, h = dense_derivatives(model, data)
+    product = with_objective(
+        model, data, lambda objective: dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+    )
+    np.testing.assert_allclose(product, j.T @ h @ j, rtol=1e-9, atol=1e-12)
+    return h
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_products_of_a_loss_of_single_entries_take_a_diagonal_hessian(name):
+    model, data = model_and_data(*DIAGONAL[name])
+    assert model._task(data)[1].is_entrywise
+    h = assert_product_is_dense(model, data)
+    np.testing.assert_array_equal(h[~np.eye(len(h), dtype=bool)], 0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings("ignore:The loss of a batch cannot be put together")
+@pytest.mark.parametrize("name", COUPLED)
+def test_products_of_a_loss_that_couples_entries_take_all_of_the_hessian(name):
+    model, data = model_and_data(*COUPLED[name])
+    assert not model._task(data)[1].is_entrywise
+    h = assert_product_is_dense(model, data)
+    assert np.abs(h[~np.eye(len(h), dtype=bool)]).max() > 1e-4
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["mse", "binary by logits", "weighted mean of mse", "huber"])
+def test_weights_of_cases_leave_the_hessian_diagonal(name):
+    model, data = model_and_data(*DIAGONAL[name], sample_weight=np.linspace(0, 2, FEW))
+    assert model._task(data)[1].is_entrywise
+    assert_product_is_dense(model, data)
