@@ -13,6 +13,9 @@ import tensorflow as tf
 from keras_hf.checks import count, finite
 from keras_hf.part import Part
 
+# Twice as many are an int32 still.
+_LARGEST_SIZE = 2**29
+
 
 class Pieces(NamedTuple):
     """How the cases of one replica are divided. All are int32 scalars.
@@ -81,7 +84,7 @@ class GrowingBatch(Part):
 
     Args:
         initial_size: Integer >= 1, cases of the first update, over all replicas.
-        share: Float in (0, 1].
+        share: Float in [0, 1]; 0 = the part grows only where the loss of unseen cases rises.
         patience: Integer >= 1, updates.
 
     Raises:
@@ -98,7 +101,11 @@ class GrowingBatch(Part):
 
     def initial_state(self, variables, layers):
         del variables, layers
-        return {"size": tf.constant(self.initial_size), "start": tf.constant(0), "misses": tf.constant(0)}
+        return {
+            "size": tf.constant(min(self.initial_size, _LARGEST_SIZE)),
+            "start": tf.constant(0),
+            "misses": tf.constant(0),
+        }
 
     def select(self, state, num_cases, num_replicas):
         """Returns the `Selection` of this update from one replica's batch of `num_cases`, int32 scalar."""
@@ -126,10 +133,9 @@ class GrowingBatch(Part):
         judged = (seen_reduction > 0) & (num_unseen > 0)
         misses = tf.where(judged, tf.where(generalises, 0, state["misses"] + 1), state["misses"])
         grows = misses >= self.patience
-        limit = 2**29
         return {
-            "size": tf.where(grows, tf.minimum(2 * state["size"], limit), state["size"]),
-            "start": (state["start"] + num_used) % limit,  # in the batch of all replicas
+            "size": tf.where(grows, tf.minimum(2 * state["size"], _LARGEST_SIZE), state["size"]),
+            "start": (state["start"] + num_used) % _LARGEST_SIZE,  # in the batch of all replicas
             "misses": tf.where(grows, 0, misses),
         }
 

@@ -1,8 +1,9 @@
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf import batching
+from keras_hf import GrowingBatch, batching
 
 # Cases, chunk, piece: fitting and not, larger than there is, one, and none.
 DIVISIONS = [
@@ -176,3 +177,183 @@ def test_one_graph_divides_batches_of_every_size():
             for a, b in zip(tf.nest.flatten(graph), tf.nest.flatten(eager), strict=True):
                 np.testing.assert_array_equal(a, b)
     assert len(traces) == 1
+
+
+# Growing batches.
+
+
+def state_of(size, start=0, misses=0):
+    return {"size": tf.constant(size), "start": tf.constant(start), "misses": tf.constant(misses)}
+
+
+def select(num_cases, num_replicas=1, **state):
+    """Places used and unseen, as lists."""
+    selection = GrowingBatch().select(state_of(**state), tf.constant(num_cases), num_replicas)
+    return selection.used.numpy().tolist(), selection.unseen.numpy().tolist()
+
+
+@pytest.mark.parametrize(
+    ("state", "used", "unseen"),
+    [
+        ({"size": 3}, [0, 1, 2], [3, 4, 5]),
+        ({"size": 3, "start": 3}, [3, 4, 5], [6, 7, 8]),
+        ({"size": 3, "start": 6}, [6, 7, 8], [9, 0, 1]),
+        ({"size": 3, "start": 9}, [9, 0, 1], [2, 3, 4]),
+        ({"size": 3, "start": 10}, [0, 1, 2], [3, 4, 5]),
+        ({"size": 3, "start": 104}, [4, 5, 6], [7, 8, 9]),
+        ({"size": 1, "start": 9}, [9], [0]),
+        ({"size": 5, "start": 7}, [7, 8, 9, 0, 1], [2, 3, 4, 5, 6]),
+        # More than half: all, from the first.
+        ({"size": 6}, list(range(10)), []),
+        ({"size": 6, "start": 7}, list(range(10)), []),
+        ({"size": 2**29, "start": 3}, list(range(10)), []),
+    ],
+)
+def test_a_part_of_ten_cases_by_hand(state, used, unseen):
+    assert select(10, **state) == (used, unseen)
+
+
+@pytest.mark.parametrize("num_cases", [1, 2, 9])
+def test_a_part_larger_than_the_batch_is_the_batch(num_cases):
+    assert select(num_cases, size=500, start=3) == (list(range(num_cases)), [])
+
+
+def test_a_part_of_no_cases_is_empty():
+    assert select(0, size=3, start=2) == ([], [])
+
+
+def test_replicas_take_their_shares_of_a_part():
+    # 6 of 20 cases on two replicas with 10 each; the next part starts after the 3 that each has used.
+    assert select(10, num_replicas=2, size=6) == ([0, 1, 2], [3, 4, 5])
+    assert select(10, num_replicas=2, size=6, start=6) == ([3, 4, 5], [6, 7, 8])
+    # Never less than one case each.
+    assert select(10, num_replicas=4, size=2) == ([0], [1])
+
+
+@pytest.mark.parametrize(("num_cases", "size"), [(12, 3), (10, 3), (11, 5), (7, 1)])
+def test_parts_follow_each_other_around_the_batch(num_cases, size):
+    state, used = state_of(size), []
+    for _ in range(num_cases):
+        selection = GrowingBatch().select(state, tf.constant(num_cases), 1)
+        assert not set(selection.used.numpy()) & set(selection.unseen.numpy())
+        used += selection.used.numpy().tolist()
+        state = next_state(state, num_used=size)
+    assert used == [i % num_cases for i in range(num_cases * size)]
+
+
+HIT, MISS = (1.0, 0.5), (1.0, 0.1)
+
+
+def next_state(state, reductions=HIT, num_used=3, num_unseen=3, **arguments):
+    """The state after an update that lowered the loss of the cases used, and that of the unseen ones, by so much."""
+    seen, unseen = (tf.constant(value, tf.float64) for value in reductions)
+    return GrowingBatch(**arguments).next_state(state, tf.constant(num_used), tf.constant(num_unseen), seen, unseen)
+
+
+def sizes_after(updates, initial=4, **arguments):
+    state, sizes = state_of(initial), []
+    for reductions in updates:
+        state = next_state(state, reductions, **arguments)
+        sizes.append(int(state["size"]))
+    return sizes
+
+
+def test_a_part_doubles_after_as_many_misses_on_end_as_it_has_patience():
+    assert sizes_after([MISS] * 7, patience=3) == [4, 4, 8, 8, 8, 16, 16]
+    assert sizes_after([MISS] * 3, patience=1) == [8, 16, 32]
+
+
+def test_a_hit_forgets_the_misses():
+    assert sizes_after([MISS, MISS, HIT, MISS, MISS, MISS], patience=3) == [4, 4, 4, 4, 4, 8]
+
+
+def test_a_part_never_shrinks():
+    assert sizes_after([MISS, *[HIT] * 20], patience=1) == [8] * 21
+
+
+@pytest.mark.parametrize(
+    ("reductions", "grows"),
+    [
+        ((1.0, 0.3), False),
+        ((1.0, 0.2999), True),
+        ((2.0, 0.5), True),
+        ((1.0, 5.0), False),
+        ((1.0, 0.0), True),
+        ((1.0, -1.0), True),
+        ((1e-300, 0.0), True),
+        # The loss of unseen cases left the numbers.
+        ((1.0, np.nan), True),
+        ((1.0, -np.inf), True),
+        ((1.0, np.inf), False),
+    ],
+)
+def test_a_miss_is_a_fall_of_the_unseen_loss_by_less_than_the_share(reductions, grows):
+    assert sizes_after([reductions], share=0.3, patience=1) == [8 if grows else 4]
+
+
+@pytest.mark.parametrize("seen", [0.0, -1.0, np.nan, -np.inf])
+@pytest.mark.parametrize("unseen", [0.0, -1.0, 1.0, np.nan])
+def test_a_rejected_step_says_nothing(seen, unseen):
+    state = next_state(state_of(4, start=5, misses=2), (seen, unseen), num_used=4, patience=3)
+    assert {key: int(value) for key, value in state.items()} == {"size": 4, "start": 9, "misses": 2}
+
+
+def test_without_unseen_cases_nothing_is_judged():
+    assert sizes_after([(1.0, 0.0)] * 3, num_unseen=0, patience=1) == [4, 4, 4]
+
+
+def test_the_next_part_starts_after_the_cases_used():
+    assert int(next_state(state_of(4, start=5), num_used=4)["start"]) == 9
+    # Also where it grows: the unseen cases, which spoke against its size, are among its cases.
+    state = next_state(state_of(4, start=5), MISS, num_used=4, patience=1)
+    assert (int(state["start"]), int(state["size"])) == (9, 8)
+
+
+def test_sizes_and_starts_stay_int32():
+    state = next_state(state_of(2**29, start=2**29 - 1), MISS, num_used=2**20, patience=1)
+    assert 0 <= int(state["start"]) < 2**29 and int(state["size"]) == 2**29
+    assert not select(10, **{key: int(value) for key, value in state.items()})[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"initial_size": 0}, "`initial_size` must be an integer >= 1. Received: initial_size=0"),
+        ({"initial_size": 2.5}, "`initial_size` must be an integer >= 1. Received: initial_size=2.5"),
+        ({"initial_size": None}, "`initial_size` must be an integer >= 1. Received: initial_size=None"),
+        ({"share": -0.1}, "`share` must be a finite number in"),
+        ({"share": 1.1}, "`share` must be a finite number in"),
+        ({"share": np.nan}, "`share` must be a finite number in"),
+        ({"patience": 0}, "`patience` must be an integer >= 1. Received: patience=0"),
+        ({"patience": True}, "`patience` must be an integer >= 1. Received: patience=True"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        GrowingBatch(**arguments)
+
+
+@pytest.mark.parametrize("batch", [GrowingBatch(), GrowingBatch(64, 1, 2), GrowingBatch(np.int64(3), np.float32(0.5))])
+def test_a_growing_batch_survives_saving(batch):
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(batch))
+    assert type(again) is GrowingBatch
+    assert again.get_config() == batch.get_config() == GrowingBatch.from_config(batch.get_config()).get_config()
+
+
+@pytest.mark.parametrize("size", [2**30, 2**31, 10**12])
+def test_a_size_past_all_batches_means_all_cases(size):
+    state = GrowingBatch(initial_size=size).initial_state([], [])
+    assert select(10, **{key: int(value) for key, value in state.items()}) == (list(range(10)), [])
+
+
+def test_a_share_of_zero_grows_only_where_the_unseen_loss_rises():
+    assert sizes_after([(1.0, 0.0), (1.0, -1e-9)], share=0, patience=1) == [4, 8]
+
+
+def test_a_growing_batch_starts_with_its_initial_size_at_the_first_case():
+    state = GrowingBatch(initial_size=7).initial_state([], [])
+    assert {key: (int(value), value.dtype) for key, value in state.items()} == {
+        "size": (7, tf.int32),
+        "start": (0, tf.int32),
+        "misses": (0, tf.int32),
+    }

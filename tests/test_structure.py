@@ -189,10 +189,9 @@ def model_and_data(activation, loss, targets, sample_weight=None):
     return model, model_data(model, inputs()[:FEW], targets(np.random.default_rng(3)), sample_weight)
 
 
-def dense_derivatives(model, data):
+def dense_derivatives(model, structure, data):
     """J and H of all entries of what the loss is cut at, `(entries, n)` and `(entries, entries)`, by `GradientTape.jacobian`."""
     variables = [variable.value for variable in model.trainable_variables]
-    structure = model._task(data)[1]
     with tf.GradientTape(persistent=True) as forward:
         y_pred = model(data.x, training=True)
         outputs = structure.cut(y_pred)
@@ -211,8 +210,9 @@ def dense_derivatives(model, data):
     return j, matrix(outer, gradient, outputs)
 
 
-def assert_product_is_dense(model, data):
-    j, h = dense_derivatives(model, data)
+def assert_product_is_dense(model, structure, data):
+    """Returns H."""
+    j, h = dense_derivatives(model, structure, data)
     product = with_objective(
         model, data, lambda objective: dense_matrix(objective.product(GaussNewton()), objective.num_weights)
     )
@@ -224,8 +224,9 @@ def assert_product_is_dense(model, data):
 @pytest.mark.parametrize("name", DIAGONAL)
 def test_products_of_a_loss_of_single_entries_take_a_diagonal_hessian(name):
     model, data = model_and_data(*DIAGONAL[name])
-    assert model._task(data)[1].is_entrywise
-    h = assert_product_is_dense(model, data)
+    structure = model._task(data)[1]
+    assert structure.is_entrywise
+    h = assert_product_is_dense(model, structure, data)
     np.testing.assert_array_equal(h[~np.eye(len(h), dtype=bool)], 0)
 
 
@@ -234,8 +235,9 @@ def test_products_of_a_loss_of_single_entries_take_a_diagonal_hessian(name):
 @pytest.mark.parametrize("name", COUPLED)
 def test_products_of_a_loss_that_couples_entries_take_all_of_the_hessian(name):
     model, data = model_and_data(*COUPLED[name])
-    assert not model._task(data)[1].is_entrywise
-    h = assert_product_is_dense(model, data)
+    structure = model._task(data)[1]
+    assert not structure.is_entrywise
+    h = assert_product_is_dense(model, structure, data)
     assert np.abs(h[~np.eye(len(h), dtype=bool)]).max() > 1e-4
 
 
@@ -243,5 +245,6 @@ def test_products_of_a_loss_that_couples_entries_take_all_of_the_hessian(name):
 @pytest.mark.parametrize("name", ["mse", "binary by logits", "weighted mean of mse", "huber"])
 def test_weights_of_cases_leave_the_hessian_diagonal(name):
     model, data = model_and_data(*DIAGONAL[name], sample_weight=np.linspace(0, 2, FEW))
-    assert model._task(data)[1].is_entrywise
-    assert_product_is_dense(model, data)
+    structure = model._task(data)[1]
+    assert structure.is_entrywise
+    assert_product_is_dense(model, structure, data)
