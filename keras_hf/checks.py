@@ -89,6 +89,17 @@ def num_cases(x, y=None, sample_weight=None):
     return count
 
 
+def split(num_cases, validation_split):
+    """Returns how many cases `validation_split` leaves for training, or raises if it leaves none, or none for validation."""
+    num_training = math.floor(num_cases * (1.0 - validation_split))
+    if not 0 < num_training < num_cases:
+        raise ValueError(
+            "`validation_split` must leave cases for training and for validation. "
+            f"Received: validation_split={validation_split!r}, which leaves {num_training} of {num_cases} for training."
+        )
+    return num_training
+
+
 def equal_lengths(x, y=None, sample_weight=None):
     """Raises, when the tensors of a batch come, if `y` or `sample_weight` have not as many cases as `x`: a shape that is known raises at once."""
     first, *others = [

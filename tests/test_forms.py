@@ -10,6 +10,7 @@ from keras import layers
 from problems import loss_derivatives, model_data, with_objective
 
 from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, Identity, LevenbergMarquardt
+from keras_hf.model import _repeated
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
 
@@ -155,11 +156,139 @@ def test_any_form_of_data_gives_the_updates_of_arrays(form):
         {"x": dataset(24)},
         {"x": X, "y": Y, "sample_weight": WEIGHT},
         {"x": X, "y": Y, "sample_weight": WEIGHT, "shuffle": True},
+        {"x": tf.constant(X), "y": tf.constant(Y), "sample_weight": tf.constant(WEIGHT), "shuffle": True},
+        {"x": X, "y": Y, "sample_weight": WEIGHT, "batch_size": 100, "steps_per_epoch": 1},
     ],
-    ids=["dataset", "no batch_size", "shuffled"],
+    ids=["dataset", "no batch_size", "shuffled", "tensors", "a larger batch_size"],
 )
 def test_a_batch_of_all_cases_gives_one_update_in_any_order(data):
     assert_same(weights_after(**data)[0], weights_after_arrays(24))
+
+
+# One batch of arrays, which `fit` makes a dataset that repeats.
+
+
+class Labelled:
+    """Cases as pandas holds them: places by `iloc` alone."""
+
+    def __init__(self, array):
+        self.iloc, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __len__(self):
+        return len(self.iloc)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.iloc, dtype)
+
+    def __getitem__(self, label):
+        raise KeyError(label)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("kind", [np.asarray, tf.constant, Labelled])
+def test_a_split_trains_on_the_first_cases_and_validates_on_the_last(kind, shuffle):
+    after, history = weights_after(
+        **{name: kind(with_others(array)) for name, array in (("x", X), ("y", Y), ("sample_weight", WEIGHT))},
+        validation_split=0.25,
+        shuffle=shuffle,
+    )
+    assert_same(after, weights_after_arrays(24))
+    assert history["num_cases"] == [24]
+    model = compiled(network())
+    model.set_weights(after)
+    others = [with_others(array)[24:] for array in (X, Y, WEIGHT)]
+    expected = model.evaluate(*others[:2], sample_weight=others[2], verbose=0)
+    assert history["val_loss"] == [pytest.approx(expected, rel=1e-9)]
+
+
+def test_a_split_of_nests_is_one_of_their_leaves():
+    data = PARTS, TARGETS, LOSSES, LOSS_WEIGHTS
+    after, history = branches_after(branches(), *data, sample_weight=WEIGHTS, validation_split=0.25, epochs=2)
+    first, last = (
+        [{name: leaf[part] for name, leaf in nest.items()} for nest in (PARTS, TARGETS, WEIGHTS)]
+        for part in (slice(18), slice(18, None))
+    )
+    expected, reference = branches_after(
+        branches(), *first[:2], LOSSES, LOSS_WEIGHTS, sample_weight=first[2], validation_data=last, epochs=2
+    )
+    assert_same(after, expected)
+    for key in reference:
+        np.testing.assert_allclose(history[key], reference[key], rtol=1e-7, err_msg=key)
+
+
+@pytest.mark.parametrize("split, left", [(1.0, 0), (0.99, 0), (1.5, -12), (-0.5, 36), (1e-17, 24)])
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_a_split_that_leaves_nothing_is_refused(split, left, batch_size):
+    message = f"`validation_split` must leave cases.*Received: validation_split={split}, which leaves {left} of 24 for"
+    with pytest.raises(ValueError, match=message):
+        fit(compiled(network()), X, Y, validation_split=split, batch_size=batch_size)
+
+
+class Stopping(keras.callbacks.Callback):
+    """Stops training after the second epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch >= 1
+
+
+def test_every_epoch_of_arrays_is_an_update_as_of_a_dataset_until_a_callback_stops_it():
+    model, reference = compiled(network()), compiled(network())
+    for each in (model, reference):
+        set_weights(each)
+    stages = [
+        ({"epochs": 5, "callbacks": [LevenbergMarquardt(), Stopping()]}, 24, 2),
+        # Other cases, other numbers, then pieces of them, and epochs counted from another.
+        ({}, 16, 1),
+        ({"batch_size": 10, "epochs": 2}, 24, 6),
+        ({"epochs": 5, "initial_epoch": 2}, 20, 3),
+    ]
+    num_updates = 0
+    for arguments, num_cases, num_new in stages:
+        arrays = X[-num_cases:], Y[-num_cases:], WEIGHT[-num_cases:]
+        data = of_unknown_size(*arrays, arguments.get("batch_size", num_cases))
+        expected = fit(reference, data, **{k: v for k, v in arguments.items() if k != "batch_size"})
+        history = fit(model, *arrays[:2], sample_weight=arrays[2], **arguments)
+        num_updates += num_new
+        assert int(model.optimizer.iterations) == num_updates
+        assert_same(model.get_weights(), reference.get_weights())
+        for key in expected:
+            np.testing.assert_allclose(history[key], expected[key], rtol=1e-6, err_msg=key)
+    assert reference.num_traces == 1
+
+
+def of_unknown_size(x, y, sample_weight, batch_size):
+    """A dataset whose batches TensorFlow does not know the size of: it is traced once."""
+    specs = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in (x, y, sample_weight)]
+    starts = range(0, len(x), batch_size)
+    batches = lambda: ([array[i : i + batch_size] for array in (x, y, sample_weight)] for i in starts)  # noqa: E731
+    data = tf.data.Dataset.from_generator(lambda: map(tuple, batches()), output_signature=tuple(specs))
+    return data.apply(tf.data.experimental.assert_cardinality(len(starts)))
+
+
+def test_class_weights_and_weights_of_cases_together_are_refused():
+    with pytest.raises(ValueError, match="class_weight.*sample_weight"):
+        fit(compiled(network(), CLASSIFYING), X, CLASSES, class_weight=CLASS_WEIGHT, sample_weight=WEIGHT)
+
+
+@pytest.mark.parametrize("floatx", ["float32", "float64"])
+def test_arrays_are_converted_once_to_the_floats_of_keras_and_nothing_else_is(floatx):
+    keras.config.set_floatx(floatx)
+    arrays = {"a": X, "b": tf.constant(Y), "c": WEIGHT.astype("float16"), "none": None}
+    others = {"i": CLASSES, "u": CLASSES.astype("uint8"), "s": np.array(["a"] * 24), "t": CLASSES > 1}
+    batch, y = next(iter(_repeated(arrays, others, None)))
+    assert {name: None if leaf is None else leaf.dtype.name for name, leaf in batch.items()} == {
+        "a": floatx,
+        "b": floatx,
+        "c": floatx,
+        "none": None,
+    }
+    assert {name: leaf.dtype.name for name, leaf in y.items()} == {
+        "i": "int64",
+        "u": "uint8",
+        "s": "string",
+        "t": "bool",
+    }
+    np.testing.assert_array_equal(batch["a"], X.astype(floatx))
 
 
 def test_steps_per_epoch_cuts_arrays_as_in_keras():
