@@ -221,9 +221,8 @@ class HFModel(keras.Model):
                     f"`y` must hold what the loss {self.loss!r} compares predictions with. Received: y=None."
                 )
             if validation_split and validation_data is None:
-                num_cases = int(
-                    num_cases * (1 - validation_split)
-                )  # as Keras splits: the last cases are for validation
+                # As Keras splits: the last cases are for validation.
+                num_cases = checks.split(num_cases, validation_split)
             if batch_size is None:
                 batch_size = max(1, math.ceil(num_cases / (steps_per_epoch or 1)))
             if batch_size >= num_cases:
@@ -676,8 +675,9 @@ class HFModel(keras.Model):
     def _warn_about_small_batch(self, logs):
         if self._batch_may_be_small:
             self._batch_may_be_small = False
-            num_cases = int(logs["num_cases"])
-            if num_cases < _SMALL_BATCH:
+            num_cases, growing_batch = int(logs["num_cases"]), self.optimizer.growing_batch
+            # A part that starts small is small on purpose.
+            if num_cases < min(_SMALL_BATCH, growing_batch.initial_size if growing_batch else _SMALL_BATCH):
                 self._warn(
                     "small batch",
                     f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. Raise "
@@ -707,7 +707,9 @@ def _is_arrays(x):
 def _split(arrays, num_cases):
     """Takes the first cases of each of `(x, y, sample_weight)` for training, and gives the rest as Keras' `validation_data`."""
     first, rest = (
-        keras.tree.map_structure(lambda array, part=part: None if array is None else array[part], arrays)
+        keras.tree.map_structure(
+            lambda array, part=part: None if array is None else getattr(array, "iloc", array)[part], arrays
+        )
         for part in (slice(num_cases), slice(num_cases, None))
     )
     return *first, rest if arrays[2] is not None else rest[:2]
