@@ -569,7 +569,11 @@ class HFModel(keras.Model):
         for state, new in zip(structure.states, result.states, strict=True):
             state.value.assign(tf.where(accepted, new, tf.convert_to_tensor(state.value)))
         self.optimizer.warm_start.value.assign(result.warm_start)
-        self.optimizer.assign_part_state("preconditioner", result.preconditioner_state)
+        # Of a rejected step, too: it is about the weights, which stay. But numbers that are not finite would outlive the cases they came from.
+        before = self.optimizer.part_state("preconditioner")
+        is_sound = _all_finite(result.preconditioner_state)
+        state = {name: tf.where(is_sound, result.preconditioner_state[name], value) for name, value in before.items()}
+        self.optimizer.assign_part_state("preconditioner", state)
         self.optimizer.iterations.value.assign_add(1)
 
     def _build_optimizer(self):
@@ -694,6 +698,12 @@ def _full_float32():
         yield
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(before)
+
+
+def _all_finite(tensors):
+    """Whether all numbers in a nest of tensors are finite, a bool scalar."""
+    floats = [tensor for tensor in tf.nest.flatten(tensors) if tensor.dtype.is_floating]
+    return tf.reduce_all([True, *[tf.reduce_all(tf.math.is_finite(tensor)) for tensor in floats]])
 
 
 def _is_arrays(x):

@@ -7,7 +7,8 @@ class Part:
     def initial_state(self, variables, layers):
         """Returns what this part remembers before the first update: a dict of tensors, whose shapes stay.
 
-        The optimizer makes variables of it, which are saved with it; an update passes their values in and hands the next ones back.
+        The optimizer makes variables of it, which are saved with it; an update passes their values in and hands the next ones back, whether its step
+        is taken or rejected. A state with floats that are not finite is not kept, nor that of an update that raises.
 
         Args:
             variables: List of tensors or variables, the trainable weights in the order of flat vectors.

@@ -22,6 +22,7 @@ def normal(*shape, seed=0):
 X, Y, WEIGHT = normal(NUM_CASES, 2), normal(NUM_CASES, 1, seed=1), np.linspace(0.1, 2, NUM_CASES)
 
 
+@keras.saving.register_keras_serializable("tests")
 class CountingModel(HFModel):
     """Counts how often its training step is traced."""
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
 
 
 def cases(num_cases):
@@ -15,7 +15,7 @@ def cases(num_cases):
     return rng.normal(size=(num_cases, 3)).astype(floatx), rng.normal(size=(num_cases, 2)).astype(floatx)
 
 
-def trained(strategy, x, y, loss="mse", optimizer=None, **arguments):
+def untrained(strategy, loss="mse", optimizer=None):
     keras.utils.set_random_seed(0)
     with strategy.scope():
         l2 = keras.regularizers.L2(1e-2)
@@ -24,6 +24,11 @@ def trained(strategy, x, y, loss="mse", optimizer=None, **arguments):
         # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding.
         optimizer = HessianFree(**{"damping": 0.1, "seed": 1, "max_cg_iterations": 8, **(optimizer or {})})
         model.compile(optimizer=optimizer, loss=loss, metrics=["mae"])
+    return model
+
+
+def trained(strategy, x, y, loss="mse", optimizer=None, **arguments):
+    model = untrained(strategy, loss, optimizer)
     history = model.fit(
         x, y, epochs=3, callbacks=[LevenbergMarquardt()], verbose=0, validation_data=(x, y), **arguments
     )
@@ -65,3 +70,30 @@ def test_the_chunk_is_shared_among_replicas():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     _, history = trained(strategy, *cases(51), optimizer={"curvature_batch_size": 25})
     assert np.diff(history["loss"]).max() < 0
+
+
+def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
+    x, y = cases(51)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    growing = {"growing_batch": GrowingBatch(initial_size=12, patience=100)}
+    two, two_history = trained(strategy, x, y, optimizer=growing, shuffle=False)
+    # The first 26 cases are the first replica's, the rest the second's; of six each the next ones come in every update.
+    parts = [[*range(6 * i, 6 * i + 6), *range(26 + 6 * i, 32 + 6 * i)] for i in range(3)]
+    one, losses = untrained(tf.distribute.get_strategy()), []
+    for part in parts:
+        history = one.fit(x[part], y[part], callbacks=[LevenbergMarquardt()], verbose=0, shuffle=False).history
+        losses += history["loss"]
+    assert two_history["num_cases"] == [12, 12, 12]
+    np.testing.assert_allclose(two_history["loss"], losses, rtol=1e-6)
+    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+    state = {key: int(value) for key, value in two.optimizer.part_state("growing_batch").items()}
+    assert (state["size"], state["start"]) == (12, 36)
+
+
+def test_a_growing_batch_grows_on_replicas(float64):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    # Of noise nothing generalises.
+    growing = {"growing_batch": GrowingBatch(initial_size=6, share=1, patience=1), "damping": 1e-3}
+    _, history = trained(strategy, *cases(50), optimizer=growing)
+    assert history["num_cases"][0] == 6 and 12 <= history["num_cases"][-1] <= 24

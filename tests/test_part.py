@@ -1,0 +1,194 @@
+"""What parts that remember promise: the optimizer keeps their state, saves it, and an update hands it on."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_hf import ConstantDamping, GrowingBatch, HessianFree, HFModel, KroneckerFactored
+from keras_hf.part import Part
+from keras_hf.preconditioners import Preconditioner
+
+
+@keras.saving.register_keras_serializable("tests")
+class Averaging(Preconditioner):
+    """The running mean of the gradient's absolute values, to the half."""
+
+    def __init__(self, decay=0.5):
+        self.decay = decay
+
+    def initial_state(self, variables, layers):
+        size = sum(variable.shape.num_elements() for variable in variables)
+        return {
+            "mean": tf.ones([size], tf.float64),
+            "updates": tf.constant(0),
+            "layers": tf.constant(len(layers), tf.int64),
+            "started": tf.constant(False),
+        }
+
+    def inverse(self, objective, damping, state):
+        gradient = objective.loss_and_gradient().gradient
+        mean = self.decay * state["mean"] + (1 - self.decay) * tf.cast(tf.abs(gradient), tf.float64)
+        scale = tf.cast(tf.sqrt(mean), gradient.dtype) + damping
+        new = {"mean": mean, "updates": state["updates"] + 1, "started": tf.constant(True)}
+        return lambda residual: residual / scale, {**state, **new}
+
+    def get_config(self):
+        return {"decay": self.decay}
+
+
+def compiled(preconditioner=None, **arguments):
+    model = HFModel(keras.Sequential([keras.Input((2,)), layers.Dense(2, "tanh"), layers.Dense(1)]))
+    preconditioner = Averaging() if preconditioner is None else preconditioner
+    model.compile(HessianFree(0.1, preconditioner=preconditioner, seed=0, max_cg_iterations=5, **arguments), "mse")
+    return model
+
+
+def cases(num_cases=20):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(num_cases, 2)), rng.normal(size=(num_cases, 1))
+
+
+def fit(model, x, y, **arguments):
+    return model.fit(x, y, shuffle=False, verbose=0, callbacks=[ConstantDamping()], **arguments).history
+
+
+def state_of(model, name="preconditioner"):
+    return {key: value.numpy() for key, value in model.optimizer.part_state(name).items()}
+
+
+def assert_same(one, other):
+    assert set(one) == set(other)
+    for key, value in one.items():
+        assert value.dtype == other[key].dtype
+        np.testing.assert_array_equal(value, other[key], err_msg=key)
+
+
+def test_a_part_remembers_nothing_unless_it_says_so():
+    assert Part().initial_state([], []) == {}
+
+
+def test_a_built_optimizer_holds_the_initial_state_of_every_part():
+    model = compiled(growing_batch=GrowingBatch(7))
+    # Two layers and their input, 9 weights.
+    state = state_of(model)
+    assert_same(
+        state,
+        {
+            "mean": np.ones(9),
+            "updates": np.int32(0),
+            "layers": np.int64(state["layers"]),
+            "started": np.bool_(False),
+        },
+    )
+    assert state["layers"] >= 2
+    assert {key: int(value) for key, value in state_of(model, "growing_batch").items()} == {
+        "size": 7,
+        "start": 0,
+        "misses": 0,
+    }
+    assert state_of(model, "curvature") == state_of(model, "stopping") == {}
+    names = [variable.name for variable in model.optimizer.variables]
+    assert {"preconditioner_mean", "preconditioner_updates", "growing_batch_size"} <= set(names)
+
+
+def test_a_state_assigned_is_the_state_read():
+    optimizer = compiled().optimizer
+    new = {
+        "mean": tf.range(9, dtype=tf.float64) / 7,
+        "updates": tf.constant(3),
+        "layers": tf.constant(2**40, tf.int64),
+        "started": tf.constant(True),
+    }
+    optimizer.assign_part_state("preconditioner", new)
+    found = {key: value.numpy() for key, value in optimizer.part_state("preconditioner").items()}
+    assert_same(found, {key: value.numpy() for key, value in new.items()})
+
+
+def test_saved_variables_hold_the_states_of_parts():
+    saved, again = (compiled(growing_batch=GrowingBatch(7)).optimizer for _ in range(2))
+    saved.assign_part_state("preconditioner", {**saved.part_state("preconditioner"), "updates": tf.constant(3)})
+    saved.assign_part_state("growing_batch", {**saved.part_state("growing_batch"), "start": tf.constant(11)})
+    store = {}
+    saved.save_own_variables(store)
+    again.load_own_variables(store)
+    assert int(again.part_state("preconditioner")["updates"]) == 3
+    assert int(again.part_state("growing_batch")["start"]) == 11
+
+
+def test_every_update_hands_the_state_to_the_next_and_a_saved_model_goes_on(tmp_path):
+    x, y = cases()
+    model = compiled()
+    initial, mean = state_of(model), np.ones(9)
+    for number in (1, 2):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradient = np.concatenate([np.ravel(g) for g in tape.gradient(loss, model.trainable_weights)])
+        fit(model, x, y)
+        mean = 0.5 * mean + 0.5 * abs(gradient)
+        state = state_of(model)
+        np.testing.assert_allclose(state["mean"], mean, rtol=1e-5)
+        assert state["updates"] == number and state["started"] and state["layers"] == initial["layers"]
+    model.save(tmp_path / "run.keras")
+    again = keras.models.load_model(tmp_path / "run.keras")
+    assert_same(state_of(again), state)
+    assert fit(again, x, y) == fit(model, x, y)
+    assert_same(state_of(again), state_of(model))
+    assert state_of(again)["updates"] == 3
+
+
+def test_numbers_that_are_not_finite_are_not_handed_on():
+    x, y = cases()
+    model = compiled()
+    fit(model, x, y)
+    before = state_of(model)
+    x[3] = np.nan
+    assert fit(model, x, y)["step_size"] == [0]
+    assert_same(state_of(model), before)
+    assert fit(model, *cases())["step_size"][0] > 0
+    assert state_of(model)["updates"] == before["updates"] + 1
+
+
+def test_a_rejected_step_hands_its_state_on():
+    def only_at_the_start(y, y_pred):
+        return tf.where(y_pred == 0, (y - y_pred) ** 2, np.nan)
+
+    model = HFModel(keras.Sequential([keras.Input((2,)), layers.Dense(1, kernel_initializer="zeros")]))
+    model.compile(HessianFree(preconditioner=Averaging(), seed=0), only_at_the_start)
+    before = state_of(model)
+    assert fit(model, *cases())["step_size"] == [0]
+    after = state_of(model)
+    assert after["updates"] == 1 and (after["mean"] != before["mean"]).all()
+
+
+def test_a_step_that_raises_leaves_the_state():
+    class Raising(Averaging):
+        def inverse(self, objective, damping, state):
+            precondition, new = super().inverse(objective, damping, state)
+
+            def fail():
+                raise MemoryError("no memory left")
+
+            def raising(residual):
+                with tf.control_dependencies([tf.py_function(fail, [], [])]):
+                    return precondition(residual)
+
+            return raising, new
+
+    model = compiled(Raising())
+    before = state_of(model)
+    with pytest.raises(Exception, match="no memory left"):
+        fit(model, *cases())
+    assert_same(state_of(model), before)
+
+
+def test_kept_factors_outlive_cases_that_are_no_numbers():
+    x, y = cases()
+    model = compiled(KroneckerFactored(interval=3))
+    broken = x.copy()
+    broken[3] = np.nan
+    # The update that makes the factors, then one that uses those that are kept.
+    assert fit(model, broken, y)["step_size"] == [0]
+    assert all(np.isfinite(value).all() for value in state_of(model).values())
+    assert fit(model, x, y)["step_size"][0] > 0
