@@ -58,7 +58,7 @@ class HFModel(keras.Model):
     | `negative_curvature` | 1 if CG met negative curvature |
     | `step_size` | of the line search; 0 = the step was rejected and the weights are as before |
     | `gradient_norm` | norm of the gradient before the update |
-    | `num_cases` | cases in the batch |
+    | `num_cases` | cases that the update used: those of the batch, or of its growing part |
 
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
@@ -736,7 +736,8 @@ def _repeated(*arrays):
     while arrays[-1] is None:
         arrays = arrays[:-1]
     tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), tuple(arrays))
-    return tf.data.Dataset.from_tensors(tensors).repeat()
+    # tf.data would pack a list into one tensor.
+    return tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors)).repeat()
 
 
 def _in_order(arrays, order):

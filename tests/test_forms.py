@@ -291,6 +291,12 @@ def test_arrays_are_converted_once_to_the_floats_of_keras_and_nothing_else_is(fl
     np.testing.assert_array_equal(batch["a"], X.astype(floatx))
 
 
+def test_lists_of_arrays_stay_apart():
+    x, y, weight = next(iter(_repeated([X, X[:, :1], [X]], [Y], WEIGHT)))
+    assert keras.tree.map_structure(lambda leaf: tuple(leaf.shape), x) == ((24, 2), (24, 1), ((24, 2),))
+    assert [tuple(leaf.shape) for leaf in y] == [(24, 3)] and weight.shape == (24,)
+
+
 def test_steps_per_epoch_cuts_arrays_as_in_keras():
     after, history = weights_after(x=X, y=Y, sample_weight=WEIGHT, steps_per_epoch=2)
     assert history["num_cases"] == [12]
