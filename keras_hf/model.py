@@ -270,7 +270,7 @@ class HFModel(keras.Model):
             variables = [variable.value for variable in [*self.variables, *self.optimizer.variables]]
             before = [variable.read_value() for variable in variables]
             try:
-                with _full_float32(), self._xla_explained():
+                with _as_written(), self._xla_explained():
                     logs = dict(step(iterator))
                 errors = [float(logs.pop(key, 0.0)) for key in ("product_error", "repeat_error")]
                 self._raise_if_wrong(*errors, logs)
@@ -357,7 +357,7 @@ class HFModel(keras.Model):
         def compute():
             return self.distribute_strategy.run(lambda: self._with_objective(data, errors))
 
-        with _full_float32(), self._xla_explained():
+        with _as_written(), self._xla_explained():
             found, rounding = tf.nest.map_structure(
                 lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
             )
@@ -690,14 +690,23 @@ class HFModel(keras.Model):
 
 
 @contextlib.contextmanager
-def _full_float32():
-    """Keeps GPUs from multiplying float32 matrices in TF32, whose 10 bits CG's recurrences don't survive."""
-    before = tf.config.experimental.tensor_float_32_execution_enabled()
+def _as_written():
+    """Keeps TensorFlow from computing something near what an update says.
+
+    GPUs multiply float32 matrices in TF32, whose 10 bits CG's recurrences don't survive. The arithmetic optimizer makes one sum of several
+    additions, which becomes an accumulator where it expects memory to run short; in the loops of large networks creating that fails (2.21,
+    `AlreadyExistsError`). Without it an update takes as long.
+    """
+    options = tf.config.optimizer.get_experimental_options()
+    arithmetic = options.get("arithmetic_optimization", True)
+    tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     try:
         yield
     finally:
-        tf.config.experimental.enable_tensor_float_32_execution(before)
+        tf.config.experimental.enable_tensor_float_32_execution(tf32)
+        tf.config.optimizer.set_experimental_options({"arithmetic_optimization": arithmetic})
 
 
 def _all_finite(tensors):

@@ -110,13 +110,9 @@ def hf_update(
     with tf.control_dependencies([precondition(gradient)]):
         product = linearize()
 
-    negative_damping = -damping
-
     def solve(start):
-        # Not `product(v) + damping * v`: TensorFlow makes one sum of the three terms (the last in `product` is the regularizers'), and where it
-        # expects memory to run short, an accumulator, which a loop in a loop fails to create twice.
         result = conjugate_gradient(
-            lambda v: product(v) - negative_damping * v, -gradient, start, precondition, stopping, max_cg_iterations
+            lambda v: product(v) + damping * v, -gradient, start, precondition, stopping, max_cg_iterations
         )
         chosen = backtrack(objective.loss_at, result.iterates)
         return _Solution(

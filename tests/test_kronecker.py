@@ -240,7 +240,7 @@ def test_vocabulary_may_be_large():
     def compute(objective):
         preconditioner = KroneckerFactored(interval=2)
         state = initial_state(preconditioner, model)
-        precondition, _ = preconditioner.inverse(objective, tf.constant(0.1, tf.float64), state)
+        precondition, _ = preconditioner.inverse(objective, None, tf.constant(0.1, tf.float64), state)
         return precondition(tf.ones([200_000], tf.float64))
 
     found = with_objective(model, data, compute).numpy().reshape(-1, 2)
@@ -400,7 +400,7 @@ def inverse_and_state(model, data, preconditioner, state, update_number=0):
     """The inverse as a matrix, and the state that the update leaves."""
 
     def compute(objective):
-        precondition, new = preconditioner.inverse(objective, tf.constant(0.1, tf.float64), state)
+        precondition, new = preconditioner.inverse(objective, None, tf.constant(0.1, tf.float64), state)
         return dense_matrix(precondition, objective.num_weights), new
 
     matrix, state = with_objective(model, data, compute, update_number=update_number)

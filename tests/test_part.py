@@ -27,7 +27,7 @@ class Averaging(Preconditioner):
             "started": tf.constant(False),
         }
 
-    def inverse(self, objective, damping, state):
+    def inverse(self, objective, linearize, damping, state):
         gradient = objective.loss_and_gradient().gradient
         mean = self.decay * state["mean"] + (1 - self.decay) * tf.cast(tf.abs(gradient), tf.float64)
         scale = tf.cast(tf.sqrt(mean), gradient.dtype) + damping
@@ -164,8 +164,8 @@ def test_a_rejected_step_hands_its_state_on():
 
 def test_a_step_that_raises_leaves_the_state():
     class Raising(Averaging):
-        def inverse(self, objective, damping, state):
-            precondition, new = super().inverse(objective, damping, state)
+        def inverse(self, objective, linearize, damping, state):
+            precondition, new = super().inverse(objective, linearize, damping, state)
 
             def fail():
                 raise MemoryError("no memory left")

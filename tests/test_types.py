@@ -117,12 +117,18 @@ def test_check_products_allows_for_the_rounding_of_the_type(policy):
     )
 
 
-def test_matrix_products_are_full_float32_during_training_and_as_they_were_afterwards():
+def test_computes_as_written_during_training_and_as_before_afterwards():
+    """Full float32 products, and no additions put together."""
+
+    def settings():
+        options = tf.config.optimizer.get_experimental_options()
+        return tf.config.experimental.tensor_float_32_execution_enabled(), options.get("arithmetic_optimization", True)
+
     seen = []
 
     class Looking(layers.Layer):
         def call(self, x):
-            seen.append(tf.config.experimental.tensor_float_32_execution_enabled())
+            seen.append(settings())
             return x
 
     model = compiled(keras.Sequential([keras.Input((6,)), Looking(), layers.Dense(3)]))
@@ -130,5 +136,5 @@ def test_matrix_products_are_full_float32_during_training_and_as_they_were_after
     tf.config.experimental.enable_tensor_float_32_execution(True)
     x, y = cases(model.network)
     model.fit(x, y, verbose=0, callbacks=[LevenbergMarquardt()])
-    assert False in seen
-    assert tf.config.experimental.tensor_float_32_execution_enabled()
+    assert (False, False) in seen
+    assert settings() == (True, True)
