@@ -72,6 +72,7 @@ def test_the_chunk_is_shared_among_replicas():
     assert np.diff(history["loss"]).max() < 0
 
 
+@pytest.mark.slow
 def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
     x, y = cases(51)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -91,6 +92,7 @@ def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
     assert (state["size"], state["start"]) == (12, 36)
 
 
+@pytest.mark.slow
 def test_a_growing_batch_grows_on_replicas(float64):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     # Of noise nothing generalises.
