@@ -15,7 +15,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, Identity, LevenbergMarquardt, Nystrom
+from keras_hf import (
+    EmpiricalFisherDiagonal,
+    HessianFree,
+    HFModel,
+    Identity,
+    LevenbergMarquardt,
+    Nystrom,
+    RelativeProgress,
+)
 
 PRECONDITIONERS = {
     "Identity": Identity(),
@@ -109,7 +117,15 @@ def compiled(preconditioner, seed):
     """Returns the `HFModel` of a run."""
     keras.utils.set_random_seed(seed)
     model = HFModel(Poisson())
-    optimizer = HessianFree(damping=1.0, preconditioner=preconditioner, max_cg_iterations=250, seed=seed)
+    optimizer = HessianFree(
+        damping=1.0,
+        preconditioner=preconditioner,
+        stopping=RelativeProgress(tolerance=5e-4),
+        max_cg_iterations=250,
+        warm_start_decay=0.95,
+        growing_batch=None,
+        seed=seed,
+    )
     model.compile(optimizer=optimizer, loss="mse")
     return model
 
@@ -119,9 +135,8 @@ def measure(preconditioner, updates, every, seed, num_points=32):
     model = compiled(preconditioner, seed)
     x, y, weight = cases(num_points)
     recorder = Recorder(preconditioner, every)
-    model.fit(
-        x, y, sample_weight=weight, epochs=updates, shuffle=False, verbose=0, callbacks=[LevenbergMarquardt(), recorder]
-    )
+    callbacks = [LevenbergMarquardt(low=0.25, high=0.75, factor=1.5), recorder]
+    model.fit(x, y, sample_weight=weight, epochs=updates, shuffle=False, verbose=0, callbacks=callbacks)
     return recorder.rows
 
 

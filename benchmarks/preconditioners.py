@@ -14,7 +14,14 @@ import keras
 
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy, squared_error
 from examples.datasets import synthetic_curves
-from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, KroneckerFactored, LevenbergMarquardt
+from keras_hf import (
+    EmpiricalFisherDiagonal,
+    HessianFree,
+    HFModel,
+    KroneckerFactored,
+    LevenbergMarquardt,
+    RelativeProgress,
+)
 
 PRECONDITIONERS = {"EmpiricalFisherDiagonal": EmpiricalFisherDiagonal, "KroneckerFactored": KroneckerFactored}
 FIELDS = ("preconditioner", "max_cg_iterations", "reached", "updates", "cg_iterations", "seconds", "train_error")
@@ -53,11 +60,17 @@ def measure(preconditioner, max_cg_iterations, x, seconds, seed):
     network = build_autoencoder(SETTINGS["curves", "demo"].widths, 2e-5, seed)
     model = HFModel(network)
     optimizer = HessianFree(
-        damping=45.0, preconditioner=preconditioner(), max_cg_iterations=max_cg_iterations, seed=seed
+        damping=45.0,
+        preconditioner=preconditioner(),
+        stopping=RelativeProgress(tolerance=5e-4),
+        max_cg_iterations=max_cg_iterations,
+        warm_start_decay=0.95,
+        growing_batch=None,
+        seed=seed,
     )
     model.compile(optimizer=optimizer, loss=cross_entropy)
     until = UntilTarget(x, seconds)
-    model.fit(x, x, epochs=100_000, verbose=0, callbacks=[LevenbergMarquardt(), until])
+    model.fit(x, x, epochs=100_000, verbose=0, callbacks=[LevenbergMarquardt(low=0.25, high=0.75, factor=1.5), until])
     values = (until.error < TARGET, until.updates, until.cg_iterations, f"{until.seconds:.1f}", f"{until.error:.3f}")
     return dict(zip(FIELDS, (preconditioner.__name__, max_cg_iterations, *values), strict=True))
 

@@ -34,10 +34,10 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from examples.autoencoder import build_autoencoder, cross_entropy, squared_error
+from examples.autoencoder import build_autoencoder, cross_entropy, recipe, squared_error
 from examples.baselines import NesterovMomentum, Recorder, fit_compiled, fit_lbfgs, muon
 from examples.datasets import mnist, synthetic_curves
-from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, LevenbergMarquardt, RelativeProgress
+from keras_hf import HessianFree, HFModel, LevenbergMarquardt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -158,7 +158,7 @@ PROBLEMS = {
         partial(deep_autoencoder, (100, 50, 25, 12, 6)),
         seconds=60.0,
         targets=(4, 2, 1, 0.5),
-        l2=2e-5,
+        l2=1e-6,
     ),
     "full-curves": Problem(
         "autoencoder",
@@ -166,7 +166,7 @@ PROBLEMS = {
         partial(deep_autoencoder, (400, 200, 100, 50, 25, 6)),
         seconds=320.0,
         targets=(5, 4, 2, 1, 0.5, 0.25, 0.15),
-        l2=2e-5,
+        l2=1e-6,
         recipe_curvature_cases=5_000,
     ),
     "mnist-autoencoder": Problem(
@@ -175,7 +175,7 @@ PROBLEMS = {
         partial(deep_autoencoder, (1000, 500, 250, 30)),
         seconds=300.0,
         targets=(4, 3, 2, 1.5),
-        l2=2e-5,
+        l2=1e-6,
         recipe_curvature_cases=7_500,
     ),
     "mnist-mlp": Problem(
@@ -200,30 +200,21 @@ PROBLEMS = {
 def fit_hessian_free(problem, setting, network, cases, recorder, seed):
     """Trains by Hessian-free optimization with the package's defaults, but for what the setting says."""
     arguments = {name: value for name, value in setting.items() if name not in SHARED}
-    _fit_hessian_free(
-        HessianFree(**{"damping": problem.damping, **arguments}, seed=seed), problem, network, cases, recorder
-    )
+    optimizer = HessianFree(**{"damping": problem.damping, **arguments}, seed=seed)
+    _fit_hessian_free(optimizer, LevenbergMarquardt(), problem, network, cases, recorder)
 
 
 def fit_recipe(problem, setting, network, cases, recorder, seed):
     """Trains by the recipe of Martens (2010), whatever the package's defaults are."""
     del setting
-    optimizer = HessianFree(
-        damping=problem.damping,
-        preconditioner=EmpiricalFisherDiagonal(exponent=0.75),
-        stopping=RelativeProgress(tolerance=5e-4),
-        max_cg_iterations=250,
-        warm_start_decay=0.95,
-        curvature_batch_size=problem.recipe_curvature_cases,
-        seed=seed,
-    )
-    _fit_hessian_free(optimizer, problem, network, cases, recorder)
+    optimizer, damping_rule = recipe(problem.damping, problem.recipe_curvature_cases, seed=seed)
+    _fit_hessian_free(optimizer, damping_rule, problem, network, cases, recorder)
 
 
-def _fit_hessian_free(optimizer, problem, network, cases, recorder):
+def _fit_hessian_free(optimizer, damping_rule, problem, network, cases, recorder):
     model = HFModel(network)
     model.compile(optimizer=optimizer, loss=problem.loss)
-    model.fit(cases.x_train, cases.y_train, epochs=10**6, verbose=0, callbacks=[LevenbergMarquardt(), recorder])
+    model.fit(cases.x_train, cases.y_train, epochs=10**6, verbose=0, callbacks=[damping_rule, recorder])
 
 
 def fit_first_order(make_optimizer, cosine_decay, problem, setting, network, cases, recorder, seed):

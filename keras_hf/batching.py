@@ -94,7 +94,7 @@ class GrowingBatch(Part):
         Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*; the rule is our own.
     """
 
-    def __init__(self, initial_size=500, share=0.3, patience=3):
+    def __init__(self, initial_size=250, share=0.3, patience=3):
         self.initial_size = count("initial_size", initial_size)
         self.share = finite("share", share, 0, 1)
         self.patience = count("patience", patience)
