@@ -83,12 +83,13 @@ class LevenbergMarquardt(DampingCallback):
         ratio < low, NaN or minus infinity:  damping *= factor
         ratio > high:                        damping /= factor
 
-    A zero gradient, where there is nothing to predict, leaves the damping as it is. A damping of 0 stays 0, since factors cannot raise it.
+    The defaults find the scale of the damping in a few updates, and stop lowering it where the model begins to miss; Martens has `high=0.75` and
+    `factor=1.5`. A zero gradient, where there is nothing to predict, leaves the damping as it is. A damping of 0 stays 0, since factors cannot raise it.
 
     Args:
         low: Float, the ratio below which the model was too bold.
         high: Float > `low`, the ratio above which it was too timid.
-        factor: Float > 1. Martens' 1.5 is for hundreds of updates; 2.5 finds the scale of the damping in a few.
+        factor: Float > 1.
         min_damping: Float >= 0, the least damping.
         max_damping: Float > 0, the greatest.
 
@@ -99,7 +100,7 @@ class LevenbergMarquardt(DampingCallback):
         Martens (2010), *Deep learning via Hessian-free optimization*, section 4.1; Nocedal & Wright (2006), section 10.3.
     """
 
-    def __init__(self, low=0.25, high=0.75, factor=2.5, min_damping=0.0, max_damping=math.inf):
+    def __init__(self, low=0.25, high=0.9, factor=2.5, min_damping=0.0, max_damping=math.inf):
         super().__init__(min_damping, max_damping)
         self.low, self.high, self.factor = finite("low", low), finite("high", high), positive("factor", factor)
         if self.low >= self.high:
