@@ -101,7 +101,7 @@ def split(num_cases, validation_split):
 
 
 def equal_lengths(x, y=None, sample_weight=None):
-    """Raises, when the tensors of a batch come, if `y` or `sample_weight` have not as many cases as `x`: a shape that is known raises at once."""
+    """Raises if `y` or `sample_weight` have not as many cases as `x`; where shapes are not known yet, by the operations that it returns."""
     first, *others = [
         (name, leaf)
         for name, leaves in (("x", x), ("y", y), ("sample_weight", sample_weight))
@@ -110,13 +110,16 @@ def equal_lengths(x, y=None, sample_weight=None):
     ]
     if first[1].shape[0] == 0:
         raise ValueError("`x` must hold at least one case. Received: a batch of length 0.")
+    operations = []
     for name, leaf in others:
         message = "`x`, `y` and `sample_weight` must hold the same number of cases; the first axis is the case. Received: a batch where "
         lengths = first[1].shape[0], leaf.shape[0]
         if None not in lengths and lengths[0] != lengths[1]:
             raise ValueError(f"{message}x is of {lengths[0]} and {name} of {lengths[1]}.")
         if None in lengths:
-            tf.debugging.assert_equal(tf.shape(leaf)[0], tf.shape(first[1])[0], f"{message}{name} is not as long as x.")
+            message = f"{message}{name} is not as long as x."
+            operations.append(tf.debugging.assert_equal(tf.shape(leaf)[0], tf.shape(first[1])[0], message))
+    return [operation for operation in operations if operation is not None]
 
 
 def trainable_weights(variables):

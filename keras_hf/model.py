@@ -164,6 +164,7 @@ class HFModel(keras.Model):
         kwargs["auto_scale_loss"] = False
         # By these names Keras finds the loss and metrics of an output in a dict.
         self.output_names = getattr(self.network, "output_names", None)
+        optimizer.find_layers = self.network._flatten_layers
         super().compile(optimizer, loss, *args, **kwargs)
         if self._compile_loss is not None:
             self._compile_loss._user_loss = keras.tree.map_structure(_checked, loss)
@@ -300,7 +301,7 @@ class HFModel(keras.Model):
     def train_step(self, data):
         """Makes one update; see the class. Called by Keras, in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
-        checks.equal_lengths(data.x, data.y, data.sample_weight)
+        lengths_are_equal = checks.equal_lengths(data.x, data.y, data.sample_weight)
         most_cases, unseen = data.static_num_cases, None
         if self.optimizer.growing_batch is not None:
             selection = self.optimizer.growing_batch.select(
@@ -308,7 +309,8 @@ class HFModel(keras.Model):
                 data.num_cases,
                 self.distribute_strategy.num_replicas_in_sync,
             )
-            data, unseen = data.take(selection.used), data.take(selection.unseen)
+            with tf.control_dependencies(lengths_are_equal):
+                data, unseen = data.take(selection.used), data.take(selection.unseen)
         logs = self._with_objective(data, self._update, most_cases, unseen)
         self._loss_tracker.update_state(logs["loss"], sample_weight=logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
@@ -578,7 +580,7 @@ class HFModel(keras.Model):
 
     def _build_optimizer(self):
         with self.distribute_strategy.scope():
-            self.optimizer.build(self.trainable_variables, self.network._flatten_layers())
+            self.optimizer.build(self.trainable_variables)
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Keras builds from a first batch only under a strategy. Without it a first fit traces twice, and a network without an input shape has no

@@ -118,6 +118,8 @@ class HessianFree(keras.optimizers.Optimizer):
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
         # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
         self.seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
+        # All layers of the network, which `HFModel` tells: Keras builds optimizers, some before there are layers, from variables alone.
+        self.find_layers = list
         self._damping = None
         self.warm_start = None
         self._part_states = {}
@@ -127,12 +129,11 @@ class HessianFree(keras.optimizers.Optimizer):
         """The damping: a scalar `keras.Variable` once built, the initial value before."""
         return self._initial_damping if self._damping is None else self._damping
 
-    def build(self, variables, layers=()):
+    def build(self, variables):
         """Makes the state: the damping, the warm start `(n,)` and what parts remember.
 
         Args:
             variables: List of `keras.Variable`, the trainable weights.
-            layers: List of `keras.Layer`, all layers of the network.
         """
         if self.built:
             return
@@ -152,7 +153,7 @@ class HessianFree(keras.optimizers.Optimizer):
         )
         for part_name in _PARTS:
             owner = getattr(self, part_name)
-            initial = owner.initial_state(values, layers) if owner is not None else {}
+            initial = owner.initial_state(values, self.find_layers()) if owner is not None else {}
             self._part_states[part_name] = {
                 name: self.add_variable(
                     value.shape,

@@ -70,7 +70,7 @@ def test_numbers_at_the_ends_of_their_ranges_are_taken(arguments):
     ("name", "kind", "example"),
     [
         ("curvature", "Curvature", r"GaussNewton\(\)"),
-        ("preconditioner", "Preconditioner", r"EmpiricalFisherDiagonal\(\)"),
+        ("preconditioner", "Preconditioner", r"KroneckerFactored\(\)"),
         ("stopping", "StoppingRule", r"RelativeProgress\(\)"),
     ],
 )
@@ -206,7 +206,7 @@ def test_building_again_keeps_the_state():
     assert float(optimizer.damping) == 5.0
 
 
-def test_state_that_is_saved_is_damping_warm_start_and_counter():
+def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_remember():
     optimizer = HessianFree()
     optimizer.build(variables("float32"))
     # Keras' learning rate is not trained but saved.
@@ -215,6 +215,10 @@ def test_state_that_is_saved_is_damping_warm_start_and_counter():
         "learning_rate",
         "damping",
         "warm_start",
+        "preconditioner_others",
+        "growing_batch_size",
+        "growing_batch_start",
+        "growing_batch_misses",
     }
 
 
