@@ -197,11 +197,11 @@ PROBLEMS = {
 }
 
 
-def fit_hessian_free(problem, setting, network, cases, recorder, seed):
+def fit_hessian_free(problem, setting, network, cases, recorder, seed, damping_rule=None):
     """Trains by Hessian-free optimization with the package's defaults, but for what the setting says."""
     arguments = {name: value for name, value in setting.items() if name not in SHARED}
     optimizer = HessianFree(**{"damping": problem.damping, **arguments}, seed=seed)
-    _fit_hessian_free(optimizer, LevenbergMarquardt(), problem, network, cases, recorder)
+    _fit_hessian_free(optimizer, damping_rule or LevenbergMarquardt(), problem, network, cases, recorder)
 
 
 def fit_recipe(problem, setting, network, cases, recorder, seed):
@@ -388,7 +388,7 @@ def _values_of_cases(problem, network):
 
 
 def run(folder, problem, method, setting, number, seed, seconds):
-    """Trains once, unless that has been done: writes METHOD-SETTING-seedSEED.csv, as `.partial` until it is complete.
+    """Trains once by a method, unless that has been done: writes METHOD-SETTING-seedSEED.csv.
 
     Args:
         folder: Path for the file.
@@ -403,18 +403,33 @@ def run(folder, problem, method, setting, number, seed, seconds):
         Path of the file.
     """
     path = folder / f"{method}-{number}-seed{seed}.csv"
+    train(path, problem, METHODS[method], setting, seed, seconds, sparse=method != "adam-glorot")
+    return path
+
+
+def train(path, problem, fit, setting, seed, seconds, sparse=True):
+    """Trains once, unless there is the file: writes it, as `.partial` until it is complete.
+
+    Args:
+        path: Path of the CSV file.
+        problem: A `Problem`.
+        fit: Callable `(problem, setting, network, cases, recorder, seed)`, as in `METHODS`.
+        setting: Dict of its arguments.
+        seed: Integer, of cases, weights and batches.
+        seconds: Float, the time of training.
+        sparse: Boolean, whether weights start sparse.
+    """
     if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
     cases = problem.load(seed)
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
-    network = problem.build(setting.get("l2", problem.l2), method != "adam-glorot")
+    network = problem.build(setting.get("l2", problem.l2), sparse)
     recorder = Curve(problem, network, cases, partial_path, seconds)
-    METHODS[method](problem, setting, network, cases, recorder, seed)
+    fit(problem, setting, network, cases, recorder, seed)
     partial_path.rename(path)
-    return path
 
 
 def read(path):

@@ -83,8 +83,9 @@ class LevenbergMarquardt(DampingCallback):
         ratio < low, NaN or minus infinity:  damping *= factor
         ratio > high:                        damping /= factor
 
-    The defaults find the scale of the damping in a few updates, and stop lowering it where the model begins to miss; Martens has `high=0.75` and
-    `factor=1.5`. A zero gradient, where there is nothing to predict, leaves the damping as it is. A damping of 0 stays 0, since factors cannot raise it.
+    A zero gradient, where there is nothing to predict, leaves the damping as it is. A damping of 0 stays 0, since factors cannot raise it. The
+    defaults find the scale of the damping in a few updates, and stop lowering it where the model begins to miss; Martens has `high=0.75` and
+    `factor=1.5`.
 
     Args:
         low: Float, the ratio below which the model was too bold.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import nystrom, time_to_error
+from benchmarks import levers, nystrom, time_to_error
 from benchmarks.time_to_error import Cases, Curve, Problem
 from examples import baselines
 from examples.autoencoder import squared_error
@@ -261,3 +261,27 @@ def test_products_of_sketches_count(float64):
 def test_the_poisson_equation_is_trained_on(float64):
     first, *_, last = nystrom.measure(Nystrom(rank=4, interval=2), updates=4, every=1, seed=0, num_points=5)
     assert float(last["loss"]) < float(first["loss"])
+
+
+def test_levers_change_one_thing_each(tmp_path, monkeypatch):
+    monkeypatch.setitem(time_to_error.PROBLEMS, "small-curves", SQUARES)
+    names = ["defaults", "diagonal ^0.75", "damping lowered above .75"]
+    arguments = ["--problem", "small-curves", "--seconds", "0.2", "--out", str(tmp_path), "--lever", *names]
+    levers.main(arguments)
+    paths = sorted((tmp_path / "small-curves").iterdir())
+    assert [path.name for path in paths] == [f"{levers.file_name(name)}-seed0.csv" for name in sorted(names)]
+    written = [path.stat().st_mtime_ns for path in paths]
+    levers.main(arguments)
+    assert [path.stat().st_mtime_ns for path in paths] == written
+    lines = (tmp_path / "small-curves.csv").read_text().splitlines()
+    assert lines[0].startswith("lever,seed,seconds_to_2,seconds_to_1,cost_to_2") and len(lines) == 4
+
+
+def test_a_lever_that_did_not_reach_a_target_says_so():
+    rows = [
+        {"seconds": t, "cost": 3 * t, "train_error": 4 - t, "test_error": 0, "update": t, "total_cg_iterations": 0}
+        for t in range(3)
+    ]
+    found = levers.row("defaults", 0, rows, (3, 1))
+    assert (found["seconds_to_3"], found["cost_to_3"]) == (1, 3)
+    assert math.isinf(found["seconds_to_1"]) and math.isinf(found["cost_to_1"])
