@@ -310,6 +310,7 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
     np.testing.assert_allclose(found[Nystrom].warm_start, found[Identity].warm_start, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_replicas_give_the_weights_of_one_device():
     def trained(strategy):
         with strategy.scope():

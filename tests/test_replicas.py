@@ -43,7 +43,7 @@ def both(num_cases, **arguments):
     return one.get_weights(), history, two.get_weights(), two_history
 
 
-@pytest.mark.parametrize("num_cases", [50, 51])
+@pytest.mark.parametrize("num_cases", [pytest.param(50, marks=pytest.mark.slow), 51])
 def test_two_replicas_give_the_weights_of_one_device(num_cases, float64):
     one, history, two, two_history = both(num_cases)
     for key in history:
@@ -52,13 +52,14 @@ def test_two_replicas_give_the_weights_of_one_device(num_cases, float64):
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_two_replicas_give_the_weights_of_one_device_in_float32():
     one, _, two, _ = both(51)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("reduction", [pytest.param("sum", marks=pytest.mark.slow), "mean_with_sample_weight"])
 def test_two_replicas_combine_sums_and_weighted_means(reduction, float64):
     weight = np.random.default_rng(1).uniform(size=51)
     loss = keras.losses.MeanSquaredError(reduction=reduction)
