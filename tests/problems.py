@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import HessianFree, HFModel
+from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel
 from keras_hf.objective import Data
 
 NUM_CASES = 15
@@ -89,8 +89,9 @@ def make_model(activation="linear", loss="mse", regularizer=None, **compile_argu
 
 
 def compiled(network, loss="mse", **compile_arguments):
-    """An `HFModel` of the network, compiled."""
-    compile_arguments.setdefault("optimizer", HessianFree(seed=0))
+    """An `HFModel` of the network, compiled with parts that take half as long to trace as the default ones."""
+    optimizer = HessianFree(preconditioner=EmpiricalFisherDiagonal(), growing_batch=None, seed=0)
+    compile_arguments.setdefault("optimizer", optimizer)
     model = HFModel(network)
     loss = loss() if getattr(loss, "__name__", "") == "<lambda>" else loss
     model.compile(loss=loss, **compile_arguments)
