@@ -353,7 +353,7 @@ def _inverse_from_root(root):
     """Gives `(LL')^-1` of a lower triangular L, by halves.
 
     With X the lower left block times the inverse of the upper left one, and P the inverse that the lower right block gives alone, the blocks are
-    that of the upper left block alone plus `X'PX`, `-X'P`, and P. Against a solve for the identity: 14 ms, not 23, for 785 rows on one core.
+    that of the upper left block alone plus `X'PX`, `-X'P`, and P. Against a solve for the identity: 16 ms, not 23, for 785 rows on one core.
     """
     size = root.shape[-1]
     if size <= _MAX_SOLVED:

@@ -43,6 +43,7 @@ class HFModel(keras.Model):
     `compile` and callbacks mean is what they mean in Keras, with these exceptions, each because Keras' default would be a trap:
 
     - `fit` on arrays without `batch_size` takes all training cases as one batch; validation keeps batches of 32.
+    - An update uses a part of its batch, which grows, unless `HessianFree(growing_batch=None)`; loss and metrics in the logs are of the cases used.
     - A batch of all cases has a fixed order, permuted once by the optimizer's seed (`shuffle=True`) or as given: curvature chunks stay the same.
     - `compile` without an optimizer means `HessianFree()`.
 
