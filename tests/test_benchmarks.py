@@ -263,6 +263,7 @@ def test_the_poisson_equation_is_trained_on(float64):
     assert float(last["loss"]) < float(first["loss"])
 
 
+@pytest.mark.slow
 def test_levers_change_one_thing_each(tmp_path, monkeypatch):
     monkeypatch.setitem(levers.PROBLEMS, "small-curves", SQUARES)
     names = ["defaults", "damping lowered above .75"]

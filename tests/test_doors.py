@@ -320,6 +320,7 @@ def test_the_check_of_a_loss_leaves_its_name_and_what_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["huber", keras.losses.huber, keras.losses.Huber, keras.losses.Huber()])
+@pytest.mark.slow
 def test_a_loss_in_any_form_is_the_same_loss(loss):
     model = compiled(network(), loss)
     x, y = cases()

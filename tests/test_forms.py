@@ -142,7 +142,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [form if form in ("dataset", "PyDataset") else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_any_form_of_data_gives_the_updates_of_arrays(form):
     after, history = weights_after(**FORMS[form]())
     assert_same(after, weights_after_arrays())
@@ -201,6 +203,7 @@ def test_a_split_trains_on_the_first_cases_and_validates_on_the_last(kind, shuff
     assert history["val_loss"] == [pytest.approx(expected, rel=1e-9)]
 
 
+@pytest.mark.slow
 def test_a_split_of_nests_is_one_of_their_leaves():
     data = PARTS, TARGETS, LOSSES, LOSS_WEIGHTS
     after, history = branches_after(branches(), *data, sample_weight=WEIGHTS, validation_split=0.25, epochs=2)
@@ -231,6 +234,7 @@ class Stopping(keras.callbacks.Callback):
         self.model.stop_training = epoch >= 1
 
 
+@pytest.mark.slow
 def test_every_epoch_of_arrays_is_an_update_as_of_a_dataset_until_a_callback_stops_it():
     model, reference = compiled(network()), compiled(network())
     for each in (model, reference):
@@ -325,6 +329,7 @@ def weights_after_class_weights():
 
 
 @pytest.mark.parametrize("form", ["arrays", "dataset", "one-hot"])
+@pytest.mark.slow
 def test_class_weights_are_the_sample_weights_they_stand_for(form):
     one_hot = keras.losses.CategoricalCrossentropy(from_logits=True, dtype="float64")
     loss, data = {
@@ -434,12 +439,14 @@ def test_a_dataset_of_dicts_gives_the_updates_of_dicts():
     assert_same(branches_after(branches(), data, None, LOSSES, LOSS_WEIGHTS)[0], branches_after_dicts()[0])
 
 
+@pytest.mark.slow
 def test_weights_for_all_outputs_are_the_same_weights_for_each():
     one, _ = branches_after(branches(), PARTS, TARGETS, LOSSES, sample_weight=WEIGHT)
     each, _ = branches_after(branches(), PARTS, TARGETS, LOSSES, sample_weight={"p": WEIGHT, "q": WEIGHT})
     assert_same(one, each)
 
 
+@pytest.mark.slow
 def test_an_output_without_weights_has_weights_of_one():
     none, _ = branches_after(branches(), PARTS, TARGETS, LOSSES, sample_weight={"p": WEIGHT, "q": None})
     ones, _ = branches_after(branches(), PARTS, TARGETS, LOSSES, sample_weight={"p": WEIGHT, "q": np.ones(24)})
@@ -455,6 +462,7 @@ def test_an_output_without_weights_has_weights_of_one():
     ],
     ids=["None in a dict", "left out", "None in a list"],
 )
+@pytest.mark.slow
 def test_an_output_without_loss_is_as_if_it_were_not_there(net, y, loss):
     net = net()
     set_weights(net)

@@ -97,6 +97,7 @@ def test_updates_and_logs_are_those_of_the_cases_used_alone(options):
     assert part_state(model) == {"size": SIZE, "start": 25, "misses": part_state(model)["misses"]}
 
 
+@pytest.mark.slow
 def test_weighted_means_are_over_the_cases_used():
     def loss():
         return keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
@@ -123,6 +124,7 @@ def dataset(batches):
     return data.apply(tf.data.experimental.assert_cardinality(len(batches)))
 
 
+@pytest.mark.slow
 def test_every_batch_of_a_dataset_gives_a_part():
     model, reference = compiled(fixed(size=3)), compiled()
     history = fit(model, tf.data.Dataset.from_tensor_slices((X, Y)).batch(10), epochs=2)
@@ -132,6 +134,7 @@ def test_every_batch_of_a_dataset_gives_a_part():
     assert_same_updates(model, history, reference, fit(reference, dataset(parts), epochs=2))
 
 
+@pytest.mark.slow
 def test_nests_are_cut_in_all_their_leaves():
     a, b = keras.Input((2,), name="a"), keras.Input((1,), name="b")
 
@@ -189,6 +192,7 @@ def test_it_stays_small_while_cases_are_alike():
     assert fit(model, x, y, epochs=6)["num_cases"] == [6] * 6
 
 
+@pytest.mark.slow
 def test_its_size_outlives_fit_and_a_larger_batch():
     model = compiled(GrowingBatch(initial_size=3, share=1, patience=1), damping=1e-3)
     sizes = fit(model, X, Y, epochs=5)["num_cases"]
@@ -231,6 +235,7 @@ def test_a_step_that_raises_leaves_size_and_start():
     assert part_state(model) == {"size": SIZE, "start": 0, "misses": 0}
 
 
+@pytest.mark.slow
 def test_unseen_cases_leave_no_trace_in_batch_statistics():
     def net():
         return keras.Sequential([keras.Input((2,)), layers.BatchNormalization(), layers.Dense(1)])

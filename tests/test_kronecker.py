@@ -382,6 +382,7 @@ def test_cg_needs_fewer_iterations_than_with_the_diagonal_on_embeddings_and_eins
     assert 2 * num_iterations(model, data, KroneckerFactored()) < num_iterations(model, data, EmpiricalFisherDiagonal())
 
 
+@pytest.mark.slow
 def test_two_replicas_train():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
@@ -494,6 +495,7 @@ def test_trains_in_lower_precision(policy):
     assert history["loss"][-1] < 0.5 * history["loss"][0]
 
 
+@pytest.mark.slow
 def test_attention_trains_in_float16():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("mixed_float16")

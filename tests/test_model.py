@@ -114,6 +114,7 @@ def test_the_order_of_a_whole_batch_is_fixed_by_the_seed():
     assert {tuple(map(tuple, chunk)) for chunk in seen} == {tuple(map(tuple, x[i : i + 5])) for i in (0, 5, 10, 15)}
 
 
+@pytest.mark.slow
 def test_pieces_give_the_updates_of_the_whole(float64):
     x, y = cases(100)
     # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding.
@@ -237,6 +238,7 @@ class Subclassed(keras.Model):
         return {"width": self.width}
 
 
+@pytest.mark.slow
 def test_a_saved_subclassed_network_goes_on_too(tmp_path):
     x, y = cases()
     model = compiled(Subclassed())

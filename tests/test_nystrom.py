@@ -204,6 +204,7 @@ def test_a_sketch_for_one_update_is_not_kept():
     assert state == {}
 
 
+@pytest.mark.slow
 def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     x, y = inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3))
 

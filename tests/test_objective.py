@@ -266,6 +266,7 @@ def test_ignored_classes_are_a_mask_too():
     assert_pieces_equal_the_whole(model, data)
 
 
+@pytest.mark.slow
 def test_each_output_has_a_denominator_of_its_own():
     x = keras.Input((4, 2))
     hidden = layers.Dense(3, "tanh")(layers.Masking()(x))

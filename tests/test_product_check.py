@@ -183,6 +183,7 @@ def test_wrong_second_derivatives_of_tensorflow_are_refused():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_recurrent_layers_run_without_fused_kernels_in_training_only():
     seen = []
 

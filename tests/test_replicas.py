@@ -59,7 +59,8 @@ def test_two_replicas_give_the_weights_of_one_device_in_float32():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", [pytest.param("sum", marks=pytest.mark.slow), "mean_with_sample_weight"])
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+@pytest.mark.slow
 def test_two_replicas_combine_sums_and_weighted_means(reduction, float64):
     weight = np.random.default_rng(1).uniform(size=51)
     loss = keras.losses.MeanSquaredError(reduction=reduction)
@@ -68,6 +69,7 @@ def test_two_replicas_combine_sums_and_weighted_means(reduction, float64):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_chunk_is_shared_among_replicas():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     _, history = trained(strategy, *cases(51), optimizer={"curvature_batch_size": 25})

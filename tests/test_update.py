@@ -121,6 +121,7 @@ def test_an_uphill_warm_start_is_dropped():
     assert warm.step_size > 0
 
 
+@pytest.mark.slow
 def test_warm_start_continues_from_the_decayed_last_iterate():
     model, data = problem_data()
     limited = {"max_cg_iterations": 6, "stopping": ResidualTolerance(1e-13)}
