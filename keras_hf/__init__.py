@@ -26,6 +26,8 @@ from keras_hf.nystrom import Nystrom as Nystrom
 from keras_hf.optimizer import HessianFree as HessianFree
 from keras_hf.preconditioners import EmpiricalFisherDiagonal as EmpiricalFisherDiagonal
 from keras_hf.preconditioners import Identity as Identity
+from keras_hf.recorder import UpdateRecorder as UpdateRecorder
+from keras_hf.recorder import read_updates as read_updates
 from keras_hf.stopping import RelativeProgress as RelativeProgress
 from keras_hf.stopping import ResidualTolerance as ResidualTolerance
 

@@ -143,6 +143,11 @@ class GrowingBatch(Part):
         return {"initial_size": self.initial_size, "share": self.share, "patience": self.patience}
 
 
+def order(num_cases, seed):
+    """Returns the order of the cases of a batch that holds all of them, int32 `(num_cases,)`, as `seed`, an int32 scalar, draws it."""
+    return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=tf.stack([tf.cast(seed, tf.int32), -1]))
+
+
 def divide(num_cases, curvature_batch_size, piece_size, update_number, seed):
     """Chooses the chunk of an update and divides the batch into pieces.
 
@@ -154,7 +159,7 @@ def divide(num_cases, curvature_batch_size, piece_size, update_number, seed):
         curvature_batch_size: int32 scalar or integer, cases wanted in the chunk, or `None` for all.
         piece_size: Integer or int32 scalar, cases in a piece; `None` for one piece for the chunk and one for the rest.
         update_number: int32 scalar, updates made before this one.
-        seed: Integer.
+        seed: int32 scalar or integer.
 
     Returns:
         A `Pieces`.
@@ -164,9 +169,9 @@ def divide(num_cases, curvature_batch_size, piece_size, update_number, seed):
     else:
         chunk_size = tf.minimum(curvature_batch_size, num_cases)
         num_chunks = tf.maximum(_ceil_div(num_cases, tf.maximum(chunk_size, 1)), 1)
-        turn = tf.stack([tf.constant(seed), update_number // num_chunks])
-        order = tf.random.experimental.stateless_shuffle(tf.range(num_chunks), seed=turn)
-        chunk_start = tf.minimum(order[update_number % num_chunks] * chunk_size, num_cases - chunk_size)
+        turn = tf.stack([tf.cast(seed, tf.int32), update_number // num_chunks])
+        turns = tf.random.experimental.stateless_shuffle(tf.range(num_chunks), seed=turn)
+        chunk_start = tf.minimum(turns[update_number % num_chunks] * chunk_size, num_cases - chunk_size)
     at_most = tf.maximum(num_cases, 1)
     piece_size = at_most if piece_size is None else tf.minimum(piece_size, at_most)
     return Pieces(num_cases, chunk_start, chunk_size, piece_size)

@@ -33,6 +33,7 @@ class CGResult(NamedTuple):
         num_iterations: int32 scalar, iterations that moved x. Products spent: one each, one for a start other than zero, and one for a direction
             that was found useless (negative curvature, breakdown).
         reason: int32 scalar, a `CGStop`.
+        course: float64 `(num_iterations + 1,)`, the quadratic at every iterate, kept or not, the start among them.
     """
 
     iterates: tf.Tensor
@@ -40,6 +41,7 @@ class CGResult(NamedTuple):
     values: tf.Tensor
     num_iterations: tf.Tensor
     reason: tf.Tensor
+    course: tf.Tensor
 
 
 class _State(NamedTuple):
@@ -206,7 +208,8 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
     rows = tf.range(last + 1)
     numbers = state.iterate_numbers.gather(rows)
     iterates = tf.ensure_shape(state.iterates.gather(rows), [None, b.shape[0]])
-    return CGResult(iterates, numbers, state.values.gather(numbers), state.iteration, state.reason)
+    course = state.values.gather(tf.range(state.iteration + 1))
+    return CGResult(iterates, numbers, tf.gather(course, numbers), state.iteration, state.reason, course)
 
 
 def _rounding(dtype):

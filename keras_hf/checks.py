@@ -21,6 +21,15 @@ def finite(name, value, minimum=None, maximum=None):
     return float(value)
 
 
+def current_damping(value):
+    """Raises if the damping that somebody assigned is no finite number >= 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(
+            f"The damping must be a finite number >= 0. Received: optimizer.damping={value}, which a callback or your code has assigned. "
+            "Nothing was updated; assign another number to `optimizer.damping` to go on."
+        )
+
+
 def positive(name, value):
     """Returns `value` as a float, or raises if it is no finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (math.isfinite(value) and value > 0):

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import math
+import os
+import pathlib
 import re
 import warnings
 
@@ -67,6 +69,9 @@ class HFModel(keras.Model):
     that is another function in every call, a second derivative that TensorFlow has wrong), the update raises, and every value is as before. Weights
     with constraints are projected before the first update, should they violate them, and in every step that is tried.
 
+    `last_trace` holds how the last update came by its step, an `UpdateTrace` of tensors; `UpdateRecorder` writes it to a file. `save` and
+    `save_weights` keep the file that they replace until the new one is complete.
+
     Args:
         network: `keras.Model`: Sequential, functional or subclassed, built or not.
         name: Name of this model.
@@ -95,6 +100,7 @@ class HFModel(keras.Model):
         self._linearization = None  # what the last trace chose
         self._warned = set()
         self._batch_may_be_small = True
+        self.last_trace = None
         if network.built:
             self.built = True
         for method in ("train_step", "compute_loss"):
@@ -122,6 +128,16 @@ class HFModel(keras.Model):
     def export(self, *args, **kwargs):
         """Exports the network alone, as `keras.Model.export` does: what is served needs neither this package nor the optimizer."""
         return self.network.export(*args, **kwargs)
+
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        """Saves the model and what training goes on from; arguments as `keras.Model.save`. A file is replaced only by a complete one."""
+        with _replacing(filepath, overwrite) as path:
+            super().save(path, overwrite, zipped, **kwargs)
+
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
+        """Saves weights and what training goes on from; arguments as `keras.Model.save_weights`. A file is replaced only by a complete one."""
+        with _replacing(filepath, overwrite and max_shard_size is None) as path:
+            super().save_weights(path, overwrite, max_shard_size)
 
     def get_config(self):
         """Returns the constructor's arguments as a dict."""
@@ -201,7 +217,8 @@ class HFModel(keras.Model):
         - `batch_size`: cases of an update's gradient; for arrays, `None` means all of them, or as many as make `steps_per_epoch` batches.
         - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not anew in every epoch.
         - `validation_batch_size`: 32 where `None` and one batch holds all cases.
-        - `callbacks`: among them belongs a `DampingCallback`, such as `LevenbergMarquardt()`.
+        - `callbacks`: among them belongs a `DampingCallback`, such as `LevenbergMarquardt()`. It is called before the others, so that what they save
+          is the damping of the next update.
 
         Returns:
             A `keras.callbacks.History`.
@@ -214,6 +231,8 @@ class HFModel(keras.Model):
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
             )
         self._warn_without_damping_rule(callbacks)
+        if isinstance(callbacks, (list, tuple)):
+            callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, DampingCallback))
         self._batch_may_be_small = True
         if _is_arrays(x):
             batch_size = checks.count("batch_size", batch_size, optional=True)
@@ -230,16 +249,16 @@ class HFModel(keras.Model):
             if batch_size >= num_cases:
                 validation_batch_size = validation_batch_size or 32
                 self._batch_may_be_small = False
-                if shuffle:
-                    order = np.random.default_rng(self.optimizer.seed).permutation(num_cases)
-                    x, y, sample_weight = _in_order((x, y, sample_weight), order)
-                    shuffle = False
+                seed, shuffle = self.optimizer.seed if shuffle else None, False
                 if self.distribute_strategy.num_replicas_in_sync == self.steps_per_execution == 1:
                     if validation_split and validation_data is None:
                         x, y, sample_weight, validation_data = _split((x, y, sample_weight), num_cases)
                         validation_split = 0.0
-                    x, steps_per_epoch = _repeated(x, y, sample_weight), 1
+                    x, steps_per_epoch = _repeated(x, y, sample_weight, seed), 1
                     y = sample_weight = batch_size = None
+                elif seed is not None:
+                    places = batching.order(num_cases, tf.convert_to_tensor(seed)).numpy()
+                    x, y, sample_weight = _in_order((x, y, sample_weight), places)
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
         return super().fit(
@@ -269,11 +288,13 @@ class HFModel(keras.Model):
         step = self.train_function
 
         def train_function(iterator):
+            checks.current_damping(float(self.optimizer.damping))
             variables = [variable.value for variable in [*self.variables, *self.optimizer.variables]]
             before = [variable.read_value() for variable in variables]
             try:
                 with _as_written(), self._xla_explained():
                     logs = dict(step(iterator))
+                trace = logs.pop("trace")
                 errors = [float(logs.pop(key, 0.0)) for key in ("product_error", "repeat_error")]
                 self._raise_if_wrong(*errors, logs)
             except (StopIteration, tf.errors.OutOfRangeError):
@@ -283,6 +304,7 @@ class HFModel(keras.Model):
                     variable.assign(value)
                 raise
             self._is_first_update.assign(False)
+            object.__setattr__(self, "last_trace", trace)
             self._warn_about_small_batch(logs)
             self._warn_about_negative_curvature(logs)
             return logs
@@ -399,10 +421,11 @@ class HFModel(keras.Model):
         structure = structure._replace(chunk_is_one_piece=one_piece)
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
         share = None if chunk_size is None else replica_share(chunk_size)
-        pieces = batching.divide(data.num_cases, share, piece_size, update_number, optimizer.seed)
+        seed = tf.convert_to_tensor(optimizer.seed)
+        pieces = batching.divide(data.num_cases, share, piece_size, update_number, seed)
         parts = [LocalObjective(task, structure, data, pieces, update_number)]
         if unseen is not None:
-            pieces = batching.divide(unseen.num_cases, None, piece_size, update_number, optimizer.seed)
+            pieces = batching.divide(unseen.num_cases, None, piece_size, update_number, seed)
             parts.append(LocalObjective(task, structure, unseen, pieces, update_number))
 
         def across(replicas, parts, *others):
@@ -456,8 +479,8 @@ class HFModel(keras.Model):
                 "`HFModel` needs at least one trainable weight. Received: a network with none; set `layer.trainable = True`."
             )
         layers = self.network._flatten_layers()
-        states = [generator.state for layer in layers for generator in layer._seed_generators]
-        seeds = {id(state) for state in states}
+        generators = [generator for layer in layers for generator in layer._seed_generators]
+        seeds = {id(generator.state): generator.state for generator in generators}
 
         def network(x):
             with without_fused_kernels(layers):
@@ -473,7 +496,8 @@ class HFModel(keras.Model):
             variables=[variable.value for variable in trainable],
             constraints=[variable.constraint for variable in trainable],
             states=[variable for variable in self.non_trainable_variables if id(variable) not in seeds],
-            seeds=states,
+            seeds=list(seeds.values()),
+            seed=self.optimizer.seed,
             layers=layers,
         )
         checks.trainable_weights(trainable)
@@ -545,7 +569,7 @@ class HFModel(keras.Model):
             "reduction_ratio": result.reduction_ratio,
             "step_size": result.step_size,
             "gradient_norm": result.gradient_norm,
-            # For `train_function`, which takes them out.
+            # For `train_function`, which takes them out, as it does the trace.
             "product_error": result.product_error,
             "repeat_error": result.repeat_error,
         }
@@ -559,6 +583,7 @@ class HFModel(keras.Model):
         return {
             **{k: tf.convert_to_tensor(v) for k, v in floating.items()},
             **{k: tf.cast(v, tf.int32) for k, v in whole.items()},
+            "trace": result.trace,
         }
 
     def _apply(self, objective, structure, result):
@@ -712,6 +737,25 @@ def _as_written():
         tf.config.optimizer.set_experimental_options({"arithmetic_optimization": arithmetic})
 
 
+@contextlib.contextmanager
+def _replacing(filepath, overwrite):
+    """Gives the path to write a file to, which replaces that at `filepath` when it is complete.
+
+    Where there is no file, or Keras is to ask before it overwrites one, `filepath` is written to as it is.
+    """
+    if not overwrite or not isinstance(filepath, (str, os.PathLike)) or not os.path.isfile(filepath):
+        yield filepath
+        return
+    # What Keras tells files apart by is the end of their names.
+    path = pathlib.Path(filepath)
+    new = path.with_name(f"new-{os.getpid()}-{path.name}")
+    try:
+        yield str(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def _all_finite(tensors):
     """Whether all numbers in a nest of tensors are finite, a bool scalar."""
     floats = [tensor for tensor in tf.nest.flatten(tensors) if tensor.dtype.is_floating]
@@ -737,8 +781,12 @@ def _split(arrays, num_cases):
     return *first, rest if arrays[2] is not None else rest[:2]
 
 
-def _repeated(*arrays):
-    """Gives `(x, y, sample_weight)` as a dataset of one batch, again and again: Keras would copy arrays, and start anew, in every epoch."""
+def _repeated(x, y, sample_weight, seed):
+    """Gives arrays as a dataset of one batch, again and again: Keras would copy them, and start anew, in every epoch.
+
+    They are put in the order of `seed` when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
+    """
+    arrays = x, y, sample_weight
 
     def tensor(array):
         array = array if isinstance(array, tf.Tensor) else np.asarray(array)
@@ -749,7 +797,16 @@ def _repeated(*arrays):
         arrays = arrays[:-1]
     tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), tuple(arrays))
     # tf.data would pack a list into one tensor.
-    return tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors)).repeat()
+    batch = tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors))
+    if seed is not None:
+
+        def in_order(*tensors):
+            places = batching.order(tf.shape(keras.tree.flatten(tensors[0])[0])[0], tf.convert_to_tensor(seed))
+            gather = lambda tensor: None if tensor is None else tf.gather(tensor, places)  # noqa: E731
+            return keras.tree.map_structure(gather, tensors)
+
+        batch = batch.map(in_order).cache()
+    return batch.repeat()
 
 
 def _in_order(arrays, order):

@@ -28,6 +28,7 @@ class Task(NamedTuple):
         constraints: List, for every variable its Keras constraint, a callable that projects a value, or `None`.
         states: List of `keras.Variable`, the non-trainable values that a forward pass may change, seeds apart.
         seeds: List of `keras.Variable`, the states of the network's seed generators.
+        seed: int32 scalar `keras.Variable`, the optimizer's seed.
         layers: List of `keras.Layer`, all layers of the network.
     """
 
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     constraints: list
     states: list
     seeds: list
+    seed: keras.Variable
     layers: list
 
 
@@ -297,13 +299,15 @@ class LocalObjective:
     def fixed_state(self, number, values=()):
         """A scope in which piece `number` sees the same random numbers at every call of an update, and no state is changed.
 
-        A seed generator's state is its own seed and a counter of its calls. The update's number moves the seed, by a multiplier (Knuth's) that keeps
-        neighbouring seeds apart; the piece's and the replica's numbers go into the counter's upper bits, which leaves 2^12 calls within one pass.
+        A seed generator's state is a seed and a counter of its calls, which no file of Keras holds. The optimizer's seed, which is saved, takes its
+        place, moved by the update's number and the generator's place in the network, by multipliers (Knuth's and another) that keep neighbouring
+        seeds apart; the piece's and the replica's numbers are the counter's upper bits, which leaves 2^12 calls within one pass.
         """
         place = tf.cast(number, tf.int64) * 2**12 + tf.cast(replica_number(), tf.int64) * 2**28
-        offset = tf.stack([tf.cast(self.update_number, tf.int64) * 2654435761, place])
+        first = tf.cast(self.task.seed.value, tf.int64) + tf.cast(self.update_number, tf.int64) * 2654435761
         mapping = [
-            (seed, tf.cast(tf.cast(seed.value, tf.int64) + offset, seed.value.dtype)) for seed in self.task.seeds
+            (state, tf.cast(tf.stack([first + rank * 2246822519, place]), state.value.dtype))
+            for rank, state in enumerate(self.task.seeds)
         ]
         return keras.StatelessScope(state_mapping=[*mapping, *values], collect_losses=True)
 

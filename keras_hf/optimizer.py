@@ -1,6 +1,8 @@
 """HessianFree: the hyperparameters of the method and the state that lives between updates, as a Keras optimizer."""
 
+import math
 import random
+import warnings
 
 import keras
 import tensorflow as tf
@@ -61,7 +63,7 @@ class HessianFree(keras.optimizers.Optimizer):
         micro_batch_size: Integer >= 1, the cases that are worked on at a time on each replica. Memory, not results, depends on it (unless layers look
             across cases, as BatchNormalization does). Products are fastest where the chunk is one such piece, whose linearization is then kept;
             further pieces are linearized anew in every product. `None` = the chunk's size, or as many as keep that piece within about 2 GiB.
-        seed: Integer in [0, 2^31 - 1], of the order of cases and chunks. `None` draws one, which is saved with the optimizer.
+        seed: Integer in [0, 2^31 - 1], of the order of cases and chunks. `None` draws one, which is saved, in files of weights, too.
         name: Name of the optimizer.
 
     Raises:
@@ -117,10 +119,13 @@ class HessianFree(keras.optimizers.Optimizer):
         self.curvature_batch_size = count("curvature_batch_size", curvature_batch_size, optional=True)
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
         # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
-        self.seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
+        self._initial_seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
         # All layers of the network, which `HFModel` tells: Keras builds optimizers, some before there are layers, from variables alone.
         self.find_layers = list
         self._damping = None
+        # What a search for the initial damping knows: it was too small below the one and too large above the other. Equal: it is over.
+        self.damping_bounds = None
+        self._seed = None
         self.warm_start = None
         self._part_states = {}
 
@@ -129,8 +134,29 @@ class HessianFree(keras.optimizers.Optimizer):
         """The damping: a scalar `keras.Variable` once built, the initial value before."""
         return self._initial_damping if self._damping is None else self._damping
 
+    @property
+    def learning_rate(self):
+        """1, for callbacks that look at it. Assigning another warns, and changes nothing."""
+        return keras.optimizers.Optimizer.learning_rate.fget(self)
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        warnings.warn(
+            f"`HessianFree` has no learning rate: it reads as 1. Received: learning_rate={value!r}, which has no effect. Assign "
+            "`optimizer.damping` to make steps shorter or longer; `LevenbergMarquardt()` does.",
+            stacklevel=2,
+        )
+
+    @property
+    def seed(self):
+        """The seed of the order of cases and chunks: a scalar `keras.Variable` once built, an integer before.
+
+        A variable, so that files of weights bring it back, too.
+        """
+        return self._initial_seed if self._seed is None else self._seed
+
     def build(self, variables):
-        """Makes the state: the damping, the warm start `(n,)` and what parts remember.
+        """Makes the state: the damping, the seed, the warm start `(n,)` and what parts remember.
 
         Args:
             variables: List of `keras.Variable`, the trainable weights.
@@ -147,6 +173,20 @@ class HessianFree(keras.optimizers.Optimizer):
             dtype=dtype.name,
             aggregation="only_first_replica",
             name="damping",
+        )
+        self.damping_bounds = self.add_variable(
+            (2,),
+            initializer=lambda shape, dtype: tf.constant([0.0, math.inf], dtype),
+            dtype=dtype.name,
+            aggregation="only_first_replica",
+            name="damping_bounds",
+        )
+        self._seed = self.add_variable(
+            (),
+            initializer=lambda shape, dtype: tf.constant(self._initial_seed, dtype, shape),
+            dtype="int32",
+            aggregation="only_first_replica",
+            name="seed",
         )
         self.warm_start = self.add_variable(
             (num_weights(values),), dtype=dtype.name, aggregation="only_first_replica", name="warm_start"
@@ -193,7 +233,7 @@ class HessianFree(keras.optimizers.Optimizer):
             "warm_start_decay": self.warm_start_decay,
             "curvature_batch_size": self.curvature_batch_size,
             "micro_batch_size": self.micro_batch_size,
-            "seed": self.seed,
+            "seed": int(self.seed),
             "name": self.name,
         }
         parts = {name: getattr(self, name) for name in _PARTS}

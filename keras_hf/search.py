@@ -12,11 +12,11 @@ _ARMIJO, _SHORTEN, _MAX_CUTS = 1e-2, 0.8, 60
 
 
 class Backtrack(NamedTuple):
-    """The iterate chosen: its row, its loss (float64) and the number of losses computed."""
+    """The iterate chosen, its row and its loss (float64), and the losses `(k,)` of all iterates, NaN where none was computed."""
 
     row: tf.Tensor
     loss: tf.Tensor
-    num_losses: tf.Tensor
+    losses: tf.Tensor
 
 
 class LineSearch(NamedTuple):
@@ -51,20 +51,22 @@ def backtrack(loss_at, iterates):
     def going(row, *_):
         return row >= 0
 
-    def go_back(row, chosen, loss, num_losses):
-        earlier = _or_infinity(loss_at(iterates[row]))
+    def go_back(row, chosen, loss, losses):
+        at_row = loss_at(iterates[row])
+        earlier = _or_infinity(at_row)
         no_worse = earlier <= loss
         # -2 ends the loop: the loss rose.
         return (
             tf.where(no_worse, row - 1, -2),
             tf.where(no_worse, row, chosen),
             tf.where(no_worse, earlier, loss),
-            num_losses + 1,
+            tf.tensor_scatter_nd_update(losses, [[row]], [at_row]),
         )
 
-    start = (num_rows - 1, num_rows, infinity, tf.constant(0))
-    _, row, loss, num_losses = tf.while_loop(going, go_back, start, parallel_iterations=1)
-    return Backtrack(row, loss, num_losses)
+    none = tf.fill([num_rows], tf.constant(float("nan"), tf.float64))
+    start = (num_rows - 1, num_rows, infinity, none)
+    _, row, loss, losses = tf.while_loop(going, go_back, start, parallel_iterations=1)
+    return Backtrack(row, loss, losses)
 
 
 def line_search(loss_at, step, loss, loss_at_step, slope):

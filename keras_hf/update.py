@@ -9,6 +9,22 @@ from keras_hf.cg import CGStop, conjugate_gradient, dot
 from keras_hf.search import backtrack, line_search
 
 
+class UpdateTrace(NamedTuple):
+    """How an update came by its step.
+
+    Attributes:
+        values: float64 `(num_iterations + 1,)`, CG's quadratic at every iterate, the start among them.
+        iterate_numbers: int32 `(k,)`, the iterates that CG kept; the last one is the last.
+        losses: float64 `(k,)`, the loss of these, over all cases; NaN where backtracking did not look.
+        num_cuts: int32 scalar, how often the line search shortened the step.
+    """
+
+    values: tf.Tensor
+    iterate_numbers: tf.Tensor
+    losses: tf.Tensor
+    num_cuts: tf.Tensor
+
+
 class HFUpdate(NamedTuple):
     """What one update found; nothing is assigned yet.
 
@@ -30,6 +46,7 @@ class HFUpdate(NamedTuple):
         actual_reduction: float64 scalar, what the loss falls by at the step size chosen.
         unseen_reduction: float64 scalar, what the loss of unseen cases falls by there; NaN without them.
         preconditioner_state: Dict of tensors, the preconditioner's next state.
+        trace: `UpdateTrace`, of the second solve where there were two.
     """
 
     step: tf.Tensor
@@ -47,6 +64,7 @@ class HFUpdate(NamedTuple):
     actual_reduction: tf.Tensor
     unseen_reduction: tf.Tensor
     preconditioner_state: dict
+    trace: UpdateTrace
 
 
 class _Solution(NamedTuple):
@@ -58,6 +76,9 @@ class _Solution(NamedTuple):
     num_iterations: tf.Tensor
     chosen_iteration: tf.Tensor
     reason: tf.Tensor
+    values: tf.Tensor
+    iterate_numbers: tf.Tensor
+    losses: tf.Tensor
 
 
 def hf_update(
@@ -122,6 +143,9 @@ def hf_update(
             num_iterations=result.num_iterations,
             chosen_iteration=result.iterate_numbers[chosen.row],
             reason=result.reason,
+            values=result.course,
+            iterate_numbers=result.iterate_numbers,
+            losses=chosen.losses,
         )
 
     decay = tf.constant(warm_start_decay, warm_start.dtype)
@@ -163,6 +187,7 @@ def hf_update(
         actual_reduction=at_start.loss - search.loss,
         unseen_reduction=unseen_reduction(tf.cast(step_size, step.dtype) * step) if unseen_reduction else nothing,
         preconditioner_state=preconditioner_state,
+        trace=UpdateTrace(solution.values, solution.iterate_numbers, solution.losses, search.num_cuts),
     )
 
 
@@ -193,8 +218,15 @@ def _solve_again_from_zero(solve, start, gradient):
     def again(turn, solution):
         return turn + 1, solve(tf.where(turn == 0, start, zero))
 
-    nothing = _Solution(zero, tf.zeros([], tf.float64), zero, tf.constant(0), tf.constant(0), tf.constant(0))
-    _, solution = tf.while_loop(useless, again, (tf.constant(0), nothing), parallel_iterations=1)
+    number, numbers = tf.zeros([], tf.float64), tf.zeros([0], tf.float64)
+    none = tf.constant(0)
+    nothing = _Solution(zero, number, zero, none, none, none, numbers, tf.zeros([0], tf.int32), numbers)
+    shapes = tf.nest.map_structure(
+        lambda tensor: tf.TensorShape([None]) if tensor.shape == [0] else tensor.shape, nothing
+    )
+    _, solution = tf.while_loop(
+        useless, again, (none, nothing), shape_invariants=(none.shape, shapes), parallel_iterations=1
+    )
     return solution
 
 

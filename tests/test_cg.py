@@ -107,6 +107,8 @@ def test_values_equal_the_quadratic_at_each_iterate(preconditioner):
     assert result.values.dtype == tf.float64
     # Both ways lose digits of float64 only, at most the condition's 4e3 of them where x is large.
     np.testing.assert_allclose(result.values, problem.quadratic(result.iterates), rtol=1e-11)
+    assert result.course.shape == (result.num_iterations + 1,)
+    np.testing.assert_array_equal(tf.gather(result.course, result.iterate_numbers), result.values)
 
 
 @preconditioned

@@ -16,7 +16,7 @@ from problems import (
     with_objective,
 )
 
-from keras_hf import GaussNewton
+from keras_hf import EmpiricalFisherDiagonal, GaussNewton, HessianFree
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -134,6 +134,23 @@ def test_dropout_is_one_fixed_function_per_update_and_another_in_the_next():
     assert (first[3].numpy() == first[4].numpy()).all()
     assert first[0] != second[0]
     assert (model.network.layers[1].seed_generator.state.numpy() == seed_before).all()
+
+
+def test_dropout_masks_are_the_optimizers_seed_and_differ_between_layers():
+    def gradient(optimizer_seed, seeds):
+        stack = [layers.Dropout(0.5, seed=seeds[0]), layers.Dropout(0.5, seed=seeds[1])]
+        net = keras.Sequential([keras.Input((64,)), *stack, layers.Dense(1, use_bias=False)])
+        optimizer = HessianFree(preconditioner=EmpiricalFisherDiagonal(), growing_batch=None, seed=optimizer_seed)
+        model = compiled(net, optimizer=optimizer)
+        data = model_data(model, np.ones((1, 64)), np.ones((1, 1)))
+        net.set_weights([np.zeros((64, 1))])
+        return with_objective(model, data, lambda o: o.loss_and_gradient().gradient).numpy()
+
+    one, same, other = gradient(5, (1, 2)), gradient(5, (3, 4)), gradient(6, (1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+    # A quarter is left by two masks, a half where both are one.
+    assert 4 <= np.count_nonzero(one) <= 26
 
 
 def test_pieces_have_dropout_masks_of_their_own():

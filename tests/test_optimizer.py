@@ -214,6 +214,8 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
         "iteration",
         "learning_rate",
         "damping",
+        "damping_bounds",
+        "seed",
         "warm_start",
         "preconditioner_others",
         "growing_batch_size",

@@ -1,0 +1,97 @@
+"""Pictures of a run: what the logs of its updates say, against updates, cost or time. Needs matplotlib."""
+
+import keras
+import numpy as np
+
+from keras_hf.recorder import read_updates
+
+_LABELS = {"update": "update", "cost": "cost, gradients of one case", "seconds": "seconds"}
+
+
+def plot_updates(updates, x="update", path=None):
+    """Draws loss, damping, reduction ratio, CG iterations and step size of a run.
+
+    The loss of validation, where there is one, is drawn beside that of training. Ratios are drawn from -0.5 to 1.5; a red mark at the edge stands
+    for one beyond it, or for a loss that rose. In the grey band `LevenbergMarquardt()` leaves the damping as it is. Steps that were rejected are
+    crosses.
+
+    Args:
+        updates: Path of a file of `UpdateRecorder`, the list of dicts that `read_updates` gives, or a `keras.callbacks.History` (where an epoch is
+            an update).
+        x: String, what the horizontal axis counts: "update", "cost" or "seconds". A history knows updates alone.
+        path: Path of the picture to write, or `None`.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there are no updates, or none that know `x`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`keras_hf.plots` draws with matplotlib, which is not installed: `pip install keras_hf[examples]`."
+        ) from error
+    columns = _columns(updates)
+    if x not in _LABELS or x not in columns:
+        known = [name for name in _LABELS if name in columns]
+        raise ValueError(f"`x` must be one of {known} for these updates. Received: x={x!r}.")
+    places = np.cumsum(columns[x]) if x == "cost" else columns[x]
+
+    figure = Figure(figsize=(8, 11), layout="constrained")
+    axes = figure.subplots(5, sharex=True)
+    for name in ("loss", "val_loss"):
+        if name in columns:
+            axes[0].plot(places, columns[name], label=name)
+    axes[0].set(ylabel="loss")
+    if np.nanmin(columns["loss"]) > 0:
+        axes[0].set_yscale("log")
+    axes[0].legend()
+
+    axes[1].plot(places, columns["damping"])
+    axes[1].set(ylabel="damping")
+    if np.min(columns["damping"]) > 0:
+        axes[1].set_yscale("log")
+
+    ratios = columns["reduction_ratio"]
+    axes[2].axhspan(0.25, 0.9, color="0.92", zorder=0)
+    axes[2].plot(places, np.clip(ratios, -0.5, 1.5), ".-", linewidth=0.5)
+    beyond = (ratios < -0.5) | (ratios > 1.5)
+    axes[2].plot(places[beyond], np.clip(ratios, -0.5, 1.5)[beyond], "rv", clip_on=False)
+    axes[2].set(ylabel="reduction ratio", ylim=(-0.5, 1.5))
+
+    axes[3].plot(places, columns["cg_iterations"], label="run")
+    axes[3].plot(places, columns["cg_step"], ".", label="chosen")
+    axes[3].set(ylabel="CG iterations", ylim=(0, None))
+    axes[3].legend()
+
+    sizes = columns["step_size"]
+    axes[4].plot(places, sizes, ".-", linewidth=0.5)
+    axes[4].plot(places[sizes == 0], sizes[sizes == 0], "rx", label="rejected")
+    axes[4].set(ylabel="step size", xlabel=_LABELS[x], ylim=(-0.05, 1.05))
+    if np.any(sizes == 0):
+        axes[4].legend()
+    for each in axes:
+        each.grid(alpha=0.3)
+    if path is not None:
+        figure.savefig(path, dpi=100)
+    return figure
+
+
+def _columns(updates):
+    """Returns a dict of arrays, one number an update."""
+    if isinstance(updates, keras.callbacks.History):
+        columns = {name: np.asarray(values, float) for name, values in updates.history.items()}
+        columns["update"] = np.arange(1, len(updates.epoch) + 1)
+    else:
+        records = updates if isinstance(updates, (list, tuple)) else read_updates(updates)
+        names = [name for name in (records[0] if records else {}) if name != "cg"]
+        columns = {name: np.asarray([record[name] for record in records], float) for name in names}
+    if not len(columns.get("reduction_ratio", ())):
+        raise ValueError(
+            "`updates` must hold updates of an `HFModel`: the file of an `UpdateRecorder`, what `read_updates` gives, or a `History`. "
+            f"Received: {type(updates).__name__} with {sorted(columns) or 'nothing'}."
+        )
+    return columns

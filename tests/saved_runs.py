@@ -1,0 +1,79 @@
+"""A run that is kept in every way after three updates, and goes on; also as a script, in a process of its own."""
+
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_hf import GrowingBatch, HessianFree, HFModel, KroneckerFactored, LevenbergMarquardt
+
+WAYS = ["run", "best", "weights", "checkpoint", "backup"]
+X = np.random.default_rng(0).normal(size=(120, 3)).astype("float32")
+Y = np.sin(2 * X[:, :2])
+
+
+def make():
+    """A model whose random parts draw their own seeds: nothing but what is saved can bring them back."""
+    layers = [keras.layers.Dense(6, "tanh"), keras.layers.Dropout(0.1), keras.layers.Dense(2)]
+    model = HFModel(keras.Sequential([keras.Input((3,)), *layers]))
+    optimizer = HessianFree(
+        7.0, preconditioner=KroneckerFactored(50, interval=2), growing_batch=GrowingBatch(40), curvature_batch_size=30
+    )
+    model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+def fit(model, epochs, callbacks=()):
+    """Trains with a search for the damping, which has a state, too. The rule stands last: `fit` has to call it first."""
+    return model.fit(X, Y, epochs=epochs, callbacks=[*callbacks, LevenbergMarquardt(calibrate=True)], verbose=0)
+
+
+class Crash(keras.callbacks.Callback):
+    """Ends training before the fourth update."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+
+def three_updates(folder, model):
+    """Makes three updates, kept in every way."""
+    saving = keras.callbacks.ModelCheckpoint(f"{folder}/best.keras", save_freq=1)
+    try:
+        fit(model, 6, [keras.callbacks.BackupAndRestore(f"{folder}/backup"), saving, Crash()])
+    except KeyboardInterrupt:
+        pass
+    model.save(f"{folder}/run.keras")
+    model.save_weights(f"{folder}/run.weights.h5")
+    tf.train.Checkpoint(model=model).write(f"{folder}/checkpoint")
+
+
+def three_more(folder, way):
+    """Goes on where the first three updates ended, and returns the model."""
+    if way == "backup":
+        model = make()
+        fit(model, 6, [keras.callbacks.BackupAndRestore(f"{folder}/backup", delete_checkpoint=False)])
+        return model
+    if way in ("run", "best"):
+        model = keras.models.load_model(f"{folder}/{way}.keras")
+    else:
+        model = make()
+        if way == "weights":
+            model.load_weights(f"{folder}/run.weights.h5")
+        else:
+            tf.train.Checkpoint(model=model).read(f"{folder}/checkpoint").assert_existing_objects_matched()
+    fit(model, 3)
+    return model
+
+
+def values(model):
+    """All that training goes on from."""
+    return [np.asarray(variable) for variable in [*model.weights, *model.optimizer.variables]]
+
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    for way in WAYS:
+        np.savez(Path(target, f"{way}.npz"), *values(three_more(source, way)))

@@ -1,0 +1,66 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_hf import plots
+
+RECORDS = [
+    {
+        "update": i + 1,
+        "seconds": 0.5 * i,
+        "cost": 100.0 * (i + 1),
+        "loss": 2.0**-i,
+        "damping": 1.0,
+        "reduction_ratio": ratio,
+        "cg_iterations": 10 + i,
+        "cg_step": 7,
+        "step_size": size,
+        "cg": {"values": [0.0]},
+    }
+    for i, (ratio, size) in enumerate([(0.5, 1.0), (-np.inf, 0.0), (np.nan, 0.0), (3.0, 0.64)])
+]
+
+
+def lines(figure, panel):
+    return {line.get_label(): line for line in figure.axes[panel].lines}
+
+
+@pytest.mark.parametrize(
+    "x, expected", [("update", [1, 2, 3, 4]), ("seconds", [0, 0.5, 1, 1.5]), ("cost", [100, 300, 600, 1000])]
+)
+def test_panels_hold_what_the_updates_say(x, expected):
+    figure = plots.plot_updates(RECORDS, x)
+    losses = lines(figure, 0)["loss"]
+    np.testing.assert_array_equal(losses.get_xdata(), expected)
+    np.testing.assert_array_equal(losses.get_ydata(), [1, 0.5, 0.25, 0.125])
+    np.testing.assert_array_equal(lines(figure, 3)["run"].get_ydata(), [10, 11, 12, 13])
+    np.testing.assert_array_equal(lines(figure, 4)["rejected"].get_xdata(), expected[1:3])
+
+
+def test_ratios_beyond_the_panel_are_marked_at_its_edge():
+    _, marks = plots.plot_updates(RECORDS).axes[2].lines
+    np.testing.assert_array_equal(marks.get_xdata(), [2, 4])
+    np.testing.assert_array_equal(marks.get_ydata(), [-0.5, 1.5])
+
+
+def test_a_history_is_drawn_with_the_loss_of_validation(tmp_path):
+    history = keras.callbacks.History()
+    history.epoch = [0, 1, 2, 3]
+    history.history = {
+        key: [record[key] for record in RECORDS] for key in RECORDS[0] if key not in ("update", "cg", "seconds", "cost")
+    }
+    history.history["val_loss"] = [3.0, 2.0, 1.0, 1.5]
+    figure = plots.plot_updates(history, path=tmp_path / "run.png")
+    assert set(lines(figure, 0)) == {"loss", "val_loss"}
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"`x` must be one of \['update'\] for these updates. Received: x='seconds'"):
+        plots.plot_updates(history, x="seconds")
+
+
+@pytest.mark.parametrize("kind", [list, keras.callbacks.History])
+def test_updates_that_are_none_are_refused(kind):
+    updates = kind()
+    if kind is not list:
+        updates.on_train_begin()
+    with pytest.raises(ValueError, match="must hold updates of an `HFModel`.*with nothing"):
+        plots.plot_updates(updates)

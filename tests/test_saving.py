@@ -1,0 +1,162 @@
+"""What comes back, and what is kept: files, checkpoints, crashes."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import saved_runs
+from saved_runs import WAYS, X, fit, make, three_more, three_updates, values
+
+from keras_hf import HessianFree, HFModel
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def six_updates(tmp_path_factory):
+    """Where three updates were kept, and what six leave."""
+    folder = str(tmp_path_factory.mktemp("saving"))
+    keras.utils.set_random_seed(11)
+    three_updates(folder, make())
+    keras.utils.set_random_seed(11)
+    model = make()
+    history = fit(model, 6).history
+    # Else the order of cases and the search for the damping would have nothing to bring back.
+    assert history["num_cases"][0] == 40 and len(set(history["damping"])) > 2
+    return folder, values(model)
+
+
+@pytest.mark.parametrize(
+    "way", [way if way == "weights" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
+def test_three_updates_and_three_are_six(six_updates, way):
+    folder, expected = six_updates
+    assert_same(values(three_more(folder, way)), expected)
+
+
+@pytest.mark.slow
+def test_three_updates_and_three_are_six_in_a_process_of_their_own(six_updates, tmp_path):
+    folder, expected = six_updates
+    subprocess.run([sys.executable, saved_runs.__file__, folder, tmp_path], check=True, cwd=Path(__file__).parents[1])
+    for way in WAYS:
+        with np.load(tmp_path / f"{way}.npz") as arrays:
+            assert_same(list(arrays.values()), expected)
+
+
+def test_what_a_callback_saves_is_the_damping_of_the_next_update(tmp_path):
+    model = make()
+    saving = keras.callbacks.ModelCheckpoint(tmp_path / "a.weights.h5", save_weights_only=True, save_freq=1)
+    fit(model, 1, [saving])
+    other = make()
+    other.load_weights(tmp_path / "a.weights.h5")
+    assert float(other.optimizer.damping) == float(model.optimizer.damping) != 7.0
+
+
+def test_configurations_make_the_same_model():
+    model = make()
+    x = np.ones((2, 3), "float32")
+    for copy in (
+        keras.models.clone_model(model),
+        HFModel.from_config(model.get_config()),
+        keras.models.model_from_json(model.to_json()),
+    ):
+        assert isinstance(copy, HFModel)
+        copy.set_weights(model.get_weights())
+        np.testing.assert_array_equal(copy.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+def test_the_network_is_a_plain_keras_file(tmp_path):
+    model = make()
+    model.network.save(tmp_path / "network.keras")
+    with zipfile.ZipFile(tmp_path / "network.keras") as file:
+        assert b"keras_hf" not in file.read("config.json")
+    network = keras.models.load_model(tmp_path / "network.keras")
+    np.testing.assert_array_equal(network.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package_is_told_of_it(tmp_path):
+    make().save(tmp_path / "run.keras")
+    script = (
+        f"import sys; sys.modules['keras_hf'] = None\nimport keras; keras.models.load_model('{tmp_path}/run.keras')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and "keras_hf" in done.stderr.splitlines()[-1] + done.stderr[-2000:]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    model = make()
+    for name, save in (("run.keras", model.save), ("run.weights.h5", model.save_weights)):
+        save(tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+
+        def fail(*args, **kwargs):
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HessianFree, "save_own_variables", fail)
+            with pytest.raises(OSError, match="No space left"):
+                save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+        save(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.keras", "run.weights.h5"]
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    model = make()
+    model.save(tmp_path / "run.keras")
+    whole = (tmp_path / "run.keras").read_bytes()
+    (tmp_path / "run.keras").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((ValueError, zipfile.BadZipFile), match="(?i)zip|not a valid"):
+        keras.models.load_model(tmp_path / "run.keras")
+    (tmp_path / "run.weights.h5").write_bytes(b"something else")
+    before = values(model)
+    with pytest.raises(OSError, match="file signature not found"):
+        model.load_weights(tmp_path / "run.weights.h5")
+    assert_same(values(model), before)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    model = make()
+    model.save_weights(tmp_path / "run.weights.h5")
+    other = HFModel(
+        keras.Sequential([keras.Input((3,)), keras.layers.Dense(5), keras.layers.Dropout(0.1), keras.layers.Dense(2)])
+    )
+    other.compile(loss="mse")
+    with pytest.raises(ValueError, match=r"(?s)\(3, 5\).*\(3, 6\)|\(3, 6\).*\(3, 5\)"):
+        other.load_weights(tmp_path / "run.weights.h5")
+
+
+def test_weights_for_an_unbuilt_network_are_refused(tmp_path):
+    make().save_weights(tmp_path / "run.weights.h5")
+    unbuilt = HFModel(keras.Sequential([keras.layers.Dense(6), keras.layers.Dense(2)]))
+    unbuilt.compile(loss="mse")
+    with pytest.raises(ValueError, match="(?i)built"):
+        unbuilt.load_weights(tmp_path / "run.weights.h5")
+
+
+def test_an_unknown_key_of_a_configuration_is_named():
+    config = {**HessianFree().get_config(), "curvature_size": 3}
+    with pytest.raises(ValueError, match="curvature_size"):
+        HessianFree.from_config(config)
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
+def test_a_damping_that_is_none_is_refused_and_nothing_lost(six_updates, damping):
+    folder, _ = six_updates
+    model = keras.models.load_model(folder + "/run.keras")
+    before = values(model)
+    good = float(model.optimizer.damping)
+    model.optimizer.damping.assign(damping)
+    with pytest.raises(ValueError, match="damping must be a finite number >= 0. Received: optimizer.damping="):
+        fit(model, 1)
+    model.optimizer.damping.assign(good)
+    assert_same(values(model), before)
