@@ -58,8 +58,10 @@ def levers(num_cases):
         **{f"warm start x {decay:g}": {"warm_start_decay": decay} for decay in (0.0, 0.5, 0.9, 0.95, 1.0)},
         "damping factor 1.5": {"damping_rule": LevenbergMarquardt(factor=1.5)},
         "damping factor 4": {"damping_rule": LevenbergMarquardt(factor=4)},
+        "damping in every fifth update": {"damping_rule": LevenbergMarquardt(interval=5)},
         "damping lowered above .75": {"damping_rule": LevenbergMarquardt(high=0.75)},
         "damping from a tenth": {"damping": 4.5},
+        "damping searched for": {"damping_rule": LevenbergMarquardt(calibrate=True)},
         **{f"L2 {l2:g}": {"l2": l2} for l2 in (1e-5, 0.0)},
         "Glorot's weights": {"sparse": False},
     }

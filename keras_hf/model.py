@@ -139,6 +139,28 @@ class HFModel(keras.Model):
         with _replacing(filepath, overwrite and max_shard_size is None) as path:
             super().save_weights(path, overwrite, max_shard_size)
 
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        """Loads what `save_weights` saved; arguments as `keras.Model.load_weights`. A file that does not fit leaves every value as it was.
+
+        Raises:
+            ValueError: If the file holds other weights than this model has.
+        """
+        variables = [*self.variables, *(self.optimizer.variables if self.optimizer else ())]
+        before = [variable.numpy() for variable in variables]
+        try:
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+        except Exception as error:
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
+            if not isinstance(error, ValueError):
+                raise
+            shapes = [tuple(weight.shape) for weight in self.weights]
+            raise ValueError(
+                f"{filepath} does not hold the weights of this model, which stays as it was. The file must come from a model of the same layers; "
+                f"this one has weights of the shapes {shapes or '(none yet: build it first, by calling it on some cases)'}. "
+                f"Received from Keras: {error}"
+            ) from error
+
     def get_config(self):
         """Returns the constructor's arguments as a dict."""
         return {"network": keras.saving.serialize_keras_object(self.network), "name": self.name}
@@ -294,7 +316,7 @@ class HFModel(keras.Model):
             try:
                 with _as_written(), self._xla_explained():
                     logs = dict(step(iterator))
-                trace = logs.pop("trace")
+                trace = logs.pop("trace", None)
                 errors = [float(logs.pop(key, 0.0)) for key in ("product_error", "repeat_error")]
                 self._raise_if_wrong(*errors, logs)
             except (StopIteration, tf.errors.OutOfRangeError):

@@ -84,7 +84,8 @@ def _columns(updates):
     """Returns a dict of arrays, one number an update."""
     if isinstance(updates, keras.callbacks.History):
         columns = {name: np.asarray(values, float) for name, values in updates.history.items()}
-        columns["update"] = np.arange(1, len(updates.epoch) + 1)
+        if columns:
+            columns["update"] = np.arange(1, len(columns["loss"]) + 1)
     else:
         records = updates if isinstance(updates, (list, tuple)) else read_updates(updates)
         names = [name for name in (records[0] if records else {}) if name != "cg"]

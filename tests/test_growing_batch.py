@@ -250,6 +250,7 @@ def test_unseen_cases_leave_no_trace_in_batch_statistics():
 # Saving.
 
 
+@pytest.mark.slow
 def test_a_saved_model_goes_on_with_the_same_part(tmp_path):
     model = compiled(GrowingBatch(initial_size=3, share=1, patience=2), damping=1e-3)
     fit(model, X, Y, epochs=4)

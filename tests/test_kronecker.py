@@ -427,6 +427,7 @@ def test_inverses_serve_for_an_interval_of_updates(columns, monkeypatch):
     assert np.abs(refreshed - first).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_saved_model_goes_on_bit_equally(tmp_path):
     optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(interval=3), max_cg_iterations=3, seed=0)
     model = make_model(optimizer=optimizer)

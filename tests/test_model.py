@@ -211,18 +211,6 @@ def test_summary_shows_the_layers_of_the_network(capsys):
 # Saving.
 
 
-def test_a_saved_model_goes_on_where_it_stopped(tmp_path):
-    x, y = cases()
-    model = compiled()
-    fit(model, x, y, epochs=3)
-    model.save(tmp_path / "run.keras")
-    again = keras.models.load_model(tmp_path / "run.keras")
-    fit(model, x, y, epochs=3)
-    fit(again, x, y, epochs=3)
-    for one, other in zip(all_values(model), all_values(again), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 @keras.saving.register_keras_serializable("tests")
 class Subclassed(keras.Model):
     """A network that Keras cannot look into."""
