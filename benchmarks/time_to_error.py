@@ -37,7 +37,7 @@ from keras import ops
 from examples.autoencoder import build_autoencoder, cross_entropy, recipe, squared_error
 from examples.baselines import NesterovMomentum, Recorder, fit_compiled, fit_lbfgs, muon
 from examples.datasets import mnist, synthetic_curves
-from keras_hf import HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -204,6 +204,8 @@ PROBLEMS = {
 def fit_hessian_free(problem, setting, network, cases, recorder, seed, damping_rule=None):
     """Trains by Hessian-free optimization with the package's defaults, but for what the setting says."""
     arguments = {name: value for name, value in setting.items() if name not in SHARED}
+    if "initial_size" in arguments:
+        arguments["growing_batch"] = GrowingBatch(initial_size=arguments.pop("initial_size"))
     optimizer = HessianFree(**{"damping": problem.damping, **arguments}, seed=seed)
     _fit_hessian_free(optimizer, damping_rule or LevenbergMarquardt(), problem, network, cases, recorder)
 
@@ -273,6 +275,10 @@ SHARED = ("l2",)  # What any setting may hold besides its method's own arguments
 # loss summed over pixels (autoencoders) and averaged over cases.
 GRIDS = {
     ("hf", "autoencoder"): _product(damping=(45.0, 4.5)),
+    ("hf", "mnist-autoencoder"): [
+        *_product(damping=(45.0, 4.5)),
+        *_product(damping=(45.0,), initial_size=(1000, 2000)),
+    ],
     ("hf", "classifier"): _product(damping=(1.0, 0.1)),
     ("recipe", "autoencoder"): [{}],
     ("recipe", "classifier"): [{}],

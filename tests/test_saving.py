@@ -96,7 +96,8 @@ def test_an_export_has_the_signature_of_the_networks_own(tmp_path):
     assert one.structured_input_signature == other.structured_input_signature
     expected = model.predict(X, verbose=0)
     np.testing.assert_allclose(served["model"].serve(X), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(served["plain"](X), expected, rtol=1e-5, atol=1e-6)
+    plain = served["plain"].signatures["serving_default"](inputs=tf.constant(X))["output_0"]
+    np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
