@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import batching, checks
+from keras_hf import arrays, batching, checks
 from keras_hf.cg import CGStop
 from keras_hf.curvature import GaussNewton
 from keras_hf.damping import DampingCallback
@@ -256,7 +256,7 @@ class HFModel(keras.Model):
         if isinstance(callbacks, (list, tuple)):
             callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, DampingCallback))
         self._batch_may_be_small = True
-        if _is_arrays(x):
+        if arrays.is_arrays(x):
             batch_size = checks.count("batch_size", batch_size, optional=True)
             num_cases = checks.num_cases(x, y, sample_weight)
             if y is None and self._compile_loss is not None and type(self).compute_loss is HFModel.compute_loss:
@@ -274,13 +274,13 @@ class HFModel(keras.Model):
                 seed, shuffle = self.optimizer.seed if shuffle else None, False
                 if self.distribute_strategy.num_replicas_in_sync == self.steps_per_execution == 1:
                     if validation_split and validation_data is None:
-                        x, y, sample_weight, validation_data = _split((x, y, sample_weight), num_cases)
+                        x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
                         validation_split = 0.0
-                    x, steps_per_epoch = _repeated(x, y, sample_weight, seed), 1
+                    x, steps_per_epoch = arrays.repeated(x, y, sample_weight, seed), 1
                     y = sample_weight = batch_size = None
                 elif seed is not None:
                     places = batching.order(num_cases, tf.convert_to_tensor(seed)).numpy()
-                    x, y, sample_weight = _in_order((x, y, sample_weight), places)
+                    x, y, sample_weight = arrays.in_order((x, y, sample_weight), places)
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
         return super().fit(
@@ -339,7 +339,7 @@ class HFModel(keras.Model):
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Makes one update on these cases; arguments as `keras.Model.train_on_batch`."""
-        if _is_arrays(x):
+        if arrays.is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
         return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
 
@@ -782,67 +782,6 @@ def _all_finite(tensors):
     """Whether all numbers in a nest of tensors are finite, a bool scalar."""
     floats = [tensor for tensor in tf.nest.flatten(tensors) if tensor.dtype.is_floating]
     return tf.reduce_all([True, *[tf.reduce_all(tf.math.is_finite(tensor)) for tensor in floats]])
-
-
-def _is_arrays(x):
-    """Whether `fit` was given arrays, and not a dataset or a generator."""
-    if x is None or isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset, keras.utils.PyDataset)):
-        return False
-    leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
-    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__len__") for leaf in leaves)
-
-
-def _split(arrays, num_cases):
-    """Takes the first cases of each of `(x, y, sample_weight)` for training, and gives the rest as Keras' `validation_data`."""
-    first, rest = (
-        keras.tree.map_structure(
-            lambda array, part=part: None if array is None else getattr(array, "iloc", array)[part], arrays
-        )
-        for part in (slice(num_cases), slice(num_cases, None))
-    )
-    return *first, rest if arrays[2] is not None else rest[:2]
-
-
-def _repeated(x, y, sample_weight, seed):
-    """Gives arrays as a dataset of one batch, again and again: Keras would copy them, and start anew, in every epoch.
-
-    They are put in the order of `seed` when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
-    """
-    arrays = x, y, sample_weight
-
-    def tensor(array):
-        array = array if isinstance(array, tf.Tensor) else np.asarray(array)
-        is_float = tf.as_dtype(array.dtype).is_floating
-        return tf.cast(array, keras.config.floatx()) if is_float else tf.convert_to_tensor(array)
-
-    while arrays[-1] is None:
-        arrays = arrays[:-1]
-    tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), tuple(arrays))
-    # tf.data would pack a list into one tensor.
-    batch = tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors))
-    if seed is not None:
-
-        def in_order(*tensors):
-            places = batching.order(tf.shape(keras.tree.flatten(tensors[0])[0])[0], tf.convert_to_tensor(seed))
-            gather = lambda tensor: None if tensor is None else tf.gather(tensor, places)  # noqa: E731
-            return keras.tree.map_structure(gather, tensors)
-
-        batch = batch.map(in_order).cache()
-    return batch.repeat()
-
-
-def _in_order(arrays, order):
-    """Takes the first `len(order)` cases of each array in that order, the rest (Keras' validation split) after them as they are."""
-
-    def permute(array):
-        if array is None:
-            return None
-        places = np.concatenate([order, np.arange(len(order), len(array))])
-        if hasattr(array, "iloc"):  # pandas
-            return array.iloc[places]
-        return tf.gather(array, places) if isinstance(array, tf.Tensor) else np.asarray(array)[places]
-
-    return keras.tree.map_structure(permute, arrays)
 
 
 def _checked(loss):

@@ -10,7 +10,7 @@ from keras import layers
 from problems import loss_derivatives, model_data, with_objective
 
 from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, Identity, LevenbergMarquardt
-from keras_hf.model import _repeated
+from keras_hf.arrays import repeated
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
 
@@ -279,7 +279,7 @@ def test_arrays_are_converted_once_to_the_floats_of_keras_and_nothing_else_is(fl
     keras.config.set_floatx(floatx)
     arrays = {"a": X, "b": tf.constant(Y), "c": WEIGHT.astype("float16"), "none": None}
     others = {"i": CLASSES, "u": CLASSES.astype("uint8"), "s": np.array(["a"] * 24), "t": CLASSES > 1}
-    batch, y = next(iter(_repeated(arrays, others, None)))
+    batch, y = next(iter(repeated(arrays, others, None, None)))
     assert {name: None if leaf is None else leaf.dtype.name for name, leaf in batch.items()} == {
         "a": floatx,
         "b": floatx,
@@ -296,7 +296,7 @@ def test_arrays_are_converted_once_to_the_floats_of_keras_and_nothing_else_is(fl
 
 
 def test_lists_of_arrays_stay_apart():
-    x, y, weight = next(iter(_repeated([X, X[:, :1], [X]], [Y], WEIGHT)))
+    x, y, weight = next(iter(repeated([X, X[:, :1], [X]], [Y], WEIGHT, None)))
     assert keras.tree.map_structure(lambda leaf: tuple(leaf.shape), x) == ((24, 2), (24, 1), ((24, 2),))
     assert [tuple(leaf.shape) for leaf in y] == [(24, 3)] and weight.shape == (24,)
 

@@ -1,0 +1,68 @@
+"""What `fit` does with arrays of cases: one batch of all of them, in an order that stays."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_hf import batching
+
+
+def is_arrays(x):
+    """Whether `fit` was given arrays, and not a dataset or a generator."""
+    if x is None or isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset, keras.utils.PyDataset)):
+        return False
+    leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
+    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__len__") for leaf in leaves)
+
+
+def split(arrays, num_cases):
+    """Takes the first cases of each of `(x, y, sample_weight)` for training, and gives the rest as Keras' `validation_data`."""
+    first, rest = (
+        keras.tree.map_structure(
+            lambda array, part=part: None if array is None else getattr(array, "iloc", array)[part], arrays
+        )
+        for part in (slice(num_cases), slice(num_cases, None))
+    )
+    return *first, rest if arrays[2] is not None else rest[:2]
+
+
+def repeated(x, y, sample_weight, seed):
+    """Gives arrays as a dataset of one batch, again and again: Keras would copy them, and start anew, in every epoch.
+
+    They are put in the order of `seed` when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
+    """
+    arrays = x, y, sample_weight
+
+    def tensor(array):
+        array = array if isinstance(array, tf.Tensor) else np.asarray(array)
+        is_float = tf.as_dtype(array.dtype).is_floating
+        return tf.cast(array, keras.config.floatx()) if is_float else tf.convert_to_tensor(array)
+
+    while arrays[-1] is None:
+        arrays = arrays[:-1]
+    tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), tuple(arrays))
+    # tf.data would pack a list into one tensor.
+    batch = tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors))
+    if seed is not None:
+
+        def permuted(*tensors):
+            places = batching.order(tf.shape(keras.tree.flatten(tensors[0])[0])[0], tf.convert_to_tensor(seed))
+            gather = lambda tensor: None if tensor is None else tf.gather(tensor, places)  # noqa: E731
+            return keras.tree.map_structure(gather, tensors)
+
+        batch = batch.map(permuted).cache()
+    return batch.repeat()
+
+
+def in_order(arrays, places):
+    """Takes the first cases of each array in the order of `places`, the rest (Keras' validation split) after them as they are."""
+
+    def permute(array):
+        if array is None:
+            return None
+        all_places = np.concatenate([places, np.arange(len(places), len(array))])
+        if hasattr(array, "iloc"):  # pandas
+            return array.iloc[all_places]
+        return tf.gather(array, all_places) if isinstance(array, tf.Tensor) else np.asarray(array)[all_places]
+
+    return keras.tree.map_structure(permute, arrays)
