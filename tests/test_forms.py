@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers
 from problems import loss_derivatives, model_data, with_objective
 
-from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, Identity, LevenbergMarquardt
+from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, Identity, LevenbergMarquardt, batching
 from keras_hf.arrays import repeated
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -293,6 +293,23 @@ def test_arrays_are_converted_once_to_the_floats_of_keras_and_nothing_else_is(fl
         "t": "bool",
     }
     np.testing.assert_array_equal(batch["a"], X.astype(floatx))
+
+
+def test_all_arrays_come_in_the_order_that_the_seed_has_when_training_begins():
+    seed, places = tf.Variable(3), np.arange(24)
+    batches = iter(repeated({"a": places, "none": None}, [places, places.astype(str)], WEIGHT, seed).take(2))
+    seed.assign(4)
+    (x, (y, names), weight), (again, *_) = batches
+    order = x["a"].numpy()
+    assert x["none"] is None and sorted(order) == list(places) != list(order)
+    np.testing.assert_array_equal(order, batching.order(24, 4))
+    for leaf, expected in (
+        (y, order),
+        (names, order.astype(str).astype("S")),
+        (weight, WEIGHT[order]),
+        (again["a"], order),
+    ):
+        np.testing.assert_array_equal(leaf, expected)
 
 
 def test_lists_of_arrays_stay_apart():
