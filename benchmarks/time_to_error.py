@@ -277,7 +277,7 @@ GRIDS = {
     ("hf", "autoencoder"): _product(damping=(45.0, 4.5)),
     ("hf", "mnist-autoencoder"): [
         *_product(damping=(45.0, 4.5)),
-        *_product(damping=(45.0,), initial_size=(1000, 2000)),
+        *_product(damping=(45.0,), initial_size=(1000,)),
     ],
     ("hf", "classifier"): _product(damping=(1.0, 0.1)),
     ("recipe", "autoencoder"): [{}],
