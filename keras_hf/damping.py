@@ -12,6 +12,11 @@ _SMALLEST = 2.0**-126
 _CONTENT, _STRIDE = (0.75, 0.95), 10.0
 
 
+def _number(value):
+    """The value of a Keras variable, also of one on several replicas, or of an initial damping."""
+    return value.numpy().item() if isinstance(value, keras.Variable) else value
+
+
 class DampingCallback(keras.callbacks.Callback):
     """Base of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
 
@@ -137,7 +142,7 @@ class LevenbergMarquardt(DampingCallback):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        if self.calibrate and float(self.model.optimizer.damping) == 0:
+        if self.calibrate and _number(self.model.optimizer.damping) == 0:
             raise ValueError(
                 "`LevenbergMarquardt(calibrate=True)` searches by factors, which lead nowhere from 0. Received: damping=0. "
                 "Start at `HessianFree(damping=1.0)`."
@@ -152,7 +157,7 @@ class LevenbergMarquardt(DampingCallback):
                 optimizer.damping.assign(damping)
                 optimizer.damping_bounds.assign(bounds)
                 return
-        if int(optimizer.iterations) % self.interval == 0:
+        if _number(optimizer.iterations) % self.interval == 0:
             super().on_train_batch_end(batch, logs)
 
     def _searched(self, logs, lower, upper):

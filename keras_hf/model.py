@@ -310,7 +310,8 @@ class HFModel(keras.Model):
         step = self.train_function
 
         def train_function(iterator):
-            checks.current_damping(float(self.optimizer.damping))
+            # `.numpy()`, since the variables of replicas are no numbers.
+            checks.current_damping(float(self.optimizer.damping.numpy()))
             variables = [variable.value for variable in [*self.variables, *self.optimizer.variables]]
             before = [variable.read_value() for variable in variables]
             try:

@@ -233,7 +233,7 @@ class HessianFree(keras.optimizers.Optimizer):
             "warm_start_decay": self.warm_start_decay,
             "curvature_batch_size": self.curvature_batch_size,
             "micro_batch_size": self.micro_batch_size,
-            "seed": int(self.seed),
+            "seed": self._initial_seed if self._seed is None else int(self._seed.numpy()),
             "name": self.name,
         }
         parts = {name: getattr(self, name) for name in _PARTS}

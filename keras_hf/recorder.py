@@ -63,7 +63,7 @@ class UpdateRecorder(keras.callbacks.Callback):
         self.append = True
 
     def _num_updates(self):
-        return int(self.model.optimizer.iterations)
+        return int(self.model.optimizer.iterations.numpy())
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch

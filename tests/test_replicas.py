@@ -6,7 +6,15 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import EmpiricalFisherDiagonal, GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import (
+    EmpiricalFisherDiagonal,
+    GrowingBatch,
+    HessianFree,
+    HFModel,
+    LevenbergMarquardt,
+    UpdateRecorder,
+    read_updates,
+)
 
 
 def cases(num_cases):
@@ -74,6 +82,20 @@ def test_the_chunk_is_shared_among_replicas():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     _, history = trained(strategy, *cases(51), optimizer={"curvature_batch_size": 25})
     assert np.diff(history["loss"]).max() < 0
+
+
+@pytest.mark.slow
+def test_two_replicas_are_recorded_searched_and_saved_as_one_device_is(tmp_path):
+    model = untrained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    callbacks = [UpdateRecorder(tmp_path / "u.jsonl"), LevenbergMarquardt(calibrate=True, interval=2)]
+    history = model.fit(*cases(51), epochs=3, callbacks=callbacks, verbose=0).history
+    records = read_updates(tmp_path / "u.jsonl")
+    assert [record["damping"] for record in records] == history["damping"] and len(set(history["damping"])) > 1
+    assert [len(record["cg"]["values"]) - 1 for record in records] == history["cg_iterations"]
+    model.save(tmp_path / "run.keras")
+    again = keras.models.load_model(tmp_path / "run.keras")
+    for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
 @pytest.mark.slow
