@@ -195,6 +195,7 @@ def test_a_nan_anywhere_rejects_the_step(where):
     assert_rejected(model, history, before)
 
 
+@pytest.mark.slow
 def test_weights_of_zero_leave_nothing_to_do():
     model = compiled(network())
     before = model.get_weights()

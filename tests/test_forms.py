@@ -318,6 +318,7 @@ def test_lists_of_arrays_stay_apart():
     assert [tuple(leaf.shape) for leaf in y] == [(24, 3)] and weight.shape == (24,)
 
 
+@pytest.mark.slow
 def test_steps_per_epoch_cuts_arrays_as_in_keras():
     after, history = weights_after(x=X, y=Y, sample_weight=WEIGHT, steps_per_epoch=2)
     assert history["num_cases"] == [12]
@@ -440,6 +441,7 @@ STRUCTURES = {
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.slow
 def test_any_structure_gives_the_updates_of_dicts(structure):
     net, x, y, loss, loss_weights, sample_weight = STRUCTURES[structure]()
     if structure.startswith("list of"):

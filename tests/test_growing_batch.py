@@ -88,7 +88,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name == "chunk and pieces" else pytest.mark.slow)
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_updates_and_logs_are_those_of_the_cases_used_alone(options):
     model, reference = compiled(fixed(), **options), compiled(**options)
     history = fit(model, X, Y, epochs=5)

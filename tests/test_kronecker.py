@@ -485,6 +485,7 @@ def test_eager_updates_keep_inverses_too():
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+@pytest.mark.slow
 def test_trains_in_lower_precision(policy):
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(policy)

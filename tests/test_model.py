@@ -373,6 +373,7 @@ def test_a_loss_without_curvature_is_said_with_its_smooth_cousin(loss, cousin):
         HFModel(network()).compile(loss=loss)
 
 
+@pytest.mark.slow
 def test_fit_without_a_damping_rule_warns_once():
     model = compiled()
     with pytest.warns(UserWarning, match=r"without a damping callback.*LevenbergMarquardt\(\)") as record:

@@ -117,6 +117,7 @@ def test_saved_variables_hold_the_states_of_parts():
     assert int(again.part_state("growing_batch")["start"]) == 11
 
 
+@pytest.mark.slow
 def test_every_update_hands_the_state_to_the_next_and_a_saved_model_goes_on(tmp_path):
     x, y = cases()
     model = compiled()

@@ -76,6 +76,7 @@ def test_wrong_products_reject_the_step_and_raise_with_the_cure(no_structural_gu
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_grouped_convolutions_train_by_default_and_refuse_forward_accumulation():
     assert fit(grouped(GaussNewton()), IMAGES, TARGETS)["step_size"][0] > 0
     with pytest.raises(ValueError, match="gives wrong products.*PartitionedCall"):
@@ -249,6 +250,7 @@ def test_xla_is_chosen_where_it_was_measured_to_pay(network, compiles):
     assert linearization.jit_compile == compiles
 
 
+@pytest.mark.slow
 def test_compiled_products_of_a_random_network_are_kept_or_refused():
     stack = [keras.Input((2,)), layers.Dense(4), layers.Dropout(0.5, seed=0), layers.Dense(3)]
     for way, message in (

@@ -75,7 +75,9 @@ def relative_error(found, exact):
     return np.linalg.norm(found - exact) / np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("kind", ["dense", "dense, float32 output", "convolution", "recurrent"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "dense, float32 output", "convolution", pytest.param("recurrent", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
 def test_gradient_product_and_squares_are_right_to_rounding(kind, policy):
     exact, found = numbers(kind, "float64"), numbers(kind, policy)

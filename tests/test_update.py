@@ -82,6 +82,7 @@ def test_reduction_ratio_is_one_on_a_quadratic_for_any_damping(damping, chunk):
     assert found.step_size == 1
 
 
+@pytest.mark.slow
 def test_undamped_update_solves_least_squares():
     model, data = linear_regression()
     found = with_objective(model, data, lambda o: (o.candidate(update(o, damping=0.0).step), update(o, damping=0.0)))
@@ -109,6 +110,7 @@ def test_negative_curvature_stops_cg_and_still_lowers_the_loss():
     assert after < found.loss
 
 
+@pytest.mark.slow
 def test_an_uphill_warm_start_is_dropped():
     model, data = problem_data()
 
