@@ -69,7 +69,9 @@ def test_pieces_of_7_and_8_equal_one_of_15(reduction, weighted):
     np.testing.assert_allclose(whole[1], gradient, **EXACT)
 
 
-@pytest.mark.parametrize("reduction", [pytest.param("sum", marks=pytest.mark.slow), "mean_with_sample_weight"])
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", pytest.param("sum", marks=pytest.mark.slow), "mean_with_sample_weight"]
+)
 def test_products_and_chunk_loss_are_those_of_the_chunk_alone(reduction):
     model = make_model(loss=keras.losses.MeanSquaredError(reduction=reduction))
     weight = np.linspace(0.1, 2, 15)
