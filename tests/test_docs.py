@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 import test_curvature
@@ -74,12 +73,6 @@ def test_the_index_names_every_page_and_the_readme_the_index():
     named = {file.resolve() for file, _ in links(PAGES["README.md"])}
     assert named == {path for name, path in PAGES.items() if name != "README.md"}
     assert PAGES["README.md"] in {file.resolve() for file, _ in links(ROOT / "README.md")}
-
-
-def test_lines_are_no_longer_than_those_of_the_code():
-    for name in set(PAGES) - {"support.md", "api.md"}:  # whose tables are written by scripts
-        lines = PAGES[name].read_text(encoding="utf-8").splitlines()
-        assert not [line for line in lines if len(line) > 150 and not line.startswith("|")], name
 
 
 def test_the_reference_is_what_the_docstrings_say():
