@@ -22,7 +22,7 @@ from keras_hf.plots import plot_updates
 
 NUM_CASES = 1_000
 WIDTHS = (100, 50, 25, 12, 6)
-COLUMNS = ("update", "loss", "loss of all", "damping", "reduction_ratio", "cg_iterations", "cg_step", "step_size", "num_cases")
+COLUMNS = ("update", "loss", "val_loss", "damping", "reduction_ratio", "cg_iterations", "cg_step", "step_size", "num_cases")
 
 
 class Run(NamedTuple):
@@ -81,7 +81,7 @@ def train(run, images, num_updates, path):
         path: Path of the record.
 
     Returns:
-        List of dicts, those of `read_updates` with one more number, `loss of all`: the loss of all images, after the update.
+        List of dicts, those of `read_updates` with one more number, `val_loss`: the loss of all images, after the update.
     """
     keras.utils.set_random_seed(0)
     x = images.copy()
@@ -105,7 +105,7 @@ def train(run, images, num_updates, path):
             verbose=0,
         )
     losses = history.history["val_loss"]
-    return [{**update, "loss of all": loss} for update, loss in zip(read_updates(path), losses, strict=True)]
+    return [{**update, "val_loss": loss} for update, loss in zip(read_updates(path), losses, strict=True)]
 
 
 def table(updates, shown):
@@ -126,16 +126,15 @@ def number(value):
 
 
 def plot(updates, path):
-    """Draws the updates, and the loss of all images beside that of the cases used.
+    """Draws the updates.
 
     Args:
         updates: List of dicts.
         path: Path of the PNG file.
     """
     figure = plot_updates(updates)
-    axes = figure.axes[0]
-    axes.plot([update["update"] for update in updates], [update["loss of all"] for update in updates], ":", label="of all")
-    figure.savefig(path, dpi=80)
+    figure.set_size_inches(7, 8)
+    figure.savefig(path, dpi=70)
 
 
 if __name__ == "__main__":
