@@ -1,0 +1,143 @@
+"""What the pages of docs/ promise: their code runs as printed, their links lead somewhere, and the reference is what the docstrings say."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_curvature
+import test_damping
+import test_preconditioners
+import test_stopping
+from problems import PROBLEMS, inputs, make_model, model_data, squared_case_gradients
+
+from docs import api
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
+# An index, measurements, and what docstrings say.
+WITHOUT_CODE = {"README.md", "api.md", "faster.md", "support.md"}
+WITH_CODE = sorted(set(PAGES) - WITHOUT_CODE)
+# Pages that take more than five seconds.
+SLOW = set(WITH_CODE) - {"how-it-works.md"}
+
+
+def blocks(name):
+    """The Python blocks of a page, after as many empty lines as stand before them, so that errors name the page's lines."""
+    text = PAGES[name].read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in found]
+
+
+def run(name, code, namespace):
+    exec(compile(code, PAGES[name], "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in WITH_CODE]
+)
+def test_code_runs_as_printed(name, tmp_path, monkeypatch):
+    assert blocks(name)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for code in blocks(name):
+        run(name, code, namespace)
+
+
+def test_pages_without_code_have_none():
+    assert WITHOUT_CODE < set(PAGES)
+    assert not any(blocks(name) for name in WITHOUT_CODE)
+
+
+def links(path):
+    """Targets of a page's relative links, as pairs of a file and an anchor."""
+    targets = re.findall(r"\]\(([^()\s]+)\)", path.read_text(encoding="utf-8"))
+    relative = [target.partition("#") for target in targets if "://" not in target]
+    return [(path.parent / file if file else path, anchor) for file, _, anchor in relative]
+
+
+def anchors(path):
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(path):
+    for file, anchor in links(path):
+        assert file.exists(), file
+        assert not anchor or anchor in anchors(file), anchor
+
+
+def test_the_index_names_every_page_and_the_readme_the_index():
+    named = {file.resolve() for file, _ in links(PAGES["README.md"])}
+    assert named == {path for name, path in PAGES.items() if name != "README.md"}
+    assert PAGES["README.md"] in {file.resolve() for file, _ in links(ROOT / "README.md")}
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    assert api.PATH.read_text(encoding="utf-8") == api.document(), "run `python -m docs.api`"
+
+
+def test_every_public_name_is_in_the_reference(monkeypatch):
+    monkeypatch.delitem(api.SECTIONS, "Damping rules")
+    with pytest.raises(ValueError, match="Missing: ConstantDamping, DampingCallback, LevenbergMarquardt"):
+        api.document()
+
+
+# The parts of writing-parts.md, held to the tests of the package's own.
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The names that the page's files define."""
+    files = [code for code in blocks("writing-parts.md") if code.lstrip().startswith('"""')]
+    assert len(files) == 4
+    namespace = {"__name__": "__main__"}
+    for code in files:
+        run("writing-parts.md", code, namespace)
+    return namespace
+
+
+def test_the_stopping_rule_keeps_to_its_tests(parts):
+    rule = parts["NashSofer"](tolerance=0.25)
+    test_stopping.test_configuration_survives_saving(rule)
+    test_stopping.test_compiled_and_eager_answers_agree(rule)
+    # Of a decrease by halves, iteration i wins i / (2^i - 1) of the average.
+    values = [0.5**i - 1 for i in range(10)]
+    assert [test_stopping.stops(rule, i, values) for i in range(1, 10)] == [i / (2**i - 1) <= 0.25 for i in range(1, 10)]
+
+
+def test_the_preconditioner_keeps_to_its_tests(parts, float64):
+    preconditioner = parts["HutchinsonDiagonal"](decay=0.5)
+    test_preconditioners.test_config_round_trip(preconditioner)
+    test_preconditioners.test_inverse_is_symmetric_positive_definite(preconditioner)
+
+
+def test_the_curvature_keeps_to_its_tests(parts, float64):
+    curvature = parts["EmpiricalFisher"]()
+    test_curvature.test_config_round_trip(curvature)
+    problem = PROBLEMS["categorical from probabilities"]
+    model = make_model(problem.activation, problem.loss)
+    data = model_data(model, inputs(), problem.targets(np.random.default_rng(3)))
+    for sizes in ({}, {"micro_batch_size": 4}):
+        found = test_curvature.matrix(model, data, curvature, **sizes)
+        np.testing.assert_allclose(np.diag(found), squared_case_gradients(model, data), **test_curvature.EXACT)
+        np.testing.assert_allclose(found, found.T, **test_curvature.EXACT)
+        assert np.linalg.matrix_rank(found) <= 15
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"), [(-np.inf, 2), (np.nan, 2), (0.0, 2), (0.5, 1), (1.0, 1 / 3), (1e200, 1 / 3), (np.inf, 1 / 3)]
+)
+def test_the_damping_rule_keeps_to_its_table(parts, ratio, factor):
+    rule = parts["Nielsen"]()
+    assert rule.next_damping(6.0, test_damping.logs(ratio)) == pytest.approx(6 * factor)
+    assert rule.next_damping(6.0, test_damping.logs(ratio, gradient_norm=0.0)) == 6.0
+
+
+def test_the_damping_rule_moves_the_damping_of_fit(parts):
+    model = test_damping.linear_model(damping=0.75)
+    run = test_damping.train(model, *test_damping.least_squares(), parts["Nielsen"](), epochs=3)
+    np.testing.assert_allclose(run.dampings, 0.75 / 3.0 ** np.arange(4), rtol=1e-4)
+    assert run.num_traces == 1
