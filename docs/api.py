@@ -194,7 +194,9 @@ def _listed(content):
 
 def _with_examples(text):
     """Fences what begins with a prompt of Python, up to the next empty line."""
-    return re.sub(r"^>>> .*?(?=\n\n|\Z)", lambda match: f"```pycon\n{match[0]}\n```", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(
+        r"^>>> .*?(?=\n\n|\Z)", lambda match: f"```pycon\n{match[0]}\n```", text, flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def _slug(title):

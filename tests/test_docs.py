@@ -105,7 +105,9 @@ def test_the_stopping_rule_keeps_to_its_tests(parts):
     test_stopping.test_compiled_and_eager_answers_agree(rule)
     # Of a decrease by halves, iteration i wins i / (2^i - 1) of the average.
     values = [0.5**i - 1 for i in range(10)]
-    assert [test_stopping.stops(rule, i, values) for i in range(1, 10)] == [i / (2**i - 1) <= 0.25 for i in range(1, 10)]
+    assert [test_stopping.stops(rule, i, values) for i in range(1, 10)] == [
+        i / (2**i - 1) <= 0.25 for i in range(1, 10)
+    ]
 
 
 def test_the_preconditioner_keeps_to_its_tests(parts, float64):
