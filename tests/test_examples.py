@@ -5,7 +5,8 @@ import keras
 import numpy as np
 import pytest
 
-from examples import autoencoder, baselines
+from examples import autoencoder, baselines, runs_to_read
+from keras_hf import read_updates
 
 
 def tiny_network():
@@ -121,3 +122,17 @@ def test_the_example_writes_its_table_figures_and_trace(tmp_path, capsys):
     assert [float(row["total_cg_iterations"]) for row in rows[1:]] == list(np.cumsum(iterations))
     errors = [float(row["train_error"]) for row in rows]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.slow
+def test_runs_to_read_are_recorded_tabled_and_drawn(tmp_path, capsys):
+    names = ["small-batches", "not-a-number"]
+    runs_to_read.main(["--run", *names, "--updates", "2", "--out", str(tmp_path), "--images", str(tmp_path)])
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |")]
+    for name, table, num_cases in zip(names, tables, (20, 250), strict=True):
+        updates = read_updates(tmp_path / f"{name}.jsonl")
+        assert [update["num_cases"] for update in updates] == [num_cases] * 2
+        assert table.split(" | ")[-2] == str(num_cases)
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
+    # The one case that is no number is among those of one update in four.
+    assert sum(math.isnan(update["loss"]) for update in updates) == 1
