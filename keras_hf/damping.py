@@ -106,7 +106,7 @@ class LevenbergMarquardt(DampingCallback):
         low: Float, the ratio below which the model was too bold.
         high: Float > `low`, the ratio above which it was too timid.
         factor: Float > 1.
-        min_damping: Float >= 0, the least damping. Above zero where updates are on few cases: the damping then guards against their noise.
+        min_damping: Float >= 0, the least damping.
         max_damping: Float > 0, the greatest.
         interval: Integer >= 1. The damping moves in every `interval`-th update, by its ratio; a search moves it in each.
         calibrate: Boolean, whether to search for the initial damping.

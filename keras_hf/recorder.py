@@ -21,12 +21,13 @@ class UpdateRecorder(keras.callbacks.Callback):
     | `epoch` | its epoch, from 0 |
     | `seconds` | since `fit` began to train; goes on from the last line where `append` |
     | `loss`, `damping`, ... | the logs of the update, as in `HFModel`, and metrics |
-    | `cost` | passes over cases, in gradients of one case: 1 for a gradient, 4/3 for a product, 1/3 for a loss; the preconditioner apart |
+    | `cost` | passes over cases, in gradients of one case: gradient 1, product 4/3, loss 1/3; preconditioner and unseen cases apart |
     | `cg` | see below |
 
     `cg` holds `values`, the quadratic that CG minimises at every iterate, the start among them; `iterate_numbers`, the iterates that it kept;
-    `losses` of these, null where backtracking did not look; `stop`, the name of a `CGStop`; and `cuts`, how often the line search shortened the step.
-    Numbers that are not finite are written as Python's `json` does, `NaN` and `-Infinity`. A line is on disk before the next update begins.
+    `losses` of these, null where backtracking did not look or found no number; `stop`, the name of a `CGStop`; and `cuts`, how often the line search
+    shortened the step. Numbers that are not finite are written as Python's `json` does, `NaN` and `-Infinity`. A line is on disk before the next
+    update begins.
 
     Args:
         path: Path of the file.
@@ -50,15 +51,20 @@ class UpdateRecorder(keras.callbacks.Callback):
                 "`UpdateRecorder` must see every update. Received: steps_per_execution="
                 f"{self.model.steps_per_execution}. Compile with `steps_per_execution=1`."
             )
+        # The file waits for the first update: another callback may bring back an earlier run, and its number of updates, until then.
+        self._file, self._start = None, time.perf_counter()
+
+    def _open(self):
+        """Opens the file, with what is to be kept of an old one."""
         kept = []
         if self.append and self.path.exists():
-            kept = [record for record in read_updates(self.path) if record["update"] <= self._num_updates()]
+            kept = [record for record in read_updates(self.path) if record["update"] < self._num_updates()]
         # What is left of an old file is whole before the old one goes.
         new = self.path.with_name(f"new-{os.getpid()}-{self.path.name}")
         new.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(new, self.path)
         self._file = open(self.path, "a")
-        self._start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+        self._start -= kept[-1]["seconds"] if kept else 0.0
         # `fit` on a second call goes on with the file.
         self.append = True
 
@@ -69,6 +75,8 @@ class UpdateRecorder(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
+        if self._file is None:
+            self._open()
         trace = {name: np.asarray(value) for name, value in self.model.last_trace._asdict().items()}
         losses = [None if math.isnan(loss) else loss for loss in trace["losses"].tolist()]
         num_losses = trace["num_cuts"].item() + sum(loss is not None for loss in losses)
@@ -97,7 +105,8 @@ class UpdateRecorder(keras.callbacks.Callback):
         return num_cases + products + num_losses / 3 * num_cases
 
     def on_train_end(self, logs=None):
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _number(value):

@@ -91,6 +91,22 @@ def test_a_resumed_run_drops_the_lines_of_updates_made_again(run, tmp_path):
     assert [record["update"] for record in read_updates(resumed)] == [7]
 
 
+def test_a_callback_may_bring_back_the_run_after_the_recorder_has_begun(run, tmp_path):
+    model, path, _ = run
+    (tmp_path / "u.jsonl").write_text(path.read_text())
+
+    class Restoring(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.optimizer.iterations.assign(2)
+
+    before = model.optimizer.iterations.numpy()
+    callbacks = [UpdateRecorder(tmp_path / "u.jsonl", append=True), Restoring(), ConstantDamping()]
+    model.optimizer.iterations.assign(0)
+    model.fit(X, Y, callbacks=callbacks, verbose=0)
+    model.optimizer.iterations.assign(before)
+    assert [record["update"] for record in read_updates(tmp_path / "u.jsonl")] == [1, 2, 3]
+
+
 def test_another_fit_goes_on_with_the_file(tmp_path):
     model, recorder = make(), UpdateRecorder(tmp_path / "updates.jsonl")
     fit(model, recorder, 1)
