@@ -12,6 +12,8 @@ from keras_hf.batching import GrowingBatch as GrowingBatch
 from keras_hf.cg import CGResult as CGResult
 from keras_hf.cg import CGStop as CGStop
 from keras_hf.cg import conjugate_gradient as conjugate_gradient
+from keras_hf.curvature import EmpiricalFisher as EmpiricalFisher
+from keras_hf.curvature import FiniteDifferenceHessian as FiniteDifferenceHessian
 from keras_hf.curvature import GaussNewton as GaussNewton
 from keras_hf.curvature import Hessian as Hessian
 from keras_hf.damping import ConstantDamping as ConstantDamping

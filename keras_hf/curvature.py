@@ -3,6 +3,7 @@
 import copy
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_hf.checks import part
@@ -92,8 +93,39 @@ class Curvature(Part):
         )
 
 
+class _ThroughOutputs(Curvature):
+    """Curvatures `J'HJ`: J is the derivative of the network's outputs in the weights, H a matrix on these outputs.
+
+    Outputs are what the loss is cut at. Losses added in `call` and activity regularizers enter with their exact Hessian.
+    """
+
+    def _through_outputs(self, piece):
+        """Gives `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a piece's compiled loss."""
+        raise NotImplementedError
+
+    def linearize(self, piece):
+        product = self.linearization.gauss_newton(*self._through_outputs(piece), piece.variables)
+        if not piece.has_added_loss:
+            return product
+        added = self._added(piece)
+        return lambda v: [a + b for a, b in zip(product(v), added(v), strict=True)]
+
+    def quadratic(self, piece):
+        quadratic = self.linearization.gauss_newton_quadratic(*self._through_outputs(piece), piece.variables)
+        if not piece.has_added_loss:
+            return quadratic
+        added = self._added(piece)
+        return lambda v: quadratic(v) + inner_product(v, added(v))
+
+    def tangents(self, piece):
+        return self.linearization.tangents(_forward(piece), piece.variables)
+
+    def _added(self, piece):
+        return self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables)
+
+
 @keras.saving.register_keras_serializable("keras_hf")
-class GaussNewton(Curvature):
+class GaussNewton(_ThroughOutputs):
     """The generalised Gauss-Newton matrix `G = J'HJ`, averaged over cases as the loss is.
 
     J is the derivative of the network's outputs in the weights, H the second derivative of the Keras loss in those outputs. Where the loss goes
@@ -110,25 +142,56 @@ class GaussNewton(Curvature):
         Schraudolph (2002), *Fast curvature matrix-vector products for second-order gradient descent*; Martens (2010), section 4.2.
     """
 
-    def linearize(self, piece):
-        product = self.linearization.gauss_newton(*_through_outputs(piece), piece.variables)
-        if not piece.has_added_loss:
-            return product
-        added = self._added(piece)
-        return lambda v: [a + b for a, b in zip(product(v), added(v), strict=True)]
+    def _through_outputs(self, piece):
+        def hessian_at(outputs, evaluation):
+            hessian = loss_hessian(lambda: piece.loss(evaluation), outputs)
+            if not piece.hessian_is_diagonal:
+                return hessian
+            # Once, instead of a dozen operations on the outputs in every product.
+            diagonal = hessian([tf.ones_like(output) for output in outputs])
+            return lambda u: [d * entry for d, entry in zip(diagonal, u, strict=True)]
 
-    def quadratic(self, piece):
-        quadratic = self.linearization.gauss_newton_quadratic(*_through_outputs(piece), piece.variables)
-        if not piece.has_added_loss:
-            return quadratic
-        added = self._added(piece)
-        return lambda v: quadratic(v) + inner_product(v, added(v))
+        return _forward(piece), hessian_at
 
-    def tangents(self, piece):
-        return self.linearization.tangents(_through_outputs(piece)[0], piece.variables)
 
-    def _added(self, piece):
-        return self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables)
+@keras.saving.register_keras_serializable("keras_hf")
+class EmpiricalFisher(_ThroughOutputs):
+    """The empirical Fisher matrix `F = mean of g_i g_i'` over cases, g_i the gradient of the loss of case i, regularizers outside.
+
+    It is `J'HJ` with H the outer product of each case's loss gradient in its own outputs, so that it costs what Gauss-Newton does: about 1.2
+    gradients of the same cases a product. Positive semi-definite, and of the rank of the number of cases at most. Where
+    Gauss-Newton has the curvature of the loss it has the square of its slope, and vanishes where cases are fitted: Gauss-Newton works better in
+    practice, and this is for comparison. Under BatchNormalization, where a case has no gradient of its own, the batch statistics count as constants. A
+    loss summed over N cases counts as the mean of N times each case's. Regularizers and added losses enter with their exact Hessian, as in
+    `GaussNewton`.
+
+    Args:
+        linearization: See `Curvature`.
+
+    References:
+        Martens (2010), talk on *Deep learning via Hessian-free optimization*; Kunstner, Hennig & Balles (2019), *Limitations of the empirical Fisher
+        approximation for natural gradient descent*.
+    """
+
+    def _through_outputs(self, piece):
+        apart = piece.cases_apart()
+        # The piece's loss is a sum of the cases' shares c_i in the mean of all: `mean of g_i g_i'` is `all_cases * sum of c_i' c_i'`.
+        scale = piece.all_cases / piece.magnification
+
+        def hessian_at(outputs, evaluation):
+            with tf.GradientTape() as tape:
+                tape.watch(outputs)
+                loss = apart.loss(evaluation)
+            gradients = dense(tape.gradient(loss, outputs), outputs)
+
+            def outer_product(u):
+                slopes = [_sum_over_outputs(d * entry, scale.dtype) for d, entry in zip(gradients, u, strict=True)]
+                slope = scale * tf.add_n(slopes)
+                return [d * _spread(tf.cast(slope, d.dtype), d.shape.rank) for d in gradients]
+
+            return outer_product
+
+        return _forward(apart), hessian_at
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -146,30 +209,88 @@ class Hessian(Curvature):
     """
 
     def linearize(self, piece):
-        def loss():
-            evaluation = piece.forward()
-            value = piece.loss(evaluation)
-            return value + piece.added_loss(evaluation) if piece.has_added_loss else value
-
-        return self.linearization.hessian(loss, piece.variables)
+        return self.linearization.hessian(lambda: piece.whole_loss(piece.forward()), piece.variables)
 
 
-def _through_outputs(piece):
-    """Gives `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a piece's compiled loss."""
+@keras.saving.register_keras_serializable("keras_hf")
+class FiniteDifferenceHessian(Curvature):
+    """The Hessian by differences of gradients: `Hv = (g(w + h v) - g(w - h v)) / 2h`, `h = eps^(1/3) (1 + norm(w)) / norm(v)`.
+
+    `Hessian` costs the same and is exact: this one is for comparison, and for networks that have no second derivative in TensorFlow. The weights move
+    by `eps^(1/3)` of their norm, eps being the roundoff of their float type, where truncation (of the order of h^2) and rounding (of eps / h) are in
+    balance. Regularizers enter with their exact second derivative. Cost of a product: two gradients.
+
+    References:
+        Martens (2010), talk on *Deep learning via Hessian-free optimization*, on finite differences; Nocedal & Wright (2006), *Numerical
+        Optimization*, section 8.1.
+    """
+
+    def __init__(self):
+        super().__init__()
+
+    def fitted_to(self, structure, num_replicas=1):
+        """Returns this curvature, or raises where a difference of gradients would be rounding.
+
+        Args:
+            structure: `structure.Structure`, what the traced network told.
+            num_replicas: Integer.
+
+        Raises:
+            ValueError: If the network computes in 16 bits.
+        """
+        coarse = sorted(structure.float_types & {"bfloat16", "float16"})
+        if coarse:
+            raise ValueError(
+                "`FiniteDifferenceHessian` needs gradients in float32 or float64: the difference of coarser ones is rounding. "
+                f"Received: a network that computes in {coarse[0]}. Use `Hessian()`."
+            )
+        return self
+
+    def linearize(self, piece):
+        weights = [tf.convert_to_tensor(variable) for variable in piece.variables]
+        roundoff = max(float(np.finfo(weight.dtype.as_numpy_dtype).eps) for weight in weights)
+        # How far the weights move, whatever the length of v.
+        distance = roundoff ** (1 / 3) * (1 + tf.sqrt(inner_product(weights, weights)))
+
+        def product(v):
+            length = tf.sqrt(inner_product(v, v))
+            step = tf.math.divide_no_nan(distance, length)
+
+            def gradient_at(step):
+                return piece.gradient_at([w + tf.cast(step, w.dtype) * d for w, d in zip(weights, v, strict=True)])
+
+            slope = length / (2 * distance)
+            differences = zip(gradient_at(step), gradient_at(-step), strict=True)
+            return [tf.cast(slope, after.dtype) * (after - before) for after, before in differences]
+
+        return product
+
+    def get_config(self):
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def _forward(piece):
+    """Gives `() -> (outputs, evaluation)`, one forward pass on a piece."""
 
     def forward():
         evaluation = piece.forward()
         return evaluation.outputs, evaluation
 
-    def hessian_at(outputs, evaluation):
-        hessian = loss_hessian(lambda: piece.loss(evaluation), outputs)
-        if not piece.hessian_is_diagonal:
-            return hessian
-        # Once, instead of a dozen operations on the outputs in every product.
-        diagonal = hessian([tf.ones_like(output) for output in outputs])
-        return lambda u: [d * entry for d, entry in zip(diagonal, u, strict=True)]
+    return forward
 
-    return forward, hessian_at
+
+def _sum_over_outputs(tensor, dtype):
+    """Sums a tensor of cases over all its other axes: `(cases,)`."""
+    return tf.cast(tf.reduce_sum(tensor, list(range(1, tensor.shape.rank))), dtype)
+
+
+def _spread(vector, rank):
+    """Reshapes `(cases,)` to multiply a tensor of cases of that rank."""
+    return tf.reshape(vector, [-1, *[1] * (rank - 1)])
 
 
 def loss_hessian(loss, outputs):

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_hf import arrays, batching, checks
 from keras_hf.cg import CGStop
-from keras_hf.curvature import GaussNewton
+from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
 from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
 from keras_hf.loss_terms import WholeLoss, recorded_terms
@@ -192,7 +192,7 @@ class HFModel(keras.Model):
                 "Compile `model.network` to train with another optimizer."
             )
         for leaf in keras.tree.flatten(loss):
-            self._judge_curvature(leaf)
+            self._judge_curvature(leaf, optimizer.curvature)
         if kwargs.get("jit_compile", "auto") not in ("auto", False):
             raise ValueError(
                 "`HFModel` cannot train under XLA, whose shapes must not change: pieces of a batch differ in size. "
@@ -388,17 +388,19 @@ class HFModel(keras.Model):
             "negativity": "the loss is not convex in what it is cut at: see `negative_curvature` in the logs",
             "adjointness": "TensorFlow has a wrong second derivative of an operation; see docs/support.md",
         }
-        if not isinstance(self.optimizer.curvature, GaussNewton):
+        if not isinstance(self.optimizer.curvature, (GaussNewton, EmpiricalFisher)):
             remarks["adjointness"] = "this curvature is not made of J"
             remarks["negativity"] = "as it may be: a Hessian is indefinite away from a minimum"
 
         def errors(objective, structure):
-            curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
-            try:
-                other = curvature.by(other_linearization(curvature.linearization).fitted_to(structure))
-            except ValueError:
-                remarks["other_way"] = "forward accumulation would be wrong for this network"
-                other = None
+            curvature, other = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync), None
+            if curvature.linearization is None:
+                remarks["other_way"] = "this curvature is made without one"
+            else:
+                try:
+                    other = curvature.by(other_linearization(curvature.linearization).fitted_to(structure))
+                except ValueError:
+                    remarks["other_way"] = "forward accumulation would be wrong for this network"
             return product_errors(objective, curvature, other), objective.rounding
 
         @tf.function(autograph=False)
@@ -410,7 +412,7 @@ class HFModel(keras.Model):
                 lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
             )
         report = judged(found, rounding, remarks)
-        parts = type(self.optimizer.curvature).__name__, type(self._linearization).__name__
+        parts = [type(part).__name__ for part in (self.optimizer.curvature, self._linearization) if part is not None]
         print(f"Products for '{self.network.name}', {', '.join(parts)}:")
         for check in report:
             print(f"  {check}")
@@ -529,7 +531,8 @@ class HFModel(keras.Model):
         checks.has_loss(structure.combinations or structure.has_added_loss)
         self._choose_linearization(structure)
         self._rounding, self._suspects = structure.rounding, structure.suspects
-        if structure.combinations and not structure.has_curvature:
+        of_loss = isinstance(self.optimizer.curvature, GaussNewton)
+        if of_loss and structure.combinations and not structure.has_curvature:
             self._warn(
                 "curvature",
                 "The loss has no second derivative in the network's outputs: every product is zero and the update a scaled gradient step. "
@@ -547,6 +550,8 @@ class HFModel(keras.Model):
         """Finds out early, and says, how products are formed."""
         curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
         self._linearization = curvature.linearization
+        if self._linearization is None:
+            return
         _logger.info(
             "Products for '%s': %s by %s(jit_compile=%s)%s.",
             self.network.name,
@@ -702,7 +707,7 @@ class HFModel(keras.Model):
                 "`keras_hf.ConstantDamping()` if that is what you want.",
             )
 
-    def _judge_curvature(self, loss):
+    def _judge_curvature(self, loss, curvature):
         name = getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss
         if isinstance(name, str):
             name = getattr(keras.losses.get(name), "__name__", name) if isinstance(loss, str) else name
@@ -711,7 +716,7 @@ class HFModel(keras.Model):
                 "The loss 'ctc' has no second derivative: TensorFlow computes its first one by a function of its own. Train with a loss per frame, "
                 "such as `SparseCategoricalCrossentropy`."
             )
-        if name in _NO_CURVATURE:
+        if name in _NO_CURVATURE and isinstance(curvature, GaussNewton):
             self._warn(
                 f"curvature of {name}",
                 f"The loss '{name}' has no curvature: its second derivative is zero, and the update a scaled gradient step. "

@@ -142,6 +142,7 @@ class PieceFunction:
         variables: List of `tf.Variable`.
         has_added_loss: Whether the network adds losses of its own.
         num_cases: int32 scalar.
+        all_cases: Scalar, the cases of the chunk or of the batch, those of other pieces and replicas among them.
         share: Scalar, the piece's part of all cases.
         magnification: Scalar, by which `loss` and `added_loss` are larger than the piece's shares: 1, but for float16, whose range the
             derivatives of a mean would leave; there the number of all cases.
@@ -151,10 +152,10 @@ class PieceFunction:
         self.variables = local.task.variables
         self.has_added_loss = local.structure.has_added_loss
         self.num_cases = data.num_cases
-        all_cases = local.totals.chunk_cases if of_chunk else local.totals.num_cases
-        self.share = tf.math.divide_no_nan(tf.cast(self.num_cases, local.dtype), all_cases)
+        self.all_cases = local.totals.chunk_cases if of_chunk else local.totals.num_cases
+        self.share = tf.math.divide_no_nan(tf.cast(self.num_cases, local.dtype), self.all_cases)
         magnifies = local.structure.is_float16 and "sum" not in local.structure.combinations
-        self.magnification = all_cases if magnifies else tf.ones([], local.dtype)
+        self.magnification = self.all_cases if magnifies else tf.ones([], local.dtype)
         self._local, self._data, self._number, self._of_chunk = local, data, number, of_chunk
         self._statistics = statistics
 
@@ -165,6 +166,11 @@ class PieceFunction:
     def cases(self, indices):
         """Returns the function of the piece's cases at `indices`, int32 `(k,)`, alone."""
         return PieceFunction(self._local, self._data.take(indices), self._number, self._of_chunk, self._statistics)
+
+    def cases_apart(self):
+        """Returns the piece with its batch statistics held constant, so that each case has a gradient of its own."""
+        statistics = self._local.batch_statistics(self._data, self._number)
+        return PieceFunction(self._local, self._data, self._number, self._of_chunk, statistics)
 
     def signs(self, salt):
         """Returns a random sign for every case, float32 `(cases,)`, others in another update or with another int32 `salt`."""
@@ -194,6 +200,26 @@ class PieceFunction:
     def added_loss(self, evaluation):
         """The piece's share of the added losses, magnified, a scalar."""
         return self.magnification * self.share * evaluation.added_loss
+
+    def whole_loss(self, evaluation):
+        """The piece's share of the compiled loss and of the added losses, magnified, a scalar."""
+        loss = self.loss(evaluation)
+        return loss + self.added_loss(evaluation) if self.has_added_loss else loss
+
+    def gradient(self):
+        """Returns the gradient of `whole_loss`, a list of tensors, and the `Evaluation`. Cost: one gradient."""
+        with tf.GradientTape() as tape:
+            evaluation = self.forward()
+            loss = self.whole_loss(evaluation)
+        return dense(tape.gradient(loss, self.variables), self.variables), evaluation
+
+    def gradient_at(self, weights):
+        """Returns the gradient of `whole_loss` at other weights, a list of tensors. The weights are as before afterwards. Cost: one gradient."""
+        before = [tf.convert_to_tensor(variable) for variable in self.variables]
+        _assign(self.variables, weights)
+        gradient, _ = self.gradient()
+        _assign(self.variables, before)
+        return gradient
 
     def accurate_share(self, evaluation):
         """The piece's share of the whole loss, a float64 scalar."""
@@ -315,29 +341,14 @@ class LocalObjective:
         """Returns piece `number` as part of the chunk or of the batch."""
         return PieceFunction(self, self._data.take(self.pieces.indices(number)), number, of_chunk)
 
-    def cases_apart(self, number):
-        """Returns piece `number` of the batch with batch statistics held constant, so that each case has a gradient of its own."""
-        return self._apart(self._data.take(self.pieces.indices(number)), number, of_chunk=False)
-
-    def _apart(self, data, number, of_chunk):
-        return PieceFunction(self, data, number, of_chunk, self.batch_statistics(data, number))
-
-    def _share(self, piece, evaluation):
-        loss = piece.loss(evaluation)
-        return loss + piece.added_loss(evaluation) if piece.has_added_loss else loss
-
     def gradient_pass(self):
         """Loss, gradient and states over all pieces, and the metrics of the outputs seen on the way. Cost: one gradient."""
         task = self.task
 
         def add_piece(number, sums):
             piece = self._piece(number, of_chunk=False)
-            with tf.GradientTape() as tape:
-                evaluation = piece.forward()
-                share = self._share(piece, evaluation)
-            gradient = (
-                pack(dense(tape.gradient(share, task.variables), task.variables), self.dtype) / piece.magnification
-            )
+            gradient, evaluation = piece.gradient()
+            gradient = pack(gradient, self.dtype) / piece.magnification
             task.update_metrics(evaluation.data, evaluation.y_pred)
             states = [
                 total + tf.cast(piece.share, total.dtype) * new
@@ -465,7 +476,8 @@ class LocalObjective:
                 tf.fill(tf.shape(indices), self.update_number),
                 tf.fill(tf.shape(indices), replica_number()),
             ]
-            return function(self._apart(self._data.take(indices), number, of_chunk=True), tf.stack(seeds, 1))
+            piece = PieceFunction(self, self._data.take(indices), number, of_chunk=True)
+            return function(piece.cases_apart(), tf.stack(seeds, 1))
 
         total = of_piece(tf.constant(0))
         if self.structure.chunk_is_one_piece:
@@ -480,7 +492,7 @@ class LocalObjective:
         """
 
         def add_piece(number, total):
-            piece = self.cases_apart(number)
+            piece = self._piece(number, of_chunk=False).cases_apart()
             squares = squared_gradients(piece, self.structure.captured, skipped)
             return total + pack(squares, self.dtype) / piece.magnification**2
 
@@ -491,7 +503,7 @@ class LocalObjective:
 class Objective:
     """The objective over all replicas and cases: what an update minimises. Lives in cross-replica context.
 
-    While it exists the weights are at their start, but for the duration of a `loss_at`. Weights with constraints are projected: those of every
+    While it exists the weights are at their start, but for the duration of a `loss_at` or of a product by differences. Weights with constraints are projected: those of every
     candidate, so that what the loss is looked up at is what the weights become, and the start where it violates them.
 
     Args:
@@ -515,7 +527,7 @@ class Objective:
                 _where_violated(projected, value)
                 for projected, value in zip(self._project(self._start), self._start, strict=True)
             ]
-            self._assign(self._start)
+            _assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
         self.totals = replicas.sum(lambda part: part.counts(), parts)
         replicas.run(lambda part, totals: part.set_totals(totals, replicas.count), parts, self.totals)
@@ -533,9 +545,9 @@ class Objective:
         return self._loss_at(step, of_chunk=True)
 
     def _loss_at(self, step, of_chunk):
-        self._assign(self.candidate(step))
+        _assign(self._task.variables, self.candidate(step))
         loss = self._replicas.sum(lambda part: part.loss(of_chunk), self._parts)
-        self._assign(self._start)
+        _assign(self._task.variables, self._start)
         return loss
 
     def candidate(self, step):
@@ -625,9 +637,10 @@ class Objective:
             for value, constraint in zip(values, self._task.constraints, strict=True)
         ]
 
-    def _assign(self, values):
-        for variable, value in zip(self._task.variables, values, strict=True):
-            variable.assign(value)
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _over_pieces(first, stop, add_piece, sums):

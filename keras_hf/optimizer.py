@@ -51,7 +51,7 @@ class HessianFree(keras.optimizers.Optimizer):
     Args:
         damping: Float >= 0, the coefficient of the identity at the start of training. Once built, `optimizer.damping` is a scalar variable that any
             callback may assign.
-        curvature: The matrix G: `GaussNewton()` (default) or `Hessian()`.
+        curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
         preconditioner: `KroneckerFactored(interval=5)` (default), `EmpiricalFisherDiagonal()`, `Nystrom()` or `Identity()`.
         stopping: When CG may stop: `RelativeProgress(tolerance=1e-2)` (default) or `ResidualTolerance()`.
         max_cg_iterations: Integer >= 1, the limit of CG. It bounds the cost of an update, and how far CG may fit the curvature of a chunk.

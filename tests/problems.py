@@ -153,18 +153,19 @@ def jacobian(function, variables):
     return np.concatenate([part.numpy().reshape(*value.shape, -1) for part in parts], -1)
 
 
-def squared_case_gradients(model, data):
-    """Mean over cases of the squared gradient of the case's loss without regularizers, `(n,)`, one case after the other."""
+def case_gradients(model, data):
+    """The gradient of every case's loss without regularizers, `(cases, n)`, one case after the other."""
     variables = [variable.value for variable in model.trainable_variables]
-    total = 0.0
+    gradients = []
     for i in range(int(data.num_cases)):
         case = data.take(tf.constant([i]))
         with tf.GradientTape() as tape:
             loss = model._compile_loss(case.y, model(case.x, training=True), case.sample_weight)
-        total += (
-            flat(
-                [tf.convert_to_tensor(g) for g in tape.gradient(loss, variables, unconnected_gradients="zero")]
-            ).numpy()
-            ** 2
-        )
-    return total / int(data.num_cases)
+        found = tape.gradient(loss, variables, unconnected_gradients="zero")
+        gradients.append(flat([tf.convert_to_tensor(gradient) for gradient in found]).numpy())
+    return np.stack(gradients)
+
+
+def squared_case_gradients(model, data):
+    """Mean over cases of the squared gradient of the case's loss without regularizers, `(n,)`."""
+    return np.mean(case_gradients(model, data) ** 2, 0)
