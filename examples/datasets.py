@@ -1,6 +1,7 @@
-"""Data of the deep autoencoder benchmarks: synthetic curves, drawn here, and MNIST, read from a file.
+"""Data of the deep autoencoder benchmarks: synthetic curves, drawn here; MNIST and patches of faces, made from files.
 
-Images are flat float32 rows of 28x28 pixels in [0, 1], `(num_images, 784)`.
+Images are flat float32 rows: curves and digits of 28x28 pixels in [0, 1], `(num_images, 784)`; patches of faces of 25x25
+real numbers, `(num_images, 625)`.
 """
 
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from scipy import ndimage
+from scipy import io, ndimage
 
 IMAGE_SIZE = 28
 NUM_INK_POINTS = 60
@@ -16,6 +17,15 @@ INK = 0.65
 BLUR_SIGMA = 0.75
 NUM_FINE_POINTS = 256  # Along x, for the length of a curve: spots are off by 0.001 pixels at most.
 BLOCK_SIZE = 1000  # Images drawn at a time: some 20 MB of working memory.
+
+FACE_SIZE = 64
+PATCH_SIZE = 25
+PATCHES_PER_FACE = 414  # 165,600 of 400 faces.
+TRAINING_PEOPLE, VALIDATION_PEOPLE = 25, 5  # The other 10 are for testing.
+MAX_TURN = np.pi / 2
+# Pixels of the face from one pixel of the patch to the next: with the largest, a patch fits into the face however it is turned.
+STRIDES = 1.4, 1.8
+FACES_URL = "https://ndownloader.figshare.com/files/5976027"  # Where scikit-learn has them from.
 
 
 def synthetic_curves(num_images, seed):
@@ -57,12 +67,8 @@ def mnist(path=None):
     Raises:
         FileNotFoundError: If there is no file at `path`, or nothing in Keras' cache and no way to download it.
     """
-    if path is None and "KERAS_HF_DATA" in os.environ:
-        in_folder = Path(os.environ["KERAS_HF_DATA"]) / "mnist.npz"
-        path = in_folder if in_folder.exists() else None
+    path = _given_or_in_folder(path, "mnist.npz", "MNIST")
     if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"MNIST must be an `mnist.npz` file. Received: path={str(path)!r}, no such file.")
         with np.load(path) as arrays:
             images = arrays["x_train"], arrays["x_test"]
     else:
@@ -76,6 +82,103 @@ def mnist(path=None):
             ) from error
         images = x_train, x_test
     return tuple(part.reshape(len(part), -1).astype("float32") / 255 for part in images)
+
+
+def face_patches(seed, patches_per_face=PATCHES_PER_FACE, path=None):
+    """Cuts patches of 25x25 pixels from the 400 Olivetti faces, turned, scaled and moved at random.
+
+    They resemble the FACES data of Hinton & Salakhutdinov (2006). As there, 414 patches of each face make 165,600, those
+    of the first 25 people are for training, of the last 10 for testing and of the 5 between for validation, pixels are
+    shifted to mean zero and scaled by one number to an average variance of 1. How the patches were cut isn't published
+    in full. Here they are turned by up to 90 degrees either way, a pixel spans 1.4 to 1.8 of the face's, and all of
+    this, as all places where the patch fits into the face, is equally likely; shift and scale are those of the training
+    patches. Results on one don't carry over to the other.
+
+    Args:
+        seed: Integer. The first patches of a face are the same, but for shift and scale, whatever `patches_per_face`.
+        patches_per_face: Integer.
+        path: Path of the faces, see `olivetti_faces`.
+
+    Returns:
+        Three float32 arrays, of training, validation and test patches, `(num_faces * patches_per_face, 625)` with 250,
+        50 and 100 faces, one face after the other.
+
+    Raises:
+        FileNotFoundError: If the faces are not to be had; see `olivetti_faces`.
+    """
+    faces = olivetti_faces(path)
+    uniform = [np.random.default_rng([seed, face]).random((patches_per_face, 4)) for face in range(len(faces))]
+    patches = np.stack([_cut(*pair) for pair in zip(faces, uniform, strict=True)]).reshape(40, -1, PATCH_SIZE**2)
+    ends = TRAINING_PEOPLE, TRAINING_PEOPLE + VALIDATION_PEOPLE
+    parts = [part.reshape(-1, PATCH_SIZE**2) for part in np.split(patches, ends)]
+    mean = parts[0].mean(axis=0, dtype="float64").astype("float32")
+    for part in parts:
+        part -= mean
+    scale = np.sqrt(np.mean(np.square(parts[0]), dtype="float64")).astype("float32")
+    for part in parts:
+        part /= scale
+    return tuple(parts)
+
+
+def olivetti_faces(path=None):
+    """Reads the Olivetti faces: ten images of each of 40 people.
+
+    Args:
+        path: Path of an `olivettifaces.mat` with an array `faces` of bytes `(4096, 400)`, a face a column. None takes
+            the one in the folder that the environment variable `KERAS_HF_DATA` names, else the one in Keras' cache,
+            which is downloaded at first use.
+
+    Returns:
+        Float32 array `(400, 64, 64)` in [0, 1], one person after the other.
+
+    Raises:
+        FileNotFoundError: If there is no file at `path`, or nothing in Keras' cache and no way to download it.
+    """
+    path = _given_or_in_folder(path, "olivettifaces.mat", "The Olivetti faces")
+    if path is None:
+        try:
+            path = keras.utils.get_file("olivettifaces.mat", FACES_URL)
+        except Exception as error:
+            raise FileNotFoundError(
+                "The Olivetti faces are not in Keras' cache and could not be downloaded. Fetch `olivettifaces.mat` from "
+                f"{FACES_URL} where there is a network and hand over its path, or put it in the folder that "
+                f"KERAS_HF_DATA names. Keras said: {error}"
+            ) from error
+    columns = io.loadmat(path)["faces"].T.reshape(-1, FACE_SIZE, FACE_SIZE)
+    return columns.transpose(0, 2, 1).astype("float32") / 255
+
+
+def _given_or_in_folder(path, name, what):
+    """Returns the path of a file of that name: the one given, or in the folder that KERAS_HF_DATA names, or None."""
+    if path is None and "KERAS_HF_DATA" in os.environ:
+        in_folder = Path(os.environ["KERAS_HF_DATA"]) / name
+        return in_folder if in_folder.exists() else None
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"{what} must be an `{name}` file. Received: path={str(path)!r}, no such file.")
+    return path
+
+
+def _cut(face, uniform):
+    """Cuts patches from a face.
+
+    Args:
+        face: Float32 array `(64, 64)`.
+        uniform: Array `(n, 4)` in [0, 1): angle, stride, row and column of each patch.
+
+    Returns:
+        Float32 array `(n, 25, 25)`.
+    """
+    angle = MAX_TURN * (2 * uniform[:, 0] - 1)
+    stride = STRIDES[0] + (STRIDES[1] - STRIDES[0]) * uniform[:, 1]
+    along, across = stride * np.cos(angle), stride * np.sin(angle)
+    middle, steps = (FACE_SIZE - 1) / 2, np.arange(PATCH_SIZE) - (PATCH_SIZE - 1) / 2
+    # What is left on either side of the upright square around the patch.
+    margin = middle - steps[-1] * (np.abs(along) + np.abs(across))
+    row, column = (middle + margin * (2 * place - 1) for place in uniform[:, 2:].T)
+    down, right = steps[:, None], steps
+    along, across, row, column = (number[:, None, None] for number in (along, across, row, column))
+    places = [row + along * down + across * right, column + along * right - across * down]
+    return ndimage.map_coordinates(face, places, order=1, mode="nearest")
 
 
 def natural_spline(knots, heights, x):

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
+from scipy.io import savemat
 
 from examples import datasets
 
@@ -105,3 +106,107 @@ def test_real_mnist_has_its_known_size_and_brightness(data_dir):
     x_train, x_test = datasets.mnist(data_dir / "mnist.npz")
     assert (x_train.shape, x_test.shape) == ((60_000, 784), (10_000, 784))
     assert x_train.mean(dtype="float64") == pytest.approx(0.1307, abs=1e-4)
+
+
+@pytest.fixture
+def small_faces(tmp_path):
+    """A file of 400 random faces, and these, `(400, 64, 64)`."""
+    rng = np.random.default_rng(0)
+    faces = rng.integers(0, 256, (400, 64, 64), dtype="uint8")
+    path = tmp_path / "olivettifaces.mat"
+    savemat(path, {"faces": faces.transpose(0, 2, 1).reshape(400, -1).T})
+    return path, faces
+
+
+def test_faces_are_read_from_a_path_or_from_the_data_folder(small_faces, monkeypatch):
+    path, faces = small_faces
+    monkeypatch.setenv("KERAS_HF_DATA", str(path.parent))
+    for found in (datasets.olivetti_faces(path), datasets.olivetti_faces()):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found * 255, faces, rtol=1e-6)
+
+
+def test_missing_faces_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"must be an `olivettifaces.mat` file. Received: path=.*nowhere.mat"):
+        datasets.olivetti_faces(tmp_path / "nowhere.mat")
+
+    def no_network(name, origin):
+        raise Exception("URL fetch failure")
+
+    monkeypatch.delenv("KERAS_HF_DATA", raising=False)
+    monkeypatch.setattr(keras.utils, "get_file", no_network)
+    with pytest.raises(FileNotFoundError, match="hand over its path, or put .* URL fetch failure"):
+        datasets.olivetti_faces()
+
+
+def test_patches_are_cut_where_the_numbers_say():
+    rows, columns = np.mgrid[:64, :64].astype("float32")
+    # Angle, stride, place: not turned with the smallest stride in the middle; by a right angle; into the first corner.
+    uniform = np.array([[0.5, 0, 0.5, 0.5], [0, 0, 0.5, 0.5], [0.75, 1, 0, 0]])
+    of_rows, of_columns = datasets._cut(rows, uniform), datasets._cut(columns, uniform)
+    steps = 1.4 * (np.arange(25) - 12)
+    np.testing.assert_allclose(of_rows[0], np.broadcast_to(31.5 + steps[:, None], (25, 25)), rtol=1e-5)
+    np.testing.assert_allclose(of_columns[0], np.broadcast_to(31.5 + steps, (25, 25)), rtol=1e-5)
+    np.testing.assert_allclose(of_rows[1], np.broadcast_to(31.5 - steps, (25, 25)), rtol=1e-5)
+    np.testing.assert_allclose(of_columns[1], np.broadcast_to(31.5 + steps[:, None], (25, 25)), rtol=1e-5)
+    # Turned by 45 degrees, the patch touches the borders with its corners, 1.8 pixels from one to the next.
+    assert of_rows[2].min() == pytest.approx(0, abs=1e-4)
+    assert of_columns[2].min() == pytest.approx(0, abs=1e-4)
+    distance = np.hypot(np.diff(of_rows[2], axis=1), np.diff(of_columns[2], axis=1))
+    np.testing.assert_allclose(distance, 1.8, rtol=1e-4)
+
+
+def test_any_patch_fits_into_its_face():
+    uniform = np.random.default_rng(0).random((2000, 4))
+    uniform[:4, 1:] = 1 - 1e-9  # The largest, in the last corner.
+    for axis in np.mgrid[:64, :64].astype("float64"):
+        # A border would repeat: places beyond it would not vary any more.
+        patches = datasets._cut(axis, uniform)
+        assert -1e-9 <= patches.min() and patches.max() <= 63 + 1e-9
+        bend = np.abs(np.diff(patches, n=2, axis=1))
+        assert bend.max() < 1e-9
+
+
+def test_patches_are_split_by_people_and_fixed_by_the_seed(small_faces):
+    path, faces = small_faces
+    parts = datasets.face_patches(0, 2, path)
+    assert [part.shape for part in parts] == [(500, 625), (100, 625), (200, 625)]
+    assert all(part.dtype == np.float32 for part in parts)
+    again, other = datasets.face_patches(0, 2, path), datasets.face_patches(1, 2, path)
+    assert all((one == two).all() for one, two in zip(parts, again, strict=True))
+    assert np.any(parts[0] != other[0])
+    # The third part begins with the face after those of 30 people, and its first patch is the one of that face's seed.
+    uniform = np.random.default_rng([0, 300]).random((1, 4))
+    patch = datasets._cut(faces[300].astype("float32") / 255, uniform).ravel()
+    raw_mean, raw_scale = raw_statistics(faces, 2)
+    np.testing.assert_allclose(parts[2][0], (patch - raw_mean) / raw_scale, atol=1e-4)
+
+
+def raw_statistics(faces, patches_per_face):
+    """Mean, `(625,)`, and scale of the training patches before they are shifted and scaled."""
+    patches = [
+        datasets._cut(face.astype("float32") / 255, np.random.default_rng([0, number]).random((patches_per_face, 4)))
+        for number, face in enumerate(faces[:250])
+    ]
+    patches = np.concatenate(patches).reshape(-1, 625).astype("float64")
+    return patches.mean(0), np.sqrt(patches.var(0).mean())
+
+
+def test_training_patches_have_mean_zero_and_average_variance_one(small_faces):
+    path, _ = small_faces
+    train, _, _ = datasets.face_patches(0, 2, path)
+    np.testing.assert_allclose(train.mean(0, dtype="float64"), 0, atol=1e-6)
+    assert train.var(0, dtype="float64").mean() == pytest.approx(1, rel=1e-5)
+
+
+def test_real_faces_are_people_in_order_and_upright(data_dir):
+    faces = datasets.olivetti_faces(data_dir / "olivettifaces.mat")
+    assert faces.shape == (400, 64, 64)
+    # Two images of one person are more alike than those of two people.
+    flat = faces.reshape(400, -1)
+    same = np.linalg.norm(np.diff(flat, axis=0)[np.arange(399) % 10 != 9], axis=1).mean()
+    others = np.linalg.norm(flat[10:] - flat[:-10], axis=1).mean()
+    assert same < 0.8 * others
+    # Left and right halves are much alike, upper and lower are not.
+    mean = faces.mean(0)
+    assert np.abs(mean - mean[:, ::-1]).mean() < 0.5 * np.abs(mean - mean[::-1]).mean()
