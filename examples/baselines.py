@@ -4,6 +4,7 @@ import csv
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import keras
@@ -11,6 +12,8 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 from scipy import optimize
+
+from keras_hf import ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
 
 STEPS_PER_EXECUTION = 10  # Keras' own work between calls would otherwise double the time of a step of a small network.
 
@@ -59,6 +62,9 @@ class Baseline(NamedTuple):
 # of a grid in factors of three, on 1,000 curves of another seed and in about the demo's time; "full" is fixed beforehand.
 BASELINES = {
     "gd": Baseline(keras.optimizers.SGD, {"demo": 3e-2, "full": 3e-2}, batch_size=None),
+    "momentum": Baseline(
+        partial(keras.optimizers.SGD, momentum=0.9), {"demo": 3e-2, "full": 3e-2}, batch_size=None
+    ),
     "adam": Baseline(keras.optimizers.Adam, {"demo": 1e-2, "full": 1e-3}, cosine_decay=True),
     "nag": Baseline(NesterovMomentum, {"demo": 1e-2, "full": 1e-2}),
     "adam-glorot": Baseline(keras.optimizers.Adam, {"demo": 1e-2, "full": 1e-3}, cosine_decay=True, sparse=False),
@@ -186,7 +192,7 @@ class LossAndGradient:
         piece_size: Integer, cases worked on at a time.
 
     Attributes:
-        num_calls: Integer, the calls so far.
+        cost: Integer, the gradients of the training set so far; a product counts as two.
     """
 
     def __init__(self, network, loss, x, y, piece_size=5000):
@@ -195,23 +201,34 @@ class LossAndGradient:
             (tf.constant(x[start : start + piece_size]), tf.constant(y[start : start + piece_size]))
             for start in range(0, len(x), piece_size)
         ]
-        self.num_calls = 0
+        self.cost = 0
+        variables = [weight.value for weight in self.weights]
 
-        @tf.function(jit_compile=True)
+        def derivative(tape, value):
+            gradients = tape.gradient(value, variables, unconnected_gradients="zero")
+            return tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
+
         def of_piece(x_piece, y_piece):
             with tf.GradientTape() as tape:
                 y_pred = network(x_piece, training=True)
                 # Each piece gets its share of the penalty.
                 share = x_piece.shape[0] / len(x)
                 value = tf.reduce_sum(loss(y_piece, y_pred)) / len(x) + share * sum(network.losses)
-            gradients = tape.gradient(value, [weight.value for weight in self.weights])
-            return value, tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
+            return value, derivative(tape, value)
 
-        self._of_piece = of_piece
+        def product_of_piece(x_piece, y_piece, direction):
+            with tf.GradientTape() as tape:
+                _, gradient = of_piece(x_piece, y_piece)
+                slope = tf.reduce_sum(gradient * direction)
+            return derivative(tape, slope)
+
+        self._of_piece, self._product_of_piece = (
+            tf.function(function, jit_compile=True) for function in (of_piece, product_of_piece)
+        )
 
     def __call__(self, vector):
         """Returns the loss, a float, and the gradient, a float64 array `(n,)`, at `vector`, `(n,)`."""
-        self.num_calls += 1
+        self.cost += 1
         self.assign(vector)
         loss, gradient = 0.0, np.zeros(len(vector))
         for piece in self.pieces:
@@ -219,6 +236,16 @@ class LossAndGradient:
             loss += float(value)
             gradient += part.numpy()
         return loss, gradient
+
+    def hessian_product(self, vector, direction):
+        """Returns the Hessian at `vector`, `(n,)`, times `direction`, `(n,)`: a float64 array `(n,)`. Cost: about two gradients.
+
+        By Pearlmutter's identity: the derivative of the gradient's inner product with the direction.
+        """
+        self.cost += 2
+        self.assign(vector)
+        direction = tf.constant(direction, "float32")
+        return sum(self._product_of_piece(*piece, direction).numpy().astype("float64") for piece in self.pieces)
 
     def vector(self):
         """Returns the network's weights as one float64 array `(n,)`."""
@@ -231,47 +258,123 @@ class LossAndGradient:
             weight.assign(values.reshape(weight.shape).astype("float32"))
 
 
-def fit_lbfgs(network, loss, x, y, recorder, max_corrections=10):
-    """Trains by scipy's L-BFGS on the whole training set until `recorder` ends it, or no step is found.
+class TimeIsUp(Exception):
+    """Ends a method of scipy within an update."""
 
-    Where its line search fails, as it does at the precision of float32, it starts again without memory.
+
+def fit_lbfgs(network, loss, x, y, recorder, max_corrections=10):
+    """Trains by scipy's L-BFGS; see `fit_by_scipy`.
+
+    It remembers `max_corrections` pairs of steps and gradient differences.
+    """
+    options = {"maxcor": max_corrections, "maxfun": 10**9, "ftol": 0.0}
+    fit_by_scipy("L-BFGS-B", options, network, loss, x, y, recorder)
+
+
+def fit_nonlinear_cg(network, loss, x, y, recorder):
+    """Trains by scipy's nonlinear conjugate gradients, of Polak and Ribiere; see `fit_by_scipy`."""
+    fit_by_scipy("CG", {}, network, loss, x, y, recorder)
+
+
+def fit_trust_region(network, loss, x, y, recorder, initial_radius=1.0):
+    """Trains by Steihaug's trust-region method as scipy has it; see `fit_by_scipy`.
+
+    Each update minimises the quadratic model with the exact Hessian by conjugate gradients from zero, until they leave
+    the region, meet negative curvature or have a residual below `min(1/2, sqrt(norm of g))` times the gradient: Nocedal
+    & Wright (2006), algorithms 4.1 and 7.2. The first step is no longer than `initial_radius`.
+    """
+    options = {"initial_trust_radius": initial_radius}
+    fit_by_scipy("trust-ncg", options, network, loss, x, y, recorder, uses_products=True)
+
+
+def fit_by_scipy(method, options, network, loss, x, y, recorder, uses_products=False):
+    """Trains by a method of scipy on the whole training set until `recorder` ends it, or no step is found.
+
+    Where it finds no step, as line searches fail to at the precision of float32, it starts again without memory.
 
     Args:
+        method: String, as `scipy.optimize.minimize` takes it.
+        options: Dict of the method's options; limits and tolerances are set to never end it.
         network: Keras model, built.
         loss: Callable `(y_true, y_pred) -> (N,)`, the loss of each case.
         x: Array `(N, ...)`, the training cases.
         y: Array `(N, ...)`, their targets.
         recorder: A `Recorder`.
-        max_corrections: Integer, the pairs of steps and gradient differences that it remembers.
+        uses_products: Boolean, whether the method wants products with the Hessian.
     """
     function = LossAndGradient(network, loss, x, y)
     vector = function.vector()
     recorder.begin([])
     function(vector)
-    recorder.after_update(0, {})  # The compiled call.
-    function.num_calls = 0
+    if uses_products:
+        function.hessian_product(vector, vector)
+    recorder.after_update(0, {})  # The compiled calls.
+    function.cost = 0
     updates = 0
 
     def logs():
-        return {"num_cases": len(x), "cost": function.num_calls}
+        return {"num_cases": len(x), "cost": function.cost}
+
+    def product(vector, direction):
+        # An update may take thousands.
+        if recorder.seconds >= recorder.max_seconds:
+            raise TimeIsUp
+        return function.hessian_product(vector, direction)
 
     def after_iteration(intermediate_result):
-        nonlocal updates
+        nonlocal updates, vector
         updates += 1
-        function.assign(intermediate_result.x)
+        vector = intermediate_result.x.copy()  # Some methods go on in place.
+        function.assign(vector)
         if recorder.after_update(updates, logs()):
             raise StopIteration
 
-    options = {"maxcor": max_corrections, "maxiter": 10**9, "maxfun": 10**9, "ftol": 0.0, "gtol": 0.0}
+    arguments = {"jac": True, "hessp": product if uses_products else None, "method": method}
+    options = {"maxiter": 10**9, "gtol": 0.0, **options}
     while not recorder.is_over:
-        result = optimize.minimize(
-            function, vector, jac=True, method="L-BFGS-B", callback=after_iteration, options=options
-        )
+        try:
+            result = optimize.minimize(function, vector, callback=after_iteration, options=options, **arguments)
+        except TimeIsUp:
+            function.assign(vector)
+            recorder.after_update(updates, logs())
+            return
         vector = result.x
         function.assign(vector)
         if result.nit == 0:
             break
     recorder.finish(updates, logs())
+
+
+def standard_hessian_free(damping=1.0, curvature=None, max_cg_iterations=250, micro_batch_size=None, seed=None):
+    """Makes the optimizer and the damping rule of standard Hessian-free optimization, from which Martens (2010) sets out.
+
+    The exact Hessian over all cases plus a constant times the identity; conjugate gradients from zero, without a
+    preconditioner, until the residual is below `min(1/2, sqrt(norm of g))` times the gradient. The package cannot leave out
+    what follows: the iterates are walked back over by the true loss, and the step is shortened, or rejected, where it
+    does not lower the loss enough. The standard method takes the last iterate whatever it does.
+
+    Args:
+        damping: Float, in the scale of the loss.
+        curvature: `Hessian()` (default) or `FiniteDifferenceHessian()`.
+        max_cg_iterations: Integer.
+        micro_batch_size: Integer, the cases worked on at a time; None for as many as memory holds.
+        seed: Integer, of the order of cases.
+
+    Returns:
+        A `HessianFree` and a `ConstantDamping`.
+    """
+    optimizer = HessianFree(
+        damping=damping,
+        curvature=curvature or Hessian(),
+        preconditioner=Identity(),
+        stopping=ResidualTolerance(),
+        max_cg_iterations=max_cg_iterations,
+        warm_start_decay=0.0,
+        growing_batch=None,
+        micro_batch_size=micro_batch_size,
+        seed=seed,
+    )
+    return optimizer, ConstantDamping()
 
 
 class Recorder(keras.callbacks.Callback):
