@@ -11,6 +11,8 @@ from problems import compiled, inputs, make_model
 
 from keras_hf import (
     DoubleBackward,
+    EmpiricalFisher,
+    FiniteDifferenceHessian,
     ForwardAccumulation,
     GaussNewton,
     Hessian,
@@ -59,6 +61,25 @@ def test_the_hessian_need_not_be_positive(float64, capsys):
     assert checks["u'Gv = v'Gu"].error < 1e-12
     assert np.isnan(checks["u'(Jv) = (J'u)'v"].error)
     assert "this curvature is not made of J" in capsys.readouterr().out
+
+
+def test_the_empirical_fisher_passes_every_check(float64, capsys):
+    model = make_model()
+    model.optimizer.curvature = EmpiricalFisher()
+    assert all(check.holds and check.error < 1e-12 for check in model.check_products(inputs(), TARGETS))
+    assert "EmpiricalFisher, DoubleBackward" in capsys.readouterr().out
+
+
+def test_products_by_differences_are_checked_as_far_as_they_can_be(float64, capsys):
+    model = make_model()
+    model.optimizer.curvature = FiniteDifferenceHessian()
+    checks = {check.name: check for check in model.check_products(inputs(), TARGETS)}
+    missing = [name for name, check in checks.items() if np.isnan(check.error)]
+    assert missing == ["u'(Jv) = (J'u)'v", "both linearizations agree"]
+    assert checks["two calls agree"].error == 0
+    assert max(checks[name].error for name in ("G(2u - 3v) = 2Gu - 3Gv", "u'Gv = v'Gu")) < 1e-6
+    report = capsys.readouterr().out
+    assert "FiniteDifferenceHessian:" in report and "this curvature is made without one" in report
 
 
 def test_wrong_products_fail_the_check_of_the_other_way(no_structural_guard, capsys):

@@ -7,7 +7,9 @@ import tensorflow as tf
 from keras import layers
 
 from keras_hf import (
+    EmpiricalFisher,
     EmpiricalFisherDiagonal,
+    FiniteDifferenceHessian,
     GrowingBatch,
     HessianFree,
     HFModel,
@@ -73,6 +75,14 @@ def test_two_replicas_combine_sums_and_weighted_means(reduction, float64):
     weight = np.random.default_rng(1).uniform(size=51)
     loss = keras.losses.MeanSquaredError(reduction=reduction)
     one, _, two, _ = both(51, loss=loss, sample_weight=weight, optimizer={"micro_batch_size": 20})
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize("curvature", [EmpiricalFisher(), FiniteDifferenceHessian()])
+@pytest.mark.slow
+def test_two_replicas_form_the_products_of_one_device(curvature, float64):
+    one, _, two, _ = both(51, optimizer={"curvature": curvature, "micro_batch_size": 20})
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
