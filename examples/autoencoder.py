@@ -9,12 +9,14 @@ repository:
 
 The first is the demo: a small network on 1,000 synthetic curves, three minutes on two cores. The second trains the
 network of the paper on 20,000 of them by the recipe of the paper, and traces each update; `hf` is the package with its
-defaults. Written into `--out`: one CSV file per method, a figure of
+defaults, `standard` what was known as Hessian-free optimization before. Real-valued patches of faces have linear outputs
+and squared error as the loss. Written into `--out`: one CSV file per method, a figure of
 the errors against time, and one of test images over their reconstructions. All methods train on the same cases and the
 same loss, from the same sparse weights (but for `adam-glorot`, which has Keras' default ones), for the same time.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +25,17 @@ import matplotlib
 import numpy as np
 from keras import ops
 
-from examples.baselines import BASELINES, Recorder, fit_baseline
-from examples.datasets import mnist, synthetic_curves
+from examples.baselines import (
+    BASELINES,
+    Recorder,
+    fit_baseline,
+    fit_lbfgs,
+    fit_nonlinear_cg,
+    fit_trust_region,
+    standard_hessian_free,
+)
+from examples.datasets import face_patches, mnist, synthetic_curves
+from examples.pretraining import pretrained
 from keras_hf import (
     EmpiricalFisherDiagonal,
     GaussNewton,
@@ -39,8 +50,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 NUM_PIXELS = 784
-HESSIAN_FREE = ("hf", "recipe")
-METHODS = (*HESSIAN_FREE, *BASELINES)
+NUM_TRAINING_FACES = 250
+HESSIAN_FREE = ("hf", "recipe", "standard")
+BY_SCIPY = {"lbfgs": fit_lbfgs, "ncg": fit_nonlinear_cg, "trust-region": fit_trust_region}
+METHODS = (*HESSIAN_FREE, *BY_SCIPY, *BASELINES)
 DEMO_METHODS = ("hf", "adam", "nag", "adam-glorot")
 
 
@@ -51,11 +64,15 @@ class Setting(NamedTuple):
         widths: Tuple of integers, the encoder's layers after the input; the last is the code.
         num_cases: Integer, training cases.
         curvature_batch_size: Integer, the cases of a curvature product; None for all.
+        num_pixels: Integer.
+        is_real: Boolean, whether pixels are any real numbers, or else in [0, 1].
     """
 
     widths: tuple
     num_cases: int
     curvature_batch_size: int | None
+    num_pixels: int = NUM_PIXELS
+    is_real: bool = False
 
 
 SETTINGS = {
@@ -63,6 +80,8 @@ SETTINGS = {
     ("curves", "full"): Setting((400, 200, 100, 50, 25, 6), 20_000, 5_000),
     ("mnist", "demo"): Setting((200, 100, 50, 30), 2_000, None),
     ("mnist", "full"): Setting((1000, 500, 250, 30), 60_000, 7_500),
+    ("faces", "demo"): Setting((200, 100, 50, 30), 2_500, None, 625, is_real=True),
+    ("faces", "full"): Setting((2000, 1000, 500, 30), 103_500, 5_175, 625, is_real=True),
 }
 
 
@@ -75,12 +94,18 @@ def main(arguments=None):
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     x_train, x_test = load_images(args)
+    form = args.setting.num_pixels, args.setting.is_real
+    if args.pretrain:
+        start = build_autoencoder(args.setting.widths, args.l2, args.seed, True, *form)
+        start = pretrained(start, x_train, args.pretrain, args.seed).get_weights()
     recorders, networks = {}, {}
     for method in args.method:
         print(f"\n{method}: {args.seconds:g} seconds on {len(x_train):,} images of {args.dataset}")
         keras.utils.set_random_seed(args.seed)
-        sparse = method in HESSIAN_FREE or BASELINES[method].sparse
-        network = build_autoencoder(args.widths, args.l2, args.seed, sparse)
+        sparse = method not in BASELINES or BASELINES[method].sparse
+        network = build_autoencoder(args.setting.widths, args.l2, args.seed, sparse, *form)
+        if args.pretrain:
+            network.set_weights(start)
         if method in HESSIAN_FREE:
             path = args.trace or args.out / f"{method}.csv"
             recorder = Trace(network, x_train, x_test, path, args.seconds, args.updates)
@@ -88,9 +113,12 @@ def main(arguments=None):
         else:
             path = args.out / f"{method}.csv"
             recorder = Recorder(network, x_train, x_test, path, args.seconds, args.updates, args.seconds / 60)
-            fit_baseline(
-                BASELINES[method], args.size, network, x_train, recorder, loss=cross_entropy, metrics=[squared_error]
-            )
+            if method in BY_SCIPY:
+                BY_SCIPY[method](network, args.loss, x_train, x_train, recorder)
+            else:
+                fit_baseline(
+                    BASELINES[method], args.size, network, x_train, recorder, loss=args.loss, metrics=[squared_error]
+                )
         recorders[method], networks[method] = recorder, network
     print_table(recorders)
     plot_errors(recorders, args.out / "errors.png")
@@ -101,7 +129,7 @@ def main(arguments=None):
 def parse(arguments):
     """Reads the command line, and fills in what the setting decides."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", choices=("curves", "mnist"), default="curves")
+    parser.add_argument("--dataset", choices=("curves", "mnist", "faces"), default="curves")
     parser.add_argument("--size", choices=("demo", "full"), default="demo")
     parser.add_argument(
         "--method", choices=METHODS, nargs="+", default=DEMO_METHODS, help=f"default: {' '.join(DEMO_METHODS)}"
@@ -110,7 +138,8 @@ def parse(arguments):
     parser.add_argument("--seconds", type=float, default=40.0, help="of training, for each method")
     parser.add_argument("--updates", type=int, default=100_000, help="after which training ends even earlier")
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
-    parser.add_argument("--data", type=Path, help="path of mnist.npz; default: Keras' copy")
+    parser.add_argument("--data", type=Path, help="path of mnist.npz or olivettifaces.mat; default: Keras' copy")
+    parser.add_argument("--pretrain", type=int, default=0, help="epochs for each layer's Boltzmann machine before the time counts")
     parser.add_argument("--out", type=Path, help="folder for what is written; default: runs/DATASET-SIZE")
     parser.add_argument("--trace", type=Path, help="CSV file of the updates; default: METHOD.csv in the folder")
     parser.add_argument("--l2", type=float, default=2e-5, help="c in c/2 ||w||^2, biases included; for all methods")
@@ -119,8 +148,8 @@ def parse(arguments):
     options.add_argument("--curvature-batch-size", type=int, help="of the recipe, if not the size's own")
     options.add_argument("--micro-batch-size", type=int)
     args = parser.parse_args(arguments)
-    setting = SETTINGS[args.dataset, args.size]
-    args.widths = setting.widths
+    args.setting = setting = SETTINGS[args.dataset, args.size]
+    args.loss = squared_error if setting.is_real else cross_entropy
     args.num_cases = args.num_cases or setting.num_cases
     args.curvature_batch_size = args.curvature_batch_size or setting.curvature_batch_size
     args.out = args.out or Path("runs", f"{args.dataset}-{args.size}")
@@ -128,7 +157,13 @@ def parse(arguments):
 
 
 def load_images(args):
-    """Returns training and test images, `(num_cases, 784)` and as many again, but 10,000 at most."""
+    """Returns training and test images, `(num_cases, num_pixels)` and as many again, but 10,000 at most.
+
+    Of faces `num_cases / 250` patches each, of 250 for training and of 100 for testing.
+    """
+    if args.dataset == "faces":
+        x_train, _, x_test = face_patches(args.seed, max(1, args.num_cases // NUM_TRAINING_FACES), args.data)
+        return x_train, x_test
     num_test = min(args.num_cases, 10_000)
     if args.dataset == "curves":
         images = synthetic_curves(args.num_cases + num_test, args.seed)
@@ -138,7 +173,7 @@ def load_images(args):
     return x_train[order[: args.num_cases]], x_test[:num_test]
 
 
-def build_autoencoder(widths, l2, seed, sparse=True):
+def build_autoencoder(widths, l2, seed, sparse=True, num_pixels=NUM_PIXELS, linear_output=False):
     """Builds an autoencoder of images: logistic layers, but for the linear code in the middle.
 
     Args:
@@ -146,19 +181,21 @@ def build_autoencoder(widths, l2, seed, sparse=True):
         l2: Float c of the penalty `c/2 ||w||^2` on all weights, biases included.
         seed: Integer.
         sparse: Boolean, whether weights start sparse, or else as Keras starts them (Glorot).
+        num_pixels: Integer.
+        linear_output: Boolean, whether the outputs are linear, too.
 
     Returns:
-        A `keras.Sequential` that maps `(N, 784)` to `(N, 784)`.
+        A `keras.Sequential` that maps `(N, num_pixels)` to `(N, num_pixels)`.
     """
     seeds = keras.random.SeedGenerator(seed)  # One for all layers: an integer would draw the same numbers for each.
     initializer = SparseNormal(seed=seeds) if sparse else keras.initializers.GlorotUniform(seed=seeds)
-    network = keras.Sequential([keras.Input((NUM_PIXELS,))])
-    code = len(widths) - 1
-    for layer, units in enumerate((*widths, *widths[-2::-1], NUM_PIXELS)):
+    network = keras.Sequential([keras.Input((num_pixels,))])
+    linear = {len(widths) - 1} | ({2 * len(widths) - 1} if linear_output else set())
+    for layer, units in enumerate((*widths, *widths[-2::-1], num_pixels)):
         network.add(
             keras.layers.Dense(
                 units,
-                activation="linear" if layer == code else "sigmoid",
+                activation="linear" if layer in linear else "sigmoid",
                 kernel_initializer=initializer,
                 kernel_regularizer=keras.regularizers.L2(l2 / 2),
                 bias_regularizer=keras.regularizers.L2(l2 / 2),
@@ -199,18 +236,20 @@ def fit_hessian_free(args, method, network, x, recorder):
 
     Args:
         args: The command line's options.
-        method: String, "hf" for the package's defaults or "recipe".
-        network: Keras model that maps `(N, 784)` to `(N, 784)`.
-        x: Array `(N, 784)`, the training images.
+        method: String, "hf" for the package's defaults, "recipe" or "standard".
+        network: Keras model that maps `(N, d)` to `(N, d)`.
+        x: Array `(N, d)`, the training images.
         recorder: A `Recorder`.
     """
     if method == "recipe":
         optimizer, damping_rule = recipe(args.damping, args.curvature_batch_size, args.micro_batch_size)
+    elif method == "standard":
+        optimizer, damping_rule = standard_hessian_free(args.damping, micro_batch_size=args.micro_batch_size)
     else:
         optimizer = HessianFree(damping=args.damping, micro_batch_size=args.micro_batch_size)
         damping_rule = LevenbergMarquardt()
     model = HFModel(network)
-    model.compile(optimizer=optimizer, loss=cross_entropy, metrics=[squared_error])
+    model.compile(optimizer=optimizer, loss=args.loss, metrics=[squared_error])
     model.fit(x, x, epochs=args.updates, callbacks=[damping_rule, recorder])
 
 
@@ -292,13 +331,14 @@ def plot_reconstructions(networks, x, path):
 
     Args:
         networks: Dict from a method's name to its trained network.
-        x: Array `(n, 784)`, the images.
+        x: Array `(n, d)`, the images, square ones.
         path: Path of the PNG file.
     """
+    side = math.isqrt(x.shape[1])
     rows = {"input": x} | {method: ops.convert_to_numpy(network(x)) for method, network in networks.items()}
     figure, axes = pyplot.subplots(len(rows), figsize=(len(x) * 0.8, len(rows) * 0.8))
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
-        axis.imshow(np.hstack(images.reshape(-1, 28, 28)), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(np.hstack(images.reshape(-1, side, side)), cmap="gray", vmin=x.min(), vmax=x.max())
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=120, bbox_inches="tight")

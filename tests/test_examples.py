@@ -18,9 +18,10 @@ def recorder(network, path, **limits):
     return baselines.Recorder(network, x, x[:10], path, **{"max_seconds": 60.0, "max_updates": 40, **limits})
 
 
-@pytest.mark.parametrize(("setting", "num_weights"), [(("curves", "full"), 842_340), (("mnist", "full"), 2_837_314)])
-def test_full_networks_have_the_published_number_of_weights(setting, num_weights):
-    network = autoencoder.build_autoencoder(autoencoder.SETTINGS[setting].widths, l2=0.0, seed=0)
+@pytest.mark.parametrize(("dataset", "num_weights"), [("curves", 842_340), ("mnist", 2_837_314), ("faces", 7_537_655)])
+def test_full_networks_have_the_published_number_of_weights(dataset, num_weights):
+    setting = autoencoder.SETTINGS[dataset, "full"]
+    network = autoencoder.build_autoencoder(setting.widths, l2=0.0, seed=0, num_pixels=setting.num_pixels)
     assert network.count_params() == num_weights
 
 
@@ -28,6 +29,12 @@ def test_only_the_code_layer_is_linear():
     network = autoencoder.build_autoencoder((5, 4, 3), l2=0.0, seed=0)
     layers = [(layer.units, layer.activation.__name__) for layer in network.layers]
     assert layers == [(5, "sigmoid"), (4, "sigmoid"), (3, "linear"), (4, "sigmoid"), (5, "sigmoid"), (784, "sigmoid")]
+
+
+def test_outputs_of_real_numbers_are_linear_too():
+    network = autoencoder.build_autoencoder((5, 3), l2=0.0, seed=0, num_pixels=25, linear_output=True)
+    layers = [(layer.units, layer.activation.__name__) for layer in network.layers]
+    assert layers == [(5, "sigmoid"), (3, "linear"), (5, "sigmoid"), (25, "linear")]
 
 
 def test_a_seed_fixes_the_weights_and_layers_differ():
@@ -133,3 +140,28 @@ def test_runs_to_read_are_recorded_tabled_and_drawn(tmp_path, capsys):
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |")]
     assert row.split(" | ")[1] == f"{updates[0]['loss']:.3g}"
     assert (tmp_path / "small-batches.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_other_methods_start_from_the_same_pretrained_weights(tmp_path, capsys):
+    methods = ("standard", "lbfgs", "ncg", "trust-region", "momentum")
+    arguments = f"--method {' '.join(methods)} --num-cases 50 --seconds 60 --updates 3 --pretrain 2 --out {tmp_path}"
+    autoencoder.main(arguments.split())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-7:-2]] == list(methods)
+    starts = set()
+    for method in methods:
+        with open(tmp_path / f"{method}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        starts.add(rows[0]["train_error"])
+        assert float(rows[-1]["train_error"]) < float(rows[0]["train_error"])
+    assert len(starts) == 1
+
+
+@pytest.mark.slow
+def test_faces_are_reconstructed_by_squared_error(tmp_path, data_dir):
+    faces = data_dir / "olivettifaces.mat"
+    autoencoder.main(f"--dataset faces --data {faces} --num-cases 250 --method hf --updates 3 --out {tmp_path}".split())
+    with open(tmp_path / "hf.csv", newline="") as file:
+        errors = [float(row["train_error"]) for row in csv.DictReader(file)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 625  # The mean patch's.
