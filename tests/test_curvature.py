@@ -181,6 +181,15 @@ def test_empirical_fisher_takes_all_outputs_of_a_case_together():
     np.testing.assert_allclose(matrix(model, data, EmpiricalFisher()), fisher_oracle(model, data), **EXACT)
 
 
+def test_empirical_fisher_of_a_loss_without_curvature_is_not_zero_and_gives_no_warning():
+    optimizer = HessianFree(curvature=EmpiricalFisher(), preconditioner=Identity(), growing_batch=None)
+    model = make_model(loss="mae", optimizer=optimizer)
+    data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
+    found = matrix(model, data, EmpiricalFisher())
+    assert np.trace(found) > 0
+    np.testing.assert_allclose(found, fisher_oracle(model, data), **EXACT)
+
+
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_empirical_fisher_holds_batch_statistics_constant(linearization, micro_batch_size):
     stack = [keras.layers.Dense(3), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
