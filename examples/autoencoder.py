@@ -139,7 +139,7 @@ def parse(arguments):
     parser.add_argument("--updates", type=int, default=100_000, help="after which training ends even earlier")
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
     parser.add_argument("--data", type=Path, help="path of mnist.npz or olivettifaces.mat; default: Keras' copy")
-    parser.add_argument("--pretrain", type=int, default=0, help="epochs for each layer's Boltzmann machine before the time counts")
+    parser.add_argument("--pretrain", type=int, default=0, help="epochs of each layer's Boltzmann machine, beforehand")
     parser.add_argument("--out", type=Path, help="folder for what is written; default: runs/DATASET-SIZE")
     parser.add_argument("--trace", type=Path, help="CSV file of the updates; default: METHOD.csv in the folder")
     parser.add_argument("--l2", type=float, default=2e-5, help="c in c/2 ||w||^2, biases included; for all methods")

@@ -72,9 +72,7 @@ class BoltzmannMachine:
             states = tf.cast(tf.random.stateless_uniform(tf.shape(hidden), seed) < hidden, tf.float32)
         reconstruction = self.visible_means(states)
         again = self.hidden_means(reconstruction)
-        of_data, of_model = (
-            tf.matmul(v, h, transpose_a=True) for v, h in ((visible, hidden), (reconstruction, again))
-        )
+        of_data, of_model = (tf.matmul(v, h, transpose_a=True) for v, h in ((visible, hidden), (reconstruction, again)))
         return (
             (of_data - of_model) / tf.cast(tf.shape(visible)[0], tf.float32),
             tf.reduce_mean(visible - reconstruction, 0),
@@ -127,8 +125,8 @@ def pretrained(network, x, epochs, seed):
         The network.
     """
     layers, x = network.layers, tf.convert_to_tensor(x)
-    num_machines = len(layers) // 2
-    for number, (encoder, decoder) in enumerate(zip(layers[:num_machines], layers[: num_machines - 1 : -1], strict=True)):
+    pairs = list(zip(layers, reversed(layers), strict=True))[: len(layers) // 2]
+    for number, (encoder, decoder) in enumerate(pairs):
         linear_visible, linear_hidden = (_is_linear(layer) for layer in (decoder, encoder))
         machine = BoltzmannMachine(*encoder.kernel.shape, linear_visible, linear_hidden, seed=[seed, number])
         machine.fit(x, epochs)

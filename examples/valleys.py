@@ -114,7 +114,8 @@ def hessian_free(valley, num_updates=40, damping=1.0):
         w = path[-1]
         gradient, hessian = valley.gradient(w), valley.hessian(w)
         damped = tf.constant(hessian + damping * np.eye(2))
-        step = conjugate_gradient(lambda v, a=damped: tf.linalg.matvec(a, v), tf.constant(-gradient)).iterates[-1].numpy()
+        result = conjugate_gradient(lambda v, a=damped: tf.linalg.matvec(a, v), tf.constant(-gradient))
+        step = result.iterates[-1].numpy()
         predicted_reduction = -(gradient @ step + step @ hessian @ step / 2)
         actual_reduction = valley.value(*w) - valley.value(*(w + step))
         if actual_reduction < 0.25 * predicted_reduction:
@@ -148,8 +149,8 @@ def plot(valley, path):
     levels = np.geomspace(max(z.min(), 1e-4 * z.max()), z.max(), 16)
     ground.contour(x, y, z, levels, norm=LogNorm(), cmap="Greys_r", linewidths=0.7)
     for name, steps in paths(valley).items():
-        few = len(steps) < 100
-        ground.plot(*steps.T, marker="o" if few else None, markersize=4, linewidth=1.2, label=name, zorder=3 if few else 2)
+        few = {"marker": "o", "markersize": 4, "zorder": 3} if len(steps) < 100 else {}
+        ground.plot(*steps.T, linewidth=1.2, label=name, **few)
         heights.semilogy(valley.value(*steps.T), label=name)
     ground.plot(*valley.start, "ks", markersize=6, label="start", zorder=4)
     ground.plot(*valley.minimum, "k*", markersize=12, label="minimum", zorder=4)
@@ -175,8 +176,8 @@ def main(arguments=None):
         plot(valley, args.out / f"{name}.png")
         print(f"\n{valley.title}\n")
         for method, steps in paths(valley).items():
-            height = valley.value(*steps[-1])
-            print(f"{method:<18} {len(steps) - 1:>6,} updates, ends at ({steps[-1, 0]:.3f}, {steps[-1, 1]:.3f}): {height:.1e}")
+            end, height = "({:.3f}, {:.3f})".format(*steps[-1]), valley.value(*steps[-1])
+            print(f"{method:<18} {len(steps) - 1:>6,} updates, ends at {end}, {height:.1e} above the minimum")
     print(f"\nPictures: {args.out}")
 
 

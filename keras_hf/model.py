@@ -393,14 +393,15 @@ class HFModel(keras.Model):
             remarks["negativity"] = "as it may be: a Hessian is indefinite away from a minimum"
 
         def errors(objective, structure):
-            curvature, other = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync), None
+            curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
             if curvature.linearization is None:
                 remarks["other_way"] = "this curvature is made without one"
-            else:
-                try:
-                    other = curvature.by(other_linearization(curvature.linearization).fitted_to(structure))
-                except ValueError:
-                    remarks["other_way"] = "forward accumulation would be wrong for this network"
+                return product_errors(objective, curvature, None), objective.rounding
+            try:
+                other = curvature.by(other_linearization(curvature.linearization).fitted_to(structure))
+            except ValueError:
+                remarks["other_way"] = "forward accumulation would be wrong for this network"
+                other = None
             return product_errors(objective, curvature, other), objective.rounding
 
         @tf.function(autograph=False)

@@ -503,8 +503,8 @@ class LocalObjective:
 class Objective:
     """The objective over all replicas and cases: what an update minimises. Lives in cross-replica context.
 
-    While it exists the weights are at their start, but for the duration of a `loss_at` or of a product by differences. Weights with constraints are projected: those of every
-    candidate, so that what the loss is looked up at is what the weights become, and the start where it violates them.
+    While it exists the weights are at their start, but for the duration of a `loss_at` or of a product by differences. Weights with constraints are
+    projected: those of every candidate, so that what the loss is looked up at is what the weights become, and the start where it violates them.
 
     Args:
         replicas: `replicas.Replicas`.

@@ -36,12 +36,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 LINEARIZATIONS = [DoubleBackward(), ForwardAccumulation()]
 LINEARIZED = [GaussNewton, Hessian, EmpiricalFisher]
 CURVATURES = [
-    *(curvature(linearization) for curvature in LINEARIZED for linearization in LINEARIZATIONS),
+    *(make(linearization) for make in LINEARIZED for linearization in LINEARIZATIONS),
     FiniteDifferenceHessian(),
 ]
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-# Relative to the largest entry: what is left of third derivatives and of rounding.
-DIFFERENCES = {"float64": 1e-7, "float32": 1e-2}
+# Relative to the largest entry: eps^(2/3), which truncation and rounding both are of the order of, times 100.
+DIFFERENCES = {"float64": 4e-9, "float32": 2e-3}
 
 
 def name_of(part):
@@ -152,9 +152,7 @@ def test_products_on_a_chunk_are_those_of_the_chunk_alone(curvature, reduction):
 @pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight", "sum_over_batch_size"])
 def test_empirical_fisher_follows_sample_weights_as_its_diagonal_does(reduction):
     model = make_model(loss=keras.losses.MeanSquaredError(reduction=reduction))
-    data = model_data(
-        model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)), np.linspace(0, 2, 15)
-    )
+    data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)), np.linspace(0, 2, 15))
     found = matrix(model, data, EmpiricalFisher())
     squares = with_objective(model, data, lambda objective: objective.squared_gradients())
     np.testing.assert_allclose(np.diag(found), squares, **EXACT)
@@ -311,13 +309,13 @@ def test_added_losses_enter_with_their_exact_hessian(linearization):
         np.testing.assert_allclose(of_added, hessian - loss_derivatives(plain, data)[2], **EXACT)
 
 
-@pytest.mark.parametrize("curvature", [curvature() for curvature in LINEARIZED] + [FiniteDifferenceHessian()], ids=name_of)
+@pytest.mark.parametrize("curvature", [*(make() for make in LINEARIZED), FiniteDifferenceHessian()], ids=name_of)
 def test_training_with_any_curvature_lowers_the_loss(curvature):
     optimizer = HessianFree(damping=0.1, curvature=curvature, preconditioner=Identity(), growing_batch=None, seed=0)
     model = make_model(optimizer=optimizer)
     x = inputs()
     y = np.stack([np.sin(x[:, 0]), x[:, 1] ** 2, x[:, 0] * x[:, 1]], 1)
-    history = model.fit(x, y, epochs=5, verbose=0, callbacks=[LevenbergMarquardt()]).history
+    history = model.fit(x, y, epochs=10, verbose=0, callbacks=[LevenbergMarquardt()]).history
     assert np.diff(history["loss"]).max() <= 0
     assert history["loss"][-1] < 0.5 * history["loss"][0]
 

@@ -94,7 +94,9 @@ def test_linear_visible_units_are_reconstructed_by_what_comes_in():
     np.testing.assert_allclose(machine.visible_means(h), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kinds", "rate"), [({}, 0.1), ({"linear_hidden": True}, 0.001), ({"linear_visible": True}, 0.001)])
+@pytest.mark.parametrize(
+    ("kinds", "rate"), [({}, 0.1), ({"linear_hidden": True}, 0.001), ({"linear_visible": True}, 0.001)]
+)
 def test_updates_have_momentum_and_decay_weights_alone(kinds, rate, monkeypatch):
     machine = random_machine(**kinds)
     start = [machine.weights.numpy(), machine.visible_bias.numpy(), machine.hidden_bias.numpy()]
