@@ -1,7 +1,7 @@
 """Two valleys of two variables, and how methods go down them: what makes gradient descent slow, in pictures.
 
-Rosenbrock's function bends its valley, whose walls are a thousand times as steep as its bottom: a step that is short
-enough for the walls gets nowhere along the bottom. In the flat valley gradient and curvature are both tiny along one
+Rosenbrock's function has a bent valley, across which it curves 2,500 times as much as along it, at the minimum: a step
+that is short enough for the walls gets nowhere along the bottom. In the flat valley gradient and curvature are both tiny along one
 direction, as they are for the weights of the first layers of a deep network: whoever divides the one by the other, as
 Newton's method and Hessian-free optimization do, sees that the way is long, and goes it. Run from the root of the
 repository:
@@ -36,7 +36,7 @@ class Valley(NamedTuple):
         hessian: Callable `(2,) -> (2, 2)`.
         start: Pair of floats.
         minimum: Pair of floats, where the value is 0.
-        learning_rate: Float, a little below what gradient descent can stand at the steepest place on its way.
+        learning_rate: Float, about as much as gradient descent can stand at the steepest place on its way.
         num_steps: Integer, the steps of gradient descent and momentum.
         window: Pairs of floats, the part of x and y that is shown.
     """
@@ -70,7 +70,7 @@ FLAT = Valley(
     hessian=lambda w: np.diag([1.0, FLATNESS]),
     start=(0.8, 1.0),
     minimum=(0.0, 0.0),
-    learning_rate=1.5,
+    learning_rate=1.0,
     num_steps=2000,
     window=((-1.0, 1.0), (-0.3, 1.2)),
 )
@@ -126,7 +126,7 @@ def hessian_free(valley, num_updates=40, damping=1.0):
     return np.array(path)
 
 
-def paths(valley):
+def all_paths(valley):
     """Returns a dict from each method's name to its path down a valley."""
     return {
         "gradient descent": gradient_descent(valley),
@@ -135,30 +135,32 @@ def paths(valley):
     }
 
 
-def plot(valley, path):
-    """Draws the paths of all methods down a valley, and their height above its minimum.
+def plot(valley, paths, path):
+    """Draws paths down a valley, and their height above its minimum.
 
     Args:
         valley: A `Valley`.
+        paths: Dict from each method's name to its path, `(num_steps + 1, 2)`.
         path: Path of the PNG file.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
     ground, heights = figure.subplots(1, 2)
     x, y = np.meshgrid(*(np.linspace(*limits, 300) for limits in valley.window))
     z = valley.value(x, y)
-    levels = np.geomspace(max(z.min(), 1e-4 * z.max()), z.max(), 16)
+    levels = np.geomspace(1e-4 * z.max(), z.max(), 16)
     ground.contour(x, y, z, levels, norm=LogNorm(), cmap="Greys_r", linewidths=0.7)
-    for name, steps in paths(valley).items():
-        few = {"marker": "o", "markersize": 4, "zorder": 3} if len(steps) < 100 else {}
-        ground.plot(*steps.T, linewidth=1.2, label=name, **few)
-        heights.semilogy(valley.value(*steps.T), label=name)
-    ground.plot(*valley.start, "ks", markersize=6, label="start", zorder=4)
-    ground.plot(*valley.minimum, "k*", markersize=12, label="minimum", zorder=4)
+    for name, steps in paths.items():
+        few = {"marker": "o", "markersize": 4, "zorder": 3} if len(steps) < 100 else {"linewidth": 0.8}
+        (line,) = ground.plot(*steps.T, label=name, **few)
+        ground.plot(*steps[-1], "x", color=line.get_color(), markersize=10, markeredgewidth=3, zorder=4)
+        heights.semilogy(valley.value(*steps.T))
+    ground.plot([], [], "kx", markersize=10, markeredgewidth=3, label="where it ends", linestyle="none")
+    ground.plot(*valley.start, "ks", markersize=6, label="start", linestyle="none", zorder=4)
+    ground.plot(*valley.minimum, "k*", markersize=14, label="minimum", linestyle="none", zorder=5)
     ground.set(xlabel="x", ylabel="y", xlim=valley.window[0], ylim=valley.window[1], title=valley.title)
-    ground.legend()
     heights.set(xlabel="updates", ylabel="height above the minimum", xscale="symlog", ylim=(1e-12, None))
     heights.grid(alpha=0.3)
-    heights.legend()
+    figure.legend(*ground.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=120)
 
 
@@ -173,9 +175,10 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, valley in VALLEYS.items():
-        plot(valley, args.out / f"{name}.png")
+        paths = all_paths(valley)
+        plot(valley, paths, args.out / f"{name}.png")
         print(f"\n{valley.title}\n")
-        for method, steps in paths(valley).items():
+        for method, steps in paths.items():
             end, height = "({:.3f}, {:.3f})".format(*steps[-1]), valley.value(*steps[-1])
             print(f"{method:<18} {len(steps) - 1:>6,} updates, ends at {end}, {height:.1e} above the minimum")
     print(f"\nPictures: {args.out}")

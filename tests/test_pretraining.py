@@ -152,9 +152,10 @@ def test_the_network_is_the_machines_unrolled():
     np.testing.assert_array_equal(biases[3], code.visible_bias)
 
 
-def test_a_pretrained_network_reconstructs_better_than_one_of_its_initial_weights():
+def test_a_pretrained_network_reconstructs_better_than_the_mean_image():
     x = synthetic_curves(500, 0)
     network = build_autoencoder((50, 20, 6), l2=0.0, seed=0)
     before = reconstruction_error(network, x)
-    pretraining.pretrained(network, x, epochs=20, seed=0)
-    assert reconstruction_error(network, x) < min(before, x.var(0).sum())
+    pretraining.pretrained(network, x, epochs=150, seed=0)
+    mean_image = x.var(0).sum()
+    assert reconstruction_error(network, x) < 0.9 * mean_image < before
