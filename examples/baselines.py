@@ -62,7 +62,7 @@ class Baseline(NamedTuple):
 # of a grid in factors of three, on 1,000 curves of another seed and in about the demo's time; "full" is fixed beforehand.
 BASELINES = {
     "gd": Baseline(keras.optimizers.SGD, {"demo": 3e-2, "full": 3e-2}, batch_size=None),
-    "momentum": Baseline(partial(keras.optimizers.SGD, momentum=0.9), {"demo": 3e-2, "full": 3e-2}, batch_size=None),
+    "momentum": Baseline(partial(keras.optimizers.SGD, momentum=0.9), {"demo": 3e-2, "full": 1e-2}, batch_size=None),
     "adam": Baseline(keras.optimizers.Adam, {"demo": 1e-2, "full": 1e-3}, cosine_decay=True),
     "nag": Baseline(NesterovMomentum, {"demo": 1e-2, "full": 1e-2}),
     "adam-glorot": Baseline(keras.optimizers.Adam, {"demo": 1e-2, "full": 1e-3}, cosine_decay=True, sparse=False),
