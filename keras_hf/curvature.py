@@ -174,7 +174,7 @@ class EmpiricalFisher(_ThroughOutputs):
 
     def _through_outputs(self, piece):
         apart = piece.cases_apart()
-        # The piece's loss is a sum of the cases' shares c_i in the mean of all: `mean of g_i g_i'` is `all_cases * sum of c_i' c_i'`.
+        # The piece's loss is the sum of its cases' shares, gradients `g_i / all_cases`: products of two of these lack that factor once.
         scale = piece.all_cases / piece.magnification
 
         def hessian_at(outputs, evaluation):
@@ -220,7 +220,7 @@ class FiniteDifferenceHessian(Curvature):
     by so much of their norm, as is usual: units saturate by what changes, not by its share in all weights. On the deep autoencoders of
     `examples/autoencoder.py`, in float32, the error was below 4e-4 of a product along the gradient and below 1e-2 along random vectors; with steps in
     proportion to `1 + norm(w)` it was up to 0.7 along the gradient. Along a vector of hardly any curvature rounding may be all that is left.
-    Regularizers enter with their exact second derivative. Cost of a product: two gradients.
+    Networks that compute in 16 bits are refused. Regularizers enter with their exact second derivative. Cost of a product: two gradients.
 
     References:
         Martens (2010), talk on *Deep learning via Hessian-free optimization*, on finite differences; Nocedal & Wright (2006), *Numerical
@@ -231,15 +231,6 @@ class FiniteDifferenceHessian(Curvature):
         super().__init__()
 
     def fitted_to(self, structure, num_replicas=1):
-        """Returns this curvature, or raises where a difference of gradients would be rounding.
-
-        Args:
-            structure: `structure.Structure`, what the traced network told.
-            num_replicas: Integer.
-
-        Raises:
-            ValueError: If the network computes in 16 bits.
-        """
         coarse = sorted(structure.float_types & {"bfloat16", "float16"})
         if coarse:
             raise ValueError(
@@ -251,7 +242,7 @@ class FiniteDifferenceHessian(Curvature):
     def linearize(self, piece):
         weights = [tf.convert_to_tensor(variable) for variable in piece.variables]
         roundoff = max(float(np.finfo(weight.dtype.as_numpy_dtype).eps) for weight in weights)
-        distance = tf.constant(roundoff ** (1 / 3), tf.float64)
+        distance = tf.constant(roundoff ** (1 / 3), tf.float64)  # Moved by the weights, whatever the length of v.
 
         def product(v):
             length = tf.sqrt(inner_product(v, v))
