@@ -53,6 +53,18 @@ NUM_PIXELS = 784
 NUM_TRAINING_FACES = 250
 HESSIAN_FREE = ("hf", "recipe", "standard")
 BY_SCIPY = {"lbfgs": fit_lbfgs, "ncg": fit_nonlinear_cg, "trust-region": fit_trust_region}
+# What is told of each update. `loss` and `damping` are those that it started from.
+TRACE_NAMES = (
+    "num_cases",
+    "total_cg_iterations",
+    "cost",
+    "cg_iterations",
+    "cg_step",
+    "step_size",
+    "reduction_ratio",
+    "damping",
+    "loss",
+)
 METHODS = (*HESSIAN_FREE, *BY_SCIPY, *BASELINES)
 DEMO_METHODS = ("hf", "adam", "nag", "adam-glorot")
 
@@ -106,19 +118,8 @@ def main(arguments=None):
         network = build_autoencoder(args.setting.widths, args.l2, args.seed, sparse, *form)
         if args.pretrain:
             network.set_weights(start)
-        if method in HESSIAN_FREE:
-            path = args.trace or args.out / f"{method}.csv"
-            recorder = Trace(network, x_train, x_test, path, args.seconds, args.updates)
-            fit_hessian_free(args, method, network, x_train, recorder)
-        else:
-            path = args.out / f"{method}.csv"
-            recorder = Recorder(network, x_train, x_test, path, args.seconds, args.updates, args.seconds / 60)
-            if method in BY_SCIPY:
-                BY_SCIPY[method](network, args.loss, x_train, x_train, recorder)
-            else:
-                fit_baseline(
-                    BASELINES[method], args.size, network, x_train, recorder, loss=args.loss, metrics=[squared_error]
-                )
+        trace = args.trace if method in HESSIAN_FREE else None
+        recorder = train(args, method, network, x_train, x_test, trace or args.out / f"{method}.csv")
         recorders[method], networks[method] = recorder, network
     print_table(recorders)
     plot_errors(recorders, args.out / "errors.png")
@@ -140,6 +141,8 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
     parser.add_argument("--data", type=Path, help="path of mnist.npz or olivettifaces.mat; default: Keras' copy")
     parser.add_argument("--pretrain", type=int, default=0, help="epochs of each layer's Boltzmann machine, beforehand")
+    parser.add_argument("--interval", type=float, help="seconds between two rows; default: every update, or 60 rows")
+    parser.add_argument("--learning-rate", type=float, help="of first-order methods, if not the method's own")
     parser.add_argument("--out", type=Path, help="folder for what is written; default: runs/DATASET-SIZE")
     parser.add_argument("--trace", type=Path, help="CSV file of the updates; default: METHOD.csv in the folder")
     parser.add_argument("--l2", type=float, default=2e-5, help="c in c/2 ||w||^2, biases included; for all methods")
@@ -204,30 +207,56 @@ def build_autoencoder(widths, l2, seed, sparse=True, num_pixels=NUM_PIXELS, line
     return network
 
 
-def recipe(damping=45.0, curvature_batch_size=None, micro_batch_size=None, seed=None):
+def train(args, method, network, x_train, x_test, path, state_path=None):
+    """Trains an autoencoder by a method, for the time and the updates that the options give.
+
+    Args:
+        args: The command line's options, as `parse` returns them.
+        method: String, one of `METHODS`.
+        network: Keras model, as `build_autoencoder` makes it.
+        x_train: Array `(N, d)`.
+        x_test: Array `(M, d)`.
+        path: Path of the CSV file that is written.
+        state_path: Path of the run's state, with which a run that was cut short goes on; see `Recorder`.
+
+    Returns:
+        The `Recorder`.
+    """
+    names = TRACE_NAMES if method in HESSIAN_FREE else ("cost",)
+    interval = args.interval if args.interval is not None else (0 if method in HESSIAN_FREE else args.seconds / 60)
+    recorder = Recorder(network, x_train, x_test, path, args.seconds, args.updates, interval, names, state_path)
+    if method in HESSIAN_FREE:
+        fit_hessian_free(args, method, network, x_train, recorder)
+    elif method in BY_SCIPY:
+        BY_SCIPY[method](network, args.loss, x_train, x_train, recorder)
+    else:
+        baseline = BASELINES[method]
+        if args.learning_rate:
+            baseline = baseline._replace(learning_rates={args.size: args.learning_rate})
+        fit_baseline(baseline, args.size, network, x_train, recorder, loss=args.loss, metrics=[squared_error])
+    return recorder
+
+
+def recipe(damping=45.0, **changes):
     """Makes the optimizer and the damping rule of Martens (2010), whatever the package's defaults are.
 
     Args:
         damping: Float, at the start, in the scale of the loss.
-        curvature_batch_size: Integer, the cases of a product; None for all.
-        micro_batch_size: Integer, the cases worked on at a time; None for as many as memory holds.
-        seed: Integer, of the order of cases.
+        **changes: Arguments of `HessianFree`: what the recipe leaves open, as `curvature_batch_size`, or what is to
+            differ from it.
 
     Returns:
         A `HessianFree` and a `LevenbergMarquardt`.
     """
-    optimizer = HessianFree(
-        damping=damping,
-        curvature=GaussNewton(),
-        preconditioner=EmpiricalFisherDiagonal(exponent=0.75),
-        stopping=RelativeProgress(tolerance=5e-4),
-        max_cg_iterations=250,
-        warm_start_decay=0.95,
-        growing_batch=None,
-        curvature_batch_size=curvature_batch_size,
-        micro_batch_size=micro_batch_size,
-        seed=seed,
-    )
+    arguments = {
+        "curvature": GaussNewton(),
+        "preconditioner": EmpiricalFisherDiagonal(exponent=0.75),
+        "stopping": RelativeProgress(tolerance=5e-4),
+        "max_cg_iterations": 250,
+        "warm_start_decay": 0.95,
+        "growing_batch": None,
+    }
+    optimizer = HessianFree(damping=damping, **{**arguments, **changes})
     return optimizer, LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)
 
 
@@ -242,7 +271,8 @@ def fit_hessian_free(args, method, network, x, recorder):
         recorder: A `Recorder`.
     """
     if method == "recipe":
-        optimizer, damping_rule = recipe(args.damping, args.curvature_batch_size, args.micro_batch_size)
+        sizes = {"curvature_batch_size": args.curvature_batch_size, "micro_batch_size": args.micro_batch_size}
+        optimizer, damping_rule = recipe(args.damping, **sizes)
     elif method == "standard":
         optimizer, damping_rule = standard_hessian_free(args.damping, micro_batch_size=args.micro_batch_size)
     else:
@@ -261,31 +291,6 @@ def cross_entropy(y_true, y_pred):
 def squared_error(y_true, y_pred):
     """Squared error summed over pixels, `(N,)`."""
     return ops.sum(ops.square(y_true - y_pred), axis=-1)
-
-
-class Trace(Recorder):
-    """A recorder of every Hessian-free update, with what it tells of itself.
-
-    `loss` and `damping` are those that the update started from; `total_cg_iterations` sums `cg_iterations` so far.
-    """
-
-    LOG_NAMES = (
-        "total_cg_iterations",
-        "cg_iterations",
-        "cg_step",
-        "step_size",
-        "reduction_ratio",
-        "damping",
-        "loss",
-    )
-
-    def __init__(self, *args):
-        super().__init__(*args, log_names=self.LOG_NAMES)
-        self._total_cg_iterations = 0
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._total_cg_iterations += int(logs["cg_iterations"])
-        super().on_train_batch_end(batch, {**logs, "total_cg_iterations": self._total_cg_iterations})
 
 
 def print_table(recorders):

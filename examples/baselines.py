@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import keras
@@ -63,6 +64,7 @@ class Baseline(NamedTuple):
 BASELINES = {
     "gd": Baseline(keras.optimizers.SGD, {"demo": 3e-2, "full": 3e-2}, batch_size=None),
     "momentum": Baseline(partial(keras.optimizers.SGD, momentum=0.9), {"demo": 3e-2, "full": 1e-2}, batch_size=None),
+    "sgd": Baseline(keras.optimizers.SGD, {"demo": 3e-2, "full": 3e-2}),
     "adam": Baseline(keras.optimizers.Adam, {"demo": 1e-2, "full": 1e-3}, cosine_decay=True),
     "nag": Baseline(NesterovMomentum, {"demo": 1e-2, "full": 1e-2}),
     "adam-glorot": Baseline(keras.optimizers.Adam, {"demo": 1e-2, "full": 1e-3}, cosine_decay=True, sparse=False),
@@ -92,6 +94,8 @@ def fit_baseline(baseline, size, network, x, recorder, **compile_arguments):
         jit_compile=True,  # Up to twice as fast here.
         **compile_arguments,
     )
+    network.optimizer.build(network.trainable_variables)
+    recorder.cost_per_update = min(baseline.batch_size or len(x), len(x)) / len(x)
     network.fit(
         batches,
         steps_per_epoch=50 * steps,
@@ -136,9 +140,10 @@ def fit_compiled(network, optimizer, loss, x, y, batch_size, recorder, cosine_de
     batch_size = min(batch_size or len(x), len(x))
     optimizer.build(network.trainable_variables)
     initial = float(optimizer.learning_rate)
-    batches = _batches_of_cases(len(x), batch_size, np.random.default_rng(seed))
     steps = _compiled_steps(network, optimizer, loss, tf.constant(x), tf.constant(y))
     recorder.begin([*network.variables, *optimizer.variables])
+    # A run that goes on with an earlier one has an order of its own.
+    batches = _batches_of_cases(len(x), batch_size, np.random.default_rng([seed, int(optimizer.iterations)]))
     stop = False
     while not stop:
         if cosine_decay:
@@ -288,7 +293,8 @@ def fit_trust_region(network, loss, x, y, recorder, initial_radius=1.0):
 def fit_by_scipy(method, options, network, loss, x, y, recorder, uses_products=False):
     """Trains by a method of scipy on the whole training set until `recorder` ends it, or no step is found.
 
-    Where it finds no step, as line searches fail to at the precision of float32, it starts again without memory.
+    Where it finds no step, as line searches fail to at the precision of float32, it starts again without memory, and so
+    does a run that goes on with an earlier one.
 
     Args:
         method: String, as `scipy.optimize.minimize` takes it.
@@ -300,15 +306,14 @@ def fit_by_scipy(method, options, network, loss, x, y, recorder, uses_products=F
         recorder: A `Recorder`.
         uses_products: Boolean, whether the method wants products with the Hessian.
     """
+    recorder.begin(network.trainable_variables)
     function = LossAndGradient(network, loss, x, y)
     vector = function.vector()
-    recorder.begin([])
     function(vector)
     if uses_products:
         function.hessian_product(vector, vector)
-    recorder.after_update(0, {})  # The compiled calls.
-    function.cost = 0
-    updates = 0
+    updates, function.cost = int(recorder.rows[-1]["update"]), recorder.rows[-1].get("cost", 0)
+    recorder.after_update(updates, {"num_cases": len(x), "cost": function.cost})  # The compiled calls.
 
     def logs():
         return {"num_cases": len(x), "cost": function.cost}
@@ -380,7 +385,8 @@ class Recorder(keras.callbacks.Callback):
 
     The clock starts after the first call of the compiled training step, so that tracing and compiling aren't timed (nor
     the update, or ten of them, in this call), and stands still while errors are measured. Each row is written to a CSV
-    file at once, so that a run that is cut short leaves its trace.
+    file at once, so that a run that is cut short leaves its trace; and, where there is a `state_path`, what it takes to
+    go on with the run, about once a minute. A recorder of the same paths then goes on with it.
 
     Args:
         network: Keras model that maps `(N, d)` to `(N, d)`, the one that is trained.
@@ -390,14 +396,22 @@ class Recorder(keras.callbacks.Callback):
         max_seconds: Float, the time of training.
         max_updates: Integer, the updates after which training ends even if time is left.
         interval: Float, seconds of training between two rows; 0 gives a row for every update.
-        log_names: Strings, training logs to put into each row, as they are at its update.
+        log_names: Strings, training logs to put into each row, as they are at its update; among them may be
+            `total_cg_iterations`, the sum of `cg_iterations`, and `cost`, the passes over the training set in gradients
+            (see `benchmarks/time_to_error.py`).
+        state_path: Path of an NPZ file of the run's state; None keeps none.
 
     Attributes:
+        cost_per_update: Float, the cost of an update where Keras' `fit` trains by a first-order method.
         rows: List of dicts, one for each row of the file.
         is_over: Boolean, whether time or updates have run out.
     """
 
-    def __init__(self, network, x_train, x_test, path, max_seconds, max_updates, interval=0.0, log_names=()):
+    STATE_INTERVAL = 60.0  # Seconds of training, at least, between two states.
+
+    def __init__(
+        self, network, x_train, x_test, path, max_seconds, max_updates, interval=0.0, log_names=(), state_path=None
+    ):
         super().__init__()
         self.network = network
         self.x_train = x_train
@@ -407,14 +421,18 @@ class Recorder(keras.callbacks.Callback):
         self.max_updates = max_updates
         self.interval = interval
         self.log_names = log_names
+        self.state_path = state_path
+        self.cost_per_update = math.nan
         self.rows = []
         self.is_over = False
         self._start = None
+        self._seconds_before = 0.0
+        self._total_cg_iterations, self._cost = 0, 0.0
 
     @property
     def seconds(self):
         """Seconds of training so far."""
-        return 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._seconds_before if self._start is None else time.perf_counter() - self._start
 
     @property
     def cosine(self):
@@ -425,16 +443,54 @@ class Recorder(keras.callbacks.Callback):
         self.begin([*self.model.variables, *self.model.optimizer.variables])
 
     def on_train_batch_end(self, batch, logs=None):
-        self.model.stop_training = self.after_update(int(self.model.optimizer.iterations), logs)
+        updates = int(self.model.optimizer.iterations)
+        if "cg_iterations" in logs:
+            self._count(logs)
+        else:
+            self._cost = updates * self.cost_per_update
+        totals = {"total_cg_iterations": self._total_cg_iterations, "cost": self._cost}
+        self.model.stop_training = self.after_update(updates, {**logs, **totals})
+
+    def _count(self, logs):
+        """Adds up what Hessian-free updates cost: a gradient is 1, a product 4/3, the losses of an update's searches 4/3."""
+        iterations, num_cases = int(logs["cg_iterations"]), int(logs["num_cases"])
+        curvature_cases = min(self.model.optimizer.curvature_batch_size or num_cases, num_cases)
+        self._total_cg_iterations += iterations
+        self._cost += ((1 + 4 / 3) * num_cases + 4 / 3 * iterations * curvature_cases) / len(self.x_train)
 
     def begin(self, variables):
-        """Writes the first row.
+        """Writes the first row, or goes on where an earlier run of the same paths was cut short.
 
         Args:
-            variables: List of Keras variables that training changes.
+            variables: List of Keras variables that training changes; of an earlier run they get the values.
         """
-        del variables
-        self._record(0, {})
+        self._variables = variables
+        if self.state_path is None or not Path(self.state_path).exists():
+            self._record(0, {"num_cases": 0, "total_cg_iterations": 0, "cost": 0})
+            self._state_seconds = 0.0
+        else:
+            self._restore()
+
+    def _restore(self):
+        """Reads rows and state; rows that are younger than the state are dropped, for they come again."""
+        with np.load(self.state_path) as state:
+            num_rows = int(state["num_rows"])
+            for number, variable in enumerate(self._variables):
+                variable.assign(state[f"variable_{number}"])
+        path = Path(self.path)
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 + num_rows]))
+        self.rows = read_rows(path)
+        last = self.rows[-1]
+        self._seconds_before = self._state_seconds = last["seconds"]
+        self._total_cg_iterations, self._cost = last.get("total_cg_iterations", 0), last.get("cost", 0.0)
+
+    def _keep_state(self):
+        """Writes what `_restore` reads. An old file is whole until the new one is."""
+        values = {f"variable_{number}": variable.numpy() for number, variable in enumerate(self._variables)}
+        new = Path(self.state_path).with_suffix(".new.npz")
+        np.savez(new, num_rows=len(self.rows), **values)
+        new.replace(self.state_path)
+        self._state_seconds = self.rows[-1]["seconds"]
 
     def after_update(self, updates, logs):
         """Looks at the clock, and writes a row if one is due.
@@ -447,11 +503,13 @@ class Recorder(keras.callbacks.Callback):
             Boolean, whether training is over.
         """
         if self._start is None:
-            self._start = time.perf_counter()
+            self._start = time.perf_counter() - self._seconds_before
         seconds = self.seconds
         self.is_over = seconds >= self.max_seconds or updates >= self.max_updates
-        if self.is_over or self.is_due(seconds):
+        if self.is_over or (updates > self.rows[-1]["update"] and self.is_due(seconds)):
             self._record(updates, logs)
+            if self.state_path and (self.is_over or seconds >= self._state_seconds + self.STATE_INTERVAL):
+                self._keep_state()
             self._start += self.seconds - seconds
         return self.is_over
 
@@ -484,6 +542,12 @@ class Recorder(keras.callbacks.Callback):
                 writer.writeheader()
             writer.writerow(row)
         self.rows.append(row)
+
+
+def read_rows(path):
+    """Returns the rows of a recorder's CSV file: a list of dicts of floats."""
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 class CosineDecay(keras.callbacks.Callback):

@@ -1,11 +1,13 @@
+import contextlib
 import csv
 import math
+from unittest import mock
 
 import keras
 import numpy as np
 import pytest
 
-from examples import autoencoder, baselines, runs_to_read
+from examples import autoencoder, baselines, experiments, runs_to_read
 from keras_hf import read_updates
 
 
@@ -107,9 +109,93 @@ def test_the_file_holds_the_rows(tmp_path):
     network = tiny_network()
     record = recorder(network, tmp_path / "run.csv", interval=0.01)
     baselines.fit_baseline(baselines.BASELINES["nag"], "demo", network, record.x_train, record, loss="mse")
-    with open(record.path, newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    assert rows == record.rows
+    assert baselines.read_rows(record.path) == record.rows
+
+
+def test_cost_of_steps_on_batches_is_their_share_of_the_cases(tmp_path):
+    network = tiny_network()
+    record = recorder(network, tmp_path / "run.csv", log_names=("cost",))
+    baselines.fit_baseline(baselines.BASELINES["nag"], "demo", network, record.x_train, record, loss="mse")
+    assert [row["cost"] for row in record.rows] == pytest.approx([row["update"] for row in record.rows])
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_tiny(method, updates, path, state_path=None, stop_after=None):
+    """Trains, and breaks off after so many updates; returns the recorder."""
+    keras.utils.set_random_seed(0)
+    options = f"--dataset faces --method {method} --seconds 1000 --interval 0 --updates {updates} --damping 1"
+    args = autoencoder.parse(options.split())
+    layers = keras.layers.Dense(2, "tanh"), keras.layers.Dense(4)
+    network = keras.Sequential([keras.Input((4,)), *layers])
+    x = np.random.default_rng(0).random((20, 4), "float32")
+    with contextlib.ExitStack() as stack:
+        if stop_after is not None:
+            stack.enter_context(pytest.raises(Stopped))
+            stack.enter_context(mock.patch.object(baselines.Recorder, "after_update", _stop_after(stop_after)))
+        return autoencoder.train(args, method, network, x, x, path, state_path)
+
+
+def _stop_after(num_updates):
+    after_update = baselines.Recorder.after_update
+
+    def stopping(self, updates, logs):
+        after_update(self, updates, logs)
+        if updates >= num_updates:
+            raise Stopped
+        return self.is_over
+
+    return stopping
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "updates"), [("hf", 8), ("recipe", 8), ("gd", 60), ("ncg", 8)])
+def test_a_run_that_was_cut_short_goes_on_where_its_state_was_kept(method, updates, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines.Recorder, "STATE_INTERVAL", 0.0)
+    paths = tmp_path / "run.csv", tmp_path / "run.npz"
+    train_tiny(method, updates, *paths, stop_after=updates // 2)
+    before = paths[0].read_text()
+    whole = train_tiny(method, updates, *paths).rows
+    assert paths[0].read_text().startswith(before)
+    assert [row["update"] for row in whole] == sorted({row["update"] for row in whole})
+    assert whole[-1]["update"] == updates
+    for name in ("seconds", "cost"):
+        course = [row[name] for row in whole]
+        assert course == sorted(course)
+    if method != "ncg":  # It has forgotten its last direction.
+        straight = train_tiny(method, updates, tmp_path / "straight.csv").rows
+        assert whole[-1]["train_error"] == pytest.approx(straight[-1]["train_error"], rel=1e-5)
+        assert whole[-1]["cost"] == pytest.approx(straight[-1]["cost"])
+
+
+@pytest.mark.slow
+def test_experiments_are_made_once_go_on_and_are_tabled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(autoencoder.SETTINGS, ("curves", "full"), autoencoder.Setting((8, 3), 50, None))
+    monkeypatch.setitem(experiments.INTERVALS, "curves", 0.1)
+    folders = f"--out {tmp_path / 'results'} --states {tmp_path / 'states'}"
+    rows = "rand-hf pt-ncg nag"
+    command = f"run --dataset curves --row {rows} --l2 0 2e-5 {folders} --seconds"
+    experiments.main([*command.split(), "0.3"])
+    paths = sorted((tmp_path / "results" / "curves").glob("*.csv"))
+    assert len(paths) == 6
+    first = [path.read_text() for path in paths]
+    experiments.main([*command.split(), "0.3"])
+    assert [path.read_text() for path in paths] == first
+    experiments.main([*command.split(), "0.6"])
+    assert all(path.read_text().startswith(text) for path, text in zip(paths, first, strict=True))
+    assert all(baselines.read_rows(path)[-1]["seconds"] >= 0.6 for path in paths)
+    # Both start where the machines have come to.
+    starts = {path.stem: baselines.read_rows(path)[0]["train_error"] for path in paths}
+    assert starts["pt-ncg-l2-0-seed0"] == starts["pt-ncg-l2-2e-05-seed0"] != starts["rand-hf-l2-0-seed0"]
+    capsys.readouterr()
+    experiments.main(f"table --dataset curves --out {tmp_path / 'results'}".split())
+    table = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in table] == [
+        [f"| {row}", l2] for l2 in ("0", "2e-05") for row in ("rand-hf", "pt-ncg", "nag")
+    ]
+    assert (tmp_path / "results" / "curves.png").stat().st_size > 0
 
 
 @pytest.mark.slow
