@@ -1,39 +1,56 @@
-"""What each part of Hessian-free optimization is worth: the defaults of the package, and the defaults but for one part.
+"""What each part of Hessian-free optimization is worth: the package's defaults, and the defaults but for one part; or the recipe.
 
-Every run has the same time, cases and weights. Besides seconds there is the cost until each target, in gradients over
-the training set (see `time_to_error`), which does not depend on the machine, but leaves out the work that is no pass
-over cases.
+The recipe is that of Martens (2010), see `examples.autoencoder.recipe`. Every run has the same time, cases and weights.
+Besides seconds there is the cost until each target, in gradients over the training set (see `time_to_error`), which does
+not depend on the machine, but leaves out the work that is no pass over cases.
 
     python -m benchmarks.levers --problem small-curves --seed 0 1
+    python -m benchmarks.levers --problem small-curves --base recipe --seed 0 1
 
 A run whose file is complete is not made again. The table is written and printed from all runs so far.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import math
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
-from benchmarks.time_to_error import PROBLEMS, fit_hessian_free, read, train
+import tensorflow as tf
+
+from benchmarks.time_to_error import PROBLEMS, fit_hessian_free, fit_recipe, train
+from examples.baselines import read_rows
 from keras_hf import (
+    ConstantDamping,
+    EmpiricalFisher,
     EmpiricalFisherDiagonal,
+    FiniteDifferenceHessian,
     GrowingBatch,
+    Hessian,
     Identity,
     KroneckerFactored,
     LevenbergMarquardt,
     RelativeProgress,
+    ResidualTolerance,
 )
+from keras_hf.search import Backtrack
 
 RESULTS = Path("benchmarks", "results", "levers")
-SECONDS = {"small-curves": 30.0, "full-curves": 120.0}
+SECONDS = {
+    ("small-curves", "defaults"): 40.0,
+    ("full-curves", "defaults"): 120.0,
+    ("small-curves", "recipe"): 100.0,
+}
 
 
-def levers(num_cases):
-    """Returns what is changed, one thing at a time.
+def levers_of_defaults(num_cases):
+    """Returns what is changed in the package's defaults, one thing at a time.
 
-    Dict from a name to arguments of `HessianFree` and to others that are none of its own: `damping_rule`, `l2`, `sparse`.
+    Dict from a name to arguments of `HessianFree` and to others that are none of its own: `damping_rule`, `l2`, `sparse`,
+    `backtracking`.
 
     Args:
         num_cases: Integer, cases of the problem.
@@ -67,13 +84,53 @@ def levers(num_cases):
     }
 
 
-def run(folder, problem, name, change, seed, seconds):
+def levers_of_recipe(num_cases):
+    """Returns what is changed in the recipe, one thing at a time, as `levers_of_defaults` does."""
+    return {
+        "recipe": {},
+        "Hessian": {"curvature": Hessian()},
+        "Hessian by finite differences": {"curvature": FiniteDifferenceHessian()},
+        "empirical Fisher": {"curvature": EmpiricalFisher()},
+        "CG stops by its residual": {"stopping": ResidualTolerance()},
+        **{f"always {most} iterations": {"stopping": NEVER, "max_cg_iterations": most} for most in (50, 250)},
+        "no preconditioner": {"preconditioner": Identity()},
+        "Kronecker factors": {"preconditioner": KroneckerFactored(interval=5)},
+        "no warm start": {"warm_start_decay": 0.0},
+        "no backtracking": {"backtracking": False},
+        **{
+            f"constant damping {damping:g}": {"damping": damping, "damping_rule": ConstantDamping()}
+            for damping in (45.0, 4.5, 0.45, 0.045)
+        },
+        "damping from a tenth": {"damping": 4.5},
+        "products on a quarter": {"curvature_batch_size": num_cases // 4},
+        "growing sets": {"growing_batch": GrowingBatch()},
+        "Glorot's weights": {"sparse": False},
+    }
+
+
+NEVER = RelativeProgress(tolerance=1e-12)
+BASES = {"defaults": (fit_hessian_free, levers_of_defaults), "recipe": (fit_recipe, levers_of_recipe)}
+NO_ARGUMENTS = ("damping_rule", "sparse", "backtracking")  # Of `HessianFree`.
+
+
+def run(folder, problem, fit, name, change, seed, seconds):
     """Trains once, unless that has been done; returns the path of the file."""
     path = folder / f"{file_name(name)}-seed{seed}.csv"
-    own = {key: value for key, value in change.items() if key not in ("damping_rule", "sparse")}
-    fit = partial(fit_hessian_free, damping_rule=change.get("damping_rule"))
-    train(path, problem, fit, own, seed, seconds, change.get("sparse", True))
+    arguments = {key: value for key, value in change.items() if key not in NO_ARGUMENTS}
+    fit = partial(fit, damping_rule=change.get("damping_rule"))
+    # The package has no such option, for nobody should set it.
+    without = mock.patch("keras_hf.update.backtrack", last_iterate)
+    with contextlib.nullcontext() if change.get("backtracking", True) else without:
+        train(path, problem, fit, arguments, seed, seconds, change.get("sparse", True))
     return path
+
+
+def last_iterate(loss_at, iterates):
+    """Takes the last iterate whatever its loss, in place of `keras_hf.search.backtrack`."""
+    row = tf.shape(iterates)[0] - 1
+    loss = loss_at(iterates[row])
+    not_looked_at = tf.fill([row], tf.constant(math.nan, loss.dtype))
+    return Backtrack(row, loss, tf.concat([not_looked_at, [loss]], 0))
 
 
 def file_name(name):
@@ -100,21 +157,26 @@ def main(arguments=None):
         arguments: List of strings, as on the command line; None takes those.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices=SECONDS, required=True)
+    parser.add_argument("--problem", choices={problem for problem, _ in SECONDS}, required=True)
+    parser.add_argument("--base", choices=BASES, default="defaults", help="what is changed")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--lever", nargs="+", help="names; default: all")
     parser.add_argument("--seconds", type=float, help="instead of the problem's own, to try things out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
-    problem, folder = PROBLEMS[args.problem], args.out / args.problem
-    changes = levers(len(problem.load(0).x_train))
+    seconds = args.seconds or SECONDS.get((args.problem, args.base))
+    if seconds is None:
+        parser.error(f"Give --seconds: none are set for {args.base} on {args.problem}.")
+    problem, folder = PROBLEMS[args.problem], args.out / f"{args.problem}-{args.base}"
+    fit, changes_of = BASES[args.base]
+    changes = changes_of(len(problem.load(0).x_train))
     table = []
     for seed, (name, change) in itertools.product(args.seed, changes.items()):
         if not args.lever or name in args.lever:
-            path = run(folder, problem, name, change, seed, args.seconds or SECONDS[args.problem])
-            table.append(row(name, seed, read(path), problem.targets))
+            path = run(folder, problem, fit, name, change, seed, seconds)
+            table.append(row(name, seed, read_rows(path), problem.targets))
             print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
-    with open(args.out / f"{args.problem}.csv", "w", newline="") as file:
+    with open(folder.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()
         writer.writerows(table)

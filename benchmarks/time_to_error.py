@@ -35,17 +35,27 @@ import tensorflow as tf
 from keras import ops
 
 from examples.autoencoder import build_autoencoder, cross_entropy, recipe, squared_error
-from examples.baselines import NesterovMomentum, Recorder, fit_compiled, fit_lbfgs, muon
+from examples.baselines import (
+    NesterovMomentum,
+    Recorder,
+    fit_compiled,
+    fit_lbfgs,
+    fit_nonlinear_cg,
+    fit_trust_region,
+    muon,
+    read_rows,
+    standard_hessian_free,
+)
 from examples.datasets import mnist, synthetic_curves
+from examples.experiments import plot
 from keras_hf import GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 RESULTS = Path("benchmarks", "results", "time_to_error")
 TRIALS = Path("runs", "time_to_error")  # Of runs that did not get the whole time.
 PIECE_SIZE = 5000
-FIRST_ORDER = ("adam", "nag", "muon", "adam-glorot")
+FIRST_ORDER = ("adam", "nag", "muon", "adam-glorot", "sgd", "gd", "momentum")
 
 
 class Cases(NamedTuple):
@@ -210,11 +220,12 @@ def fit_hessian_free(problem, setting, network, cases, recorder, seed, damping_r
     _fit_hessian_free(optimizer, damping_rule or LevenbergMarquardt(), problem, network, cases, recorder)
 
 
-def fit_recipe(problem, setting, network, cases, recorder, seed):
-    """Trains by the recipe of Martens (2010), whatever the package's defaults are."""
-    del setting
-    optimizer, damping_rule = recipe(problem.damping, problem.recipe_curvature_cases, seed=seed)
-    _fit_hessian_free(optimizer, damping_rule, problem, network, cases, recorder)
+def fit_recipe(problem, setting, network, cases, recorder, seed, damping_rule=None):
+    """Trains by the recipe of Martens (2010), whatever the package's defaults are, but for what the setting says."""
+    arguments = {name: value for name, value in setting.items() if name not in SHARED}
+    arguments = {"damping": problem.damping, "curvature_batch_size": problem.recipe_curvature_cases, **arguments}
+    optimizer, rule = recipe(**arguments, seed=seed)
+    _fit_hessian_free(optimizer, damping_rule or rule, problem, network, cases, recorder)
 
 
 def _fit_hessian_free(optimizer, damping_rule, problem, network, cases, recorder):
@@ -238,10 +249,16 @@ def fit_first_order(make_optimizer, cosine_decay, problem, setting, network, cas
     )
 
 
-def fit_quasi_newton(problem, setting, network, cases, recorder, seed):
-    """Trains by L-BFGS."""
+def fit_standard(problem, setting, network, cases, recorder, seed):
+    """Trains by standard Hessian-free optimization, from which the recipe sets out."""
+    optimizer, damping_rule = standard_hessian_free(setting["damping"], seed=seed)
+    _fit_hessian_free(optimizer, damping_rule, problem, network, cases, recorder)
+
+
+def fit_all_at_once(fit, problem, setting, network, cases, recorder, seed):
+    """Trains by a method of scipy, on all cases in every update."""
     del seed
-    fit_lbfgs(network, problem.loss, cases.x_train, cases.y_train, recorder, setting["max_corrections"])
+    fit(network, problem.loss, cases.x_train, cases.y_train, recorder, **setting)
 
 
 def _adam(setting, network):
@@ -254,14 +271,25 @@ def _nag(setting, network):
     return NesterovMomentum(setting["learning_rate"], setting["max_momentum"])
 
 
+def _descent(setting, network):
+    del network
+    return keras.optimizers.SGD(setting["learning_rate"], setting.get("momentum", 0.0))
+
+
 METHODS = {
     "hf": fit_hessian_free,
     "recipe": fit_recipe,
     "adam": partial(fit_first_order, _adam, True),
     "nag": partial(fit_first_order, _nag, False),
     "muon": partial(fit_first_order, lambda setting, network: muon(setting["learning_rate"], network), True),
-    "lbfgs": fit_quasi_newton,
+    "lbfgs": partial(fit_all_at_once, fit_lbfgs),
     "adam-glorot": partial(fit_first_order, _adam, True),
+    "sgd": partial(fit_first_order, _descent, False),
+    "gd": partial(fit_first_order, _descent, False),
+    "momentum": partial(fit_first_order, _descent, False),
+    "ncg": partial(fit_all_at_once, fit_nonlinear_cg),
+    "trust-region": partial(fit_all_at_once, fit_trust_region),
+    "standard": fit_standard,
 }
 
 
@@ -307,6 +335,12 @@ GRIDS = {
     ("lbfgs", "small-curves"): _product(max_corrections=(10, 30, 100)),
     ("lbfgs", "autoencoder"): _product(max_corrections=(10,)),
     ("lbfgs", "classifier"): _product(max_corrections=(10,)),
+    ("sgd", "small-curves"): _product(learning_rate=(1e-2, 3e-2, 1e-1), batch_size=(200,)),
+    ("gd", "small-curves"): _product(learning_rate=(3e-2, 1e-1, 3e-1), batch_size=(2000,)),
+    ("momentum", "small-curves"): _product(learning_rate=(1e-2, 3e-2, 1e-1), momentum=(0.9,), batch_size=(2000,)),
+    ("ncg", "small-curves"): [{}],
+    ("trust-region", "small-curves"): _product(initial_radius=(0.1, 1.0)),
+    ("standard", "small-curves"): _product(damping=(45.0, 4.5, 0.45)),
     ("adam-glorot", "autoencoder"): _product(learning_rate=(1e-3, 3e-3), batch_size=(200,)),
 }
 
@@ -315,7 +349,7 @@ def grid(name, problem, method):
     """Returns the settings of a method on a problem: a list of dicts."""
     settings = GRIDS.get((method, name)) or GRIDS.get((method, problem.kind))
     if settings is None:
-        raise SystemExit(f"'{method}' is for autoencoders alone. Received: problem={name}.")
+        raise SystemExit(f"No grid of '{method}' is set for this problem. Received: problem={name}.")
     return settings
 
 
@@ -338,16 +372,16 @@ class Curve(Recorder):
         super().__init__(network, cases.x_train, cases.x_test, path, max_seconds, math.inf, log_names=names)
         self.cases = cases
         self._values = _values_of_cases(problem, network)
-        self._total_cg_iterations, self._cost = 0, 0.0
 
     def begin(self, variables):
         self._before = [(variable, ops.convert_to_numpy(variable)) for variable in variables]
-        self._record(0, {"num_cases": 0, "total_cg_iterations": 0, "cost": 0})
+        super().begin(variables)
 
     def after_update(self, updates, logs):
         if self._start is None:
             for variable, value in self._before:
                 variable.assign(value)
+            self._total_cg_iterations, self._cost = 0, 0.0
             return super().after_update(0, {})
         stop = super().after_update(updates, {"total_cg_iterations": 0, **logs})
         self.is_over = stop or not math.isfinite(self.rows[-1]["train_error"])
@@ -356,18 +390,6 @@ class Curve(Recorder):
     def is_due(self, seconds):
         last = self.rows[-1]["seconds"]
         return seconds >= last + min(max(0.1 * last, self.max_seconds / 200), self.max_seconds / 40)
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self._start is not None:
-            self._add_cost(logs)
-        logs = {**logs, "total_cg_iterations": self._total_cg_iterations, "cost": self._cost}
-        super().on_train_batch_end(batch, logs)
-
-    def _add_cost(self, logs):
-        iterations, num_cases = int(logs["cg_iterations"]), int(logs["num_cases"])
-        curvature_cases = min(self.model.optimizer.curvature_batch_size or num_cases, num_cases)
-        self._total_cg_iterations += iterations
-        self._cost += ((1 + 4 / 3) * num_cases + 4 / 3 * iterations * curvature_cases) / len(self.x_train)
 
     def errors(self):
         train = self._means(self.cases.x_train, self.cases.y_train)
@@ -452,15 +474,9 @@ def train(path, problem, fit, setting, seed, seconds, sparse=True):
     partial_path.rename(path)
 
 
-def read(path):
-    """Returns the rows of a run's CSV file: a list of dicts of floats."""
-    with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def seconds_until(rows, target):
-    """Returns the seconds of the first row whose training error is at or below `target`; infinity if there is none."""
-    return next((row["seconds"] for row in rows if row["train_error"] <= target), math.inf)
+def until(rows, target, measure="seconds"):
+    """Returns the seconds, or the cost, of the first row whose training error is at or below `target`; infinity if there is none."""
+    return next((row[measure] for row in rows if row["train_error"] <= target), math.inf)
 
 
 def best_setting(folder, method, num_settings):
@@ -483,7 +499,7 @@ def best_setting(folder, method, num_settings):
             raise FileNotFoundError(
                 f"The grid of '{method}' is incomplete: {path} is missing. Run it with --grid --seed 0."
             )
-        final = read(path)[-1]["train_error"]
+        final = read_rows(path)[-1]["train_error"]
         finals.append(final if math.isfinite(final) else math.inf)
     return int(np.argmin(finals))
 
@@ -493,7 +509,7 @@ def complete_runs(folder):
     runs = {}
     for path in sorted(folder.glob("*-seed*.csv")):
         method, number, seed = re.fullmatch(r"(.+)-(\d+)-seed(\d+)", path.stem).groups()
-        runs[method, int(number), int(seed)] = read(path)
+        runs[method, int(number), int(seed)] = read_rows(path)
     return runs
 
 
@@ -515,10 +531,7 @@ def median_seconds(runs, targets):
     """Returns a dict from method to its seconds until each target, a list: medians over its runs, infinity where not reached."""
     methods = dict.fromkeys(key[0] for key in runs)
     return {
-        method: [
-            _median([seconds_until(rows, target) for key, rows in runs.items() if key[0] == method])
-            for target in targets
-        ]
+        method: [_median([until(rows, target) for key, rows in runs.items() if key[0] == method]) for target in targets]
         for method in methods
     }
 
@@ -548,7 +561,11 @@ def write_table(name, problem, runs, path):
                 "seed": seed,
                 "best": int((method, number, seed) in best),
                 "arguments": " ".join(f"{argument}={value:g}" for argument, value in setting.items()),
-                **{f"seconds_to_{target:g}": seconds_until(rows, target) for target in problem.targets},
+                **{
+                    f"{measure}_to_{target:g}": until(rows, target, measure)
+                    for measure in ("seconds", "cost")
+                    for target in problem.targets
+                },
                 **{column: last[column] for column in last if column != "num_cases"},
             }
         )
@@ -604,33 +621,6 @@ def _in_columns(values, form=".1f"):
     return "".join(f"{f'{value:{form}}' if math.isfinite(value) else '-':>9}" for value in values)
 
 
-def plot(problem, runs, path):
-    """Draws errors against time: a line for each seed, a colour for each method, test errors dotted.
-
-    Args:
-        problem: A `Problem`.
-        runs: Dict from (method, number of the setting, seed) to rows, best settings only.
-        path: Path of the PNG file.
-    """
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    colors = {method: f"C{place}" for place, method in enumerate(METHODS)}
-    labelled = set()
-    for (method, _, _), rows in runs.items():
-        seconds = [row["seconds"] for row in rows]
-        label = None if method in labelled else method
-        labelled.add(method)
-        axes.semilogy(seconds, [row["train_error"] for row in rows], color=colors[method], label=label)
-        axes.semilogy(seconds, [row["test_error"] for row in rows], color=colors[method], linestyle=":", linewidth=1)
-    for target in problem.targets:
-        axes.axhline(target, color="gray", linewidth=0.5, zorder=0)
-    measure = "squared error per case" if problem.kind == "autoencoder" else "cross-entropy"
-    axes.set(xlabel="seconds of training", ylabel=measure, title="training (lines) and test (dotted)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def run_command(args):
     """Trains as the command line says, one run after the other."""
     problem = PROBLEMS[args.problem]
@@ -649,7 +639,7 @@ def run_command(args):
         for number, seed in itertools.product(numbers, args.seed):
             print(f"{args.problem} {method} {number} {settings[number]} seed {seed}", flush=True)
             path = run(folder, problem, method, settings[number], number, seed, args.seconds or seconds)
-            last = read(path)[-1]
+            last = read_rows(path)[-1]
             print(
                 f"  train {last['train_error']:.4f} test {last['test_error']:.4f} updates {last['update']:.0f}",
                 flush=True,
@@ -664,7 +654,9 @@ def table_command(args):
         raise SystemExit(f"No complete run in {args.out / args.problem}.")
     best = of_best_settings(runs)
     write_table(args.problem, problem, runs, args.out / f"{args.problem}.csv")
-    plot(problem, best, args.out / f"{args.problem}.png")
+    measure = "squared error per case" if problem.kind == "autoencoder" else "cross-entropy"
+    curves = [(method, rows) for (method, _, _), rows in best.items()]
+    plot(curves, args.out / f"{args.problem}.png", measure, problem.targets)
     print_table(problem, best)
 
 
