@@ -7,7 +7,8 @@ not depend on the machine, but leaves out the work that is no pass over cases.
     python -m benchmarks.levers --problem small-curves --seed 0 1
     python -m benchmarks.levers --problem small-curves --base recipe --seed 0 1
 
-A run whose file is complete is not made again. The table is written and printed from all runs so far.
+A run whose file is complete is not made again. The table is written from all runs so far. Those in
+`results/levers` had one core each, two of them side by side (`taskset -c 0 python -m ...`).
 """
 
 import argparse
@@ -110,12 +111,13 @@ def levers_of_recipe(num_cases):
 
 NEVER = RelativeProgress(tolerance=1e-12)
 BASES = {"defaults": (fit_hessian_free, levers_of_defaults), "recipe": (fit_recipe, levers_of_recipe)}
+MAX_SEEDS = 10
 NO_ARGUMENTS = ("damping_rule", "sparse", "backtracking")  # Of `HessianFree`.
 
 
 def run(folder, problem, fit, name, change, seed, seconds):
     """Trains once, unless that has been done; returns the path of the file."""
-    path = folder / f"{file_name(name)}-seed{seed}.csv"
+    path = path_of(folder, name, seed)
     arguments = {key: value for key, value in change.items() if key not in NO_ARGUMENTS}
     fit = partial(fit, damping_rule=change.get("damping_rule"))
     # The package has no such option, for nobody should set it.
@@ -133,9 +135,10 @@ def last_iterate(loss_at, iterates):
     return Backtrack(row, loss, tf.concat([not_looked_at, [loss]], 0))
 
 
-def file_name(name):
-    """Returns a name that files may have."""
-    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
+def path_of(folder, name, seed):
+    """Returns the path of a run's file, in whose name a lever's has only what files may have."""
+    name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
+    return folder / f"{name}-seed{seed}.csv"
 
 
 def row(name, seed, rows, targets):
@@ -159,7 +162,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", choices={problem for problem, _ in SECONDS}, required=True)
     parser.add_argument("--base", choices=BASES, default="defaults", help="what is changed")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], choices=range(MAX_SEEDS), metavar="SEED")
     parser.add_argument("--lever", nargs="+", help="names; default: all")
     parser.add_argument("--seconds", type=float, help="instead of the problem's own, to try things out")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -170,12 +173,17 @@ def main(arguments=None):
     problem, folder = PROBLEMS[args.problem], args.out / f"{args.problem}-{args.base}"
     fit, changes_of = BASES[args.base]
     changes = changes_of(len(problem.load(0).x_train))
-    table = []
     for seed, (name, change) in itertools.product(args.seed, changes.items()):
         if not args.lever or name in args.lever:
             path = run(folder, problem, fit, name, change, seed, seconds)
-            table.append(row(name, seed, read_rows(path), problem.targets))
-            print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
+            found = row(name, seed, read_rows(path), problem.targets)
+            print("  ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    table = [
+        row(name, seed, read_rows(path), problem.targets)
+        for name in changes
+        for seed in range(MAX_SEEDS)
+        if (path := path_of(folder, name, seed)).exists()
+    ]
     with open(folder.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()

@@ -291,7 +291,7 @@ def test_levers_change_one_thing_each(tmp_path, monkeypatch):
     arguments = ["--problem", "small-curves", "--seconds", "0.2", "--out", str(tmp_path), "--lever", *names]
     levers.main(arguments)
     paths = sorted((tmp_path / "small-curves-defaults").iterdir())
-    assert [path.name for path in paths] == [f"{levers.file_name(name)}-seed0.csv" for name in sorted(names)]
+    assert [path.name for path in paths] == [levers.path_of(tmp_path, name, 0).name for name in sorted(names)]
     written = [path.stat().st_mtime_ns for path in paths]
     levers.main(arguments)
     assert [path.stat().st_mtime_ns for path in paths] == written
