@@ -335,12 +335,12 @@ GRIDS = {
     ("lbfgs", "small-curves"): _product(max_corrections=(10, 30, 100)),
     ("lbfgs", "autoencoder"): _product(max_corrections=(10,)),
     ("lbfgs", "classifier"): _product(max_corrections=(10,)),
-    ("sgd", "small-curves"): _product(learning_rate=(1e-2, 3e-2, 1e-1), batch_size=(200,)),
-    ("gd", "small-curves"): _product(learning_rate=(3e-2, 1e-1, 3e-1), batch_size=(2000,)),
-    ("momentum", "small-curves"): _product(learning_rate=(1e-2, 3e-2, 1e-1), momentum=(0.9,), batch_size=(2000,)),
+    ("sgd", "small-curves"): _product(learning_rate=(1e-2, 3e-2), batch_size=(200,)),
+    ("gd", "small-curves"): _product(learning_rate=(3e-2, 1e-1), batch_size=(2000,)),
+    ("momentum", "small-curves"): _product(learning_rate=(1e-2, 3e-2), momentum=(0.9,), batch_size=(2000,)),
     ("ncg", "small-curves"): [{}],
-    ("trust-region", "small-curves"): _product(initial_radius=(0.1, 1.0)),
-    ("standard", "small-curves"): _product(damping=(45.0, 4.5, 0.45)),
+    ("trust-region", "small-curves"): _product(initial_radius=(1.0,)),
+    ("standard", "small-curves"): _product(damping=(45.0, 4.5)),
     ("adam-glorot", "autoencoder"): _product(learning_rate=(1e-3, 3e-3), batch_size=(200,)),
 }
 
