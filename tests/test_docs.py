@@ -16,7 +16,7 @@ from docs import api
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
 # An index, measurements, and what docstrings say.
-WITHOUT_CODE = {"README.md", "api.md", "faster.md", "support.md"}
+WITHOUT_CODE = {"README.md", "api.md", "experiments.md", "faster.md", "support.md"}
 WITH_CODE = sorted(set(PAGES) - WITHOUT_CODE)
 # Pages that take more than five seconds.
 SLOW = set(WITH_CODE) - {"how-it-works.md"}
