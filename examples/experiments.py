@@ -164,7 +164,8 @@ def plot(curves, path, measure="squared error per case", targets=()):
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     lines, names = {}, list(dict.fromkeys(name for name, _ in curves))
     for name, rows in curves:
-        color = pyplot.get_cmap("tab10" if len(names) <= 10 else "tab20")(names.index(name))
+        place = names.index(name)
+        color = pyplot.get_cmap("tab20")(2 * place % 20 + place // 10)  # Pale ones, which are every second, last.
         for axes, abscissa in zip(panels, ("seconds", "cost"), strict=True):
             at = [row[abscissa] for row in rows]
             (lines[name],) = axes.semilogy(at, [row["train_error"] for row in rows], color=color)
