@@ -100,9 +100,8 @@ def levers_of_recipe(num_cases):
         "no backtracking": {"backtracking": False},
         **{
             f"constant damping {damping:g}": {"damping": damping, "damping_rule": ConstantDamping()}
-            for damping in (45.0, 4.5, 0.45, 0.045)
+            for damping in (45.0, 4.5, 0.45)
         },
-        "damping from a tenth": {"damping": 4.5},
         "products on a quarter": {"curvature_batch_size": num_cases // 4},
         "growing sets": {"growing_batch": GrowingBatch()},
         "Glorot's weights": {"sparse": False},

@@ -465,7 +465,9 @@ class Recorder(keras.callbacks.Callback):
             variables: List of Keras variables that training changes; of an earlier run they get the values.
         """
         self._variables = variables
-        if self.state_path is None or not Path(self.state_path).exists():
+        # Whoever has removed the file wants another run.
+        goes_on = self.state_path is not None and Path(self.state_path).exists() and Path(self.path).exists()
+        if not goes_on:
             self._record(0, {"num_cases": 0, "total_cg_iterations": 0, "cost": 0})
             self._state_seconds = 0.0
         else:

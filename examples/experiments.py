@@ -44,7 +44,7 @@ ROWS = {
     "nag": ("nag", False),
     "sgd": ("sgd", False),
 }
-# Options of the example, by data set and method: the best of the grids in `benchmarks/time_to_error.py`, and for faces of those below.
+# Options of the example, by data set and method: the best of the grids in `benchmarks/time_to_error.py`.
 OPTIONS = {
     ("curves", "hf"): "--damping 4.5",
     ("curves", "nag"): "--learning-rate 1e-2",
@@ -96,7 +96,7 @@ def run(args, row, l2, seed):
     keras.utils.set_random_seed(seed)
     setting = options.setting
     network = build_autoencoder(setting.widths, l2, seed, True, setting.num_pixels, setting.is_real)
-    if starts_pretrained and not state.exists():
+    if starts_pretrained:
         network.set_weights(pretrained_weights(args, network, x_train, seed))
     train(options, method, network, x_train, x_test, path, state)
     return path

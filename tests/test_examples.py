@@ -6,6 +6,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from examples import autoencoder, baselines, experiments, runs_to_read
 from keras_hf import read_updates
@@ -117,6 +118,23 @@ def test_cost_of_steps_on_batches_is_their_share_of_the_cases(tmp_path):
     record = recorder(network, tmp_path / "run.csv", log_names=("cost",))
     baselines.fit_baseline(baselines.BASELINES["nag"], "demo", network, record.x_train, record, loss="mse")
     assert [row["cost"] for row in record.rows] == pytest.approx([row["update"] for row in record.rows])
+
+
+def test_a_run_whose_file_was_removed_starts_anew(tmp_path):
+    network, paths = tiny_network(), {"path": tmp_path / "run.csv", "state_path": tmp_path / "run.npz"}
+    first = recorder(network, **paths)
+    first.begin(network.trainable_variables)
+    first.after_update(40, {})
+    network.trainable_variables[0].assign_add(tf.ones([4, 4]))
+    assert [row["update"] for row in first.rows] == [0, 40]
+    again = recorder(network, **paths)
+    again.begin(network.trainable_variables)
+    assert [row["update"] for row in again.rows] == [0, 40]
+    assert again.errors()["train_error"] == first.rows[-1]["train_error"]
+    paths["path"].unlink()
+    anew = recorder(network, **paths)
+    anew.begin(network.trainable_variables)
+    assert [row["update"] for row in anew.rows] == [0]
 
 
 class Stopped(Exception):
