@@ -9,7 +9,8 @@ ones (`examples/pretraining.py`), by one method, for a given time. Run from the 
 A run writes DATASET/ROW-l2-L2-seedSEED.csv as it goes, and about once a minute its state: the same command goes on with
 what was cut short, makes no run again whose time is over, and with more `--seconds` goes on with those that are. `table`
 prints training and test error of each run where the test error was least, as the paper chose, and at the end, and draws
-errors against time and cost.
+errors against time and cost. Where some runs are longer than others, `table --seconds 300` compares all at one time, and
+`table --cost 500` at one cost.
 """
 
 import argparse
@@ -44,12 +45,15 @@ ROWS = {
     "nag": ("nag", False),
     "sgd": ("sgd", False),
 }
-# Options of the example, by data set and method: the best of the grids in `benchmarks/time_to_error.py`.
+# Options of the example, by data set and method: the best of the grids in `benchmarks/time_to_error.py` or, of faces and of
+# plain descent, the best after 45 seconds of rates in factors of three (docs/experiments.md).
 OPTIONS = {
     ("curves", "hf"): "--damping 4.5",
     ("curves", "nag"): "--learning-rate 1e-2",
     ("mnist", "hf"): "--damping 45",
     ("mnist", "nag"): "--learning-rate 1e-2",
+    ("faces", "nag"): "--learning-rate 1e-3",
+    ("faces", "sgd"): "--learning-rate 1e-3",
 }
 # Seconds of training between two rows: errors on all cases take up to half a minute.
 INTERVALS = {"curves": 10.0, "mnist": 25.0, "faces": 60.0}
@@ -128,6 +132,11 @@ def all_runs(folder):
     return dict(sorted(runs.items(), key=lambda item: (item[0][1], order.index(item[0][0]), item[0][2])))
 
 
+def within(rows, seconds, cost):
+    """Returns a run's rows of so much training at most: the first one, of the start, always is."""
+    return [row for row in rows if row["seconds"] <= seconds and row["cost"] <= cost]
+
+
 def summary(rows):
     """Returns what a run came to: the row of least test error and the last one."""
     return min(rows, key=lambda row: row["test_error"]), rows[-1]
@@ -201,6 +210,8 @@ def main(arguments=None):
         "--states", type=Path, default=STATES, help=f"folder of what runs go on from; default: {STATES}"
     )
     running.add_argument("--options", default="", help="more of the example's options, in quotes")
+    table.add_argument("--seconds", type=float, default=math.inf, help="of training, that count; default: all")
+    table.add_argument("--cost", type=float, default=math.inf, help="in gradients, that counts; default: all")
     args = parser.parse_args(arguments)
     if args.command == "run":
         for row, l2, seed in itertools.product(args.row, args.l2, args.seed):
@@ -209,7 +220,7 @@ def main(arguments=None):
             print(f"best {best['train_error']:.4f} {best['test_error']:.4f} end {end['train_error']:.4f}", flush=True)
     else:
         runs = all_runs(args.out / args.dataset)
-        print_table(args.dataset, runs)
+        print_table(args.dataset, {run: within(rows, args.seconds, args.cost) for run, rows in runs.items()})
         curves = [(f"{row}{'*' if l2 else ''}", rows) for (row, l2, _), rows in runs.items()]
         plot(curves, args.out / f"{args.dataset}.png")
 

@@ -214,6 +214,12 @@ def test_experiments_are_made_once_go_on_and_are_tabled(tmp_path, capsys, monkey
         [f"| {row}", l2] for l2 in ("0", "2e-05") for row in ("rand-hf", "pt-ncg", "nag")
     ]
     assert (tmp_path / "results" / "curves.png").stat().st_size > 0
+    for limit in ("--seconds 0", "--cost 0"):
+        experiments.main(f"table --dataset curves --out {tmp_path / 'results'} {limit}".split())
+        table = capsys.readouterr().out.splitlines()[2:]
+        assert [line.split(" | ")[6].split(", ")[0] for line in table] == [
+            f"{starts[f'{row}-l2-{l2}-seed0']:.4g}" for l2 in ("0", "2e-05") for row in ("rand-hf", "pt-ncg", "nag")
+        ]
 
 
 @pytest.mark.slow
