@@ -50,8 +50,10 @@ ROWS = {
 OPTIONS = {
     ("curves", "hf"): "--damping 4.5",
     ("curves", "nag"): "--learning-rate 1e-2",
+    ("curves", "sgd"): "--learning-rate 1e-1",
     ("mnist", "hf"): "--damping 45",
     ("mnist", "nag"): "--learning-rate 1e-2",
+    ("mnist", "sgd"): "--learning-rate 3e-2",
     ("faces", "nag"): "--learning-rate 1e-3",
     ("faces", "sgd"): "--learning-rate 1e-3",
 }
