@@ -28,7 +28,7 @@ from examples.baselines import read_rows
 from examples.pretraining import pretrained
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot, ticker  # noqa: E402
 
 RESULTS = Path("benchmarks", "results", "experiments")
 STATES = Path("runs", "experiments")
@@ -167,7 +167,7 @@ def plot(curves, path, measure="squared error per case", targets=()):
 
     Args:
         curves: List of pairs of a name and a run's rows, dicts with `seconds`, `cost`, `train_error` and `test_error`. Runs
-            of one name have one colour.
+            of one name have one colour. The first row, the start, is left out.
         path: Path of the PNG file.
         measure: String, what the errors are.
         targets: Tuple of floats, errors to mark.
@@ -178,13 +178,15 @@ def plot(curves, path, measure="squared error per case", targets=()):
         place = names.index(name)
         color = pyplot.get_cmap("tab20")(2 * place % 20 + place // 10)  # Pale ones, which are every second, last.
         for axes, abscissa in zip(panels, ("seconds", "cost"), strict=True):
-            at = [row[abscissa] for row in rows]
-            (lines[name],) = axes.semilogy(at, [row["train_error"] for row in rows], color=color)
-            axes.semilogy(at, [row["test_error"] for row in rows], color=color, linestyle=":", linewidth=1)
+            later = rows[1:]  # The start is ten or a hundred times as high as what there is to see.
+            at = [row[abscissa] for row in later]
+            (lines[name],) = axes.semilogy(at, [row["train_error"] for row in later], color=color)
+            axes.semilogy(at, [row["test_error"] for row in later], color=color, linestyle=":", linewidth=1)
     for axes in panels:
         for target in targets:
             axes.axhline(target, color="gray", linewidth=0.5, zorder=0)
         axes.grid(alpha=0.3)
+        axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     panels[0].set(xlabel="seconds of training", ylabel=measure, title="training (lines) and test (dotted)")
     panels[1].set(xlabel="cost in gradients of the training set", xscale="log")
     figure.legend(lines.values(), lines, loc="outside right center")
