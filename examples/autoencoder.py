@@ -28,7 +28,7 @@ from keras import ops
 from examples.baselines import (
     BASELINES,
     Recorder,
-    fit_baseline,
+    fit_compiled,
     fit_lbfgs,
     fit_nonlinear_cg,
     fit_trust_region,
@@ -137,7 +137,12 @@ def parse(arguments):
     )
     parser.add_argument("--num-cases", type=int, help="training images, if not as many as the size has")
     parser.add_argument("--seconds", type=float, default=40.0, help="of training, for each method")
-    parser.add_argument("--updates", type=int, default=100_000, help="after which training ends even earlier")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=100_000,
+        help="after which training ends even earlier: first-order methods make ten at a time",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
     parser.add_argument("--data", type=Path, help="path of mnist.npz or olivettifaces.mat; default: Keras' copy")
     parser.add_argument("--pretrain", type=int, default=0, help="epochs of each layer's Boltzmann machine, beforehand")
@@ -231,9 +236,9 @@ def train(args, method, network, x_train, x_test, path, state_path=None):
         BY_SCIPY[method](network, args.loss, x_train, x_train, recorder)
     else:
         baseline = BASELINES[method]
-        if args.learning_rate:
-            baseline = baseline._replace(learning_rates={args.size: args.learning_rate})
-        fit_baseline(baseline, args.size, network, x_train, recorder, loss=args.loss, metrics=[squared_error])
+        optimizer = baseline.optimizer(args.learning_rate or baseline.learning_rates[args.size])
+        cases = x_train, x_train, baseline.batch_size
+        fit_compiled(network, optimizer, args.loss, *cases, recorder, baseline.cosine_decay, args.seed)
     return recorder
 
 

@@ -16,7 +16,7 @@ from scipy import optimize
 
 from keras_hf import ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
 
-STEPS_PER_EXECUTION = 10  # Keras' own work between calls would otherwise double the time of a step of a small network.
+STEPS_PER_EXECUTION = 10  # The work between calls would otherwise double the time of a step of a small network.
 
 
 class NesterovMomentum(keras.optimizers.SGD):
@@ -69,40 +69,6 @@ BASELINES = {
     "nag": Baseline(NesterovMomentum, {"demo": 1e-2, "full": 1e-2}),
     "adam-glorot": Baseline(keras.optimizers.Adam, {"demo": 1e-2, "full": 1e-3}, cosine_decay=True, sparse=False),
 }
-
-
-def fit_baseline(baseline, size, network, x, recorder, **compile_arguments):
-    """Trains an autoencoder with a first-order method until `recorder` ends it.
-
-    Args:
-        baseline: A `Baseline`.
-        size: String, "demo" or "full".
-        network: Keras model that maps `(N, d)` to `(N, d)`.
-        x: Array `(N, d)`, the training cases.
-        recorder: A `Recorder`.
-        **compile_arguments: Loss and metrics, as `keras.Model.compile` takes them.
-    """
-    if baseline.batch_size is None or baseline.batch_size >= len(x):
-        batches = tf.data.Dataset.from_tensors((x, x)).repeat()
-    else:
-        cases = tf.data.Dataset.range(len(x)).shuffle(len(x)).repeat().batch(baseline.batch_size)
-        batches = cases.map(lambda cases: (tf.gather(x, cases),) * 2).prefetch(2)
-    steps = min(STEPS_PER_EXECUTION, recorder.max_updates)
-    network.compile(
-        optimizer=baseline.optimizer(baseline.learning_rates[size]),
-        steps_per_execution=steps,
-        jit_compile=True,  # Up to twice as fast here.
-        **compile_arguments,
-    )
-    network.optimizer.build(network.trainable_variables)
-    recorder.cost_per_update = min(baseline.batch_size or len(x), len(x)) / len(x)
-    network.fit(
-        batches,
-        steps_per_epoch=50 * steps,
-        epochs=recorder.max_updates,
-        shuffle=False,
-        callbacks=[recorder, CosineDecay(recorder)] if baseline.cosine_decay else [recorder],
-    )
 
 
 def muon(learning_rate, network):
@@ -402,7 +368,6 @@ class Recorder(keras.callbacks.Callback):
         state_path: Path of an NPZ file of the run's state; None keeps none.
 
     Attributes:
-        cost_per_update: Float, the cost of an update where Keras' `fit` trains by a first-order method.
         rows: List of dicts, one for each row of the file.
         is_over: Boolean, whether time or updates have run out.
     """
@@ -422,7 +387,6 @@ class Recorder(keras.callbacks.Callback):
         self.interval = interval
         self.log_names = log_names
         self.state_path = state_path
-        self.cost_per_update = math.nan
         self.rows = []
         self.is_over = False
         self._start = None
@@ -444,10 +408,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         updates = int(self.model.optimizer.iterations)
-        if "cg_iterations" in logs:
-            self._count(logs)
-        else:
-            self._cost = updates * self.cost_per_update
+        self._count(logs)
         totals = {"total_cg_iterations": self._total_cg_iterations, "cost": self._cost}
         self.model.stop_training = self.after_update(updates, {**logs, **totals})
 
@@ -550,24 +511,6 @@ def read_rows(path):
     """Returns the rows of a recorder's CSV file: a list of dicts of floats."""
     with open(path, newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-class CosineDecay(keras.callbacks.Callback):
-    """Lets the learning rate fall to zero along a cosine over time, since the number of steps isn't known beforehand.
-
-    Args:
-        recorder: The `Recorder` whose clock counts.
-    """
-
-    def __init__(self, recorder):
-        super().__init__()
-        self.recorder = recorder
-
-    def on_train_begin(self, logs=None):
-        self.initial = float(self.model.optimizer.learning_rate)
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.model.optimizer.learning_rate = self.initial * self.recorder.cosine
 
 
 def reconstruction_error(network, x, batch_size=5000):

@@ -186,7 +186,9 @@ def plot(curves, path, measure="squared error per case", targets=()):
         for target in targets:
             axes.axhline(target, color="gray", linewidth=0.5, zorder=0)
         axes.grid(alpha=0.3)
-        axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     panels[0].set(xlabel="seconds of training", ylabel=measure, title="training (lines) and test (dotted)")
     panels[1].set(xlabel="cost in gradients of the training set", xscale="log")
     figure.legend(lines.values(), lines, loc="outside right center")
