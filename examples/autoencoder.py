@@ -7,7 +7,7 @@ repository:
     python -m examples.autoencoder
     python -m examples.autoencoder --size full --method recipe --updates 70 --seconds inf --trace trace.csv
 
-The first is the demo: a small network on 1,000 synthetic curves, three minutes on two cores. The second trains the
+The first is the demo: a small network on 1,000 synthetic curves, four minutes on two cores. The second trains the
 network of the paper on 20,000 of them by the recipe of the paper, and traces each update; `hf` is the package with its
 defaults, `standard` what was known as Hessian-free optimization before. Real-valued patches of faces have linear outputs
 and squared error as the loss. Written into `--out`: one CSV file per method, a figure of
