@@ -352,7 +352,8 @@ class Recorder(keras.callbacks.Callback):
     The clock starts after the first call of the compiled training step, so that tracing and compiling aren't timed (nor
     the update, or ten of them, in this call), and stands still while errors are measured. Each row is written to a CSV
     file at once, so that a run that is cut short leaves its trace; and, where there is a `state_path`, what it takes to
-    go on with the run, about once a minute. A recorder of the same paths then goes on with it.
+    go on with the run, about once a minute. A recorder of the same paths then goes on with it, and times the first call,
+    too: late in a run an update may take longer than compiling does.
 
     Args:
         network: Keras model that maps `(N, d)` to `(N, d)`, the one that is trained.
@@ -390,13 +391,12 @@ class Recorder(keras.callbacks.Callback):
         self.rows = []
         self.is_over = False
         self._start = None
-        self._seconds_before = 0.0
         self._total_cg_iterations, self._cost = 0, 0.0
 
     @property
     def seconds(self):
         """Seconds of training so far."""
-        return self._seconds_before if self._start is None else time.perf_counter() - self._start
+        return 0.0 if self._start is None else time.perf_counter() - self._start
 
     @property
     def cosine(self):
@@ -444,7 +444,8 @@ class Recorder(keras.callbacks.Callback):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 + num_rows]))
         self.rows = read_rows(path)
         last = self.rows[-1]
-        self._seconds_before = self._state_seconds = last["seconds"]
+        self._state_seconds = last["seconds"]
+        self._start = time.perf_counter() - last["seconds"]
         self._total_cg_iterations, self._cost = last.get("total_cg_iterations", 0), last.get("cost", 0.0)
 
     def _keep_state(self):
@@ -466,7 +467,7 @@ class Recorder(keras.callbacks.Callback):
             Boolean, whether training is over.
         """
         if self._start is None:
-            self._start = time.perf_counter() - self._seconds_before
+            self._start = time.perf_counter()
         seconds = self.seconds
         self.is_over = seconds >= self.max_seconds or updates >= self.max_updates
         if self.is_over or (updates > self.rows[-1]["update"] and self.is_due(seconds)):
