@@ -149,16 +149,15 @@ def test_a_run_whose_file_was_removed_starts_anew(tmp_path):
 
 def test_the_clock_leaves_the_first_update_out_at_the_start_and_not_where_a_run_goes_on(tmp_path):
     network, paths = tiny_network(), {"path": tmp_path / "run.csv", "state_path": tmp_path / "run.npz"}
-    now = 0.0
-    with mock.patch.object(baselines.time, "perf_counter", lambda: now):
+    with mock.patch.object(baselines.time, "perf_counter", return_value=0.0) as clock:
         first = recorder(network, **paths, max_seconds=5.0)
         first.begin(network.trainable_variables)
-        for update, now in ((1, 100.0), (2, 107.0)):
+        for update, clock.return_value in ((1, 100.0), (2, 107.0)):
             first.after_update(update, {})
         again = recorder(network, **paths, max_seconds=11.0)
-        now = 1000.0
+        clock.return_value = 1000.0
         again.begin(network.trainable_variables)
-        for update, now in ((3, 1003.0), (4, 1006.0)):
+        for update, clock.return_value in ((3, 1003.0), (4, 1006.0)):
             again.after_update(update, {})
     assert again.rows == baselines.read_rows(paths["path"])
     assert [(row["update"], row["seconds"]) for row in again.rows] == [(0, 0), (1, 0), (2, 7), (3, 10), (4, 13)]
