@@ -501,7 +501,8 @@ class Recorder(keras.callbacks.Callback):
             **self.errors(),
         }
         with open(self.path, "a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
+            # As `_restore` writes them: a file has one kind of line ends.
+            writer = csv.DictWriter(file, row, lineterminator="\n")
             if not self.rows:
                 writer.writeheader()
             writer.writerow(row)

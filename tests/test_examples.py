@@ -160,6 +160,7 @@ def test_the_clock_leaves_the_first_update_out_at_the_start_and_not_where_a_run_
         for update, clock.return_value in ((3, 1003.0), (4, 1006.0)):
             again.after_update(update, {})
     assert again.rows == baselines.read_rows(paths["path"])
+    assert b"\r" not in paths["path"].read_bytes()
     assert [(row["update"], row["seconds"]) for row in again.rows] == [(0, 0), (1, 0), (2, 7), (3, 10), (4, 13)]
 
 
