@@ -79,7 +79,6 @@ def levers_of_defaults(num_cases):
         "damping in every fifth update": {"damping_rule": LevenbergMarquardt(interval=5)},
         "damping lowered above .75": {"damping_rule": LevenbergMarquardt(high=0.75)},
         "damping from a tenth": {"damping": 4.5},
-        "damping searched for": {"damping_rule": LevenbergMarquardt(calibrate=True)},
         **{f"L2 {l2:g}": {"l2": l2} for l2 in (1e-5, 0.0)},
         "Glorot's weights": {"sparse": False},
     }

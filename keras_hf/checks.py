@@ -21,9 +21,9 @@ def finite(name, value, minimum=None, maximum=None):
     return float(value)
 
 
-def current_damping(value):
-    """Raises if the damping that somebody assigned is no finite number >= 0."""
-    if not (math.isfinite(value) and value >= 0):
+def current_damping(value, is_to_be_found):
+    """Raises if the damping that somebody assigned is no finite number >= 0, nor NaN where the first update is to find it."""
+    if not (math.isfinite(value) and value >= 0) and not (math.isnan(value) and is_to_be_found):
         raise ValueError(
             f"The damping must be a finite number >= 0. Received: optimizer.damping={value}, which a callback or your code has assigned. "
             "Nothing was updated; assign another number to `optimizer.damping` to go on."

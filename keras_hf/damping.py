@@ -4,12 +4,8 @@ import math
 
 import keras
 
-from keras_hf.checks import count, finite, flag, positive
-
-# The smallest normal float32: a damping that underflows to 0 could never rise again.
-_SMALLEST = 2.0**-126
-# The ratios that a search for the initial damping is content with, and the factor by which it goes until it has passed them.
-_CONTENT, _STRIDE = (0.75, 0.95), 10.0
+from keras_hf.checks import count, finite, positive
+from keras_hf.scale import damping_limits
 
 
 def _number(value):
@@ -20,7 +16,9 @@ def _number(value):
 class DampingCallback(keras.callbacks.Callback):
     """Base of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
 
-    Subclasses implement `next_damping`. The damping goes on over `fit` calls and is saved with the optimizer; nothing is reset.
+    Subclasses implement `next_damping`. The damping goes on over `fit` calls and is saved with the optimizer; nothing is reset. Beside the limits
+    below it stays within those of rounding: from eps^2 to eps^-2 times the curvature along the first gradient, eps being the rounding of the weights'
+    float type. Only 0 stays 0.
 
     Args:
         min_damping: Float >= 0, the least damping assigned.
@@ -65,11 +63,17 @@ class DampingCallback(keras.callbacks.Callback):
             )
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.adaptive:
+        # NaN: the first update could not find it yet, and there is nothing to adapt.
+        if self.adaptive and not math.isnan(logs["damping"]):
             self.model.optimizer.damping.assign(self.within_limits(self.next_damping(logs["damping"], logs)))
 
     def within_limits(self, damping):
         """Returns the damping, or the limit that it exceeds."""
+        optimizer = self.model.optimizer
+        scale = _number(optimizer.curvature_scale) if damping and optimizer.built else 0
+        if scale:
+            least, greatest = damping_limits(scale, optimizer.damping.dtype)
+            damping = min(max(damping, least), greatest)
         return min(max(damping, self.min_damping), self.max_damping)
 
 
@@ -90,17 +94,13 @@ class LevenbergMarquardt(DampingCallback):
 
     With the reduction ratio of an update, the actual over the predicted reduction of the loss,
 
-        ratio < low, NaN or minus infinity:  damping *= factor
-        ratio > high:                        damping /= factor
+        ratio < low, or minus infinity:  damping *= factor
+        ratio > high:                    damping /= factor
 
-    A zero gradient, where there is nothing to predict, leaves the damping as it is. A damping of 0 stays 0, since factors cannot raise it. The
-    defaults find the scale of the damping in a few updates, and stop lowering it where the model begins to miss; Martens has `high=0.75` and
-    `factor=1.5`.
-
-    With `calibrate=True` the first updates search for the initial damping, so that the scale of the loss need not be known: by factors of 10 until
-    the ratio has crossed the range from 0.75 to 0.95, then halfway between the two sides (in the logarithm), until it lies in that range or the sides
-    are less than `factor` apart. What the search knows is saved with the optimizer: a run that is resumed goes on with it, and one that has found its
-    damping does not search again.
+    NaN, where nothing could be measured, leaves the damping as it is if no damping could change that: the gradient is zero or not finite, or the run
+    has converged. Else the step was so short that its effect was lost in rounding, and the damping is lowered. A damping of 0 stays 0, since factors
+    cannot raise it. The defaults find the scale of the damping in a few updates, and stop lowering it where the model begins to miss; Martens has
+    `high=0.75` and `factor=1.5`.
 
     Args:
         low: Float, the ratio below which the model was too bold.
@@ -108,22 +108,19 @@ class LevenbergMarquardt(DampingCallback):
         factor: Float > 1.
         min_damping: Float >= 0, the least damping.
         max_damping: Float > 0, the greatest.
-        interval: Integer >= 1. The damping moves in every `interval`-th update, by its ratio; a search moves it in each.
-        calibrate: Boolean, whether to search for the initial damping.
+        interval: Integer >= 1. The damping moves in every `interval`-th update, by its ratio.
 
     Raises:
-        ValueError: If a number is out of its range; at the start of training, if a search would start at a damping of 0; see also `DampingCallback`.
+        ValueError: If a number is out of its range; see also `DampingCallback`.
 
     References:
         Martens (2010), *Deep learning via Hessian-free optimization*, section 4.1; Nocedal & Wright (2006), section 10.3; Martens & Grosse (2015),
         section 6.5, for the interval.
     """
 
-    def __init__(
-        self, low=0.25, high=0.9, factor=2.5, min_damping=0.0, max_damping=math.inf, interval=1, calibrate=False
-    ):
+    def __init__(self, low=0.25, high=0.9, factor=2.5, min_damping=0.0, max_damping=math.inf, interval=1):
         super().__init__(min_damping, max_damping)
-        self.interval, self.calibrate = count("interval", interval), flag("calibrate", calibrate)
+        self.interval = count("interval", interval)
         self.low, self.high, self.factor = finite("low", low), finite("high", high), positive("factor", factor)
         if self.low >= self.high:
             raise ValueError(f"`low` must be less than `high`. Received: low={low}, high={high}.")
@@ -134,50 +131,19 @@ class LevenbergMarquardt(DampingCallback):
         ratio = logs["reduction_ratio"]
         if logs["gradient_norm"] == 0:
             return damping
+        if math.isnan(ratio):
+            return damping / self.factor if _was_too_short(logs) else damping
         if ratio > self.high:
-            return max(damping / self.factor, min(damping, _SMALLEST))
+            return damping / self.factor
         if ratio >= self.low:
             return damping
         return damping * self.factor
 
-    def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
-        if self.calibrate and _number(self.model.optimizer.damping) == 0:
-            raise ValueError(
-                "`LevenbergMarquardt(calibrate=True)` searches by factors, which lead nowhere from 0. Received: damping=0. "
-                "Start at `HessianFree(damping=1.0)`."
-            )
-
     def on_train_batch_end(self, batch, logs=None):
-        optimizer = self.model.optimizer
-        if self.calibrate:
-            bounds = [float(bound) for bound in optimizer.damping_bounds.numpy()]
-            if bounds[0] < bounds[1]:
-                damping, bounds = self._searched(logs, *bounds)
-                optimizer.damping.assign(damping)
-                optimizer.damping_bounds.assign(bounds)
-                return
-        if _number(optimizer.iterations) % self.interval == 0:
+        if _number(self.model.optimizer.iterations) % self.interval == 0:
             super().on_train_batch_end(batch, logs)
 
-    def _searched(self, logs, lower, upper):
-        """Returns the damping that the search tries next, or ends with, and its bounds."""
-        damping, ratio = float(logs["damping"]), logs["reduction_ratio"]
-        if logs["gradient_norm"] == 0:
-            return damping, (lower, upper)
-        if _CONTENT[0] <= ratio <= _CONTENT[1]:
-            return damping, (damping, damping)
-        if ratio > _CONTENT[1]:
-            upper = damping
-        else:
-            lower = damping
-        if lower == 0:
-            following = upper / _STRIDE
-        elif upper == math.inf:
-            following = lower * _STRIDE
-        else:
-            following = math.sqrt(lower * upper)
-        following = max(self.within_limits(following), _SMALLEST)
-        # At a limit, where there is no further to go, the search is over, too; the damping may have been rounded to float32.
-        over = math.isclose(following, damping, rel_tol=1e-6) or upper / self.factor <= lower
-        return following, (following, following) if over else (lower, upper)
+
+def _was_too_short(logs):
+    """Whether an update without a reduction ratio made a step whose effect was lost in rounding, so that less damping may show one."""
+    return math.isfinite(logs["gradient_norm"]) and not logs.get("converged")

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_hf import arrays, batching, checks
 from keras_hf.cg import CGStop
+from keras_hf.convergence import Convergence
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
 from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
@@ -29,6 +30,8 @@ _logger = logging.getLogger("keras_hf")
 
 # Below this many cases an update's curvature is mostly noise.
 _SMALL_BATCH = 256
+# Rejected updates in a row that are worth a word: a damping that starts far too small is right after fewer.
+_MANY_REJECTIONS = 30
 _NO_CURVATURE = {
     "mean_absolute_error": "keras.losses.Huber() or LogCosh()",
     "mean_absolute_percentage_error": "keras.losses.MeanSquaredLogarithmicError()",
@@ -54,7 +57,7 @@ class HFModel(keras.Model):
     | key | meaning |
     | --- | --- |
     | `damping` | the damping that the update used |
-    | `reduction_ratio` | actual over predicted reduction; minus infinity where the loss rose, NaN where the gradient is zero |
+    | `reduction_ratio` | actual over predicted reduction; minus infinity where the loss rose, NaN where nothing could be measured |
     | `cg_iterations` | CG iterations run |
     | `cg_step` | number of the chosen iterate |
     | `cg_stop` | why CG stopped: a `CGStop` |
@@ -62,6 +65,7 @@ class HFModel(keras.Model):
     | `step_size` | of the line search; 0 = the step was rejected and the weights are as before |
     | `gradient_norm` | norm of the gradient before the update |
     | `num_cases` | cases that the update used: those of the batch, or of its growing part |
+    | `converged` | 1 if no step lowers the loss by more than rounding: CG is left out until gradient or damping change |
 
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
@@ -100,6 +104,7 @@ class HFModel(keras.Model):
         self._linearization = None  # what the last trace chose
         self._warned = set()
         self._batch_may_be_small = True
+        self._num_rejected = 0
         self.last_trace = None
         if network.built:
             self.built = True
@@ -311,13 +316,17 @@ class HFModel(keras.Model):
 
         def train_function(iterator):
             # `.numpy()`, since the variables of replicas are no numbers.
-            checks.current_damping(float(self.optimizer.damping.numpy()))
+            checks.current_damping(
+                float(self.optimizer.damping.numpy()),
+                is_to_be_found=float(self.optimizer.curvature_scale.numpy()) == 0,
+            )
             variables = [variable.value for variable in [*self.variables, *self.optimizer.variables]]
             before = [variable.read_value() for variable in variables]
             try:
                 with _as_written(), self._xla_explained():
                     logs = dict(step(iterator))
                 trace = logs.pop("trace", None)
+                num_nonfinite = int(logs.pop("num_nonfinite_cases", 0))
                 errors = [float(logs.pop(key, 0.0)) for key in ("product_error", "repeat_error")]
                 self._raise_if_wrong(*errors, logs)
             except (StopIteration, tf.errors.OutOfRangeError):
@@ -330,6 +339,7 @@ class HFModel(keras.Model):
             object.__setattr__(self, "last_trace", trace)
             self._warn_about_small_batch(logs)
             self._warn_about_negative_curvature(logs)
+            self._warn_without_progress(logs, num_nonfinite)
             return logs
 
         with self.distribute_strategy.scope():
@@ -480,6 +490,8 @@ class HFModel(keras.Model):
             optimizer.max_cg_iterations,
             optimizer.warm_start_decay,
             preconditioner_state=optimizer.part_state("preconditioner"),
+            scale=tf.convert_to_tensor(optimizer.curvature_scale.value),
+            convergence=Convergence(*tf.unstack(optimizer.convergence.value)),
             unseen_reduction=None if unseen is None else unseen_reduction,
             # What double backward gets wrong is wrong in the first update; forward accumulation is watched in every one.
             check=tf.convert_to_tensor(self._is_first_update) | isinstance(self._linearization, ForwardAccumulation),
@@ -594,7 +606,7 @@ class HFModel(keras.Model):
     def _update_logs(self, objective, result):
         floating = {
             "loss": result.loss,
-            "damping": self.optimizer.damping.value,
+            "damping": result.damping,
             "reduction_ratio": result.reduction_ratio,
             "step_size": result.step_size,
             "gradient_norm": result.gradient_norm,
@@ -608,6 +620,10 @@ class HFModel(keras.Model):
             "cg_stop": result.reason,
             "negative_curvature": result.reason == CGStop.NEGATIVE_CURVATURE,
             "num_cases": objective.totals.num_cases,
+            "converged": result.convergence.has_converged,
+            "num_nonfinite_cases": tf.cond(
+                tf.math.is_finite(result.loss), lambda: tf.constant(0), objective.num_nonfinite_cases
+            ),
         }
         return {
             **{k: tf.convert_to_tensor(v) for k, v in floating.items()},
@@ -626,6 +642,10 @@ class HFModel(keras.Model):
         for state, new in zip(structure.states, result.states, strict=True):
             state.value.assign(tf.where(accepted, new, tf.convert_to_tensor(state.value)))
         self.optimizer.warm_start.value.assign(result.warm_start)
+        # Found in this update, or as it was.
+        self.optimizer.damping.value.assign(result.damping)
+        self.optimizer.curvature_scale.value.assign(result.scale)
+        self.optimizer.convergence.value.assign(tf.stack(list(result.convergence)))
         # Of a rejected step, too: it is about the weights, which stay. But numbers that are not finite would outlive the cases they came from.
         before = self.optimizer.part_state("preconditioner")
         is_sound = _all_finite(result.preconditioner_state)
@@ -731,6 +751,45 @@ class HFModel(keras.Model):
                 "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
                 "logits), or an added loss is not convex in the weights. CG then stops early; `negative_curvature` in the logs counts it. Cut after "
                 "the nonlinearity: move what the loss does to its predictions into the last layer, or choose a loss that is convex in them.",
+            )
+
+    def _warn_without_progress(self, logs, num_nonfinite):
+        """Says once why steps are rejected, where the user can do something about it."""
+        self._num_rejected = 0 if float(logs["step_size"]) > 0 else self._num_rejected + 1
+        if not self._num_rejected:
+            return
+        num_cases, gradient_norm = int(logs["num_cases"]), float(logs["gradient_norm"])
+        if num_nonfinite:
+            self._warn(
+                "cases that are not finite",
+                f"{num_nonfinite} of the {num_cases} cases of an update hold numbers that are not finite (NaN or infinity) in `x`, `y` or "
+                "`sample_weight`, and so has the loss: the step is rejected, and so will be every other on these cases. Remove or repair them.",
+            )
+        elif not math.isfinite(gradient_norm):
+            self._warn(
+                "gradient that is not finite",
+                "The loss or its gradient is not finite, though the numbers in the cases are: the step is rejected. Something overflows, or has no "
+                "derivative where it is asked for, such as a square root or a logarithm at 0; scale the inputs, or bound what the layer takes.",
+            )
+        elif gradient_norm == 0 and num_cases and int(self.optimizer.iterations.numpy()) == 1:
+            self._warn(
+                "zero gradient",
+                "The gradient of the first update is zero: there is nothing to descend. Look for layers whose outputs do not depend on their "
+                "weights (units of ReLU that are all off, zero initialization) or for targets that are fitted exactly.",
+            )
+        elif int(logs["converged"]) and "zero gradient" not in self._warned:
+            self._warn(
+                "converged",
+                f"Training has converged to rounding: no step lowers the loss by more than {self.compute_dtype} can tell. `converged` in the logs is "
+                "1 from here on, and updates leave conjugate gradients out. Stop here, or go on in float64 "
+                '(`keras.config.set_dtype_policy("float64")` and `keras.config.set_floatx("float64")` before the network is made).',
+            )
+        elif self._num_rejected == _MANY_REJECTIONS:
+            self._warn(
+                "rejections",
+                f"{_MANY_REJECTIONS} updates in a row were rejected: the loss rose along each step. With a damping rule such as "
+                "`LevenbergMarquardt()` the damping rises until steps are short enough; where it does, the gradient may be wrong, or the loss not "
+                "smooth here. `HFModel.check_products` tells more.",
             )
 
     def _warn_about_small_batch(self, logs):

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_hf.batching import GrowingBatch
 from keras_hf.checks import count, finite, integer, part
+from keras_hf.convergence import Convergence
 from keras_hf.curvature import Curvature, GaussNewton
 from keras_hf.kronecker import KroneckerFactored
 from keras_hf.objective import num_weights, vector_dtype
@@ -45,12 +46,13 @@ class HessianFree(keras.optimizers.Optimizer):
 
     with `LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)`.
 
-    `damping` is in the scale of the loss. Keras means losses over the last axis where the literature sums: Martens' 45 on a loss summed over 784
-    pixels is 45/784 on Keras' mean. A good start lets the reduction ratio of the first updates lie between 0.75 and 0.95.
+    A number for `damping` is in the scale of the loss. Keras means losses over the last axis where the literature sums: Martens' 45 on a loss summed
+    over 784 pixels is 45/784 on Keras' mean.
 
     Args:
-        damping: Float >= 0, the coefficient of the identity at the start of training. Once built, `optimizer.damping` is a scalar variable that any
-            callback may assign.
+        damping: Float >= 0, the coefficient of the identity at the start of training, in the scale of the loss. `None` (default): the first update
+            finds it, as 0.003 of the curvature along the gradient, `g'Gg / g'g`; the scale of the loss does not matter then. Once built,
+            `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has found it.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
         preconditioner: `KroneckerFactored(interval=5)` (default), `EmpiricalFisherDiagonal()`, `Nystrom()` or `Identity()`.
         stopping: When CG may stop: `RelativeProgress(tolerance=1e-2)` (default) or `ResidualTolerance()`.
@@ -82,7 +84,7 @@ class HessianFree(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        damping=1.0,
+        damping=None,
         curvature=None,
         preconditioner=None,
         stopping=None,
@@ -103,7 +105,7 @@ class HessianFree(keras.optimizers.Optimizer):
             )
         # Fixed at 1: TensorBoard and other callbacks look at it.
         super().__init__(learning_rate=1.0, name=name)
-        self._initial_damping = finite("damping", damping, minimum=0)
+        self._initial_damping = None if damping is None else finite("damping", damping, minimum=0)
         self.curvature = part(
             "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
         )
@@ -123,15 +125,20 @@ class HessianFree(keras.optimizers.Optimizer):
         # All layers of the network, which `HFModel` tells: Keras builds optimizers, some before there are layers, from variables alone.
         self.find_layers = list
         self._damping = None
-        # What a search for the initial damping knows: it was too small below the one and too large above the other. Equal: it is over.
-        self.damping_bounds = None
+        # The scale of the curvature, which the first update finds; 0 before.
+        self.curvature_scale = None
+        # What is remembered of updates at rounding: see `convergence.Convergence`.
+        self.convergence = None
         self._seed = None
         self.warm_start = None
         self._part_states = {}
 
     @property
     def damping(self):
-        """The damping: a scalar `keras.Variable` once built, the initial value before."""
+        """The damping: a scalar `keras.Variable` once built, the initial value before.
+
+        NaN, or `None` before, where the first update is to find it.
+        """
         return self._initial_damping if self._damping is None else self._damping
 
     @property
@@ -166,20 +173,18 @@ class HessianFree(keras.optimizers.Optimizer):
         super().build(variables)
         values = [variable.value for variable in variables]
         dtype = vector_dtype(values)
+        damping = math.nan if self._initial_damping is None else self._initial_damping
         self._damping = self.add_variable(
             (),
             # Not keras.initializers.Constant, which takes the number through float32.
-            initializer=lambda shape, dtype: tf.constant(self._initial_damping, dtype, shape),
+            initializer=lambda shape, dtype: tf.constant(damping, dtype, shape),
             dtype=dtype.name,
             aggregation="only_first_replica",
             name="damping",
         )
-        self.damping_bounds = self.add_variable(
-            (2,),
-            initializer=lambda shape, dtype: tf.constant([0.0, math.inf], dtype),
-            dtype=dtype.name,
-            aggregation="only_first_replica",
-            name="damping_bounds",
+        self.curvature_scale, self.convergence = (
+            self.add_variable(shape, initializer="zeros", dtype=dtype.name, aggregation="only_first_replica", name=name)
+            for name, shape in (("curvature_scale", ()), ("convergence", (len(Convergence._fields),)))
         )
         self._seed = self.add_variable(
             (),

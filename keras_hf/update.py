@@ -6,6 +6,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.cg import CGStop, conjugate_gradient, dot
+from keras_hf.convergence import Convergence, rounding_of
+from keras_hf.scale import curvature_scale, first_damping
 from keras_hf.search import backtrack, line_search
 
 
@@ -33,8 +35,12 @@ class HFUpdate(NamedTuple):
         step_size: float64 scalar, 0 where the step is rejected.
         loss: float64 scalar, before the update.
         gradient_norm: float64 scalar.
+        damping: Scalar, the damping of this update: the one handed in or, where that was NaN, the one found. NaN where none can be found yet, since
+            the gradient is zero or not finite.
+        scale: Scalar, the scale of the curvature; see `scale.curvature_scale`.
         reduction_ratio: float64 scalar, actual over predicted reduction of the chunk's loss at step size 1, damping excluded from the prediction.
-            Minus infinity where the chunk's loss rose or is not finite, NaN where the gradient is zero.
+            Minus infinity where the chunk's loss rose or is not finite at the step. NaN where the update says nothing about the damping: the gradient
+            is zero, loss or gradient are not finite at the start, or the change of the loss is too small to be told from rounding.
         warm_start: Tensor `(n,)`, the last CG iterate, zero after a rejection.
         states: List of tensors, the network's states after the pass at the start.
         num_iterations: int32 scalar, CG iterations run.
@@ -45,6 +51,7 @@ class HFUpdate(NamedTuple):
         repeat_error: float64 scalar, by how much of itself the loss differed when computed again, where that was checked; else 0.
         actual_reduction: float64 scalar, what the loss falls by at the step size chosen.
         unseen_reduction: float64 scalar, what the loss of unseen cases falls by there; NaN without them.
+        convergence: `Convergence`, the memory of updates at rounding.
         preconditioner_state: Dict of tensors, the preconditioner's next state.
         trace: `UpdateTrace`, of the second solve where there were two.
     """
@@ -53,6 +60,8 @@ class HFUpdate(NamedTuple):
     step_size: tf.Tensor
     loss: tf.Tensor
     gradient_norm: tf.Tensor
+    damping: tf.Tensor
+    scale: tf.Tensor
     reduction_ratio: tf.Tensor
     warm_start: tf.Tensor
     states: list
@@ -63,6 +72,7 @@ class HFUpdate(NamedTuple):
     repeat_error: tf.Tensor
     actual_reduction: tf.Tensor
     unseen_reduction: tf.Tensor
+    convergence: Convergence
     preconditioner_state: dict
     trace: UpdateTrace
 
@@ -91,6 +101,8 @@ def hf_update(
     max_cg_iterations,
     warm_start_decay,
     preconditioner_state=None,
+    scale=None,
+    convergence=None,
     unseen_reduction=None,
     check=False,
 ):
@@ -98,11 +110,12 @@ def hf_update(
 
     Minimises `q(p) = g'p + p'(G + damping I)p / 2` by preconditioned CG from the decayed last solution, walks back over its iterates while the loss
     on all cases does not rise, and shortens the step until that loss falls enough. Cost: one gradient, the preconditioner, one product per CG
-    iteration (two more for the start and the ratio), one loss per iterate looked at.
+    iteration (two more for the start and the ratio), one loss per iterate looked at. Where the run has converged to rounding, CG is left out. The
+    update that finds the scale of the curvature pays for half a product more.
 
     Args:
         objective: `objective.Objective`.
-        damping: Scalar >= 0, the coefficient of the identity, in the scale of the loss.
+        damping: Scalar >= 0, the coefficient of the identity, in the scale of the loss; NaN = a share of the curvature's scale.
         warm_start: Tensor `(n,)`, the last CG iterate of the previous update.
         curvature: `curvature.Curvature`.
         preconditioner: `preconditioners.Preconditioner`.
@@ -110,6 +123,8 @@ def hf_update(
         max_cg_iterations: Integer.
         warm_start_decay: Float in [0, 1].
         preconditioner_state: Dict of tensors, what the preconditioner left in the update before; `None` for one that remembers nothing.
+        scale: Scalar, the scale of the curvature where it is known; 0 or `None` = to be found.
+        convergence: `Convergence`, the memory of updates at rounding; `None` = none.
         unseen_reduction: Callable `(n,) -> float64 scalar`, what the loss of cases that the update does not use falls by in a step, or `None`.
         check: Bool scalar, whether to compute the loss at the start a second time, and the chosen step's curvature another way, and to compare.
             Cost: about three gradients.
@@ -121,11 +136,23 @@ def hf_update(
         Martens (2010), *Deep learning via Hessian-free optimization*, algorithm 2 and section 4.
     """
     at_start = objective.loss_and_gradient()
-    gradient = at_start.gradient
+    gradient, gradient_norm = at_start.gradient, tf.sqrt(dot(at_start.gradient, at_start.gradient))
+    scale = tf.zeros([], gradient.dtype) if scale is None else scale
+    with tf.control_dependencies([gradient]):
+        scale = tf.cond(
+            scale > 0,
+            lambda: scale,
+            lambda: curvature_scale(gradient, objective.curvature_along(curvature, gradient), objective.start_vector),
+        )
+    damping = tf.where(tf.math.is_nan(damping), first_damping(scale), damping)
+    used_damping, damping = damping, tf.where(tf.math.is_nan(damping), tf.ones_like(damping), damping)
+    if convergence is None:
+        convergence = Convergence(*[tf.zeros_like(damping)] * 3)
+    is_at_rest = convergence.still_holds(tf.cast(gradient_norm, damping.dtype), damping)
     # One linearization, made by whoever needs it first.
     linearize = functools.cache(lambda: objective.product(curvature))
     # One after the other: a graph would run the three passes at once, and hold the activations of all three.
-    with tf.control_dependencies([gradient]):
+    with tf.control_dependencies([gradient, damping]):
         state = preconditioner_state or {}
         precondition, preconditioner_state = preconditioner.inverse(objective, linearize, damping, state)
     with tf.control_dependencies([precondition(gradient)]):
@@ -149,7 +176,7 @@ def hf_update(
         )
 
     decay = tf.constant(warm_start_decay, warm_start.dtype)
-    solution = _solve_again_from_zero(solve, decay * warm_start, gradient)
+    solution = _solve_again_from_zero(solve, decay * warm_start, gradient, is_at_rest, at_start.loss)
     step, slope = solution.step, dot(gradient, solution.step)
 
     # The ratio is judged on the chunk, whose curvature CG has seen, at step size 1, without the damping: Martens' released code.
@@ -159,7 +186,10 @@ def hf_update(
         actual_reduction = at_start.loss - solution.loss
     else:
         actual_reduction = objective.chunk_loss_at(tf.zeros_like(step)) - objective.chunk_loss_at(step)
-    reduction_ratio = _reduction_ratio(actual_reduction, predicted_reduction, gradient)
+    rounding = rounding_of(at_start.loss, objective.dtype)
+    is_at_rounding = (tf.abs(predicted_reduction) <= rounding) | (actual_reduction == 0)
+    is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
+    reduction_ratio = _reduction_ratio(actual_reduction, predicted_reduction, is_measured)
 
     search = line_search(objective.loss_at, step, at_start.loss, solution.loss, slope)
     product_error, repeat_error = tf.cond(
@@ -174,7 +204,9 @@ def hf_update(
         step=step,
         step_size=step_size,
         loss=at_start.loss,
-        gradient_norm=tf.sqrt(dot(gradient, gradient)),
+        gradient_norm=gradient_norm,
+        damping=used_damping,
+        scale=scale,
         reduction_ratio=reduction_ratio,
         # The last iterate, not the chosen one: CG goes on from where it stopped.
         warm_start=tf.where(accepted, solution.last, tf.zeros_like(solution.last)),
@@ -186,6 +218,12 @@ def hf_update(
         repeat_error=repeat_error,
         actual_reduction=at_start.loss - search.loss,
         unseen_reduction=unseen_reduction(tf.cast(step_size, step.dtype) * step) if unseen_reduction else nothing,
+        convergence=convergence.after(
+            is_at_rounding,
+            fell=accepted & (at_start.loss - search.loss > rounding),
+            gradient_norm=tf.cast(gradient_norm, damping.dtype),
+            damping=damping,
+        ),
         preconditioner_state=preconditioner_state,
         trace=UpdateTrace(solution.values, solution.iterate_numbers, solution.losses, search.num_cuts),
     )
@@ -204,8 +242,11 @@ def _repeat_error(objective, loss):
     return tf.math.divide_no_nan(tf.abs(again - loss), tf.maximum(tf.abs(loss), tf.abs(again)))
 
 
-def _solve_again_from_zero(solve, start, gradient):
-    """Solves from the warm start, and once more from zero where that gave no descent direction: its iterates are descent directions."""
+def _solve_again_from_zero(solve, start, gradient, is_at_rest, loss):
+    """Solves from the warm start, and once more from zero where that gave no descent direction: its iterates are descent directions.
+
+    At rest, nothing is solved: the step is zero, and the loss that at the start.
+    """
     zero = tf.zeros_like(start)
 
     def useless(turn, solution):
@@ -213,14 +254,14 @@ def _solve_again_from_zero(solve, start, gradient):
         slope = dot(gradient, solution.step)
         # Not ~(slope < 0): TensorFlow's graph optimizer turns that into slope >= 0, which a slope that is no number is not.
         uphill = (slope >= 0) | tf.math.is_nan(slope)
-        return (turn == 0) | ((turn == 1) & (unmoved | uphill) & tf.reduce_any(start != 0))
+        return ((turn == 0) & ~is_at_rest) | ((turn == 1) & (unmoved | uphill) & tf.reduce_any(start != 0))
 
     def again(turn, solution):
         return turn + 1, solve(tf.where(turn == 0, start, zero))
 
-    number, numbers = tf.zeros([], tf.float64), tf.zeros([0], tf.float64)
-    none = tf.constant(0)
-    nothing = _Solution(zero, number, zero, none, none, none, numbers, tf.zeros([0], tf.int32), numbers)
+    numbers, none = tf.zeros([0], tf.float64), tf.constant(0)
+    converged = tf.constant(int(CGStop.CONVERGED))
+    nothing = _Solution(zero, loss, zero, none, none, converged, numbers, tf.zeros([0], tf.int32), numbers)
     shapes = tf.nest.map_structure(
         lambda tensor: tf.TensorShape([None]) if tensor.shape == [0] else tensor.shape, nothing
     )
@@ -230,9 +271,8 @@ def _solve_again_from_zero(solve, start, gradient):
     return solution
 
 
-def _reduction_ratio(actual, predicted, gradient):
-    """The quotient; minus infinity where the loss rose or is no number, NaN where there was nothing to reduce."""
+def _reduction_ratio(actual, predicted, is_measured):
+    """The quotient; minus infinity where the loss rose or is not finite, NaN where nothing was measured."""
     fell = actual >= 0
     ratio = tf.where(fell, actual / predicted, tf.constant(-float("inf"), tf.float64))
-    stationary = tf.reduce_all(gradient == 0)
-    return tf.where(stationary, tf.constant(float("nan"), tf.float64), ratio)
+    return tf.where(is_measured, ratio, tf.constant(float("nan"), tf.float64))

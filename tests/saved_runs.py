@@ -19,15 +19,15 @@ def make():
     layers = [keras.layers.Dense(6, "tanh"), keras.layers.Dropout(0.1), keras.layers.Dense(2)]
     model = HFModel(keras.Sequential([keras.Input((3,)), *layers]))
     optimizer = HessianFree(
-        7.0, preconditioner=KroneckerFactored(50, interval=2), growing_batch=GrowingBatch(40), curvature_batch_size=30
+        preconditioner=KroneckerFactored(50, interval=2), growing_batch=GrowingBatch(40), curvature_batch_size=30
     )
     model.compile(optimizer=optimizer, loss="mse")
     return model
 
 
 def fit(model, epochs, callbacks=()):
-    """Trains with a search for the damping, which has a state, too. The rule stands last: `fit` has to call it first."""
-    return model.fit(X, Y, epochs=epochs, callbacks=[*callbacks, LevenbergMarquardt(calibrate=True)], verbose=0)
+    """Trains from a damping that the first update finds. The rule stands last: `fit` has to call it first."""
+    return model.fit(X, Y, epochs=epochs, callbacks=[*callbacks, LevenbergMarquardt()], verbose=0)
 
 
 class Crash(keras.callbacks.Callback):

@@ -112,7 +112,6 @@ def damping_after(callback, logs, model=None):
     ("ratio", "expected"),
     [
         (-INF, 15.0),
-        (NAN, 15.0),
         (-3.0, 15.0),
         (0.0, 15.0),
         (math.nextafter(0.25, 0), 15.0),
@@ -140,6 +139,32 @@ def test_levenberg_marquardt_keeps_the_damping_where_the_gradient_is_zero(ratio)
     assert LevenbergMarquardt().next_damping(6.0, logs(ratio, gradient_norm=0.0)) == 6.0
 
 
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        ({}, 2.4),  # the step was lost in rounding: a longer one may show something
+        ({"converged": 1}, 6.0),
+        ({"converged": 0}, 2.4),
+        ({"gradient_norm": NAN}, 6.0),
+        ({"gradient_norm": INF}, 6.0),
+    ],
+)
+def test_without_a_ratio_the_damping_falls_only_where_that_can_show_something(outcome, expected):
+    assert LevenbergMarquardt().next_damping(6.0, {**logs(NAN), **outcome}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("ratio", "limit"), [(-INF, 2.0**46), (1.0, 2.0**-46)])
+def test_damping_stays_within_what_rounding_leaves_of_the_scale(ratio, limit):
+    model = linear_model()
+    model.optimizer.curvature_scale.assign(8.0)
+    end = damping_after(LevenbergMarquardt(factor=2), logs(ratio, damping=8 * limit), model)
+    assert end == 8 * limit
+    # A thousand updates without an end.
+    for _ in range(1000):
+        end = damping_after(LevenbergMarquardt(), logs(ratio, damping=end), model)
+    assert end == 8 * limit
+
+
 @pytest.mark.parametrize("ratio", [-INF, 1.0])
 def test_a_damping_of_zero_stays_zero(ratio):
     assert damping_after(LevenbergMarquardt(), logs(ratio, damping=0.0)) == 0.0
@@ -161,75 +186,6 @@ def test_a_damping_of_zero_stays_zero(ratio):
 )
 def test_damping_stays_within_its_limits(ratio, limits, expected):
     assert damping_after(LevenbergMarquardt(**limits), logs(ratio)) == expected
-
-
-def search(model, ratio_of, rule, updates):
-    """The dampings of updates whose ratios are a function of the damping, and the one that they end with."""
-    dampings = [float(model.optimizer.damping)]
-    rule.set_model(model)
-    for _ in range(updates):
-        rule.on_train_batch_end(0, logs(ratio_of(dampings[-1]), damping=dampings[-1]))
-        dampings.append(float(model.optimizer.damping))
-    return dampings
-
-
-@pytest.mark.parametrize("start", [1e-4, 1e6])
-def test_a_search_goes_by_tens_until_the_ratio_lies_in_its_range(start):
-    model = linear_model(start)
-    # Between 0.75 and 0.95 lie 9 to 57.
-    dampings = search(model, lambda damping: damping / (damping + 3), LevenbergMarquardt(calibrate=True), 6)
-    factor = 10.0 if start < 1 else 0.1
-    np.testing.assert_allclose(dampings[:6], start * factor ** np.arange(6.0), rtol=1e-5)
-    np.testing.assert_allclose(dampings[5:], 10, rtol=1e-5)
-
-
-def test_a_search_halves_the_way_between_too_bold_and_too_timid():
-    model = linear_model(1.0)
-    dampings = search(model, lambda damping: float(damping > 20), LevenbergMarquardt(calibrate=True), 5)
-    np.testing.assert_allclose(dampings, [1, 10, 100, 10**1.5, 10**1.25, 10**1.375], rtol=1e-6)
-    assert model.optimizer.damping_bounds.numpy() == pytest.approx([10**1.375] * 2)
-
-
-def test_a_search_goes_on_with_another_callback_and_is_not_made_again():
-    model = linear_model(1.0)
-    for expected in (10, 100, 10**1.5, 10**1.25, 10**1.375):
-        assert search(model, lambda damping: float(damping > 20), LevenbergMarquardt(calibrate=True), 1)[-1] == (
-            pytest.approx(expected)
-        )
-    # Then the rule goes by its own factor.
-    dampings = search(model, lambda damping: float(damping > 20), LevenbergMarquardt(calibrate=True, factor=3), 2)
-    np.testing.assert_allclose(dampings, 10**1.375 * np.array([1, 1 / 3, 1]), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "limits", "last"), [(1.0, {"min_damping": 0.02}, 0.02), (-INF, {"max_damping": 30}, 30)]
-)
-def test_a_search_ends_at_a_limit(ratio, limits, last):
-    model = linear_model(1.0)
-    search(model, lambda damping: ratio, LevenbergMarquardt(calibrate=True, **limits), 3)
-    assert model.optimizer.damping_bounds.numpy() == pytest.approx([last, last])
-
-
-def test_a_search_learns_nothing_where_the_gradient_is_zero():
-    model, rule = linear_model(1.0), LevenbergMarquardt(calibrate=True)
-    assert damping_after(rule, logs(NAN, damping=1.0, gradient_norm=0.0), model) == 1.0
-    assert model.optimizer.damping_bounds.numpy().tolist() == [0, INF]
-
-
-def test_a_search_from_zero_is_refused():
-    rule = LevenbergMarquardt(calibrate=True)
-    rule.set_model(linear_model(0.0))
-    with pytest.raises(ValueError, match="searches by factors.*Received: damping=0. Start at"):
-        rule.on_train_begin()
-
-
-def test_a_search_finds_in_fit_what_the_scale_of_the_loss_asks_for():
-    x, y = least_squares()
-    model = linear_model(1e4, loss="log_cosh")
-    run = train(model, x, 4 * y, LevenbergMarquardt(calibrate=True), epochs=12)
-    np.testing.assert_allclose(run.dampings[:4], [1e4, 1e3, 1e2, 1e1], rtol=1e-6)
-    lower, upper = model.optimizer.damping_bounds.numpy()
-    assert lower == upper < 10
 
 
 def test_damping_moves_in_every_third_update():
@@ -292,9 +248,11 @@ def test_damping_follows_the_ratios_of_a_curved_loss():
     # From far away the curvature of log cosh tells little: some steps are too bold, some are not.
     model = linear_model(damping=1e-3, loss="log_cosh")
     x, y = least_squares()
-    run = train(model, x, 4 * y, LevenbergMarquardt(factor=8), epochs=12)
+    run = train(model, x, 100 * y, LevenbergMarquardt(factor=8), epochs=8)
     directions = set()
     for ratio, before, after in zip(run.series("reduction_ratio"), run.dampings, run.dampings[1:], strict=False):
+        if np.isnan(ratio):  # at the end, where there is nothing left to measure
+            continue
         direction = -1 if ratio > 0.9 else 0 if ratio >= 0.25 else 1
         # A factor of 8 is exact in any binary float.
         assert after == before * 8.0**direction
@@ -347,7 +305,6 @@ def test_constant_damping_welcomes_several_updates_between_two_calls():
         ({"max_damping": NAN}, "`max_damping` must be a finite number > 0. Received: max_damping=nan"),
         ({"max_damping": -INF}, "`max_damping` must be a finite number > 0. Received: max_damping=-inf"),
         ({"interval": 0}, "`interval` must be an integer >= 1. Received: interval=0"),
-        ({"calibrate": 1}, "`calibrate` must be `True` or `False`. Received: calibrate=1"),
         (
             {"min_damping": 2.0, "max_damping": 1.0},
             "`min_damping` must not exceed `max_damping`. Received: min_damping=2.0, max_damping=1.0",

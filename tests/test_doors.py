@@ -190,8 +190,9 @@ def test_a_nan_anywhere_rejects_the_step(where):
     data[where].flat[3] = np.nan
     model = compiled(network())
     before = model.get_weights()
-    history = fit(model, **data)
-    assert np.isnan(history["loss"]).all() and history["reduction_ratio"] == [-np.inf]
+    with pytest.warns(UserWarning, match="1 of the 20 cases of an update hold numbers that are not finite"):
+        history = fit(model, **data)
+    assert np.isnan(history["loss"]).all() and np.isnan(history["reduction_ratio"]).all()
     assert_rejected(model, history, before)
 
 
@@ -199,7 +200,8 @@ def test_a_nan_anywhere_rejects_the_step(where):
 def test_weights_of_zero_leave_nothing_to_do():
     model = compiled(network())
     before = model.get_weights()
-    history = fit(model, *cases(), sample_weight=np.zeros(20))
+    with pytest.warns(UserWarning, match="The gradient of the first update is zero"):
+        history = fit(model, *cases(), sample_weight=np.zeros(20))
     assert history["loss"] == [0] and history["gradient_norm"] == [0]
     assert_rejected(model, history, before)
 
@@ -332,7 +334,8 @@ def test_a_loss_in_any_form_is_the_same_loss(loss):
 def test_a_loss_that_is_nan_rejects_the_step():
     model = compiled(network(), giving(lambda y, y_pred: tf.reduce_mean((y - y_pred) ** 2, -1) * np.nan))
     before = model.get_weights()
-    history = fit(model, *cases())
+    with pytest.warns(UserWarning, match="not finite, though the numbers in the cases are"):
+        history = fit(model, *cases())
     assert np.isnan(history["loss"]).all()
     assert_rejected(model, history, before)
 

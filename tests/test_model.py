@@ -24,6 +24,7 @@ LOGS = {
     "step_size",
     "gradient_norm",
     "num_cases",
+    "converged",
 }
 
 
@@ -105,7 +106,8 @@ def test_the_order_of_a_whole_batch_is_fixed_by_the_seed():
     x, y = cases(20)
     model = compiled(curvature=Recording(), curvature_batch_size=5)
     fit(model, x, y, epochs=8)
-    chunks = [tuple(map(tuple, chunk)) for chunk in seen]
+    # The first update looks at its chunk twice, to find the scale of the curvature, too.
+    chunks = [tuple(map(tuple, chunk)) for chunk in seen[1:]]
     assert len(set(chunks)) == 4 and set(chunks[:4]) == set(chunks[4:8])
     assert {case for chunk in chunks for case in chunk} == set(map(tuple, x))
     assert set(chunks) != {tuple(map(tuple, x[i : i + 5])) for i in (0, 5, 10, 15)}
@@ -268,8 +270,9 @@ def test_data_that_are_not_finite_reject_the_step_and_say_so(value):
     fit(model, x, y)
     x[7, 1] = value
     before = model.get_weights()
-    history = fit(model, x, y).history
-    assert history["step_size"] == [0] and history["reduction_ratio"] == [-np.inf]
+    with pytest.warns(UserWarning, match="1 of the 300 cases of an update hold numbers that are not finite"):
+        history = fit(model, x, y).history
+    assert history["step_size"] == [0] and np.isnan(history["reduction_ratio"]).all()
     for one, other in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert (model.optimizer.warm_start.numpy() == 0).all()

@@ -116,7 +116,8 @@ def test_another_fit_goes_on_with_the_file(tmp_path):
 
 def test_numbers_that_are_none_are_read_back(tmp_path):
     model = make()
-    model.fit(X * np.nan, Y, callbacks=[UpdateRecorder(tmp_path / "u.jsonl"), ConstantDamping()], verbose=0)
+    with pytest.warns(UserWarning, match="60 of the 60 cases"):
+        model.fit(X * np.nan, Y, callbacks=[UpdateRecorder(tmp_path / "u.jsonl"), ConstantDamping()], verbose=0)
     (record,) = read_updates(tmp_path / "u.jsonl")
     assert math.isnan(record["loss"]) and record["step_size"] == 0
 
