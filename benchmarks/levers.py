@@ -12,18 +12,14 @@ A run whose file is complete is not made again. The table is written from all ru
 """
 
 import argparse
-import contextlib
 import csv
 import itertools
 import math
 from functools import partial
 from pathlib import Path
-from unittest import mock
-
-import tensorflow as tf
 
 from benchmarks.time_to_error import PROBLEMS, fit_hessian_free, fit_recipe, train
-from examples.baselines import read_rows
+from examples.baselines import LastIterate, read_rows
 from keras_hf import (
     ConstantDamping,
     EmpiricalFisher,
@@ -36,8 +32,8 @@ from keras_hf import (
     LevenbergMarquardt,
     RelativeProgress,
     ResidualTolerance,
+    recipe_of_2010,
 )
-from keras_hf.search import Backtrack
 
 RESULTS = Path("benchmarks", "results", "levers")
 SECONDS = {
@@ -50,19 +46,22 @@ SECONDS = {
 def levers_of_defaults(num_cases):
     """Returns what is changed in the package's defaults, one thing at a time.
 
-    Dict from a name to arguments of `HessianFree` and to others that are none of its own: `damping_rule`, `l2`, `sparse`,
-    `backtracking`.
+    Dict from a name to arguments of `HessianFree` (of its solver, a dict: what differs from the base's) and to others that are none of its own:
+    `damping_rule`, `l2`, `sparse`.
 
     Args:
         num_cases: Integer, cases of the problem.
     """
     return {
         "defaults": {},
-        **{f"diagonal ^{power:g}": {"preconditioner": EmpiricalFisherDiagonal(power)} for power in (0.5, 0.75, 1.0)},
-        "no preconditioner": {"preconditioner": Identity()},
-        "factors in every update": {"preconditioner": KroneckerFactored(interval=1)},
-        "factors every 20 updates": {"preconditioner": KroneckerFactored(interval=20)},
-        "factors from 250 cases": {"preconditioner": KroneckerFactored(250, interval=5)},
+        **{
+            f"diagonal ^{power:g}": {"solver": {"preconditioner": EmpiricalFisherDiagonal(power)}}
+            for power in (0.5, 0.75, 1.0)
+        },
+        "no preconditioner": {"solver": {"preconditioner": Identity()}},
+        "factors in every update": {"solver": {"preconditioner": KroneckerFactored(interval=1)}},
+        "factors every 20 updates": {"solver": {"preconditioner": KroneckerFactored(interval=20)}},
+        "factors from 250 cases": {"solver": {"preconditioner": KroneckerFactored(250, interval=5)}},
         "all cases from the start": {"growing_batch": None},
         "from 500 cases": {"growing_batch": GrowingBatch(initial_size=500)},
         "grown at the first miss": {"growing_batch": GrowingBatch(patience=1)},
@@ -71,9 +70,12 @@ def levers_of_defaults(num_cases):
             f"all cases, chunks of N/{part}": {"growing_batch": None, "curvature_batch_size": num_cases // part}
             for part in (2, 4, 8)
         },
-        **{f"at most {most} iterations": {"max_cg_iterations": most} for most in (10, 15, 50, 250)},
-        **{f"tolerance {rate:g}": {"stopping": RelativeProgress(tolerance=rate)} for rate in (5e-4, 5e-3, 2e-2)},
-        **{f"warm start x {decay:g}": {"warm_start_decay": decay} for decay in (0.0, 0.5, 0.9, 0.95, 1.0)},
+        **{f"at most {most} iterations": {"solver": {"max_iterations": most}} for most in (10, 15, 50, 250)},
+        **{
+            f"tolerance {rate:g}": {"solver": {"stopping": RelativeProgress(tolerance=rate)}}
+            for rate in (5e-4, 5e-3, 2e-2)
+        },
+        **{f"warm start x {decay:g}": {"solver": {"warm_start_decay": decay}} for decay in (0.0, 0.5, 0.9, 0.95, 1.0)},
         "damping factor 1.5": {"damping_rule": LevenbergMarquardt(factor=1.5)},
         "damping factor 4": {"damping_rule": LevenbergMarquardt(factor=4)},
         "damping in every fifth update": {"damping_rule": LevenbergMarquardt(interval=5)},
@@ -91,12 +93,12 @@ def levers_of_recipe(num_cases):
         "Hessian": {"curvature": Hessian()},
         "Hessian by finite differences": {"curvature": FiniteDifferenceHessian()},
         "empirical Fisher": {"curvature": EmpiricalFisher()},
-        "CG stops by its residual": {"stopping": ResidualTolerance()},
-        **{f"always {most} iterations": {"stopping": NEVER, "max_cg_iterations": most} for most in (50, 250)},
-        "no preconditioner": {"preconditioner": Identity()},
-        "Kronecker factors": {"preconditioner": KroneckerFactored(interval=5)},
-        "no warm start": {"warm_start_decay": 0.0},
-        "no backtracking": {"backtracking": False},
+        "CG stops by its residual": {"solver": {"stopping": ResidualTolerance()}},
+        **{f"always {most} iterations": {"solver": {"stopping": NEVER, "max_iterations": most}} for most in (50, 250)},
+        "no preconditioner": {"solver": {"preconditioner": Identity()}},
+        "Kronecker factors": {"solver": {"preconditioner": KroneckerFactored(interval=5)}},
+        "no warm start": {"solver": {"warm_start_decay": 0.0}},
+        "no backtracking": {"solver": LastIterate(**vars(recipe_of_2010()))},
         **{
             f"constant damping {damping:g}": {"damping": damping, "damping_rule": ConstantDamping()}
             for damping in (45.0, 4.5, 0.45)
@@ -110,7 +112,7 @@ def levers_of_recipe(num_cases):
 NEVER = RelativeProgress(tolerance=1e-12)
 BASES = {"defaults": (fit_hessian_free, levers_of_defaults), "recipe": (fit_recipe, levers_of_recipe)}
 MAX_SEEDS = 10
-NO_ARGUMENTS = ("damping_rule", "sparse", "backtracking")  # Of `HessianFree`.
+NO_ARGUMENTS = ("damping_rule", "sparse")  # Of `HessianFree`.
 
 
 def run(folder, problem, fit, name, change, seed, seconds):
@@ -118,19 +120,8 @@ def run(folder, problem, fit, name, change, seed, seconds):
     path = path_of(folder, name, seed)
     arguments = {key: value for key, value in change.items() if key not in NO_ARGUMENTS}
     fit = partial(fit, damping_rule=change.get("damping_rule"))
-    # The package has no such option, for nobody should set it.
-    without = mock.patch("keras_hf.update.backtrack", last_iterate)
-    with contextlib.nullcontext() if change.get("backtracking", True) else without:
-        train(path, problem, fit, arguments, seed, seconds, change.get("sparse", True))
+    train(path, problem, fit, arguments, seed, seconds, change.get("sparse", True))
     return path
-
-
-def last_iterate(loss_at, iterates):
-    """Takes the last iterate whatever its loss, in place of `keras_hf.search.backtrack`."""
-    row = tf.shape(iterates)[0] - 1
-    loss = loss_at(iterates[row])
-    not_looked_at = tf.fill([row], tf.constant(math.nan, loss.dtype))
-    return Backtrack(row, loss, tf.concat([not_looked_at, [loss]], 0))
 
 
 def path_of(folder, name, seed):

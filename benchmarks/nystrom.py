@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf import (
+    ConjugateGradient,
     EmpiricalFisherDiagonal,
     HessianFree,
     HFModel,
@@ -119,10 +120,12 @@ def compiled(preconditioner, seed):
     model = HFModel(Poisson())
     optimizer = HessianFree(
         damping=1.0,
-        preconditioner=preconditioner,
-        stopping=RelativeProgress(tolerance=5e-4),
-        max_cg_iterations=250,
-        warm_start_decay=0.95,
+        solver=ConjugateGradient(
+            preconditioner=preconditioner,
+            stopping=RelativeProgress(tolerance=5e-4),
+            max_iterations=250,
+            warm_start_decay=0.95,
+        ),
         growing_batch=None,
         seed=seed,
     )

@@ -15,6 +15,7 @@ import keras
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy, squared_error
 from examples.datasets import synthetic_curves
 from keras_hf import (
+    ConjugateGradient,
     EmpiricalFisherDiagonal,
     HessianFree,
     HFModel,
@@ -61,10 +62,12 @@ def measure(preconditioner, max_cg_iterations, x, seconds, seed):
     model = HFModel(network)
     optimizer = HessianFree(
         damping=45.0,
-        preconditioner=preconditioner(),
-        stopping=RelativeProgress(tolerance=5e-4),
-        max_cg_iterations=max_cg_iterations,
-        warm_start_decay=0.95,
+        solver=ConjugateGradient(
+            preconditioner=preconditioner(),
+            stopping=RelativeProgress(tolerance=5e-4),
+            max_iterations=max_cg_iterations,
+            warm_start_decay=0.95,
+        ),
         growing_batch=None,
         seed=seed,
     )

@@ -44,11 +44,12 @@ from examples.baselines import (
     fit_trust_region,
     muon,
     read_rows,
+    solver_but_for,
     standard_hessian_free,
 )
 from examples.datasets import mnist, synthetic_curves
 from examples.experiments import plot
-from keras_hf import GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import ConjugateGradient, GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
 
 matplotlib.use("Agg")
 
@@ -216,7 +217,8 @@ def fit_hessian_free(problem, setting, network, cases, recorder, seed, damping_r
     arguments = {name: value for name, value in setting.items() if name not in SHARED}
     if "initial_size" in arguments:
         arguments["growing_batch"] = GrowingBatch(initial_size=arguments.pop("initial_size"))
-    optimizer = HessianFree(**{"damping": problem.damping, **arguments}, seed=seed)
+    solver = solver_but_for(arguments.pop("solver", {}), ConjugateGradient())
+    optimizer = HessianFree(**{"damping": problem.damping, **arguments}, solver=solver, seed=seed)
     _fit_hessian_free(optimizer, damping_rule or LevenbergMarquardt(), problem, network, cases, recorder)
 
 

@@ -32,18 +32,18 @@ from examples.baselines import (
     fit_lbfgs,
     fit_nonlinear_cg,
     fit_trust_region,
+    solver_but_for,
     standard_hessian_free,
 )
 from examples.datasets import face_patches, mnist, synthetic_curves
 from examples.pretraining import pretrained
 from keras_hf import (
-    EmpiricalFisherDiagonal,
     GaussNewton,
     HessianFree,
     HFModel,
     LevenbergMarquardt,
-    RelativeProgress,
     SparseNormal,
+    recipe_of_2010,
 )
 
 matplotlib.use("Agg")
@@ -242,26 +242,21 @@ def train(args, method, network, x_train, x_test, path, state_path=None):
     return recorder
 
 
-def recipe(damping=45.0, **changes):
+def recipe(damping=45.0, solver=None, **changes):
     """Makes the optimizer and the damping rule of Martens (2010), whatever the package's defaults are.
 
     Args:
         damping: Float, at the start, in the scale of the loss.
+        solver: Dict of arguments of `ConjugateGradient` that are to differ from the recipe's, or a solver instead of it.
         **changes: Arguments of `HessianFree`: what the recipe leaves open, as `curvature_batch_size`, or what is to
             differ from it.
 
     Returns:
         A `HessianFree` and a `LevenbergMarquardt`.
     """
-    arguments = {
-        "curvature": GaussNewton(),
-        "preconditioner": EmpiricalFisherDiagonal(exponent=0.75),
-        "stopping": RelativeProgress(tolerance=5e-4),
-        "max_cg_iterations": 250,
-        "warm_start_decay": 0.95,
-        "growing_batch": None,
-    }
-    optimizer = HessianFree(damping=damping, **{**arguments, **changes})
+    solver = solver_but_for(solver or {}, recipe_of_2010())
+    arguments = {"curvature": GaussNewton(), "growing_batch": None, **changes}
+    optimizer = HessianFree(damping, solver, **arguments)
     return optimizer, LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)
 
 

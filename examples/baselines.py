@@ -14,7 +14,8 @@ import tensorflow as tf
 from keras import ops
 from scipy import optimize
 
-from keras_hf import ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
+from keras_hf import ConjugateGradient, ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
+from keras_hf.search import Taken, walk_back
 
 STEPS_PER_EXECUTION = 10  # The work between calls would otherwise double the time of a step of a small network.
 
@@ -314,18 +315,65 @@ def fit_by_scipy(method, options, network, loss, x, y, recorder, uses_products=F
     recorder.finish(updates, logs())
 
 
-def standard_hessian_free(damping=1.0, curvature=None, max_cg_iterations=250, micro_batch_size=None, seed=None):
+def solver_but_for(changes, base):
+    """Returns a `ConjugateGradient` that differs from another one in some arguments, or the solver that came instead.
+
+    Args:
+        changes: Dict of arguments, or a `Solver`.
+        base: A `ConjugateGradient`.
+    """
+    # A part holds its settings under the names of its arguments.
+    return ConjugateGradient(**{**vars(base), **changes}) if isinstance(changes, dict) else changes
+
+
+class LastIterate(ConjugateGradient):
+    """Conjugate gradients without backtracking: the last iterate is taken, and shortened as Armijo says."""
+
+    def solve(self, model, damping, state):
+        return super().solve(model, damping, state)._replace(search=shortened_last)
+
+
+class WholeStep(ConjugateGradient):
+    """Conjugate gradients without any search: the last iterate is the step, whatever the loss does, as long as it is a number."""
+
+    def solve(self, model, damping, state):
+        return super().solve(model, damping, state)._replace(search=whole_last)
+
+
+def shortened_last(loss_at, candidates, loss, gradient):
+    """A search that looks at the last candidate alone, and shortens it until the loss falls enough."""
+    last = candidates[-1:]
+    return _taken_as_last(walk_back(loss_at, last, loss, gradient), candidates)
+
+
+def whole_last(loss_at, candidates, loss, gradient):
+    """A search that takes the last candidate as it is; it is rejected only where the loss there is not finite."""
+    del gradient
+    at_last = loss_at(candidates[-1])
+    is_finite = tf.math.is_finite(at_last)
+    size = tf.where(is_finite, tf.ones_like(loss), tf.zeros_like(loss))
+    taken = Taken(0, candidates[-1], at_last, size, tf.where(is_finite, at_last, loss), at_last[None], tf.constant(0))
+    return _taken_as_last(taken, candidates)
+
+
+def _taken_as_last(taken, candidates):
+    """What a search took that saw the last candidate alone, as one that saw all."""
+    row = tf.shape(candidates)[0] - 1
+    not_looked_at = tf.fill([row], tf.constant(math.nan, taken.losses.dtype))
+    return taken._replace(row=row, losses=tf.concat([not_looked_at, taken.losses], 0))
+
+
+def standard_hessian_free(damping=1.0, curvature=None, max_iterations=250, micro_batch_size=None, seed=None):
     """Makes the optimizer and the damping rule of standard Hessian-free optimization, from which Martens (2010) sets out.
 
     The exact Hessian over all cases plus a constant times the identity; conjugate gradients from zero, without a
-    preconditioner, until the residual is below `min(1/2, sqrt(norm of g))` times the gradient. The package cannot leave out
-    what follows: the iterates are walked back over by the true loss, and the step is shortened, or rejected, where it
-    does not lower the loss enough. The standard method takes the last iterate whatever it does.
+    preconditioner, until the residual is below `min(1/2, sqrt(norm of g))` times the gradient; the last iterate is the
+    step, whatever the loss does.
 
     Args:
         damping: Float, in the scale of the loss.
         curvature: `Hessian()` (default) or `FiniteDifferenceHessian()`.
-        max_cg_iterations: Integer.
+        max_iterations: Integer, of CG.
         micro_batch_size: Integer, the cases worked on at a time; None for as many as memory holds.
         seed: Integer, of the order of cases.
 
@@ -333,12 +381,9 @@ def standard_hessian_free(damping=1.0, curvature=None, max_cg_iterations=250, mi
         A `HessianFree` and a `ConstantDamping`.
     """
     optimizer = HessianFree(
-        damping=damping,
-        curvature=curvature or Hessian(),
-        preconditioner=Identity(),
-        stopping=ResidualTolerance(),
-        max_cg_iterations=max_cg_iterations,
-        warm_start_decay=0.0,
+        damping,
+        WholeStep(Identity(), ResidualTolerance(), max_iterations, warm_start_decay=0.0),
+        curvature or Hessian(),
         growing_batch=None,
         micro_batch_size=micro_batch_size,
         seed=seed,

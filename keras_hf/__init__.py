@@ -32,5 +32,7 @@ from keras_hf.recorder import UpdateRecorder as UpdateRecorder
 from keras_hf.recorder import read_updates as read_updates
 from keras_hf.stopping import RelativeProgress as RelativeProgress
 from keras_hf.stopping import ResidualTolerance as ResidualTolerance
+from keras_hf.truncated_cg import ConjugateGradient as ConjugateGradient
+from keras_hf.truncated_cg import recipe_of_2010 as recipe_of_2010
 
 __version__ = "0.1.0"

@@ -47,6 +47,18 @@ class Curvature(Part):
         other.linearization = linearization
         return other
 
+    def prepared(self, objective, state):
+        """Returns the curvature of one update, and the next state.
+
+        A curvature that remembers declares `initial_state` and returns a copy of itself that holds what it needs of the state.
+
+        Args:
+            objective: `objective.Objective`.
+            state: Dict of tensors, what the update before left; see `Part.initial_state`.
+        """
+        del objective
+        return self, state
+
     def linearize(self, piece):
         """Prepares the products of one piece of data.
 

@@ -13,14 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf import arrays, batching, checks
-from keras_hf.cg import CGStop
-from keras_hf.convergence import Convergence
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
 from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
 from keras_hf.loss_terms import WholeLoss, recorded_terms
 from keras_hf.objective import Data, LocalObjective, Objective, Task
 from keras_hf.optimizer import HessianFree
+from keras_hf.part import if_finite
 from keras_hf.product_check import judged, other_linearization, product_errors
 from keras_hf.replicas import across_replicas, replica_share
 from keras_hf.structure import second_derivatives_explained, trace_structure
@@ -58,14 +57,19 @@ class HFModel(keras.Model):
     | --- | --- |
     | `damping` | the damping that the update used |
     | `reduction_ratio` | actual over predicted reduction; minus infinity where the loss rose, NaN where nothing could be measured |
-    | `cg_iterations` | CG iterations run |
-    | `cg_step` | number of the chosen iterate |
-    | `cg_stop` | why CG stopped: a `CGStop` |
-    | `negative_curvature` | 1 if CG met negative curvature |
-    | `step_size` | of the line search; 0 = the step was rejected and the weights are as before |
+    | `step_size` | share of the solver's candidate that was taken; 0 = the step was rejected and the weights are as before |
     | `gradient_norm` | norm of the gradient before the update |
     | `num_cases` | cases that the update used: those of the batch, or of its growing part |
-    | `converged` | 1 if no step lowers the loss by more than rounding: CG is left out until gradient or damping change |
+    | `converged` | 1 if no step lowers the loss by more than rounding: the solver rests until gradient or damping change |
+
+    The solver adds its own; those of `ConjugateGradient`:
+
+    | key | meaning |
+    | --- | --- |
+    | `cg_iterations` | CG iterations run |
+    | `cg_step` | number of the iterate that was taken |
+    | `cg_stop` | why CG stopped: a `CGStop` |
+    | `negative_curvature` | 1 if CG met negative curvature |
 
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
@@ -73,7 +77,7 @@ class HFModel(keras.Model):
     that is another function in every call, a second derivative that TensorFlow has wrong), the update raises, and every value is as before. Weights
     with constraints are projected before the first update, should they violate them, and in every step that is tried.
 
-    `last_trace` holds how the last update came by its step, an `UpdateTrace` of tensors; `UpdateRecorder` writes it to a file. `save` and
+    `last_trace` holds how the last update came by its step, a dict of tensors; `UpdateRecorder` writes it to a file. `save` and
     `save_weights` keep the file that they replace until the new one is complete.
 
     Args:
@@ -361,7 +365,7 @@ class HFModel(keras.Model):
         most_cases, unseen = data.static_num_cases, None
         if self.optimizer.growing_batch is not None:
             selection = self.optimizer.growing_batch.select(
-                self.optimizer.part_state("growing_batch"),
+                self.optimizer.growing_state(),
                 data.num_cases,
                 self.distribute_strategy.num_replicas_in_sync,
             )
@@ -482,16 +486,9 @@ class HFModel(keras.Model):
 
         result = hf_update(
             objective,
-            tf.convert_to_tensor(optimizer.damping.value),
-            tf.convert_to_tensor(optimizer.warm_start.value),
             optimizer.curvature,
-            optimizer.preconditioner,
-            optimizer.stopping,
-            optimizer.max_cg_iterations,
-            optimizer.warm_start_decay,
-            preconditioner_state=optimizer.part_state("preconditioner"),
-            scale=tf.convert_to_tensor(optimizer.curvature_scale.value),
-            convergence=Convergence(*tf.unstack(optimizer.convergence.value)),
+            optimizer.solver,
+            optimizer.state(),
             unseen_reduction=None if unseen is None else unseen_reduction,
             # What double backward gets wrong is wrong in the first update; forward accumulation is watched in every one.
             check=tf.convert_to_tensor(self._is_first_update) | isinstance(self._linearization, ForwardAccumulation),
@@ -500,13 +497,13 @@ class HFModel(keras.Model):
         self._apply(objective, structure, result)
         if unseen is not None:
             state = optimizer.growing_batch.next_state(
-                optimizer.part_state("growing_batch"),
+                optimizer.growing_state(),
                 tf.cast(objective.totals.num_cases, tf.int32),
                 tf.cast(unseen.totals.num_cases, tf.int32),
                 result.actual_reduction,
                 result.unseen_reduction,
             )
-            optimizer.assign_part_state("growing_batch", state)
+            optimizer.assign_growing_state(state)
         return logs
 
     def _task(self, data):
@@ -615,12 +612,8 @@ class HFModel(keras.Model):
             "repeat_error": result.repeat_error,
         }
         whole = {
-            "cg_iterations": result.num_iterations,
-            "cg_step": result.chosen_iteration,
-            "cg_stop": result.reason,
-            "negative_curvature": result.reason == CGStop.NEGATIVE_CURVATURE,
             "num_cases": objective.totals.num_cases,
-            "converged": result.convergence.has_converged,
+            "converged": result.state.convergence.has_converged,
             "num_nonfinite_cases": tf.cond(
                 tf.math.is_finite(result.loss), lambda: tf.constant(0), objective.num_nonfinite_cases
             ),
@@ -628,29 +621,23 @@ class HFModel(keras.Model):
         return {
             **{k: tf.convert_to_tensor(v) for k, v in floating.items()},
             **{k: tf.cast(v, tf.int32) for k, v in whole.items()},
+            **result.logs,
             "trace": result.trace,
         }
 
     def _apply(self, objective, structure, result):
         """Moves weights and states; a rejected step leaves them bit-equal."""
         accepted = result.step_size > 0
-        step = tf.cast(result.step_size, objective.dtype) * result.step
         for variable, old, new in zip(
-            self.trainable_variables, objective.start(), objective.candidate(step), strict=True
+            self.trainable_variables, objective.start(), objective.candidate(result.step), strict=True
         ):
             variable.value.assign(tf.where(accepted, new, old))
-        for state, new in zip(structure.states, result.states, strict=True):
+        for state, new in zip(structure.states, result.network_states, strict=True):
             state.value.assign(tf.where(accepted, new, tf.convert_to_tensor(state.value)))
-        self.optimizer.warm_start.value.assign(result.warm_start)
-        # Found in this update, or as it was.
-        self.optimizer.damping.value.assign(result.damping)
-        self.optimizer.curvature_scale.value.assign(result.scale)
-        self.optimizer.convergence.value.assign(tf.stack(list(result.convergence)))
         # Of a rejected step, too: it is about the weights, which stay. But numbers that are not finite would outlive the cases they came from.
-        before = self.optimizer.part_state("preconditioner")
-        is_sound = _all_finite(result.preconditioner_state)
-        state = {name: tf.where(is_sound, result.preconditioner_state[name], value) for name, value in before.items()}
-        self.optimizer.assign_part_state("preconditioner", state)
+        before, after = self.optimizer.state(), result.state
+        kept = {name: if_finite(getattr(after, name), getattr(before, name)) for name in ("solver", "curvature")}
+        self.optimizer.assign_state(after._replace(**kept))
         self.optimizer.iterations.value.assign_add(1)
 
     def _build_optimizer(self):
@@ -745,7 +732,7 @@ class HFModel(keras.Model):
             )
 
     def _warn_about_negative_curvature(self, logs):
-        if isinstance(self.optimizer.curvature, GaussNewton) and int(logs["negative_curvature"]):
+        if isinstance(self.optimizer.curvature, GaussNewton) and int(logs.get("negative_curvature", 0)):
             self._warn(
                 "negative curvature",
                 "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
@@ -842,12 +829,6 @@ def _replacing(filepath, overwrite):
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
-
-
-def _all_finite(tensors):
-    """Whether all numbers in a nest of tensors are finite, a bool scalar."""
-    floats = [tensor for tensor in tf.nest.flatten(tensors) if tensor.dtype.is_floating]
-    return tf.reduce_all([True, *[tf.reduce_all(tf.math.is_finite(tensor)) for tensor in floats]])
 
 
 def _checked(loss):

@@ -11,12 +11,19 @@ from keras_hf.batching import GrowingBatch
 from keras_hf.checks import count, finite, integer, part
 from keras_hf.convergence import Convergence
 from keras_hf.curvature import Curvature, GaussNewton
-from keras_hf.kronecker import KroneckerFactored
-from keras_hf.objective import num_weights, vector_dtype
-from keras_hf.preconditioners import Preconditioner
-from keras_hf.stopping import RelativeProgress, StoppingRule
+from keras_hf.objective import vector_dtype
+from keras_hf.solver import Solver
+from keras_hf.truncated_cg import ConjugateGradient
+from keras_hf.update import UpdateState
 
-_PARTS = ("curvature", "preconditioner", "stopping", "growing_batch")
+_PARTS = ("solver", "curvature", "growing_batch")
+# Arguments of the solver, which users look for here.
+_SOLVER_ARGUMENTS = {
+    "preconditioner": "preconditioner",
+    "stopping": "stopping",
+    "max_cg_iterations": "max_iterations",
+    "warm_start_decay": "warm_start_decay",
+}
 # The default; `None` is a choice of its own here.
 _GROWING = GrowingBatch()
 
@@ -25,24 +32,17 @@ _GROWING = GrowingBatch()
 class HessianFree(keras.optimizers.Optimizer):
     """Hessian-free optimization, for `HFModel.compile`.
 
-    Every update minimises the quadratic model
+    Every update takes the quadratic model
 
         q(p) = g'p + p'(G + damping I)p / 2
 
-    by preconditioned conjugate gradients that see the curvature G only through products with vectors, and moves the weights by the iterate that the
-    true loss likes best. The optimizer holds settings and state; `HFModel` makes the update, and a damping callback such as `LevenbergMarquardt`
+    of the loss, whose curvature G is seen only through products with vectors; a solver makes candidate steps of it, and the true loss picks the one
+    that the weights move by. The optimizer holds settings and state; `HFModel` makes the update, and a damping callback such as `LevenbergMarquardt`
     adapts the damping to how well q predicted the loss. There is no learning rate.
 
     The defaults are those that reach a given loss soonest on deep networks (docs/faster.md). The recipe of Martens (2010) is
 
-        HessianFree(
-            damping=45.0,
-            preconditioner=EmpiricalFisherDiagonal(exponent=0.75),
-            stopping=RelativeProgress(tolerance=5e-4),
-            max_cg_iterations=250,
-            warm_start_decay=0.95,
-            growing_batch=None,
-        )
+        HessianFree(damping=45.0, solver=recipe_of_2010(), growing_batch=None)
 
     with `LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)`.
 
@@ -51,14 +51,10 @@ class HessianFree(keras.optimizers.Optimizer):
 
     Args:
         damping: Float >= 0, the coefficient of the identity at the start of training, in the scale of the loss. `None` (default): the first update
-            finds it, as 0.003 of the curvature along the gradient, `g'Gg / g'g`; the scale of the loss does not matter then. Once built,
+            finds it, as a tenth of the curvature along the gradient, `g'Gg / g'g`; the scale of the loss does not matter then. Once built,
             `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has found it.
+        solver: How steps come from the quadratic model: `ConjugateGradient()` (default), with its preconditioner, stopping rule and limit.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
-        preconditioner: `KroneckerFactored(interval=5)` (default), `EmpiricalFisherDiagonal()`, `Nystrom()` or `Identity()`.
-        stopping: When CG may stop: `RelativeProgress(tolerance=1e-2)` (default) or `ResidualTolerance()`.
-        max_cg_iterations: Integer >= 1, the limit of CG. It bounds the cost of an update, and how far CG may fit the curvature of a chunk.
-        warm_start_decay: Float in [0, 1]. CG starts at this share of its last iterate of the previous update; 0 = from zero. The longer CG runs, the
-            more of it is worth keeping: 0.95 for hundreds of iterations; after 25, the same share overshoots.
         growing_batch: `GrowingBatch` (default), updates on a part of the batch that grows, or `None`, updates on all of it.
         curvature_batch_size: Integer >= 1, the cases of the batch that products are formed on, one chunk of the batch after the other; `None` = all.
             Thousands, as a rule: curvature of too few cases is fitted by CG and not by the loss. Split among replicas.
@@ -85,11 +81,8 @@ class HessianFree(keras.optimizers.Optimizer):
     def __init__(
         self,
         damping=None,
+        solver=None,
         curvature=None,
-        preconditioner=None,
-        stopping=None,
-        max_cg_iterations=25,
-        warm_start_decay=0.7,
         growing_batch=_GROWING,
         curvature_batch_size=None,
         micro_batch_size=None,
@@ -97,6 +90,11 @@ class HessianFree(keras.optimizers.Optimizer):
         name="hessian_free",
         **kwargs,
     ):
+        for misplaced in kwargs.keys() & _SOLVER_ARGUMENTS.keys():
+            raise ValueError(
+                f"`{misplaced}` is an argument of the solver. Received: {misplaced}={kwargs[misplaced]!r}. "
+                f"Use `HessianFree(solver=ConjugateGradient({_SOLVER_ARGUMENTS[misplaced]}=...))`."
+            )
         if kwargs:
             raise ValueError(
                 "`HessianFree` takes none of Keras' first-order arguments: its step comes from curvature and a line search. "
@@ -109,29 +107,19 @@ class HessianFree(keras.optimizers.Optimizer):
         self.curvature = part(
             "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
         )
-        preconditioner = KroneckerFactored(interval=5) if preconditioner is None else preconditioner
-        self.preconditioner = part("preconditioner", preconditioner, Preconditioner, "KroneckerFactored()")
-        stopping = RelativeProgress(tolerance=1e-2) if stopping is None else stopping
-        self.stopping = part("stopping", stopping, StoppingRule, "RelativeProgress()")
+        self.solver = part("solver", ConjugateGradient() if solver is None else solver, Solver, "ConjugateGradient()")
         if growing_batch is not None:
             part("growing_batch", growing_batch, GrowingBatch, "GrowingBatch()")
         self.growing_batch = growing_batch
-        self.max_cg_iterations = count("max_cg_iterations", max_cg_iterations)
-        self.warm_start_decay = finite("warm_start_decay", warm_start_decay, 0, 1)
         self.curvature_batch_size = count("curvature_batch_size", curvature_batch_size, optional=True)
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
         # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
         self._initial_seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
         # All layers of the network, which `HFModel` tells: Keras builds optimizers, some before there are layers, from variables alone.
         self.find_layers = list
-        self._damping = None
-        # The scale of the curvature, which the first update finds; 0 before.
-        self.curvature_scale = None
-        # What is remembered of updates at rounding: see `convergence.Convergence`.
-        self.convergence = None
         self._seed = None
-        self.warm_start = None
-        self._part_states = {}
+        # `UpdateState` of variables, and what the growing batch remembers.
+        self._state = self._growing_state = None
 
     @property
     def damping(self):
@@ -139,7 +127,12 @@ class HessianFree(keras.optimizers.Optimizer):
 
         NaN, or `None` before, where the first update is to find it.
         """
-        return self._initial_damping if self._damping is None else self._damping
+        return self._initial_damping if self._state is None else self._state.damping
+
+    @property
+    def curvature_scale(self):
+        """The scale of the curvature, which the first update finds: a scalar `keras.Variable`, 0 before; `None` before it is built."""
+        return None if self._state is None else self._state.scale
 
     @property
     def learning_rate(self):
@@ -163,7 +156,7 @@ class HessianFree(keras.optimizers.Optimizer):
         return self._initial_seed if self._seed is None else self._seed
 
     def build(self, variables):
-        """Makes the state: the damping, the seed, the warm start `(n,)` and what parts remember.
+        """Makes the state: the damping, the seed, and what solver, curvature and growing batch remember.
 
         Args:
             variables: List of `keras.Variable`, the trainable weights.
@@ -171,53 +164,52 @@ class HessianFree(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        values = [variable.value for variable in variables]
+        values, layers = [variable.value for variable in variables], self.find_layers()
         dtype = vector_dtype(values)
+        # Not through keras.initializers.Constant, which takes numbers through float32.
         damping = math.nan if self._initial_damping is None else self._initial_damping
-        self._damping = self.add_variable(
-            (),
-            # Not keras.initializers.Constant, which takes the number through float32.
-            initializer=lambda shape, dtype: tf.constant(damping, dtype, shape),
-            dtype=dtype.name,
-            aggregation="only_first_replica",
-            name="damping",
+        number = lambda value: tf.constant(value, dtype)  # noqa: E731
+        initial = UpdateState(
+            damping=number(damping),
+            scale=number(0.0),
+            convergence=Convergence(number(0.0), number(0.0), number(0.0)),
+            solver=self.solver.initial_state(values, layers),
+            curvature=self.curvature.initial_state(values, layers),
         )
-        self.curvature_scale, self.convergence = (
-            self.add_variable(shape, initializer="zeros", dtype=dtype.name, aggregation="only_first_replica", name=name)
-            for name, shape in (("curvature_scale", ()), ("convergence", (len(Convergence._fields),)))
-        )
-        self._seed = self.add_variable(
-            (),
-            initializer=lambda shape, dtype: tf.constant(self._initial_seed, dtype, shape),
-            dtype="int32",
-            aggregation="only_first_replica",
-            name="seed",
-        )
-        self.warm_start = self.add_variable(
-            (num_weights(values),), dtype=dtype.name, aggregation="only_first_replica", name="warm_start"
-        )
-        for part_name in _PARTS:
-            owner = getattr(self, part_name)
-            initial = owner.initial_state(values, self.find_layers()) if owner is not None else {}
-            self._part_states[part_name] = {
-                name: self.add_variable(
-                    value.shape,
-                    initializer=lambda shape, dtype, value=value: tf.identity(value),
-                    dtype=value.dtype.name,
-                    aggregation="only_first_replica",
-                    name=f"{part_name}_{name}",
-                )
-                for name, value in initial.items()
-            }
+        growing = self.growing_batch.initial_state(values, layers) if self.growing_batch else {}
+        self._state = self._variables_of("", initial)
+        self._growing_state = self._variables_of("growing_batch", growing)
+        self._seed = self._variables_of("seed", tf.constant(self._initial_seed, tf.int32))
 
-    def part_state(self, name):
-        """Returns what the part that is the argument `name` remembers: a dict of tensors."""
-        return {key: tf.convert_to_tensor(variable.value) for key, variable in self._part_states[name].items()}
+    def _variables_of(self, name, nest):
+        """Makes a variable of every tensor of a nest, named by its place in it."""
+        if isinstance(nest, dict):
+            return {key: self._variables_of(f"{name}_{key}".lstrip("_"), value) for key, value in nest.items()}
+        if isinstance(nest, tuple):
+            return type(nest)(**self._variables_of(name, nest._asdict()))
+        return self.add_variable(
+            nest.shape,
+            initializer=lambda shape, dtype: tf.identity(nest),
+            dtype=nest.dtype.name,
+            aggregation="only_first_replica",
+            name=name,
+        )
 
-    def assign_part_state(self, name, state):
-        """Sets what the part that is the argument `name` remembers: a dict of tensors."""
-        for key, variable in self._part_states[name].items():
-            variable.value.assign(state[key])
+    def state(self):
+        """Returns what an update goes on from, an `update.UpdateState` of tensors."""
+        return _values(self._state)
+
+    def assign_state(self, state):
+        """Sets what an update goes on from, an `update.UpdateState` of tensors."""
+        _assign(self._state, state)
+
+    def growing_state(self):
+        """Returns what the growing batch remembers, a dict of tensors."""
+        return _values(self._growing_state)
+
+    def assign_growing_state(self, state):
+        """Sets what the growing batch remembers, a dict of tensors."""
+        _assign(self._growing_state, state)
 
     def apply(self, grads, trainable_variables=None):
         """Refuses: an update needs products with the curvature, which a list of gradients does not give.
@@ -234,8 +226,6 @@ class HessianFree(keras.optimizers.Optimizer):
         """Returns the constructor's arguments as a dict."""
         config = {
             "damping": self._initial_damping,
-            "max_cg_iterations": self.max_cg_iterations,
-            "warm_start_decay": self.warm_start_decay,
             "curvature_batch_size": self.curvature_batch_size,
             "micro_batch_size": self.micro_batch_size,
             "seed": self._initial_seed if self._seed is None else int(self._seed.numpy()),
@@ -256,3 +246,24 @@ class HessianFree(keras.optimizers.Optimizer):
             if config.get(name) is not None
         }
         return cls(**{**config, **parts})
+
+
+def _values(nest):
+    """The values of a nest of variables, as plain dicts and named tuples: Keras keeps dicts of variables as its own kind."""
+    if isinstance(nest, dict):
+        return {name: _values(value) for name, value in nest.items()}
+    if isinstance(nest, tuple):
+        return type(nest)(*map(_values, nest))
+    return tf.convert_to_tensor(nest.value)
+
+
+def _assign(nest, values):
+    """Assigns a nest of tensors to a nest of variables."""
+    if isinstance(nest, dict):
+        for name, variable in nest.items():
+            _assign(variable, values[name])
+    elif isinstance(nest, tuple):
+        for variable, value in zip(nest, values, strict=True):
+            _assign(variable, value)
+    else:
+        nest.value.assign(values)

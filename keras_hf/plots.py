@@ -62,10 +62,13 @@ def plot_updates(updates, x="update", path=None):
     axes[2].plot(places[beyond], np.clip(ratios, -0.5, 1.5)[beyond], "rv", clip_on=False)
     axes[2].set(ylabel="reduction ratio", ylim=(-0.5, 1.5))
 
-    axes[3].plot(places, columns["cg_iterations"], label="run")
-    axes[3].plot(places, columns["cg_step"], ".", label="chosen")
-    axes[3].set(ylabel="CG iterations", ylim=(0, None))
-    axes[3].legend()
+    if "cg_iterations" in columns:
+        axes[3].plot(places, columns["cg_iterations"], label="run")
+        axes[3].plot(places, columns["cg_step"], ".", label="chosen")
+        axes[3].set(ylabel="CG iterations", ylim=(0, None))
+        axes[3].legend()
+    else:
+        axes[3].remove()
 
     sizes = columns["step_size"]
     axes[4].plot(places, sizes, ".-", linewidth=0.5)
@@ -88,7 +91,7 @@ def _columns(updates):
             columns["update"] = np.arange(1, len(columns["loss"]) + 1)
     else:
         records = updates if isinstance(updates, (list, tuple)) else read_updates(updates)
-        names = [name for name in (records[0] if records else {}) if name != "cg"]
+        names = [name for name in (records[0] if records else {}) if name != "trace"]
         columns = {name: np.asarray([record[name] for record in records], float) for name in names}
     if not len(columns.get("reduction_ratio", ())):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A record of every update in a file of JSON lines: the logs, and how conjugate gradients came by the step."""
+"""A record of every update in a file of JSON lines: the logs, and how the solver came by the step."""
 
 import json
 import math
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import keras
 import numpy as np
-
-from keras_hf.cg import CGStop
 
 
 class UpdateRecorder(keras.callbacks.Callback):
@@ -22,12 +20,12 @@ class UpdateRecorder(keras.callbacks.Callback):
     | `seconds` | since `fit` began to train; goes on from the last line where `append` |
     | `loss`, `damping`, ... | the logs of the update, as in `HFModel`, and metrics |
     | `cost` | passes over cases, in gradients of one case: gradient 1, product 4/3, loss 1/3; preconditioner and unseen cases apart |
-    | `cg` | see below |
+    | `trace` | see below |
 
-    `cg` holds `values`, the quadratic that CG minimises at every iterate, the start among them; `iterate_numbers`, the iterates that it kept;
-    `losses` of these, null where backtracking did not look or found no number; `stop`, the name of a `CGStop`; and `cuts`, how often the line search
-    shortened the step. Numbers that are not finite are written as Python's `json` does, `NaN` and `-Infinity`. A line is on disk before the next
-    update begins.
+    `trace` holds `losses`, of the candidate steps in order, null where the search did not look or found no number; `num_cuts`, how often the step was
+    shortened; `num_products`; and what the solver adds. `ConjugateGradient` adds `course`, the quadratic that CG minimises at every iterate, the
+    start among them, and `iterate_numbers`, the iterates that are the candidates. Numbers that are not finite are written as Python's `json` does,
+    `NaN` and `-Infinity`. A line is on disk before the next update begins.
 
     Args:
         path: Path of the file.
@@ -77,32 +75,23 @@ class UpdateRecorder(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if self._file is None:
             self._open()
-        trace = {name: np.asarray(value) for name, value in self.model.last_trace._asdict().items()}
-        losses = [None if math.isnan(loss) else loss for loss in trace["losses"].tolist()]
-        num_losses = trace["num_cuts"].item() + sum(loss is not None for loss in losses)
+        trace = {name: np.asarray(value).tolist() for name, value in self.model.last_trace.items()}
+        trace["losses"] = [None if math.isnan(loss) else loss for loss in trace["losses"]]
         record = {
             "update": self._num_updates(),
             "epoch": self._epoch,
             "seconds": round(time.perf_counter() - self._start, 3),
             **{name: _number(value) for name, value in logs.items()},
-            "cost": self._cost(logs, num_losses),
-            "cg": {
-                "values": trace["values"].tolist(),
-                "iterate_numbers": trace["iterate_numbers"].tolist(),
-                "losses": losses,
-                "stop": CGStop(int(logs["cg_stop"])).name,
-                "cuts": trace["num_cuts"].item(),
-            },
+            "cost": self._cost(int(logs["num_cases"]), trace),
+            "trace": trace,
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def _cost(self, logs, num_losses):
-        num_cases = int(logs["num_cases"])
+    def _cost(self, num_cases, trace):
         in_chunk = min(self.model.optimizer.curvature_batch_size or num_cases, num_cases)
-        # Besides those of the iterations, a product for the start and one for the ratio.
-        products = 4 / 3 * (int(logs["cg_iterations"]) + 2) * in_chunk
-        return num_cases + products + num_losses / 3 * num_cases
+        num_losses = trace["num_cuts"] + sum(loss is not None for loss in trace["losses"])
+        return num_cases + 4 / 3 * trace["num_products"] * in_chunk + num_losses / 3 * num_cases
 
     def on_train_end(self, logs=None):
         if self._file is not None:

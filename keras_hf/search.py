@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_hf.cg import dot
+
 # Sufficient decrease, shortening and the number of cuts after which the step is rejected.
 _ARMIJO, _SHORTEN, _MAX_CUTS = 1e-2, 0.8, 60
 
@@ -24,6 +26,28 @@ class LineSearch(NamedTuple):
 
     step_size: tf.Tensor
     loss: tf.Tensor
+    num_cuts: tf.Tensor
+
+
+class Taken(NamedTuple):
+    """What a search took from a path.
+
+    Attributes:
+        row: int32 scalar, the candidate's row.
+        candidate: Tensor `(n,)`; the weights move by `step_size * candidate`.
+        candidate_loss: float64 scalar, the loss at the candidate itself.
+        step_size: float64 scalar, 0 = rejected.
+        loss: float64 scalar, where the weights move to; that at the start where the step is rejected.
+        losses: float64 `(k,)`, the losses of the candidates, NaN where the search did not look.
+        num_cuts: int32 scalar, how often the step was shortened.
+    """
+
+    row: tf.Tensor
+    candidate: tf.Tensor
+    candidate_loss: tf.Tensor
+    step_size: tf.Tensor
+    loss: tf.Tensor
+    losses: tf.Tensor
     num_cuts: tf.Tensor
 
 
@@ -67,6 +91,24 @@ def backtrack(loss_at, iterates):
     start = (num_rows - 1, num_rows, infinity, none)
     _, row, loss, losses = tf.while_loop(going, go_back, start, parallel_iterations=1)
     return Backtrack(row, loss, losses)
+
+
+def walk_back(loss_at, candidates, loss, gradient):
+    """Searches a path of CG iterates: `backtrack` chooses one, `line_search` shortens it.
+
+    Args:
+        loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
+        candidates: Tensor `(k, n)`, k >= 1, in the order of CG.
+        loss: float64 scalar, the loss at the start.
+        gradient: Tensor `(n,)`, the gradient at the start.
+
+    Returns:
+        A `Taken`.
+    """
+    chosen = backtrack(loss_at, candidates)
+    candidate = candidates[chosen.row]
+    found = line_search(loss_at, candidate, loss, chosen.loss, dot(gradient, candidate))
+    return Taken(chosen.row, candidate, chosen.loss, found.step_size, found.loss, chosen.losses, found.num_cuts)
 
 
 def line_search(loss_at, step, loss, loss_at_step, slope):

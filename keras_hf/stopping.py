@@ -13,8 +13,31 @@ from keras_hf.part import Part
 class StoppingRule(Part):
     """What a stopping rule promises: immutable settings and one question.
 
-    Subclasses implement `should_stop` and, if they have settings, `get_config`. A rule is asked after every iteration, inside a `tf.while_loop`.
+    Subclasses implement `should_stop` and, if they have settings, `get_config`. A rule is asked after every iteration, inside a `tf.while_loop`. One
+    that remembers declares `initial_state`, and overrides `prepared` and `next_state`.
     """
+
+    def prepared(self, state):
+        """Returns the rule of one update.
+
+        Args:
+            state: Dict of tensors, what the update before left; see `Part.initial_state`.
+
+        Returns:
+            A `StoppingRule`: this one, or a copy that holds what it needs of the state.
+        """
+        del state
+        return self
+
+    def next_state(self, state, result):
+        """Returns the state after an update.
+
+        Args:
+            state: Dict of tensors, the state before it.
+            result: `cg.CGResult`, what the rule stopped.
+        """
+        del result
+        return state
 
     def should_stop(self, iteration, value_at, residual_norm, b_norm):
         """Says whether CG may stop after `iteration`.

@@ -7,8 +7,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel
+from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel
+from keras_hf.convergence import Convergence
 from keras_hf.objective import Data
+from keras_hf.update import UpdateState
 
 NUM_CASES = 15
 
@@ -90,12 +92,22 @@ def make_model(activation="linear", loss="mse", regularizer=None, **compile_argu
 
 def compiled(network, loss="mse", **compile_arguments):
     """An `HFModel` of the network, compiled with parts that take half as long to trace as the default ones."""
-    optimizer = HessianFree(preconditioner=EmpiricalFisherDiagonal(), growing_batch=None, seed=0)
+    optimizer = HessianFree(
+        solver=ConjugateGradient(preconditioner=EmpiricalFisherDiagonal()), growing_batch=None, seed=0
+    )
     compile_arguments.setdefault("optimizer", optimizer)
     model = HFModel(network)
     loss = loss() if getattr(loss, "__name__", "") == "<lambda>" else loss
     model.compile(loss=loss, **compile_arguments)
     return model
+
+
+def hessian_free(
+    damping=None, preconditioner=None, stopping=None, max_iterations=25, warm_start_decay=0.7, **arguments
+):
+    """A `HessianFree` with a `ConjugateGradient`, from the arguments of both."""
+    solver = ConjugateGradient(preconditioner, stopping, max_iterations, warm_start_decay)
+    return HessianFree(damping, solver, **arguments)
 
 
 def inputs():
@@ -169,3 +181,15 @@ def case_gradients(model, data):
 def squared_case_gradients(model, data):
     """Mean over cases of the squared gradient of the case's loss without regularizers, `(n,)`."""
     return np.mean(case_gradients(model, data) ** 2, 0)
+
+
+def update_state(objective, solver, damping=0.3, scale=0.0, curvature=None):
+    """What an update of an objective goes on from at the start: an `UpdateState`."""
+    number = lambda value: tf.constant(value, objective.dtype)  # noqa: E731
+    return UpdateState(
+        damping=number(damping),
+        scale=number(scale),
+        convergence=Convergence(number(0.0), number(0.0), number(0.0)),
+        solver=solver.initial_state(objective.variables, []),
+        curvature=curvature.initial_state(objective.variables, []) if curvature else {},
+    )

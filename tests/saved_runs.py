@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import GrowingBatch, HessianFree, HFModel, KroneckerFactored, LevenbergMarquardt
+from keras_hf import ConjugateGradient, GrowingBatch, HessianFree, HFModel, KroneckerFactored, LevenbergMarquardt
 
 WAYS = ["run", "best", "weights", "checkpoint", "backup"]
 X = np.random.default_rng(0).normal(size=(120, 3)).astype("float32")
@@ -19,7 +19,9 @@ def make():
     layers = [keras.layers.Dense(6, "tanh"), keras.layers.Dropout(0.1), keras.layers.Dense(2)]
     model = HFModel(keras.Sequential([keras.Input((3,)), *layers]))
     optimizer = HessianFree(
-        preconditioner=KroneckerFactored(50, interval=2), growing_batch=GrowingBatch(40), curvature_batch_size=30
+        solver=ConjugateGradient(preconditioner=KroneckerFactored(50, interval=2)),
+        growing_batch=GrowingBatch(40),
+        curvature_batch_size=30,
     )
     model.compile(optimizer=optimizer, loss="mse")
     return model

@@ -299,13 +299,6 @@ def test_levers_change_one_thing_each(tmp_path, monkeypatch):
     assert lines[0].startswith("lever,seed,seconds_to_2,seconds_to_1,cost_to_2") and len(lines) == 3
 
 
-def test_without_backtracking_the_last_iterate_is_taken():
-    iterates = tf.constant([[1.0], [2.0], [3.0]])
-    found = levers.last_iterate(lambda step: tf.cast(step[0], tf.float64) ** 2, iterates)
-    assert (int(found.row), float(found.loss)) == (2, 9.0)
-    np.testing.assert_array_equal(found.losses, [np.nan, np.nan, 9.0])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", levers.levers_of_recipe(40))
 def test_every_change_of_the_recipe_trains(name, tmp_path):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf import ConstantDamping, EmpiricalFisherDiagonal, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import (
+    ConjugateGradient,
+    ConstantDamping,
+    EmpiricalFisherDiagonal,
+    HessianFree,
+    HFModel,
+    LevenbergMarquardt,
+)
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype("float32")
 Y = np.sin(2 * X[:, :2])
@@ -16,7 +23,9 @@ SCALARS = {"loss", "damping", "reduction_ratio", "cg_iterations", "step_size"}
 
 def make(**arguments):
     model = HFModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(6, "tanh"), keras.layers.Dense(2)]))
-    optimizer = HessianFree(0.1, preconditioner=EmpiricalFisherDiagonal(), growing_batch=None, seed=0)
+    optimizer = HessianFree(
+        0.1, solver=ConjugateGradient(preconditioner=EmpiricalFisherDiagonal()), growing_batch=None, seed=0
+    )
     model.compile(optimizer=optimizer, loss="mse", **arguments)
     return model
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel, LevenbergMarquardt
 from keras_hf.convergence import Convergence, rounding_of
 
 FALSE, TRUE = tf.constant(False), tf.constant(True)
@@ -66,7 +66,7 @@ def converged():
     keras.utils.set_random_seed(0)
     network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model = HFModel(network)
-    optimizer = HessianFree(preconditioner=EmpiricalFisherDiagonal(), growing_batch=None)
+    optimizer = HessianFree(solver=ConjugateGradient(preconditioner=EmpiricalFisherDiagonal()), growing_batch=None)
     model.compile(optimizer=optimizer, loss="mse")
     x = np.random.default_rng(0).normal(size=(300, 2)).astype("float32")
     with pytest.warns(UserWarning, match="Training has converged to rounding: no step.*float32") as warned:

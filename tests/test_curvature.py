@@ -19,6 +19,7 @@ from problems import (
 )
 
 from keras_hf import (
+    ConjugateGradient,
     ConstantDamping,
     DoubleBackward,
     EmpiricalFisher,
@@ -180,7 +181,9 @@ def test_empirical_fisher_takes_all_outputs_of_a_case_together():
 
 
 def test_empirical_fisher_of_a_loss_without_curvature_is_not_zero_and_gives_no_warning():
-    optimizer = HessianFree(curvature=EmpiricalFisher(), preconditioner=Identity(), growing_batch=None)
+    optimizer = HessianFree(
+        solver=ConjugateGradient(preconditioner=Identity()), curvature=EmpiricalFisher(), growing_batch=None
+    )
     model = make_model(loss="mae", optimizer=optimizer)
     data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
     found = matrix(model, data, EmpiricalFisher())
@@ -311,7 +314,13 @@ def test_added_losses_enter_with_their_exact_hessian(linearization):
 
 @pytest.mark.parametrize("curvature", [*(make() for make in LINEARIZED), FiniteDifferenceHessian()], ids=name_of)
 def test_training_with_any_curvature_lowers_the_loss(curvature):
-    optimizer = HessianFree(damping=0.1, curvature=curvature, preconditioner=Identity(), growing_batch=None, seed=0)
+    optimizer = HessianFree(
+        damping=0.1,
+        solver=ConjugateGradient(preconditioner=Identity()),
+        curvature=curvature,
+        growing_batch=None,
+        seed=0,
+    )
     model = make_model(optimizer=optimizer)
     x = inputs()
     y = np.stack([np.sin(x[:, 0]), x[:, 1] ** 2, x[:, 0] * x[:, 1]], 1)

@@ -82,7 +82,9 @@ def runs():
 
     def from_zero(damping, *args, **kwargs):
         model.network.set_weights([np.zeros((2, 1))])
-        model.optimizer.warm_start.assign(np.zeros(2))
+        state = model.optimizer.state()
+        rested = {**state.solver, "warm_start": np.zeros(2, "float32")}
+        model.optimizer.assign_state(state._replace(solver=rested))
         model.optimizer.damping.assign(damping)
         return train(model, *args, **kwargs)
 

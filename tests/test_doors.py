@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import HessianFree, HFModel, Identity, LevenbergMarquardt, checks
+from keras_hf import ConjugateGradient, HessianFree, HFModel, Identity, LevenbergMarquardt, checks
 
 
 def network(*first):
@@ -16,7 +16,9 @@ def network(*first):
 
 def compiled(net, loss="mse"):
     # No preconditioner, few iterations: what is tested here comes before them.
-    return problems.compiled(net, loss, optimizer=HessianFree(preconditioner=Identity(), max_cg_iterations=3, seed=0))
+    return problems.compiled(
+        net, loss, optimizer=HessianFree(solver=ConjugateGradient(preconditioner=Identity(), max_iterations=3), seed=0)
+    )
 
 
 def cases(num_cases=20):

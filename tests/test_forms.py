@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import loss_derivatives, model_data, with_objective
+from problems import hessian_free, loss_derivatives, model_data, with_objective
 
-from keras_hf import EmpiricalFisherDiagonal, HessianFree, HFModel, Identity, LevenbergMarquardt, batching
+from keras_hf import EmpiricalFisherDiagonal, HFModel, Identity, LevenbergMarquardt, batching
 from keras_hf.arrays import repeated
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -28,8 +28,7 @@ class CountingModel(HFModel):
 def compiled(network, loss="mse", preconditioner=None, damping=0.1, **arguments):
     model = CountingModel(network)
     # Few iterations: CG at its end would amplify the order of sums.
-    parts = {"preconditioner": preconditioner or Identity(), "max_cg_iterations": 8}
-    model.compile(HessianFree(damping=damping, seed=0, **parts), loss, **arguments)
+    model.compile(hessian_free(damping, preconditioner or Identity(), max_iterations=8, seed=0), loss, **arguments)
     return model
 
 

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from problems import hessian_free
 
-from keras_hf import ConstantDamping, GrowingBatch, HessianFree, HFModel, Identity, LevenbergMarquardt
+from keras_hf import (
+    ConjugateGradient,
+    ConstantDamping,
+    GrowingBatch,
+    HessianFree,
+    HFModel,
+    Identity,
+    LevenbergMarquardt,
+)
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
 
@@ -37,9 +46,9 @@ def compiled(growing_batch=None, loss="mse", net=None, **arguments):
     net = keras.Sequential([keras.Input((2,)), layers.Dense(4, "tanh"), layers.Dense(1)]) if net is None else net
     model = CountingModel(net)
     # Few iterations: CG at its end would amplify the order of sums.
-    arguments = {"damping": 0.1, "preconditioner": Identity(), "seed": 0, "max_cg_iterations": 8, **arguments}
+    arguments = {"damping": 0.1, "preconditioner": Identity(), "seed": 0, "max_iterations": 8, **arguments}
     model.compile(
-        HessianFree(growing_batch=growing_batch, **arguments), loss, metrics=["mae"], weighted_metrics=["mse"]
+        hessian_free(growing_batch=growing_batch, **arguments), loss, metrics=["mae"], weighted_metrics=["mse"]
     )
     model.set_weights([normal(*weight.shape, seed=5) for weight in model.weights])
     return model
@@ -75,7 +84,7 @@ def assert_same_updates(model, history, reference, expected):
 
 
 def part_state(model):
-    return {key: int(value) for key, value in model.optimizer.part_state("growing_batch").items()}
+    return {key: int(value) for key, value in model.optimizer.growing_state().items()}
 
 
 # Five updates of 5 of 24 cases: the last goes around.
@@ -157,7 +166,8 @@ def test_nests_are_cut_in_all_their_leaves():
     for growing, parts in ((fixed(), [slice(None)] * 2), (None, [slice(0, 5), slice(5, 10)])):
         model = HFModel(net())
         model.compile(
-            HessianFree(0.1, preconditioner=Identity(), growing_batch=growing, seed=0), {"p": "mse", "q": "mse"}
+            HessianFree(0.1, solver=ConjugateGradient(preconditioner=Identity()), growing_batch=growing, seed=0),
+            {"p": "mse", "q": "mse"},
         )
         model.set_weights([normal(*weight.shape, seed=5) for weight in model.weights])
         for part in parts:

@@ -8,6 +8,7 @@ from keras import layers
 from problems import NUM_CASES, PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, with_objective
 
 from keras_hf import (
+    ConjugateGradient,
     ConstantDamping,
     EmpiricalFisherDiagonal,
     GaussNewton,
@@ -387,7 +388,12 @@ def test_two_replicas_train():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         network = keras.Sequential([keras.Input((2,)), layers.Dense(4, "tanh"), layers.Dense(1)])
-        model = compiled(network, optimizer=HessianFree(0.1, preconditioner=KroneckerFactored(9, interval=2), seed=0))
+        model = compiled(
+            network,
+            optimizer=HessianFree(
+                0.1, solver=ConjugateGradient(preconditioner=KroneckerFactored(9, interval=2)), seed=0
+            ),
+        )
     history = model.fit(inputs(), inputs()[:, :1] ** 2, epochs=4, verbose=0, callbacks=[ConstantDamping()]).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]
 
@@ -429,7 +435,9 @@ def test_inverses_serve_for_an_interval_of_updates(columns, monkeypatch):
 
 @pytest.mark.slow
 def test_a_saved_model_goes_on_bit_equally(tmp_path):
-    optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(interval=3), max_cg_iterations=3, seed=0)
+    optimizer = HessianFree(
+        0.1, solver=ConjugateGradient(preconditioner=KroneckerFactored(interval=3), max_iterations=3), seed=0
+    )
     model = make_model(optimizer=optimizer)
     arguments = {"x": inputs(), "y": targets(), "verbose": 0, "callbacks": [ConstantDamping()]}
     model.fit(epochs=2, **arguments)
@@ -477,7 +485,9 @@ def test_kept_state_fits_what_updates_make(name):
 def test_eager_updates_keep_inverses_too():
     losses = []
     for run_eagerly in (False, True):
-        optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(interval=2), max_cg_iterations=2, seed=0)
+        optimizer = HessianFree(
+            0.1, solver=ConjugateGradient(preconditioner=KroneckerFactored(interval=2), max_iterations=2), seed=0
+        )
         model = make_model(optimizer=optimizer, run_eagerly=run_eagerly)
         history = model.fit(inputs(), targets(), epochs=3, verbose=0, callbacks=[ConstantDamping()]).history
         losses.append(history["loss"])
@@ -490,7 +500,7 @@ def test_trains_in_lower_precision(policy):
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(policy)
     network = keras.Sequential([keras.Input((2,)), layers.Dense(8, "tanh"), layers.Dense(2, "softmax")])
-    optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(), seed=0)
+    optimizer = HessianFree(0.1, solver=ConjugateGradient(preconditioner=KroneckerFactored()), seed=0)
     model = compiled(network, "sparse_categorical_crossentropy", optimizer=optimizer)
     x = inputs().astype("float32")
     history = model.fit(x, x[:, 0] > x[:, 1], epochs=5, verbose=0, callbacks=[ConstantDamping()]).history
@@ -501,7 +511,7 @@ def test_trains_in_lower_precision(policy):
 def test_attention_trains_in_float16():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("mixed_float16")
-    optimizer = HessianFree(0.1, preconditioner=KroneckerFactored(), seed=0)
+    optimizer = HessianFree(0.1, solver=ConjugateGradient(preconditioner=KroneckerFactored()), seed=0)
     model = compiled(attending(), optimizer=optimizer)
     x = tokens(60)
     history = model.fit(x, (x == 1).sum(1), epochs=8, verbose=0, callbacks=[ConstantDamping()]).history

@@ -9,12 +9,12 @@ import pytest
 SCRIPT = """
 import resource, sys
 import keras, numpy as np
-from keras_hf import ConstantDamping, HessianFree, HFModel
+from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel
 num_cases = int(sys.argv[1])
 keras.utils.set_random_seed(0)
 layers = [keras.layers.Dense(300, "tanh") for _ in range(6)]
 model = HFModel(keras.Sequential([keras.Input((20,)), *layers, keras.layers.Dense(1)]))
-model.compile(optimizer=HessianFree(growing_batch=None, micro_batch_size=1000, max_cg_iterations=5), loss="mse")
+model.compile(optimizer=HessianFree(growing_batch=None, micro_batch_size=1000, solver=ConjugateGradient(max_iterations=5)), loss="mse")
 x = np.random.default_rng(0).normal(size=(num_cases, 20)).astype("float32")
 model.fit(x, x[:, :1], epochs=2, callbacks=[ConstantDamping()], verbose=0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

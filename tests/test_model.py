@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from problems import hessian_free
 
-from keras_hf import ConstantDamping, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import ConjugateGradient, ConstantDamping, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
 from keras_hf.curvature import Curvature
 
 LOGS = {
@@ -35,7 +36,7 @@ def network():
 def compiled(net=None, loss="mse", **arguments):
     model = HFModel(network() if net is None else net)
     metrics = arguments.pop("metrics", None)
-    model.compile(optimizer=HessianFree(**{"damping": 0.1, "seed": 0, **arguments}), loss=loss, metrics=metrics)
+    model.compile(optimizer=hessian_free(**{"damping": 0.1, "seed": 0, **arguments}), loss=loss, metrics=metrics)
     return model
 
 
@@ -120,7 +121,7 @@ def test_the_order_of_a_whole_batch_is_fixed_by_the_seed():
 def test_pieces_give_the_updates_of_the_whole(float64):
     x, y = cases(100)
     # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding.
-    reference, model = compiled(max_cg_iterations=8), compiled(max_cg_iterations=8, micro_batch_size=30)
+    reference, model = compiled(max_iterations=8), compiled(max_iterations=8, micro_batch_size=30)
     model.set_weights(reference.get_weights())
     fit(reference, x, y, epochs=3)
     fit(model, x, y, epochs=3)
@@ -153,8 +154,12 @@ def test_no_retrace_for_damping_or_a_ragged_last_batch():
 
 def test_train_on_batch_and_eager_make_the_same_update(float64):
     x, y = cases(300)
-    reference, eager = compiled(max_cg_iterations=8), compiled()
-    eager.compile(optimizer=HessianFree(damping=0.1, seed=0, max_cg_iterations=8), loss="mse", run_eagerly=True)
+    reference, eager = compiled(max_iterations=8), compiled()
+    eager.compile(
+        optimizer=HessianFree(damping=0.1, solver=ConjugateGradient(max_iterations=8), seed=0),
+        loss="mse",
+        run_eagerly=True,
+    )
     eager.set_weights(reference.get_weights())
     logs = reference.train_on_batch(x, y, return_dict=True)
     fit(eager, x, y, shuffle=False)
@@ -275,7 +280,7 @@ def test_data_that_are_not_finite_reject_the_step_and_say_so(value):
     assert history["step_size"] == [0] and np.isnan(history["reduction_ratio"]).all()
     for one, other in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert (model.optimizer.warm_start.numpy() == 0).all()
+    assert (model.optimizer.state().solver["warm_start"].numpy() == 0).all()
 
 
 def test_an_exploding_step_is_rejected_and_training_recovers():
@@ -318,7 +323,7 @@ def test_a_step_that_raises_leaves_every_value_bit_equal():
                 return tf.reduce_mean((y - y_pred) ** 2, -1)
 
     # In the products, and at a candidate's weights.
-    for model in (compiled(curvature=Interrupted()), compiled(loss=RaisingInLoss(), max_cg_iterations=3)):
+    for model in (compiled(curvature=Interrupted()), compiled(loss=RaisingInLoss(), max_iterations=3)):
         calls.clear()
         x, y = cases()
         model._maybe_symbolic_build(data_batch=(x, y))

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, with_objective
+from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, update_state, with_objective
 
 from keras_hf import (
+    ConjugateGradient,
     ConstantDamping,
     ForwardAccumulation,
     GaussNewton,
@@ -213,14 +214,16 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path):
         return model
 
     def make():
-        return make_model(optimizer=HessianFree(0.1, preconditioner=Nystrom(6, interval=3), seed=0))
+        return make_model(
+            optimizer=HessianFree(0.1, solver=ConjugateGradient(preconditioner=Nystrom(6, interval=3)), seed=0)
+        )
 
     whole = fit(make(), 7)
     fit(make(), 4).save(tmp_path / "run.keras")
     resumed = fit(keras.models.load_model(tmp_path / "run.keras"), 3)
     for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    states = [model.optimizer.part_state("preconditioner") for model in (whole, resumed)]
+    states = [model.optimizer.state().solver["preconditioner"] for model in (whole, resumed)]
     np.testing.assert_array_equal(*(state["vectors"] for state in states))
     assert tf.reduce_any(states[0]["values"] > 0)
 
@@ -287,18 +290,9 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
             return super().linearize(piece)
 
     def update(objective, preconditioner):
-        zero = tf.zeros([objective.num_weights], tf.float64)
-        return hf_update(
-            objective,
-            tf.constant(1e-6, tf.float64),
-            zero,
-            curvature=Counted(),
-            preconditioner=preconditioner,
-            stopping=ResidualTolerance(1e-8),
-            max_cg_iterations=1000,
-            warm_start_decay=0.0,
-            preconditioner_state=preconditioner.initial_state(objective.variables, []),
-        )
+        solver = ConjugateGradient(preconditioner, ResidualTolerance(1e-8), 1000, warm_start_decay=0.0)
+        state = update_state(objective, solver, damping=1e-6, scale=1.0)
+        return hf_update(objective, Counted(), solver, state)
 
     found = {}
     for preconditioner in (Identity(), Nystrom(40)):
@@ -307,15 +301,18 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
         found[type(preconditioner)] = result
         assert len(formed) == 1
     # 69 and 543.
-    assert 2 * found[Nystrom].num_iterations < found[Identity].num_iterations
-    np.testing.assert_allclose(found[Nystrom].warm_start, found[Identity].warm_start, rtol=1e-3, atol=1e-3)
+    assert 2 * found[Nystrom].logs["cg_iterations"] < found[Identity].logs["cg_iterations"]
+    starts = [found[kind].state.solver["warm_start"] for kind in (Nystrom, Identity)]
+    np.testing.assert_allclose(*starts, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
 def test_two_replicas_give_the_weights_of_one_device():
     def trained(strategy):
         with strategy.scope():
-            optimizer = HessianFree(0.1, preconditioner=Nystrom(8, interval=2), max_cg_iterations=8, seed=0)
+            optimizer = HessianFree(
+                0.1, solver=ConjugateGradient(preconditioner=Nystrom(8, interval=2), max_iterations=8), seed=0
+            )
             model = make_model(optimizer=optimizer)
         y = PROBLEMS["mse"].targets(np.random.default_rng(3))
         model.fit(inputs(), y, epochs=3, verbose=0, callbacks=[ConstantDamping()])
@@ -331,12 +328,12 @@ def test_trains_in_lower_precision(policy):
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(policy)
     network = keras.Sequential([keras.Input((2,)), layers.Dense(8, "tanh"), layers.Dense(2, "softmax")])
-    optimizer = HessianFree(0.1, preconditioner=Nystrom(10, interval=2), seed=0)
+    optimizer = HessianFree(0.1, solver=ConjugateGradient(preconditioner=Nystrom(10, interval=2)), seed=0)
     model = compiled(network, "sparse_categorical_crossentropy", optimizer=optimizer)
     x = inputs().astype("float32")
     history = model.fit(x, x[:, 0] > x[:, 1], epochs=5, verbose=0, callbacks=[ConstantDamping()]).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]
-    assert model.optimizer.part_state("preconditioner")["vectors"].dtype == tf.float32
+    assert model.optimizer.state().solver["preconditioner"]["vectors"].dtype == tf.float32
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "all", None])

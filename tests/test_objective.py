@@ -16,7 +16,7 @@ from problems import (
     with_objective,
 )
 
-from keras_hf import EmpiricalFisherDiagonal, GaussNewton, HessianFree
+from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, GaussNewton, HessianFree
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -142,7 +142,9 @@ def test_dropout_masks_are_the_optimizers_seed_and_differ_between_layers():
     def gradient(optimizer_seed, seeds):
         stack = [layers.Dropout(0.5, seed=seeds[0]), layers.Dropout(0.5, seed=seeds[1])]
         net = keras.Sequential([keras.Input((64,)), *stack, layers.Dense(1, use_bias=False)])
-        optimizer = HessianFree(preconditioner=EmpiricalFisherDiagonal(), growing_batch=None, seed=optimizer_seed)
+        optimizer = HessianFree(
+            solver=ConjugateGradient(preconditioner=EmpiricalFisherDiagonal()), growing_batch=None, seed=optimizer_seed
+        )
         model = compiled(net, optimizer=optimizer)
         data = model_data(model, np.ones((1, 64)), np.ones((1, 1)))
         net.set_weights([np.zeros((64, 1))])

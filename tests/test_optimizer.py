@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_hf import (
+    ConjugateGradient,
     DoubleBackward,
     EmpiricalFisherDiagonal,
     ForwardAccumulation,
@@ -34,8 +35,6 @@ def tiny_network():
 
 NUMBER_ERRORS = [
     ("damping", [-1.0, -1e-9, math.nan, math.inf, "1", True, [1.0]], "a finite number >= 0"),
-    ("warm_start_decay", [-0.1, 1.5, math.nan, "0.95", None, False], r"a finite number in \[0, 1\]"),
-    ("max_cg_iterations", [0, -3, 2.5, 250.0, "250", None, True], "an integer >= 1"),
     ("curvature_batch_size", [0, -1, 0.5, "all", True], "an integer >= 1 or `None`"),
     ("micro_batch_size", [0, -1, 64.0, "all", False], "an integer >= 1 or `None`"),
 ]
@@ -54,9 +53,6 @@ def test_numbers_out_of_range_are_refused(name, value, rule):
     [
         {"damping": 0},
         {"damping": np.float32(3)},
-        {"warm_start_decay": 0},
-        {"warm_start_decay": 1},
-        {"max_cg_iterations": np.int64(1)},
         {"curvature_batch_size": 1, "micro_batch_size": 1},
         {"curvature_batch_size": None, "micro_batch_size": None},
     ],
@@ -70,13 +66,11 @@ def test_numbers_at_the_ends_of_their_ranges_are_taken(arguments):
     ("name", "kind", "example"),
     [
         ("curvature", "Curvature", r"GaussNewton\(\)"),
-        ("preconditioner", "Preconditioner", r"KroneckerFactored\(\)"),
-        ("stopping", "StoppingRule", r"RelativeProgress\(\)"),
+        ("solver", "Solver", r"ConjugateGradient\(\)"),
     ],
 )
 def test_parts_that_are_no_objects_of_their_kind_are_refused(name, kind, example):
-    others = {"curvature": Identity(), "preconditioner": RelativeProgress(), "stopping": GaussNewton()}
-    for value in ("gauss_newton", GaussNewton, 0.5, others[name], False):
+    for value in ("gauss_newton", GaussNewton, 0.5, Identity(), False):
         with pytest.raises(
             TypeError, match=f"`{name}` must be a `{kind}` object, such as `{example}`. Received: {name}="
         ):
@@ -103,14 +97,30 @@ def test_first_order_arguments_are_refused(arguments):
         HessianFree(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("preconditioner", "preconditioner"),
+        ("stopping", "stopping"),
+        ("max_cg_iterations", "max_iterations"),
+        ("warm_start_decay", "warm_start_decay"),
+    ],
+)
+def test_arguments_of_the_solver_are_refused_with_their_place(name, place):
+    with pytest.raises(ValueError, match=rf"`{name}` is an argument of the solver.*ConjugateGradient\({place}="):
+        HessianFree(**{name: 1})
+
+
 def test_configuration_survives_saving():
     optimizer = HessianFree(
         damping=MARTENS,
+        solver=ConjugateGradient(
+            preconditioner=EmpiricalFisherDiagonal(0.6),
+            stopping=ResidualTolerance(0.125),
+            max_iterations=17,
+            warm_start_decay=0.5,
+        ),
         curvature=Hessian(ForwardAccumulation()),
-        preconditioner=EmpiricalFisherDiagonal(0.6),
-        stopping=ResidualTolerance(0.125),
-        max_cg_iterations=17,
-        warm_start_decay=0.5,
         growing_batch=GrowingBatch(initial_size=64),
         curvature_batch_size=300,
         micro_batch_size=64,
@@ -134,7 +144,9 @@ def test_configuration_survives_saving():
 @pytest.mark.parametrize("stopping", [RelativeProgress(1e-3), ResidualTolerance(), ResidualTolerance(0.1)])
 @pytest.mark.parametrize("curvature", [GaussNewton(), GaussNewton(ForwardAccumulation()), Hessian(DoubleBackward())])
 def test_every_combination_of_parts_survives_saving(curvature, stopping, preconditioner):
-    optimizer = HessianFree(curvature=curvature, stopping=stopping, preconditioner=preconditioner)
+    optimizer = HessianFree(
+        solver=ConjugateGradient(stopping=stopping, preconditioner=preconditioner), curvature=curvature
+    )
     restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     assert restored.get_config() == optimizer.get_config()
 
@@ -143,16 +155,16 @@ def test_a_part_of_the_users_own_survives_saving():
     class Twice(EmpiricalFisherDiagonal):
         pass
 
-    config = keras.saving.serialize_keras_object(HessianFree(preconditioner=Twice(0.5)))
+    config = keras.saving.serialize_keras_object(HessianFree(solver=ConjugateGradient(preconditioner=Twice(0.5))))
     restored = keras.saving.deserialize_keras_object(config, custom_objects={"Twice": Twice})
-    assert type(restored.preconditioner) is Twice
-    assert restored.preconditioner.exponent == 0.5
+    assert type(restored.solver.preconditioner) is Twice
+    assert restored.solver.preconditioner.exponent == 0.5
 
 
 def test_a_configuration_is_made_of_plain_values():
     # What `model.save` writes as JSON.
-    config = HessianFree(damping=np.float32(0.5), max_cg_iterations=np.int64(9), seed=np.int64(3)).get_config()
-    assert {type(config[name]) for name in ("damping", "max_cg_iterations", "seed")} == {float, int}
+    config = HessianFree(damping=np.float32(0.5), curvature_batch_size=np.int64(9), seed=np.int64(3)).get_config()
+    assert {type(config[name]) for name in ("damping", "curvature_batch_size", "seed")} == {float, int}
 
 
 def test_parts_are_not_shared_between_optimizers():
@@ -185,9 +197,10 @@ def test_damping_is_the_number_given_before_build_and_a_variable_after():
 def test_state_has_the_dtype_of_the_weights_but_no_less_than_float32(dtypes, expected):
     optimizer = HessianFree()
     optimizer.build(variables(*dtypes))
-    assert optimizer.damping.dtype == optimizer.warm_start.dtype == expected
-    assert optimizer.warm_start.shape == (6 * len(dtypes),)
-    np.testing.assert_array_equal(optimizer.warm_start, 0)
+    warm_start = optimizer.state().solver["warm_start"]
+    assert optimizer.damping.dtype == expected and warm_start.dtype == expected
+    assert warm_start.shape == (6 * len(dtypes),)
+    np.testing.assert_array_equal(warm_start, 0)
 
 
 def test_float64_damping_is_exact():
@@ -214,11 +227,13 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
         "iteration",
         "learning_rate",
         "damping",
-        "curvature_scale",
-        "convergence",
+        "scale",
+        "convergence_count",
+        "convergence_gradient_norm",
+        "convergence_damping",
         "seed",
-        "warm_start",
-        "preconditioner_others",
+        "solver_warm_start",
+        "solver_preconditioner_others",
         "growing_batch_size",
         "growing_batch_start",
         "growing_batch_misses",

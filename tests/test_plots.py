@@ -15,7 +15,7 @@ RECORDS = [
         "cg_iterations": 10 + i,
         "cg_step": 7,
         "step_size": size,
-        "cg": {"values": [0.0]},
+        "trace": {"losses": [0.0]},
     }
     for i, (ratio, size) in enumerate([(0.5, 1.0), (-np.inf, 0.0), (np.nan, 0.0), (3.0, 0.64)])
 ]
@@ -46,7 +46,9 @@ def test_ratios_beyond_the_panel_are_marked_at_its_edge():
 def test_a_history_is_drawn_with_the_loss_of_validation(tmp_path):
     history = keras.callbacks.History()
     history.history = {
-        key: [record[key] for record in RECORDS] for key in RECORDS[0] if key not in ("update", "cg", "seconds", "cost")
+        key: [record[key] for record in RECORDS]
+        for key in RECORDS[0]
+        if key not in ("update", "trace", "seconds", "cost")
     }
     history.history["val_loss"] = [3.0, 2.0, 1.0, 1.5]
     figure = plots.plot_updates(history, path=tmp_path / "run.png")

@@ -5,7 +5,15 @@ import keras
 import numpy as np
 import pytest
 
-from keras_hf import CGStop, ConstantDamping, HessianFree, HFModel, LevenbergMarquardt, UpdateRecorder, read_updates
+from keras_hf import (
+    ConjugateGradient,
+    ConstantDamping,
+    HessianFree,
+    HFModel,
+    LevenbergMarquardt,
+    UpdateRecorder,
+    read_updates,
+)
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype("float32")
 Y = np.sin(2 * X[:, :2])
@@ -13,7 +21,7 @@ Y = np.sin(2 * X[:, :2])
 
 def make(**arguments):
     model = HFModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(6, "tanh"), keras.layers.Dense(2)]))
-    optimizer = HessianFree(0.01, max_cg_iterations=12, growing_batch=None, seed=0)
+    optimizer = HessianFree(0.01, solver=ConjugateGradient(max_iterations=12), growing_batch=None, seed=0)
     model.compile(optimizer=optimizer, loss="mse", **arguments)
     return model
 
@@ -43,34 +51,34 @@ def test_a_line_holds_the_logs_of_its_update(run):
 def test_the_trace_is_that_of_conjugate_gradients(run):
     _, path, _ = run
     for record in read_updates(path):
-        cg = record["cg"]
-        assert len(cg["values"]) == record["cg_iterations"] + 1
+        trace = record["trace"]
+        assert len(trace["course"]) == record["cg_iterations"] + 1
         # The quadratic falls in every iteration, but for rounding.
-        assert np.all(np.diff(cg["values"]) <= 1e-6 * abs(cg["values"][-1]))
-        assert cg["iterate_numbers"][-1] == record["cg_iterations"] and record["cg_step"] in cg["iterate_numbers"]
-        assert cg["stop"] == CGStop(record["cg_stop"]).name
-        assert record["step_size"] == pytest.approx(0.8 ** cg["cuts"])
+        assert np.all(np.diff(trace["course"]) <= 1e-6 * abs(trace["course"][-1]))
+        assert trace["iterate_numbers"][-1] == record["cg_iterations"] and record["cg_step"] in trace["iterate_numbers"]
+        assert record["step_size"] == pytest.approx(0.8 ** trace["num_cuts"])
 
 
 def test_the_losses_are_those_that_backtracking_saw(run):
     _, path, _ = run
     records = read_updates(path)
     for record, following in zip(records, records[1:], strict=False):
-        cg = record["cg"]
+        trace = record["trace"]
         looked_at = [
-            number for number, loss in zip(cg["iterate_numbers"], cg["losses"], strict=True) if loss is not None
+            number for number, loss in zip(trace["iterate_numbers"], trace["losses"], strict=True) if loss is not None
         ]
         # From the last one back to the one before the chosen, or to the first.
-        assert looked_at == cg["iterate_numbers"][-len(looked_at) :] and len(looked_at) >= 1
-        chosen = cg["losses"][cg["iterate_numbers"].index(record["cg_step"])]
-        assert chosen == min(loss for loss in cg["losses"] if loss is not None)
-        if cg["cuts"] == 0:
+        assert looked_at == trace["iterate_numbers"][-len(looked_at) :] and len(looked_at) >= 1
+        chosen = trace["losses"][trace["iterate_numbers"].index(record["cg_step"])]
+        assert chosen == min(loss for loss in trace["losses"] if loss is not None)
+        if trace["num_cuts"] == 0:
             assert following["loss"] == pytest.approx(chosen, rel=1e-5)
 
 
 def test_cost_counts_passes_over_cases(run):
     record = read_updates(run[1])[0]
-    num_losses = sum(loss is not None for loss in record["cg"]["losses"]) + record["cg"]["cuts"]
+    num_losses = sum(loss is not None for loss in record["trace"]["losses"]) + record["trace"]["num_cuts"]
+    # Besides those of the iterations, a product for the start and one for the ratio.
     expected = 60 * (1 + 4 / 3 * (record["cg_iterations"] + 2) + num_losses / 3)
     assert record["cost"] == pytest.approx(expected)
 

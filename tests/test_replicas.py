@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from problems import hessian_free
 
 from keras_hf import (
     EmpiricalFisher,
     EmpiricalFisherDiagonal,
     FiniteDifferenceHessian,
     GrowingBatch,
-    HessianFree,
     HFModel,
     LevenbergMarquardt,
     UpdateRecorder,
@@ -32,8 +32,8 @@ def untrained(strategy, loss="mse", optimizer=None):
         stack = [layers.Dense(4, "tanh", kernel_regularizer=l2), layers.Dense(2)]
         model = HFModel(keras.Sequential([keras.Input((3,)), *stack]))
         # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding. Kronecker factors draw signs.
-        fixed = {"damping": 0.1, "seed": 1, "max_cg_iterations": 8, "preconditioner": EmpiricalFisherDiagonal()}
-        optimizer = HessianFree(**{**fixed, **(optimizer or {})})
+        fixed = {"damping": 0.1, "seed": 1, "max_iterations": 8, "preconditioner": EmpiricalFisherDiagonal()}
+        optimizer = hessian_free(**{**fixed, **(optimizer or {})})
         model.compile(optimizer=optimizer, loss=loss, metrics=["mae"])
     return model
 
@@ -101,7 +101,7 @@ def test_two_replicas_are_recorded_and_saved_as_one_device_is(tmp_path):
     history = model.fit(*cases(51), epochs=3, callbacks=callbacks, verbose=0).history
     records = read_updates(tmp_path / "u.jsonl")
     assert [record["damping"] for record in records] == history["damping"] and len(set(history["damping"])) > 1
-    assert [len(record["cg"]["values"]) - 1 for record in records] == history["cg_iterations"]
+    assert [len(record["trace"]["course"]) - 1 for record in records] == history["cg_iterations"]
     model.save(tmp_path / "run.keras")
     again = keras.models.load_model(tmp_path / "run.keras")
     for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
@@ -124,7 +124,7 @@ def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
     np.testing.assert_allclose(two_history["loss"], losses, rtol=1e-6)
     for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
-    state = {key: int(value) for key, value in two.optimizer.part_state("growing_batch").items()}
+    state = {key: int(value) for key, value in two.optimizer.growing_state().items()}
     assert (state["size"], state["start"]) == (12, 36)
 
 

@@ -107,7 +107,7 @@ def test_training_works_and_keeps_its_vectors_in_float32(policy):
     assert history["loss"][-1] < 0.5 * history["loss"][0]
     assert isinstance(model.optimizer, HessianFree)  # No loss scaling around it.
     expected = "float64" if policy == "float64" else "float32"
-    assert model.optimizer.warm_start.dtype == model.optimizer.damping.dtype == expected
+    assert model.optimizer.state().solver["warm_start"].dtype == model.optimizer.damping.dtype == expected
     assert all(weight.dtype == expected for weight in model.trainable_weights)
 
 

@@ -4,27 +4,36 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, with_objective
+from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, update_state, with_objective
 
-from keras_hf import CGStop, EmpiricalFisherDiagonal, GaussNewton, Hessian, Identity, ResidualTolerance
+from keras_hf import (
+    CGStop,
+    ConjugateGradient,
+    EmpiricalFisherDiagonal,
+    GaussNewton,
+    Hessian,
+    Identity,
+    ResidualTolerance,
+)
 from keras_hf.preconditioners import Preconditioner
 from keras_hf.update import hf_update
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def update(objective, damping=0.3, warm_start=None, **parts):
+def update(objective, damping=0.3, warm_start=None, curvature=None, scale=1.0, **parts):
     parts = {
-        "curvature": GaussNewton(),
         "preconditioner": EmpiricalFisherDiagonal(),
         "stopping": ResidualTolerance(1e-13),
-        "max_cg_iterations": 400,
+        "max_iterations": 400,
         "warm_start_decay": 0.95,
         **parts,
     }
-    if warm_start is None:
-        warm_start = tf.zeros([objective.num_weights], tf.float64)
-    return hf_update(objective, tf.constant(damping, tf.float64), warm_start, **parts)
+    solver = ConjugateGradient(**parts)
+    state = update_state(objective, solver, damping, scale)
+    if warm_start is not None:
+        state = state._replace(solver={**state.solver, "warm_start": warm_start})
+    return hf_update(objective, curvature or GaussNewton(), solver, state)
 
 
 def problem_data(name="mse", **arguments):
@@ -62,7 +71,9 @@ def test_cg_run_to_the_end_equals_the_dense_solve(name, preconditioner):
 
     matrix, gradient, found = with_objective(model, data, compute)
     expected = np.linalg.solve(matrix.numpy() + 0.3 * np.eye(27), -gradient.numpy())
-    np.testing.assert_allclose(found.warm_start, expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found.state.solver["warm_start"], expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max()
+    )
 
 
 def test_exact_inverse_as_preconditioner_needs_one_iteration():
@@ -70,7 +81,7 @@ def test_exact_inverse_as_preconditioner_needs_one_iteration():
     found = with_objective(
         model, data, lambda o: update(o, preconditioner=ExactInverse(), stopping=ResidualTolerance(1e-10))
     )
-    assert found.num_iterations == 1
+    assert found.logs["cg_iterations"] == 1
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3, 30.0])
@@ -97,7 +108,7 @@ def test_a_zero_gradient_gives_a_zero_step_and_no_ratio():
     data = data._replace(y=tf.zeros_like(data.y))
     found = with_objective(model, data, update)
     assert (found.step.numpy() == 0).all() and np.isnan(found.reduction_ratio)
-    assert found.reason == CGStop.CONVERGED and found.gradient_norm == 0 and found.num_iterations == 0
+    assert found.logs["cg_stop"] == CGStop.CONVERGED and found.gradient_norm == 0 and found.logs["cg_iterations"] == 0
 
 
 def test_negative_curvature_stops_cg_and_still_lowers_the_loss():
@@ -105,8 +116,8 @@ def test_negative_curvature_stops_cg_and_still_lowers_the_loss():
     found = with_objective(
         model, data, lambda o: update(o, damping=0.0, curvature=Hessian(), preconditioner=Identity())
     )
-    assert found.reason == CGStop.NEGATIVE_CURVATURE
-    after = with_objective(model, data, lambda o: o.loss_at(found.step_size * found.step))
+    assert found.logs["cg_stop"] == CGStop.NEGATIVE_CURVATURE
+    after = with_objective(model, data, lambda o: o.loss_at(found.step))
     assert after < found.loss
 
 
@@ -116,7 +127,7 @@ def test_an_uphill_warm_start_is_dropped():
 
     def compute(objective):
         uphill = 1e3 * objective.loss_and_gradient().gradient
-        return update(objective, warm_start=uphill, max_cg_iterations=1), update(objective, max_cg_iterations=1)
+        return update(objective, warm_start=uphill, max_iterations=1), update(objective, max_iterations=1)
 
     warm, cold = with_objective(model, data, compute)
     np.testing.assert_array_equal(warm.step, cold.step)
@@ -126,17 +137,19 @@ def test_an_uphill_warm_start_is_dropped():
 @pytest.mark.slow
 def test_warm_start_continues_from_the_decayed_last_iterate():
     model, data = problem_data()
-    limited = {"max_cg_iterations": 6, "stopping": ResidualTolerance(1e-13)}
+    limited = {"max_iterations": 6, "stopping": ResidualTolerance(1e-13)}
     first = with_objective(model, data, lambda o: update(o, **limited))
     # With the solution as start, undecayed, CG has nothing left to do.
     solved = with_objective(model, data, update)
     again = with_objective(
         model,
         data,
-        lambda o: update(o, warm_start=solved.warm_start, warm_start_decay=1.0, stopping=ResidualTolerance(1e-8)),
+        lambda o: update(
+            o, warm_start=solved.state.solver["warm_start"], warm_start_decay=1.0, stopping=ResidualTolerance(1e-8)
+        ),
     )
-    assert again.num_iterations <= 1
-    assert first.num_iterations == 6
+    assert again.logs["cg_iterations"] <= 1
+    assert first.logs["cg_iterations"] == 6
 
 
 def test_numbers_that_are_not_finite_reject_the_step():
@@ -144,5 +157,5 @@ def test_numbers_that_are_not_finite_reject_the_step():
     poisoned = data._replace(x=tf.tensor_scatter_nd_update(data.x, [[0, 0]], [np.nan]))
     found = with_objective(model, poisoned, update)
     assert found.step_size == 0 and np.isnan(found.reduction_ratio)
-    assert (found.warm_start.numpy() == 0).all()
+    assert (found.state.solver["warm_start"].numpy() == 0).all()
     assert np.isnan(found.loss)

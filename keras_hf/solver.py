@@ -1,0 +1,77 @@
+"""What a solver promises: from the quadratic model at the start of an update to a path of candidate steps, from which a search picks one.
+
+Knows vectors, callables and one scalar: no Keras, no data, no rule of the damping. What a solver is, `truncated_cg.py` shows.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_hf.part import Part
+
+
+class LocalModel:
+    """The objective at the start of an update, as a solver sees it. What costs something is made when it is first asked for.
+
+    Args:
+        objective: `objective.Objective`.
+        curvature: `curvature.Curvature`.
+        gradient: Tensor `(n,)`. At rest, where no step can be measured, it is zero: every solver's answer is then to stay.
+
+    Attributes:
+        objective: As above; preconditioners look into it.
+        gradient: As above.
+    """
+
+    def __init__(self, objective, curvature, gradient):
+        self.objective, self.gradient = objective, gradient
+        # One linearization, made by whoever needs it first and held from then on.
+        self._product = functools.cache(lambda: objective.product(curvature))
+
+    def linearize(self):
+        """Returns the product `v -> Gv` on vectors `(n,)` or rows `(k, n)`, undamped; see `Objective.product`.
+
+        Its tapes are held from the first call on: call it where products are needed only, and outside of branches and loops.
+        """
+        return self._product()
+
+
+class Path(NamedTuple):
+    """What a solver gives: candidates, and what follows from the one that is taken.
+
+    Attributes:
+        candidates: Tensor `(k, n)`, k >= 1, in order.
+        search: Callable `(loss_at, candidates, loss, gradient) -> Taken`, such as `search.walk_back`.
+        logs: Callable from the row taken, int32 scalar, to a dict of scalars, the solver's part of the logs.
+        next_state: Callable from the step that the weights made, `(n,)`, zero where it was rejected, to the solver's next state.
+        num_products: int32 scalar, the products spent.
+        trace: Dict of tensors, for a recorder.
+    """
+
+    candidates: tf.Tensor
+    search: Callable
+    logs: Callable
+    next_state: Callable
+    num_products: tf.Tensor
+    trace: dict
+
+
+class Solver(Part):
+    """What a solver promises: immutable settings, and a path for every update. Subclasses implement `solve`."""
+
+    def solve(self, model, damping, state):
+        """Finds candidate steps of `q(p) = g'p + p'(G + damping I)p / 2`.
+
+        Called in cross-replica context inside a `tf.function`: loops are `tf.while_loop`.
+
+        Args:
+            model: `LocalModel`.
+            damping: Scalar >= 0 of the weights' dtype.
+            state: Nest of tensors, what the update before left; see `Part.initial_state`.
+
+        Returns:
+            A `Path`.
+        """
+        raise NotImplementedError

@@ -1,0 +1,122 @@
+"""What every solver promises: a path that descends, a zero step at rest, settings that survive saving, a memory that is handed on."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import compiled, inputs, make_model, model_data, update_state, with_objective
+
+from examples.baselines import LastIterate, WholeStep
+from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, GaussNewton, HessianFree, LevenbergMarquardt
+from keras_hf.curvature import Curvature
+from keras_hf.solver import LocalModel
+from keras_hf.stopping import StoppingRule
+from keras_hf.update import hf_update
+
+# A new solver stands here, with a damping that it starts well from.
+SOLVERS = {
+    "ConjugateGradient": (ConjugateGradient(EmpiricalFisherDiagonal(), max_iterations=12), 0.3),
+    "LastIterate": (LastIterate(EmpiricalFisherDiagonal(), max_iterations=12), 0.3),
+    "WholeStep": (WholeStep(EmpiricalFisherDiagonal(), max_iterations=12), 3.0),
+}
+over_solvers = pytest.mark.parametrize("solver, damping", SOLVERS.values(), ids=SOLVERS)
+
+
+def problem():
+    model = make_model()
+    return model, model_data(model, inputs(), np.sin(3 * np.repeat(inputs()[:, :1], 3, 1)))
+
+
+@over_solvers
+def test_configuration_survives_saving(solver, damping):
+    kind = type(solver)
+    restored = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(solver), custom_objects={kind.__name__: kind}
+    )
+    assert type(restored) is kind and restored.get_config() == solver.get_config()
+
+
+@pytest.mark.usefixtures("float64")
+@over_solvers
+def test_an_update_lowers_the_loss_and_hands_on_a_state_of_the_same_form(solver, damping):
+    model, data = problem()
+
+    def compute(objective):
+        state = update_state(objective, solver, damping, scale=1.0)
+        first = hf_update(objective, GaussNewton(), solver, state)
+        second = hf_update(objective, GaussNewton(), solver, first.state)
+        return state, first, second, objective.loss_at(first.step)
+
+    state, first, second, loss_after = with_objective(model, data, compute)
+    assert first.step_size > 0 and loss_after < first.loss
+    for result in (first, second):
+        tf.nest.assert_same_structure(state, result.state)
+        for before, after in zip(tf.nest.flatten(state), tf.nest.flatten(result.state), strict=True):
+            assert before.shape == after.shape and before.dtype == after.dtype
+    # The objective did not move: nor does what is predicted of it depend on anything but the state.
+    assert second.loss == first.loss
+    assert first.trace["num_products"] >= 2
+    assert all(np.ndim(value) == 0 for value in first.logs.values())
+
+
+@pytest.mark.usefixtures("float64")
+@over_solvers
+def test_at_rest_the_step_is_zero(solver, damping):
+    model, data = problem()
+
+    def compute(objective):
+        local = LocalModel(objective, GaussNewton(), tf.zeros([objective.num_weights], tf.float64))
+        path = solver.solve(local, tf.constant(damping, tf.float64), solver.initial_state(objective.variables, []))
+        return path.candidates, path.num_products
+
+    candidates, num_products = with_objective(model, data, compute)
+    assert candidates.shape[0] >= 1 and not candidates.numpy().any()
+    assert num_products <= 1
+
+
+class CountingRule(StoppingRule):
+    """Stops after as many iterations as updates were made, plus three."""
+
+    def initial_state(self, variables, layers):
+        return {"updates": tf.constant(0)}
+
+    def prepared(self, state):
+        rule = CountingRule()
+        rule.limit = 3 + state["updates"]
+        return rule
+
+    def next_state(self, state, result):
+        return {"updates": state["updates"] + 1}
+
+    def should_stop(self, iteration, value_at, residual_norm, b_norm):
+        return iteration >= self.limit
+
+
+class CountingCurvature(Curvature):
+    """Gauss-Newton times the number of updates made, plus one."""
+
+    def initial_state(self, variables, layers):
+        return {"updates": tf.constant(0.0, tf.float64)}
+
+    def prepared(self, objective, state):
+        curvature = self.by(self.linearization)
+        curvature.factor = state["updates"] + 1
+        return curvature, {"updates": state["updates"] + 1}
+
+    def linearize(self, piece):
+        product = GaussNewton(self.linearization).linearize(piece)
+        return lambda v: [self.factor * image for image in product(v)]
+
+
+def test_the_states_of_stopping_rule_and_curvature_are_handed_on(float64):
+    solver = ConjugateGradient(EmpiricalFisherDiagonal(), CountingRule(), warm_start_decay=0.0)
+    optimizer = HessianFree(0.3, solver, CountingCurvature(), growing_batch=None, seed=0)
+    layers = [keras.layers.Dense(4, "tanh"), keras.layers.Dense(3)]
+    model = compiled(keras.Sequential([keras.Input((2,)), *layers]), optimizer=optimizer)
+    x = np.random.default_rng(0).normal(size=(300, 2))
+    history = model.fit(
+        x, np.sin(3 * np.repeat(x[:, :1], 3, 1)), epochs=3, verbose=0, callbacks=[LevenbergMarquardt(low=-9, high=9)]
+    ).history
+    assert history["cg_iterations"] == [3, 4, 5]
+    state = model.optimizer.state()
+    assert state.curvature["updates"] == 3 and state.solver["stopping"]["updates"] == 3
