@@ -154,7 +154,9 @@ class HFModel(keras.Model):
         Raises:
             ValueError: If the file holds other weights than this model has.
         """
-        variables = [*self.variables, *(self.optimizer.variables if self.optimizer else ())]
+        # Keras makes the attribute in `compile`.
+        optimizer = getattr(self, "optimizer", None)
+        variables = [*self.variables, *(optimizer.variables if optimizer else ())]
         before = [variable.numpy() for variable in variables]
         try:
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
@@ -255,8 +257,10 @@ class HFModel(keras.Model):
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: If there are no cases, if arrays have different numbers of cases, or if `batch_size` is no count.
+            ValueError: If the model is not compiled, if there are no cases, if arrays have different numbers of cases, or if `batch_size` is no
+                count.
         """
+        self._assert_compile_called("fit")
         if x is None:
             raise ValueError(
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
@@ -392,8 +396,9 @@ class HFModel(keras.Model):
             List of `ProductCheck`s: `name`, `error` (relative), `tolerance`, `holds`, `remark`.
 
         Raises:
-            ValueError: If the products cannot be formed; the message names the layer and the cure.
+            ValueError: If the model is not compiled, or if the products cannot be formed; the message names the layer and the cure.
         """
+        self._assert_compile_called("check_products")
         to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
         data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
         self._maybe_symbolic_build(data_batch=tuple(data))

@@ -357,3 +357,34 @@ def test_a_loss_that_the_network_adds_is_enough():
     model.compile()
     history = fit(model, cases()[0], epochs=2)
     assert history["loss"][1] < history["loss"][0]
+
+
+# Models that are not compiled.
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "train_on_batch", "test_on_batch", "check_products"])
+def test_what_needs_a_loss_says_that_compile_comes_first(method):
+    with pytest.raises(ValueError, match=r"You must call `compile\(\)` before"):
+        getattr(HFModel(network()), method)(*cases())
+
+
+def test_weights_come_and_go_without_compile(tmp_path):
+    x, _ = cases()
+    source, target = HFModel(network()), HFModel(network())
+    source.save_weights(tmp_path / "a.weights.h5")
+    target.load_weights(tmp_path / "a.weights.h5")
+    np.testing.assert_array_equal(target.predict(x, verbose=0), source.predict(x, verbose=0))
+    source.save(tmp_path / "a.keras")
+    loaded = keras.models.load_model(tmp_path / "a.keras")
+    assert not loaded.compiled
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), source.predict(x, verbose=0))
+
+
+def test_weights_that_do_not_fit_a_model_without_compile_leave_it_as_it_was(tmp_path):
+    HFModel(network(layers.Dense(5))).save_weights(tmp_path / "a.weights.h5")
+    model = HFModel(network())
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="does not hold the weights of this model, which stays as it was"):
+        model.load_weights(tmp_path / "a.weights.h5")
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
