@@ -63,6 +63,8 @@ class _State(NamedTuple):
 # Kept are the iterates ceil(5 * 1.3^j): 5, 7, 9, 11, 15, 19, 25, 32, ... as in Martens' released code, which starts at 5 where the paper's
 # formula starts at 1: the first few are never the best and each costs a pass over all data.
 _FIRST_KEPT, _KEPT_RATIO = 5.0, 1.3
+# Ten times as many are an int32 still.
+_MOST_WEIGHTS = 2**27
 # Products of an inner product that are summed in their own dtype.
 _BLOCK = 256
 
@@ -89,7 +91,8 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         x0: Tensor `(n,)`, the start. Defaults to zero.
         precondition: Callable `(n,) -> (n,)`, r -> M^-1 r, an approximate inverse of A, symmetric positive definite. Defaults to the identity.
         stopping: A stopping rule. Defaults to `RelativeProgress()`.
-        max_iterations: Integer >= 1. Defaults to n, where exact arithmetic is done.
+        max_iterations: Integer >= 1. Defaults to 10 n, as in SciPy: exact arithmetic is done after n, but rounding makes directions lose their
+            conjugacy, and an ill-conditioned A takes several times as many.
 
     Returns:
         A `CGResult`.
@@ -112,7 +115,10 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         raise ValueError(f"`b` must be a vector of shape (n,). Received: shape={tuple(b.shape)}; reshape it to (-1,).")
     stopping = stopping or RelativeProgress()
     precondition = precondition or tf.identity
-    max_iterations = tf.shape(b)[0] if max_iterations is None else tf.constant(count("max_iterations", max_iterations))
+    if max_iterations is None:
+        max_iterations = 10 * tf.minimum(tf.shape(b)[0], _MOST_WEIGHTS)
+    else:
+        max_iterations = tf.constant(count("max_iterations", max_iterations))
 
     b_norm = tf.sqrt(dot(b, b))
     if x0 is None:
@@ -143,7 +149,8 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         residual=residual,
         direction=direction,
         residual_product=residual_product,
-        values=array(tf.float64, max_iterations + 1).write(0, quadratic(x, residual)),
+        # It grows where a run of the default limit is longer than n.
+        values=array(tf.float64, tf.minimum(max_iterations, tf.shape(b)[0]) + 1).write(0, quadratic(x, residual)),
         iterates=array(b.dtype, 2).write(0, x),
         iterate_numbers=array(tf.int32, 2).write(0, 0),
         num_kept=tf.constant(0),

@@ -308,11 +308,22 @@ def test_limit_of_iterations_is_kept_and_reported(max_iterations):
     assert result.reason == CGStop.MAX_ITERATIONS
 
 
-def test_limit_of_iterations_is_the_dimension_by_default():
-    # Too ill-conditioned to be done in n iterations of float64.
-    result = diagonal_problem(40, 1e12, "float64").solve(stopping=Unstoppable())
-    assert result.num_iterations == 40
+def test_limit_of_iterations_is_ten_times_the_dimension_by_default():
+    # Too ill-conditioned to be done in 10 n iterations of float32.
+    result = diagonal_problem(12, 1e12, "float32").solve(stopping=Unstoppable())
+    assert result.num_iterations == 120
     assert result.reason == CGStop.MAX_ITERATIONS
+
+
+@modes
+def test_a_tight_tolerance_is_reached_by_default_where_rounding_takes_more_than_n_iterations(mode):
+    eigenvalues = np.geomspace(1, 1e3, 50)
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 50)))[0]
+    problem = Problem((q * eigenvalues) @ q.T, np.ones(50))
+    result = mode(problem.solve)(stopping=ResidualTolerance(1e-10))
+    assert result.reason == CGStop.STOPPING_RULE and 50 < result.num_iterations < 500
+    residual = problem.b - tf.linalg.matvec(problem.a, result.iterates[-1])
+    assert tf.norm(residual) < 2e-10 * tf.norm(problem.b)
 
 
 def test_each_iteration_costs_one_product_and_a_start_one_more():
@@ -393,7 +404,7 @@ def test_iterates_have_the_dtype_of_the_right_side(dtype):
 
 def test_float32_values_are_true_beyond_float32_digits():
     problem = diagonal_problem(400, 1e5, "float32")
-    result = compiled(problem.solve)(stopping=ResidualTolerance(1e-6))
+    result = compiled(problem.solve)(stopping=ResidualTolerance(1e-6), max_iterations=400)
     # Sums of 400 float32 numbers alone would be off by about 20 roundings of 6e-8; rounded products summed in float64 by less than one.
     np.testing.assert_allclose(result.values, problem.quadratic(result.iterates), rtol=6e-8)
 
