@@ -389,9 +389,10 @@ class LocalObjective:
         return _over_pieces(0, last, add_piece, tf.cast(self._regularization(), tf.float64))
 
     def _regularization(self):
-        """This replica's share of the regularizers' loss."""
+        """This replica's share of the regularizers' loss: none of a batch without cases, which is nothing to go by."""
         losses = [tf.cast(regularizer(variable), self.dtype) for variable, regularizer in self.task.regularizers]
-        return tf.add_n(losses) / self._num_replicas if losses else tf.zeros([], self.dtype)
+        share = tf.cast(self.totals.num_cases > 0, self.dtype) / self._num_replicas
+        return share * tf.add_n(losses) if losses else tf.zeros([], self.dtype)
 
     def regularization_product(self):
         """Gives `v -> Rv` on flat vectors, this replica's share of the regularizers' second derivative R."""

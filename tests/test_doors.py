@@ -106,8 +106,9 @@ def test_a_batch_size_that_is_no_count_is_refused(batch_size):
         fit(compiled(network()), *cases(), batch_size=batch_size)
 
 
-def test_an_empty_batch_changes_nothing_and_says_so():
-    model = compiled(network())
+@pytest.mark.parametrize("regularizer", [None, "l2"])
+def test_an_empty_batch_changes_nothing_and_says_so(regularizer):
+    model = compiled(network(layers.Dense(3, kernel_regularizer=regularizer)))
     before = model.get_weights()
     with pytest.warns(UserWarning, match="update on 0 cases"):
         history = fit(model, dataset(cases(0)))
