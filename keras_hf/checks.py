@@ -142,6 +142,19 @@ def trainable_weights(variables):
             )
 
 
+def weights_of_optimizer(known, variables):
+    """Raises if an optimizer that is built for the weights `known` is to train others: what it remembers is about those, weight by weight."""
+    if [id(variable) for variable in known] == [id(variable) for variable in variables]:
+        return
+    names = lambda weights: _short([weight.path for weight in weights])  # noqa: E731
+    raise ValueError(
+        "An optimizer remembers the last step, the damping and factors of the weights that it was built for, and can train no others. Received: an "
+        f"optimizer built for {len(known)} weights {names(known)}, and a model with {len(variables)} trainable weights {names(variables)}. "
+        "Make a new one for this model, `HessianFree(...)`, also after `layer.trainable` has changed; with the same settings: "
+        "`HessianFree.from_config(optimizer.get_config())`."
+    )
+
+
 def has_loss(found):
     """Raises if there is nothing to minimise."""
     if not found:

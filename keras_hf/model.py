@@ -194,7 +194,8 @@ class HFModel(keras.Model):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: If the optimizer is no `HessianFree`, if `jit_compile` is true, or if a trainable weight is no real floating-point number.
+            ValueError: If the optimizer is no `HessianFree`, or one built for other weights, if `jit_compile` is true, or if a trainable weight is no
+                real floating-point number.
         """
         optimizer = HessianFree() if optimizer is None else optimizer
         if not isinstance(optimizer, HessianFree):
@@ -202,6 +203,8 @@ class HFModel(keras.Model):
                 f"`HFModel` trains with `keras_hf.HessianFree`. Received: optimizer={optimizer!r}. "
                 "Compile `model.network` to train with another optimizer."
             )
+        if optimizer.built:
+            checks.weights_of_optimizer(optimizer._trainable_variables, self.trainable_variables)
         for leaf in keras.tree.flatten(loss):
             self._judge_curvature(leaf, optimizer.curvature)
         if kwargs.get("jit_compile", "auto") not in ("auto", False):

@@ -295,3 +295,37 @@ def test_hf_model_compiles_with_hessian_free_by_default():
     assert type(model.optimizer) is HessianFree
     # The network is built, so that its optimizer can be: what `load_model` needs.
     assert np.isnan(float(model.optimizer.damping))
+
+
+def test_an_optimizer_of_other_weights_is_refused_at_compile():
+    def made(units):
+        return HFModel(keras.Sequential([keras.Input((2,)), keras.layers.Dense(units, "tanh"), keras.layers.Dense(1)]))
+
+    optimizer = HessianFree()
+    made(3).compile(optimizer, "mse")
+    unbuilt = HFModel(keras.Sequential([keras.layers.Dense(3)]))
+    for other in (made(3), made(5), unbuilt):
+        with pytest.raises(
+            ValueError, match=r"can train no others. Received: an optimizer built for 4 weights.*from_config"
+        ):
+            other.compile(optimizer, "mse")
+    made(3).compile(HessianFree.from_config(optimizer.get_config()), "mse")
+
+
+def test_an_optimizer_may_be_compiled_again_into_a_model_of_its_weights(tmp_path):
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+    optimizer, model = HessianFree(), HFModel(network)
+    model.compile(optimizer, "mse")
+    optimizer.damping.assign(0.25)
+    model.compile(optimizer, "mse")
+    assert float(model.optimizer.damping) == 0.25
+    model.save(tmp_path / "a.keras")
+    assert float(keras.models.load_model(tmp_path / "a.keras").optimizer.damping) == 0.25
+    assert keras.models.clone_model(model).optimizer is not optimizer
+    network.layers[0].trainable = False
+    with pytest.raises(
+        ValueError,
+        match="optimizer built for 4 weights.*a model with 2 trainable weights.*`layer.trainable` has changed",
+    ):
+        model.compile(optimizer, "mse")
+    model.compile(HessianFree(), "mse")
