@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.linearization import dense
+from keras_hf.replaced import replaced
 
 # Floats in the largest temporary of a block of cases.
 _BLOCK_FLOATS = 2**22
@@ -92,8 +93,6 @@ def recorded_uses(layers, tape=None):
         tape: `tf.GradientTape` to watch the pre-activations, or `None`.
     """
     uses = {layer: [] for layer in layers}
-    # object.__setattr__: Keras' own would track what is set.
-    before = {layer: layer.activation for layer in layers if hasattr(layer, "activation")}
 
     def watched(layer, preactivation):
         if tape is not None:
@@ -107,7 +106,7 @@ def recorded_uses(layers, tape=None):
         def recorded(inputs, *args, **kwargs):
             uses[layer].append(_Use(inputs))
             outputs = original(inputs, *args, **kwargs)
-            return outputs if layer in before else watched(layer, outputs)
+            return outputs if hasattr(layer, "activation") else watched(layer, outputs)
 
         return recorded
 
@@ -115,17 +114,10 @@ def recorded_uses(layers, tape=None):
         original = layer.activation or tf.identity
         return lambda preactivation: original(watched(layer, preactivation))
 
-    for layer in layers:
-        object.__setattr__(layer, "call", call(layer))
-        if layer in before:
-            object.__setattr__(layer, "activation", activation(layer))
-    try:
+    calls = [(layer, "call", call(layer)) for layer in layers]
+    activations = [(layer, "activation", activation(layer)) for layer in layers if hasattr(layer, "activation")]
+    with replaced(*calls, *activations):
         yield uses
-    finally:
-        for layer in layers:
-            object.__delattr__(layer, "call")
-        for layer, original in before.items():
-            object.__setattr__(layer, "activation", original)
 
 
 @contextlib.contextmanager
@@ -136,13 +128,8 @@ def constant_statistics(layers):
         original = layer.call
         return lambda inputs, training=None, mask=None: original(inputs, training=False, mask=mask)
 
-    for layer in layers:
-        object.__setattr__(layer, "call", call(layer))
-    try:
+    with replaced(*[(layer, "call", call(layer)) for layer in layers]):
         yield
-    finally:
-        for layer in layers:
-            object.__delattr__(layer, "call")
 
 
 def squared_gradients(piece, layers, skipped=()):

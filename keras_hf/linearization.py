@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_hf.checks import flag
 from keras_hf.part import Part
+from keras_hf.replaced import replaced
 
 # Where XLA's fusing of elementwise operations outweighs its slower matrix products on CPUs, and a case is work enough to pay for seconds of
 # compiling: `benchmarks/linearization_choice.py`.
@@ -249,14 +250,8 @@ def choose_linearization(structure, num_replicas):
 @contextlib.contextmanager
 def without_fused_kernels(layers):
     """Makes recurrent layers run without cuDNN's fused kernels, which have no second derivative, while it is open."""
-    before = {layer: layer.use_cudnn for layer in layers if hasattr(layer, "use_cudnn")}
-    for layer in before:
-        object.__setattr__(layer, "use_cudnn", False)
-    try:
+    with replaced(*[(layer, "use_cudnn", False) for layer in layers if hasattr(layer, "use_cudnn")]):
         yield
-    finally:
-        for layer, use_cudnn in before.items():
-            object.__setattr__(layer, "use_cudnn", use_cudnn)
 
 
 def _jit(product):

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf import checks
+from keras_hf.replaced import replaced
 
 _MEANS = ("sum_over_batch_size", "mean")
 
@@ -107,11 +108,8 @@ class LossTerm:
             values.append(call(*args, **kwargs))
             return values[-1]
 
-        self._loss.call = recording
-        try:
+        with replaced((self._loss, "call", recording)):
             loss = self._loss(self._y, self._y_pred, sample_weight)
-        finally:
-            del self._loss.call
         self._values, self._is_evaluated = values[-1] if values else None, True
         return loss, self._values
 
@@ -171,9 +169,5 @@ def recorded_terms(compile_loss, num_replicas):
 
         return entry._replace(loss=call)
 
-    entries = compile_loss._flat_losses
-    compile_loss._flat_losses = [recording(entry) for entry in entries]
-    try:
+    with replaced((compile_loss, "_flat_losses", [recording(entry) for entry in compile_loss._flat_losses])):
         yield terms
-    finally:
-        compile_loss._flat_losses = entries

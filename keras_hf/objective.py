@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_hf.capture import constant_statistics, squared_gradients
 from keras_hf.cg import dot
 from keras_hf.linearization import DoubleBackward, dense, inner_product
+from keras_hf.replaced import replaced
 from keras_hf.replicas import replica_number
 
 
@@ -320,14 +321,9 @@ class LocalObjective:
         layers = self.structure.batch_normalizations
         if not layers:
             return []
-        momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.momentum = 0.0  # what the layer then assigns is the piece's own statistic
-        try:
+        # With no momentum, what the layer assigns is the piece's own statistic.
+        with replaced(*[(layer, "momentum", 0.0) for layer in layers]):
             states = self.evaluate(data, number).states
-        finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
-                layer.momentum = momentum
         moving = {id(v) for layer in layers for v in (layer.moving_mean, layer.moving_variance)}
         return [(state, new) for state, new in zip(self.structure.states, states, strict=True) if id(state) in moving]
 

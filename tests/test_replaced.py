@@ -1,0 +1,56 @@
+"""What replacing attributes for a while promises: afterwards everything is as it was."""
+
+import keras
+import numpy as np
+import problems
+import pytest
+
+from keras_hf import HessianFree, Identity, LevenbergMarquardt
+from keras_hf.replaced import replaced
+
+
+class Owner:
+    """An attribute of each kind: of the class, of the instance, computed."""
+
+    of_class, _kept = 1, 3
+
+    def __init__(self):
+        self.own = 2
+
+    @property
+    def computed(self):
+        return self._kept
+
+    @computed.setter
+    def computed(self, value):
+        self._kept = value
+
+
+def test_everything_is_as_it_was_also_after_an_error():
+    owner = Owner()
+    with pytest.raises(KeyError):
+        with replaced((owner, "of_class", 7), (owner, "own", 8), (owner, "computed", 9)):
+            assert (owner.of_class, owner.own, owner.computed) == (7, 8, 9)
+            raise KeyError
+    assert (owner.of_class, owner.own, owner.computed) == (1, 2, 3)
+    assert "of_class" not in vars(owner)
+
+
+def test_replacing_twice_at_once_puts_the_first_back_last():
+    owner = Owner()
+    with replaced((owner, "own", 7), (owner, "own", 8)):
+        assert owner.own == 8
+    assert owner.own == 2
+
+
+def test_calls_that_the_user_has_set_on_layers_and_losses_outlive_training():
+    dense, loss = keras.layers.Dense(3, "tanh"), keras.losses.MeanSquaredError()
+    plain, of_loss = dense.call, loss.call
+    dense.call = lambda *args, **kwargs: 2.0 * plain(*args, **kwargs)
+    loss.call = lambda *args: of_loss(*args)
+    own = dense.call, loss.call
+    network = keras.Sequential([keras.Input((2,)), dense, keras.layers.Dense(2)])
+    model = problems.compiled(network, loss, optimizer=HessianFree(preconditioner=Identity(), max_cg_iterations=2))
+    x = np.ones((20, 2), "float32")
+    model.fit(x, x, callbacks=[LevenbergMarquardt()], verbose=0)
+    assert (dense.call, loss.call) == own and dense.activation is keras.activations.tanh
