@@ -26,8 +26,8 @@ def split(arrays, num_cases):
     return *first, rest if arrays[2] is not None else rest[:2]
 
 
-def repeated(x, y, sample_weight, seed):
-    """Gives arrays as a dataset of one batch, again and again: Keras would copy them, and start anew, in every epoch.
+def repeated(x, y, sample_weight, seed, times=None):
+    """Gives arrays as a dataset of one batch, `times` or again and again: Keras would copy them, and start anew, in every epoch.
 
     They are put in the order of `seed` when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
     """
@@ -51,18 +51,4 @@ def repeated(x, y, sample_weight, seed):
             return keras.tree.map_structure(gather, tensors)
 
         batch = batch.map(permuted).cache()
-    return batch.repeat()
-
-
-def in_order(arrays, places):
-    """Takes the first cases of each array in the order of `places`, the rest (Keras' validation split) after them as they are."""
-
-    def permute(array):
-        if array is None:
-            return None
-        all_places = np.concatenate([places, np.arange(len(places), len(array))])
-        if hasattr(array, "iloc"):  # pandas
-            return array.iloc[all_places]
-        return tf.gather(array, all_places) if isinstance(array, tf.Tensor) else np.asarray(array)[all_places]
-
-    return keras.tree.map_structure(permute, arrays)
+    return batch.repeat(times)

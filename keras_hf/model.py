@@ -250,7 +250,8 @@ class HFModel(keras.Model):
     ):
         """Trains the network. Arguments mean what they mean in `keras.Model.fit`, but for these.
 
-        - `batch_size`: cases of an update's gradient; for arrays, `None` means all of them, or as many as make `steps_per_epoch` batches.
+        - `batch_size`: cases of an update's gradient; for arrays, `None` means all of them, or as many as make `steps_per_epoch` batches. Where one
+          batch holds all cases, `steps_per_epoch` updates are made on it.
         - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not anew in every epoch.
         - `validation_batch_size`: 32 where `None` and one batch holds all cases.
         - `callbacks`: among them belongs a `DampingCallback`, such as `LevenbergMarquardt()`. It is called before the others, so that what they save
@@ -288,15 +289,16 @@ class HFModel(keras.Model):
                 validation_batch_size = validation_batch_size or 32
                 self._batch_may_be_small = False
                 seed, shuffle = self.optimizer.seed if shuffle else None, False
+                if validation_split and validation_data is None:
+                    x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
+                    validation_split = 0.0
+                times, steps_per_epoch = steps_per_epoch or 1, steps_per_epoch or 1
                 if self.distribute_strategy.num_replicas_in_sync == self.steps_per_execution == 1:
-                    if validation_split and validation_data is None:
-                        x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
-                        validation_split = 0.0
-                    x, steps_per_epoch = arrays.repeated(x, y, sample_weight, seed), 1
-                    y = sample_weight = batch_size = None
-                elif seed is not None:
-                    places = batching.order(num_cases, tf.convert_to_tensor(seed)).numpy()
-                    x, y, sample_weight = arrays.in_order((x, y, sample_weight), places)
+                    times = None
+                else:
+                    # Else the last execution of an epoch would run into the next one.
+                    steps_per_epoch = None
+                x, y, sample_weight, batch_size = arrays.repeated(x, y, sample_weight, seed, times), None, None, None
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
         return super().fit(
@@ -430,7 +432,7 @@ class HFModel(keras.Model):
         def compute():
             return self.distribute_strategy.run(lambda: self._with_objective(data, errors))
 
-        with _as_written(), self._xla_explained():
+        with self._every_value_kept(), _as_written(), self._xla_explained():
             found, rounding = tf.nest.map_structure(
                 lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
             )
@@ -440,6 +442,17 @@ class HFModel(keras.Model):
         for check in report:
             print(f"  {check}")
         return report
+
+    @contextlib.contextmanager
+    def _every_value_kept(self):
+        """Leaves weights, metrics and the optimizer as they were before it was opened."""
+        variables = [v.value for v in (*self.variables, *self.metrics_variables, *self.optimizer.variables)]
+        before = [variable.read_value() for variable in variables]
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
 
     # What an update needs of Keras.
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import ConjugateGradient, HessianFree, HFModel, Identity, LevenbergMarquardt, checks
+from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, Identity, LevenbergMarquardt, checks
 
 
 def network(*first):
@@ -388,4 +388,27 @@ def test_weights_that_do_not_fit_a_model_without_compile_leave_it_as_it_was(tmp_
     with pytest.raises(ValueError, match="does not hold the weights of this model, which stays as it was"):
         model.load_weights(tmp_path / "a.weights.h5")
     for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# What a call leaves.
+
+
+def test_steps_per_epoch_are_updates_on_the_one_batch_that_holds_all_cases():
+    for steps_per_execution in (1, 2):
+        model = HFModel(network())
+        optimizer = HessianFree(preconditioner=Identity(), max_cg_iterations=2, growing_batch=None, seed=0)
+        model.compile(optimizer, "mse", steps_per_execution=steps_per_execution)
+        fit(model, *cases(), batch_size=50, steps_per_epoch=3, epochs=2, callbacks=[ConstantDamping()])
+        assert int(model.optimizer.iterations) == 6
+
+
+def test_a_check_of_products_leaves_weights_that_violate_a_constraint(capsys):
+    dense = layers.Dense(3, kernel_constraint="non_neg")
+    model = compiled(network(dense))
+    dense.kernel.assign(-np.ones((2, 3)))
+    values = lambda: [v.numpy() for v in (*model.variables, *model.metrics_variables, *model.optimizer.variables)]  # noqa: E731
+    before = values()
+    model.check_products(*cases())
+    for one, other in zip(before, values(), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -12,7 +12,7 @@ import saved_runs
 import tensorflow as tf
 from saved_runs import WAYS, X, fit, make, three_more, three_updates, values
 
-from keras_hf import HessianFree, HFModel
+from keras_hf import ConstantDamping, HessianFree, HFModel, Identity
 
 
 def assert_same(one, other):
@@ -50,6 +50,31 @@ def test_three_updates_and_three_are_six_in_a_process_of_their_own(six_updates, 
     for way in WAYS:
         with np.load(tmp_path / f"{way}.npz") as arrays:
             assert_same(list(arrays.values()), expected)
+
+
+@pytest.mark.parametrize("way", ["executions of two steps", "two replicas"])
+def test_a_run_brought_back_sees_its_cases_in_the_order_of_the_seed_that_was_saved(tmp_path, way):
+    two_replicas = way == "two replicas"
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) if two_replicas else tf.distribute.get_strategy()
+
+    def run(seed=None, callbacks=()):
+        with strategy.scope():
+            dense = keras.layers.Dense(2, kernel_initializer="ones", use_bias=False)
+            model = HFModel(keras.Sequential([keras.Input((3,)), dense]))
+            parts = {"preconditioner": Identity(), "max_cg_iterations": 2, "growing_batch": None}
+            # The curvature of half of the cases: an update depends on which come first.
+            optimizer = HessianFree(0.1, curvature_batch_size=60, seed=seed, **parts)
+            model.compile(optimizer, loss="mse", steps_per_execution=1 if two_replicas else 2)
+        model.fit(X, saved_runs.Y, epochs=5, callbacks=[*callbacks, ConstantDamping()], verbose=0)
+        return model
+
+    backup = lambda: keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        run(callbacks=[backup(), saved_runs.Crash()])
+    resumed = run(callbacks=[backup()])
+    whole = run(seed=int(resumed.optimizer.seed.numpy()))
+    assert int(resumed.optimizer.iterations.numpy()) == 5
+    assert_same(resumed.get_weights(), whole.get_weights())
 
 
 def test_what_a_callback_saves_is_the_damping_of_the_next_update(tmp_path):
