@@ -110,7 +110,11 @@ class Totals(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Sums of one pass over all pieces: loss in float64, gradient `(n,)`, the network's states after the pass."""
+    """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
+
+    Losses and gradients are sums of shares. So are states that are floats, the mean over cases of what pieces make of them; of other states
+    (counts, flags) there is no mean, and the first piece's are taken.
+    """
 
     loss: tf.Tensor
     gradient: tf.Tensor
@@ -370,7 +374,10 @@ class LocalObjective:
         with tf.GradientTape() as tape:
             regularization = self._regularization()
         gradient = pack(dense(tape.gradient(regularization, task.variables), task.variables), self.dtype)
-        states = [tf.zeros(state.shape, state.value.dtype) for state in self.structure.states]
+        states = [
+            tf.zeros_like(value) if value.dtype.is_floating else value
+            for value in map(tf.convert_to_tensor, self.structure.states)
+        ]
         start = Pass(tf.cast(regularization, tf.float64), gradient, states)
         return _over_pieces(0, self.pieces.num_pieces, add_piece, start)
 
@@ -544,7 +551,24 @@ class Objective:
 
     def loss_and_gradient(self):
         """Returns a `Pass` at the start: loss, gradient `(n,)` and the network's states after the pass. Cost: one gradient."""
-        return self._replicas.sum(lambda part: part.gradient_pass(), self._parts)
+        passes = self._replicas.run(lambda part: part.gradient_pass(), self._parts)
+        states = [tf.convert_to_tensor(state) for state in self._structure.states]
+        means = [i for i, state in enumerate(states) if state.dtype.is_floating]
+        others = [i for i, state in enumerate(states) if not state.dtype.is_floating]
+        total = self._replicas.sum(lambda local: local._replace(states=[local.states[i] for i in means]), passes)
+        # Not of a replica without cases, which has made no pass.
+        first = self._replicas.first(
+            [states[i] for i in others],
+            lambda part, local: (part.pieces.num_cases > 0, [local.states[i] for i in others]),
+            self._parts,
+            passes,
+        )
+        means_are_there = self.totals.num_cases > 0
+        for i, mean in zip(means, total.states, strict=True):
+            states[i] = tf.where(means_are_there, mean, states[i])
+        for i, value in zip(others, first, strict=True):
+            states[i] = value
+        return total._replace(states=states)
 
     def loss_at(self, step):
         """Returns the loss over the batch at start + step, float64. The weights are as before afterwards. Cost: one forward pass."""

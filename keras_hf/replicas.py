@@ -29,6 +29,28 @@ class Replicas:
             return values
         return tf.nest.map_structure(lambda value: self._strategy.reduce("SUM", value, axis=None), values)
 
+    def first(self, like, function, *args):
+        """Calls `function(*args)` on every replica and returns the tensors of one, bit for bit.
+
+        Args:
+            like: List of tensors, for the types, any that have a size in bytes, and the shapes.
+            function: Callable that returns a bool scalar and a list of tensors. Taken are those of the first replica that says true, if none does
+                those of the first.
+            *args: Its arguments, as in `run`.
+        """
+        if self.count == 1:
+            return self.run(function, *args)[1]
+
+        def row(*args):
+            is_it, values = function(*args)
+            place = tf.one_hot(replica_number(), self.count)
+            return place * tf.cast(is_it, place.dtype), [place[:, None] * _as_bytes(value) for value in values]
+
+        # One row of bytes for every replica, as floats: a sum of those is exact, and known to all strategies on all devices.
+        is_it, rows = self.sum(row, *args)
+        number = tf.argmax(is_it)
+        return [_from_bytes(of_replicas[number], value) for of_replicas, value in zip(rows, like, strict=True)]
+
 
 def across_replicas(function, *args):
     """Leaves the replica context for `function(replicas, *args)`, called once for all replicas, and returns its result to each.
@@ -47,6 +69,19 @@ def replica_share(total):
         return total
     number = tf.cast(tf.convert_to_tensor(context.replica_id_in_sync_group), tf.int32)
     return total // count + tf.cast(number < total % count, tf.int32)
+
+
+def _as_bytes(value):
+    """The bytes of a tensor as floats `(bytes,)`."""
+    value = tf.cast(value, tf.uint8) if value.dtype == tf.bool else value
+    return tf.reshape(tf.cast(tf.bitcast(value, tf.uint8), tf.float32), [-1])
+
+
+def _from_bytes(numbers, like):
+    """The tensor typed and shaped as `like` that `_as_bytes` gave these numbers of."""
+    dtype = tf.uint8 if like.dtype == tf.bool else like.dtype
+    shape = [*like.shape, dtype.size] if dtype.size > 1 else like.shape
+    return tf.cast(tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint8), shape), dtype), like.dtype)
 
 
 def replica_number():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import hessian_free
+from problems import compiled, hessian_free, model_data
 
 from keras_hf import (
     EmpiricalFisher,
@@ -17,6 +17,7 @@ from keras_hf import (
     UpdateRecorder,
     read_updates,
 )
+from keras_hf.objective import Data
 
 
 def cases(num_cases):
@@ -135,3 +136,49 @@ def test_a_growing_batch_grows_on_replicas(float64):
     growing = {"growing_batch": GrowingBatch(initial_size=6, share=1, patience=1), "damping": 1e-3}
     _, history = trained(strategy, *cases(50), optimizer=growing)
     assert history["num_cases"][0] == 6 and 12 <= history["num_cases"][-1] <= 24
+
+
+class States(layers.Layer):
+    """Counts its calls, in a number, a flag and 64 bits, and averages its inputs."""
+
+    def build(self, shape):
+        add = lambda shape, dtype: self.add_weight(shape=shape, dtype=dtype, trainable=False, initializer="zeros")  # noqa: E731
+        self.calls, self.is_odd, self.hash = add((), "int32"), add((2,), "bool"), add((2,), "int64")
+        self.mean = add(shape[-1:], "float32")
+
+    def call(self, x):
+        self.calls.assign(self.calls + 1)
+        self.is_odd.assign(keras.ops.logical_not(self.is_odd))
+        self.hash.assign(self.hash + (2**62 + 1))
+        self.mean.assign(keras.ops.mean(x, 0))
+        return x
+
+
+def on_replicas(network, parts, function):
+    """Calls `function(objective)` with the objective of the network on the cases in `parts`, each a replica's, and returns its lists of arrays."""
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = compiled(network())
+    x, y = cases(sum(map(len, parts)))
+    model_data(model, x, y)
+
+    def of_replica(context):
+        places = parts[context.replica_id_in_sync_group]
+        return Data(x[places], y[places], None)
+
+    data = strategy.experimental_distribute_values_from_function(of_replica)
+
+    @tf.function(autograph=False)
+    def compute():
+        return strategy.run(lambda data: model._with_objective(data, lambda objective, _: function(objective)), (data,))
+
+    return [[np.asarray(value) for value in strategy.experimental_local_results(found)] for found in compute()]
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2], [3]], [[], [0, 1]]])
+def test_replicas_count_a_pass_once_and_average_what_is_a_float(parts):
+    network = lambda: keras.Sequential([keras.Input((3,)), States(), layers.Dense(2)])  # noqa: E731
+    found = on_replicas(network, parts, lambda objective: objective.loss_and_gradient().states)
+    for calls, is_odd, number, mean in zip(*found, strict=True):
+        assert (calls, is_odd.tolist(), number.tolist()) == (1, [True, True], [2**62 + 1] * 2)
+        np.testing.assert_allclose(mean, cases(sum(map(len, parts)))[0].mean(0), rtol=1e-6)
