@@ -132,6 +132,36 @@ def constant_statistics(layers):
         yield
 
 
+@contextlib.contextmanager
+def own_statistics(layers):
+    """Makes these BatchNormalization layers assign the statistics of their inputs, and no moving averages of them, while it is open.
+
+    Of a layer that is called again, the mean over its calls, as moving averages tend to.
+    """
+    before = {layer: (layer.momentum, vars(layer).get("call")) for layer in layers}
+
+    def call(layer):
+        original, calls = layer.call, itertools.count()
+
+        def counted(*args, **kwargs):
+            number = next(calls)
+            layer.momentum = number / (number + 1)
+            return original(*args, **kwargs)
+
+        return counted
+
+    for layer in layers:
+        object.__setattr__(layer, "call", call(layer))
+    try:
+        yield
+    finally:
+        for layer, (momentum, own_call) in before.items():
+            layer.momentum = momentum
+            object.__delattr__(layer, "call")
+            if own_call is not None:
+                object.__setattr__(layer, "call", own_call)
+
+
 def squared_gradients(piece, layers, skipped=()):
     """Sums over the cases of a piece the squared gradients of each case's share of the compiled loss.
 

@@ -50,6 +50,7 @@ class HFModel(keras.Model):
     - An update uses a part of its batch, which grows, unless `HessianFree(growing_batch=None)`; loss and metrics in the logs are of the cases used.
     - A batch of all cases has a fixed order, permuted once by the optimizer's seed (`shuffle=True`) or as given: curvature chunks stay the same.
     - `compile` without an optimizer means `HessianFree()`.
+    - The moving statistics of BatchNormalization are those of the cases used, at the weights after the update, instead of averages over updates.
 
     Logs of an update, beside the loss (before the update, Keras' running mean) and the metrics (before the update):
 
@@ -653,8 +654,16 @@ class HFModel(keras.Model):
             self.trainable_variables, objective.start(), objective.candidate(result.step), strict=True
         ):
             variable.value.assign(tf.where(accepted, new, old))
-        for state, new in zip(structure.states, result.network_states, strict=True):
-            state.value.assign(tf.where(accepted, new, tf.convert_to_tensor(state.value)))
+        num_cases, num_before = objective.totals.num_cases, tf.convert_to_tensor(self.optimizer.statistics_cases.value)
+        before = [tf.convert_to_tensor(state.value) for state in structure.states]
+        states = tf.cond(
+            accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before
+        )
+        for state, new in zip(structure.states, states, strict=True):
+            state.value.assign(new)
+        # Half as many after every update: cases of long ago tell ever less of those that come.
+        next_cases = tf.maximum(num_cases, num_before / 2)
+        self.optimizer.statistics_cases.value.assign(tf.where(accepted, next_cases, num_before))
         # Of a rejected step, too: it is about the weights, which stay. But numbers that are not finite would outlive the cases they came from.
         before, after = self.optimizer.state(), result.state
         kept = {name: if_finite(getattr(after, name), getattr(before, name)) for name in ("solver", "curvature")}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.capture import constant_statistics, squared_gradients
+from keras_hf.capture import constant_statistics, own_statistics, squared_gradients
 from keras_hf.cg import dot
 from keras_hf.linearization import DoubleBackward, dense, inner_product
 from keras_hf.replaced import replaced
@@ -90,7 +90,8 @@ class Evaluation(NamedTuple):
         y_pred: The network's outputs, as Keras gives them.
         outputs: List of tensors, those that the loss is cut at: logits or entries of `y_pred`.
         added_loss: Scalar, the sum of the losses added in `call` and by activity regularizers, or `None`.
-        states: List of tensors, what the pass would make of `Structure.states`.
+        states: List of tensors, what the pass would make of `Structure.states`; but of BatchNormalization the statistics of its inputs themselves,
+            not the moving averages of them.
     """
 
     data: Data
@@ -113,12 +114,34 @@ class Pass(NamedTuple):
     """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
 
     Losses and gradients are sums of shares. So are states that are floats, the mean over cases of what pieces make of them; of other states
-    (counts, flags) there is no mean, and the first piece's are taken.
+    (counts, flags) there is no mean, and the first piece's are taken. Statistics of BatchNormalization are those of all cases together.
     """
 
     loss: tf.Tensor
     gradient: tf.Tensor
     states: list
+
+
+class Statistics(NamedTuple):
+    """Of the inputs of BatchNormalization layers: the number of cases, and lists of means and variances, in the type of flat vectors."""
+
+    num_cases: tf.Tensor
+    means: list
+    variances: list
+
+    def joined(self, other):
+        """Returns those of both together; updates as in Chan, Golub & LeVeque (1983) cancel no digits."""
+        num_cases = self.num_cases + other.num_cases
+        share = tf.math.divide_no_nan(other.num_cases, num_cases)
+        moves = [new - old for old, new in zip(self.means, other.means, strict=True)]
+        return Statistics(
+            num_cases,
+            [mean + share * move for mean, move in zip(self.means, moves, strict=True)],
+            [
+                (1 - share) * old + share * new + share * (1 - share) * move**2
+                for old, new, move in zip(self.variances, other.variances, moves, strict=True)
+            ],
+        )
 
 
 def num_weights(variables):
@@ -302,18 +325,20 @@ class LocalObjective:
         """Tells this replica the sums of `counts` over all of them, and how many they are."""
         self.totals, self._num_replicas = totals, num_replicas
 
-    def evaluate(self, data, number, statistics=()):
+    def evaluate(self, data, number, statistics=(), measured=None):
         """Runs the network on a piece.
 
         Args:
             data: `Data`, the piece's cases.
             number: int32 scalar, the piece's number, which its random numbers depend on.
             statistics: Pairs of a moving statistic of BatchNormalization and the value it has, as a constant, instead of the piece's.
+            measured: List of BatchNormalization layers whose own statistics are among the states; by default `measured_normalizations`.
 
         Returns:
             An `Evaluation`.
         """
-        frozen = constant_statistics(self.structure.batch_normalizations if statistics else [])
+        measured = self.structure.measured_normalizations if measured is None else measured
+        frozen = constant_statistics(self.structure.batch_normalizations) if statistics else own_statistics(measured)
         with self.fixed_state(number, statistics) as scope, frozen:
             y_pred = self.task.network(data.x)
         states = [scope.get_current_value(state) for state in self.structure.states]
@@ -325,9 +350,7 @@ class LocalObjective:
         layers = self.structure.batch_normalizations
         if not layers:
             return []
-        # With no momentum, what the layer assigns is the piece's own statistic.
-        with replaced(*[(layer, "momentum", 0.0) for layer in layers]):
-            states = self.evaluate(data, number).states
+        states = self.evaluate(data, number, measured=layers).states
         moving = {id(v) for layer in layers for v in (layer.moving_mean, layer.moving_variance)}
         return [(state, new) for state, new in zip(self.structure.states, states, strict=True) if id(state) in moving]
 
@@ -355,10 +378,11 @@ class LocalObjective:
         return PieceFunction(self, self._data.take(self.pieces.indices(number)), number, of_chunk)
 
     def gradient_pass(self):
-        """Loss, gradient and states over all pieces, and the metrics of the outputs seen on the way. Cost: one gradient."""
+        """A `Pass` and its `Statistics` over all pieces; on the way, metrics of the outputs. Cost: one gradient."""
         task = self.task
 
         def add_piece(number, sums):
+            sums, statistics = sums
             piece = self._piece(number, of_chunk=False)
             gradient, evaluation = piece.gradient()
             gradient = pack(gradient, self.dtype) / piece.magnification
@@ -369,7 +393,8 @@ class LocalObjective:
                 else tf.where(number == 0, new, total)
                 for total, new in zip(sums.states, evaluation.states, strict=True)
             ]
-            return Pass(sums.loss + piece.accurate_share(evaluation), sums.gradient + gradient, states)
+            sums = Pass(sums.loss + piece.accurate_share(evaluation), sums.gradient + gradient, states)
+            return sums, statistics.joined(self._statistics(piece.num_cases, evaluation.states))
 
         with tf.GradientTape() as tape:
             regularization = self._regularization()
@@ -379,7 +404,28 @@ class LocalObjective:
             for value in map(tf.convert_to_tensor, self.structure.states)
         ]
         start = Pass(tf.cast(regularization, tf.float64), gradient, states)
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, start)
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, (start, self._no_statistics()))
+
+    def statistics(self):
+        """The `Statistics` over all pieces at the weights as they are. Cost: one forward pass."""
+
+        def add_piece(number, statistics):
+            data = self._data.take(self.pieces.indices(number))
+            return statistics.joined(self._statistics(data.num_cases, self.evaluate(data, number).states))
+
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, self._no_statistics())
+
+    def _statistics(self, num_cases, states):
+        """Finds the `Statistics` among states."""
+        means, variances = (
+            [tf.cast(states[place], self.dtype) for place in places]
+            for places in list(zip(*self.structure.statistics, strict=True)) or [[], []]
+        )
+        return Statistics(tf.cast(num_cases, self.dtype), means, variances)
+
+    def _no_statistics(self):
+        """Those of no case."""
+        return self._statistics(0, [tf.zeros(state.shape, self.dtype) for state in self.structure.states])
 
     def loss(self, of_chunk):
         """This replica's share of the loss over the chunk, or over the batch: float64 scalar. Cost: one forward pass."""
@@ -551,10 +597,11 @@ class Objective:
 
     def loss_and_gradient(self):
         """Returns a `Pass` at the start: loss, gradient `(n,)` and the network's states after the pass. Cost: one gradient."""
-        passes = self._replicas.run(lambda part: part.gradient_pass(), self._parts)
+        found = self._replicas.run(lambda part: part.gradient_pass(), self._parts)
         states = [tf.convert_to_tensor(state) for state in self._structure.states]
         means = [i for i, state in enumerate(states) if state.dtype.is_floating]
         others = [i for i, state in enumerate(states) if not state.dtype.is_floating]
+        passes, statistics = found
         total = self._replicas.sum(lambda local: local._replace(states=[local.states[i] for i in means]), passes)
         # Not of a replica without cases, which has made no pass.
         first = self._replicas.first(
@@ -568,7 +615,60 @@ class Objective:
             states[i] = tf.where(means_are_there, mean, states[i])
         for i, value in zip(others, first, strict=True):
             states[i] = value
-        return total._replace(states=states)
+        return total._replace(states=self._with_statistics(states, statistics))
+
+    def next_states(self, states, num_before):
+        """Returns the network's states at the end of an update, those of BatchNormalization fitting the weights as they are by then.
+
+        Moving averages would need thousands of steps, and the weights move far in one. So statistics are taken afresh of the cases used, at the new
+        weights. Of a few cases alone (the rest of an epoch) they would be poor: in as far as there were more before, those are kept, moved by what
+        the step changed on the few.
+
+        Args:
+            states: List of tensors, what `loss_and_gradient` returned.
+            num_before: Scalar, the number of cases that the network's statistics stand for.
+
+        Returns:
+            List of tensors. Cost: one forward pass, none in networks without BatchNormalization.
+        """
+        places = self._structure.statistics
+        if not places:
+            return states
+        new = self._with_statistics(states, self._replicas.run(lambda part: part.statistics(), self._parts))
+        fresh = tf.math.divide_no_nan(self.totals.num_cases, tf.maximum(self.totals.num_cases, num_before))
+        for place in [place for pair in places for place in pair]:
+            old, start, end = (
+                tf.cast(x, self.dtype) for x in (self._structure.states[place], states[place], new[place])
+            )
+            moved = old + end - start
+            if place in [variance for _, variance in places]:
+                # What falls does so in proportion: variances stay positive.
+                moved = tf.where(end < start, old * tf.math.divide_no_nan(end, start), moved)
+            value = tf.where(fresh < 1, fresh * end + (1 - fresh) * moved, end)
+            value = tf.where(tf.reduce_all(tf.math.is_finite(value)), value, old)
+            new[place] = tf.cast(value, states[place].dtype)
+        return new
+
+    def _with_statistics(self, states, statistics):
+        """Returns states with the statistics of all replicas, from the `Statistics` of each."""
+        places = self._structure.statistics
+        if not places:
+            return states
+        share = lambda local: tf.math.divide_no_nan(local.num_cases, self.totals.num_cases)  # noqa: E731
+        means = self._replicas.sum(lambda local: [share(local) * mean for mean in local.means], statistics)
+        variances = self._replicas.sum(
+            lambda local, means: [
+                share(local) * (variance + (own - mean) ** 2)
+                for variance, own, mean in zip(local.variances, local.means, means, strict=True)
+            ],
+            statistics,
+            means,
+        )
+        states = list(states)
+        for pair, found in zip(places, zip(means, variances, strict=True), strict=True):
+            for place, value in zip(pair, found, strict=True):
+                states[place] = tf.cast(value, states[place].dtype)
+        return states
 
     def loss_at(self, step):
         """Returns the loss over the batch at start + step, float64. The weights are as before afterwards. Cost: one forward pass."""

@@ -120,6 +120,8 @@ class HessianFree(keras.optimizers.Optimizer):
         self._seed = None
         # `UpdateState` of variables, and what the growing batch remembers.
         self._state = self._growing_state = None
+        # How many cases the statistics of BatchNormalization stand for.
+        self.statistics_cases = None
 
     @property
     def damping(self):
@@ -180,6 +182,7 @@ class HessianFree(keras.optimizers.Optimizer):
         self._state = self._variables_of("", initial)
         self._growing_state = self._variables_of("growing_batch", growing)
         self._seed = self._variables_of("seed", tf.constant(self._initial_seed, tf.int32))
+        self.statistics_cases = self._variables_of("statistics_cases", number(0.0))
 
     def _variables_of(self, name, nest):
         """Makes a variable of every tensor of a nest, named by its place in it."""

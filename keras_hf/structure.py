@@ -110,6 +110,24 @@ class Structure(NamedTuple):
         return [tensor for leaf, cut in taken for tensor in tensors.get(cut, lambda leaf: [leaf])(leaf)]
 
     @property
+    def measured_normalizations(self):
+        """The BatchNormalization layers, in a list, whose moving statistics evaluation alone sees: not under `renorm`, where training does, too."""
+        changed = {id(state) for state in self.states}
+        return [
+            layer
+            for layer in self.batch_normalizations
+            if id(layer.moving_variance) in changed and not getattr(layer, "renorm", False)
+        ]
+
+    @property
+    def statistics(self):
+        """Where in `states` the moving mean and the moving variance of these layers stand: list of pairs of integers."""
+        places = {id(state): place for place, state in enumerate(self.states)}
+        return [
+            (places[id(layer.moving_mean)], places[id(layer.moving_variance)]) for layer in self.measured_normalizations
+        ]
+
+    @property
     def suspects(self):
         """Cures, in a list, for layers whose second derivatives TensorFlow has wrong in some forms."""
         return [

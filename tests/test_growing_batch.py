@@ -259,7 +259,7 @@ def test_unseen_cases_leave_no_trace_in_batch_statistics():
     model, reference = compiled(fixed(), net=net()), compiled(net=net())
     fit(model, X, Y, epochs=2)
     fit_parts(reference, PARTS[:2], X, Y)
-    # Moving averages among the weights.
+    # Moving statistics among the weights.
     assert_same(model.get_weights(), reference.get_weights())
 
 

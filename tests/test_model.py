@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import layers
 from problems import hessian_free
 
-from keras_hf import ConjugateGradient, ConstantDamping, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import ConjugateGradient, ConstantDamping, GaussNewton, HessianFree, HFModel, Identity, LevenbergMarquardt
 from keras_hf.curvature import Curvature
 
 LOGS = {
@@ -168,15 +168,45 @@ def test_train_on_batch_and_eager_make_the_same_update(float64):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
 
 
-def test_batch_normalization_and_dropout_train_and_move_their_state_once():
+def test_batch_normalization_and_dropout_train_and_keep_the_layers_own_momentum():
     normalization = layers.BatchNormalization(momentum=0.5)
     net = keras.Sequential(
         [keras.Input((2,)), normalization, layers.Dense(8, "tanh"), layers.Dropout(0.1), layers.Dense(1)]
     )
     x, y = cases()
     history = fit(compiled(net), x, y, epochs=3).history
-    np.testing.assert_allclose(normalization.moving_mean, 0.875 * x.mean(0), atol=1e-5)
+    np.testing.assert_allclose(normalization.moving_mean, x.mean(0), atol=1e-5)
     assert history["step_size"][0] > 0
+    assert normalization.momentum == 0.5 and "call" not in vars(normalization)
+
+
+def normalized(seed=0):
+    keras.utils.set_random_seed(seed)
+    stack = [layers.Dense(4), layers.BatchNormalization(), layers.Activation("tanh"), layers.Dense(1)]
+    return keras.Sequential([keras.Input((2,)), *stack])
+
+
+def test_after_a_step_evaluation_has_the_loss_of_training():
+    model, (x, y) = compiled(normalized(), growing_batch=None, preconditioner=Identity()), cases(40)
+    losses = []
+    for _ in range(3):
+        losses.append(fit(model, x, y, shuffle=False).history["loss"][0])
+        evaluated = model.evaluate(x, y, verbose=0)
+    losses.append(fit(model, x, y, shuffle=False).history["loss"][0])
+    assert losses[3] < 0.9 * losses[0]
+    np.testing.assert_allclose(evaluated, losses[3], rtol=1e-5)
+    # A step that is rejected leaves the statistics, too.
+    before = [value.numpy() for value in model.variables]
+    with np.errstate(all="ignore"):
+        logs = model.train_on_batch(x, np.full_like(y, np.nan), return_dict=True)
+    assert logs["step_size"] == 0
+    for value, old in zip(model.variables, before, strict=True):
+        if "loss" not in value.path:
+            np.testing.assert_array_equal(value.numpy(), old)
+    # After the rest of an epoch, what was seen of all cases counts half.
+    assert float(model.optimizer.statistics_cases.numpy()) == 40
+    assert model.train_on_batch(x[:3], y[:3], return_dict=True)["step_size"] > 0
+    assert float(model.optimizer.statistics_cases.numpy()) == 20
 
 
 @pytest.mark.parametrize(

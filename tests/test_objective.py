@@ -167,16 +167,63 @@ def test_pieces_have_dropout_masks_of_their_own():
     assert len(np.unique(gradient.round(9))) == 4
 
 
-def test_batch_statistics_move_once_by_the_mean_over_pieces():
+def test_batch_statistics_are_those_of_all_pieces_together():
     normalization = layers.BatchNormalization(momentum=0.75)
     model = compiled(keras.Sequential([keras.Input((2,)), normalization, layers.Dense(1)]))
-    x = inputs()[:12]
+    x = 100 + inputs()[:12]
     data = model_data(model, x, np.zeros((12, 1)))
-    states = with_objective(model, data, lambda o: o.loss_and_gradient().states, micro_batch_size=8)
-    np.testing.assert_allclose(states[0], 0.25 * x.mean(0), **EXACT)
-    variance = (8 * x[:8].var(0) + 4 * x[8:].var(0)) / 12
-    np.testing.assert_allclose(states[1], 0.75 + 0.25 * variance, **EXACT)
-    assert (normalization.moving_mean.numpy() == 0).all()
+    found = with_objective(model, data, lambda o: o.loss_and_gradient().states, micro_batch_size=8)
+    np.testing.assert_allclose(found, [x.mean(0), x.var(0)], rtol=1e-10)
+    assert (normalization.moving_mean.numpy() == 0).all() and normalization.momentum == 0.75
+
+
+def test_batch_statistics_of_a_layer_called_twice_are_the_mean_of_both():
+    x, normalization = keras.Input((2,)), layers.BatchNormalization()
+    outputs = layers.Dense(1)(normalization(layers.Rescaling(3.0, 1.0)(normalization(x))))
+    model = compiled(keras.Model(x, outputs))
+    data = model_data(model, inputs(), np.zeros((15, 1)))
+    found = with_objective(model, data, lambda o: o.loss_and_gradient().states)
+    mean, variance = inputs().mean(0), inputs().var(0)
+    np.testing.assert_allclose(found[0], (mean + 1) / 2, **EXACT)
+    np.testing.assert_allclose(found[1], (variance + 9 * variance / (variance + 1e-3)) / 2, rtol=1e-10)
+
+
+def test_renormalization_keeps_the_moving_averages_that_training_normalizes_by():
+    normalization = layers.BatchNormalization(renorm=True)
+    model = compiled(keras.Sequential([keras.Input((2,)), normalization, layers.Dense(1)]))
+    data = model_data(model, inputs(), np.zeros((15, 1)))
+    found = with_objective(model, data, lambda o: o.next_states(o.loss_and_gradient().states, 0.0))
+    names = [state.name for state in model._task(data)[1].states]
+    assert set(names) == {"moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev"}
+    for name in ("moving_mean", "renorm_mean"):
+        np.testing.assert_allclose(found[names.index(name)], 0.01 * inputs().mean(0), **EXACT)
+
+
+@pytest.mark.parametrize(("num_before", "share"), [(0, 1), (10, 1), (15, 1), (60, 0.25)])
+def test_batch_statistics_follow_the_weights_and_weigh_by_the_cases_behind_them(num_before, share):
+    dense, normalization = layers.Dense(3, use_bias=False), layers.BatchNormalization()
+    model = compiled(keras.Sequential([keras.Input((2,)), dense, normalization, layers.Dense(1)]))
+    data = model_data(model, inputs(), np.zeros((15, 1)))
+    kernel = dense.kernel.numpy()
+    normalization.moving_mean.assign([0.3, -0.2, 0.1])
+    normalization.moving_variance.assign([2.0, 0.5, 1.0])
+    mean, variance = normalization.moving_mean.numpy(), normalization.moving_variance.numpy()
+    # The first unit grows by half, the second one shrinks, the third stays.
+    new = kernel * [1.5, 0.5, 1.0]
+
+    def after_a_step(objective):
+        states = objective.loss_and_gradient().states
+        dense.kernel.value.assign(new)
+        states = objective.next_states(states, tf.constant(num_before, tf.float64))
+        dense.kernel.value.assign(kernel)
+        return states
+
+    found = with_objective(model, data, after_a_step, micro_batch_size=8)
+    before, after = inputs() @ kernel, inputs() @ new
+    moved = [mean + after.mean(0) - before.mean(0), variance + after.var(0) - before.var(0)]
+    moved[1][1] = variance[1] * 0.25
+    for value, old, fresh in zip(found, moved, (after.mean(0), after.var(0)), strict=True):
+        np.testing.assert_allclose(value, share * fresh + (1 - share) * old, rtol=1e-10, atol=1e-12)
 
 
 def test_weights_that_the_loss_does_not_touch_have_zero_rows():

@@ -232,6 +232,7 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
         "convergence_gradient_norm",
         "convergence_damping",
         "seed",
+        "statistics_cases",
         "solver_warm_start",
         "solver_preconditioner_others",
         "growing_batch_size",

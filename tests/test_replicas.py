@@ -182,3 +182,15 @@ def test_replicas_count_a_pass_once_and_average_what_is_a_float(parts):
     for calls, is_odd, number, mean in zip(*found, strict=True):
         assert (calls, is_odd.tolist(), number.tolist()) == (1, [True, True], [2**62 + 1] * 2)
         np.testing.assert_allclose(mean, cases(sum(map(len, parts)))[0].mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2], [3]], [[], [0, 1]]])
+def test_replicas_take_batch_statistics_of_all_cases_together(parts):
+    network = lambda: keras.Sequential([keras.Input((3,)), layers.BatchNormalization(), layers.Dense(2)])  # noqa: E731
+    found = on_replicas(
+        network, parts, lambda objective: objective.next_states(objective.loss_and_gradient().states, 0.0)
+    )
+    x = cases(sum(map(len, parts)))[0]
+    for means, variances in zip(*found, strict=True):
+        np.testing.assert_allclose(means, x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(variances, x.var(0), rtol=1e-5)
