@@ -24,7 +24,7 @@ from keras_hf.checks import count
 from keras_hf.curvature import loss_hessian
 from keras_hf.linearization import dense
 from keras_hf.objective import num_weights, vector_dtype
-from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
+from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
 
 # Entries of the outputs' last axis up to which H is formed column by column; for more, its diagonal alone. Columns cost passes through the loss only.
 _MAX_COLUMNS = 32
@@ -92,7 +92,7 @@ class KroneckerFactored(Preconditioner):
         if self.interval == 1:
             return {}
         dtype = vector_dtype(variables)
-        state = {"others": tf.ones([num_weights(variables)], dtype)}
+        state = {"others": tf.ones([num_weights(variables)], dtype), **never_made()}
         trained = {id(variable) for variable in variables}
         for layer in layers:
             if _is_factored(layer) and all(id(weight.value) in trained for weight in kernel_and_bias(layer)):
@@ -110,7 +110,7 @@ class KroneckerFactored(Preconditioner):
         of_layers = [[places[id(weight.value)] for weight in kernel_and_bias(layer)] for layer in layers]
         is_complete = sum(map(len, of_layers)) == len(sizes)
         if self.interval == 1:
-            others, blocks = self._inverses(objective, damping, layers, of_layers, is_complete)
+            others, blocks, _ = self._inverses(objective, damping, layers, of_layers, is_complete)
         else:
             others, blocks, state = self._kept_inverses(objective, damping, layers, of_layers, is_complete, state)
 
@@ -127,11 +127,14 @@ class KroneckerFactored(Preconditioner):
         return precondition, state
 
     def _inverses(self, objective, damping, layers, of_layers, is_complete):
-        """Returns what the residual of other weights is multiplied by, `(n,)`, and for every layer the inverses of its factors."""
+        """Returns what the residual of other weights is multiplied by, `(n,)`, for every layer the inverses of its factors, and which are sound.
+
+        The last is a list of bool scalars, of the other weights and of every layer: whether these came from finite numbers.
+        """
         others = tf.ones([objective.num_weights], objective.dtype)
         if not is_complete:
             others = EmpiricalFisherDiagonal().inverse(_Others(objective, layers), None, damping, {})[0](others)
-        blocks = []
+        blocks, sound = [], [_all_finite(others)]
         if layers:
             regularization = tf.split(
                 objective.regularization_diagonal(), [v.shape.num_elements() for v in objective.variables]
@@ -139,7 +142,8 @@ class KroneckerFactored(Preconditioner):
             for moments, own in zip(self._factors(objective, layers), of_layers, strict=True):
                 curvature = tf.reduce_mean(tf.concat([regularization[place] for place in own], 0))
                 blocks.append(_inverses(moments, damping + curvature))
-        return others, blocks
+                sound.append(_all_finite(moments.a) & _all_finite(moments.s))
+        return others, blocks, sound
 
     def _kept_inverses(self, objective, damping, layers, of_layers, is_complete, state):
         """The same, from the state where that holds them still, and the next state."""
@@ -148,14 +152,19 @@ class KroneckerFactored(Preconditioner):
         diagonal = []
 
         def made():
-            others, blocks = self._inverses(objective, damping, layers, of_layers, is_complete)
+            others, blocks, sound = self._inverses(objective, damping, layers, of_layers, is_complete)
             diagonal.extend(s.shape.rank == 1 for _, s in blocks)
-            new = {"others": others}
-            for name, (a, s) in zip(names, blocks, strict=True):
-                new |= {f"{name}_a": a, f"{name}_s": tf.linalg.diag(s) if s.shape.rank == 1 else s}
-            return {**state, **new}
+            # What came from numbers that are not finite gives way to what was before, and serves for no interval: the next update tries again.
+            new = {"others": (others, sound[0]), "made_at": (objective.update_number, tf.reduce_all(sound))}
+            for name, (a, s), is_sound in zip(names, blocks, sound[1:], strict=True):
+                s = tf.linalg.diag(s) if s.shape.rank == 1 else s
+                new |= {f"{name}_a": (a, is_sound), f"{name}_s": (s, is_sound)}
+            return {
+                **state,
+                **{name: tf.where(is_sound, value, state[name]) for name, (value, is_sound) in new.items()},
+            }
 
-        state = tf.cond(objective.update_number % self.interval == 0, made, lambda: dict(state))
+        state = tf.cond(due(state, objective.update_number, self.interval), made, lambda: dict(state))
         blocks = [
             (state[f"{name}_a"], tf.linalg.diag_part(s) if is_diagonal else s)
             for name, is_diagonal in zip(names, diagonal or [False] * len(names), strict=True)
@@ -365,6 +374,10 @@ def _inverse_from_root(root):
     right = -tf.matmul(x, p)
     left = _inverse_from_root(upper) - tf.matmul(right, x, transpose_b=True)
     return tf.concat([tf.concat([left, right], 1), tf.concat([tf.transpose(right), p], 1)], 0)
+
+
+def _all_finite(tensor):
+    return tf.reduce_all(tf.math.is_finite(tensor))
 
 
 def _reciprocal(diagonal):

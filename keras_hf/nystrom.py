@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_hf.checks import count
 from keras_hf.objective import num_weights, vector_dtype
-from keras_hf.preconditioners import Preconditioner
+from keras_hf.preconditioners import Preconditioner, due, never_made
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -28,7 +28,8 @@ class Nystrom(Preconditioner):
 
     The curvature is sketched as CG sees it: that of the chunk, with regularizers and added losses. Where it is not
     positive semi-definite, L is what exceeds a shift that makes it so. M is positive definite in any case: a damping
-    below the rounding of the largest eigenvalue counts as that rounding, and a sketch that is not finite gives `M = I`.
+    below the rounding of the largest eigenvalue counts as that rounding. A sketch that is not finite gives way to the one before, or to `M = I`, and
+    the next update makes another.
     A sketch serves for some updates and is saved with the optimizer; the damping is always the update's own.
 
     Cost: `rank` products every `interval` updates; `2 n rank` multiplications in every CG iteration; memory of `n rank`
@@ -55,21 +56,26 @@ class Nystrom(Preconditioner):
             return {}
         size, dtype = num_weights(variables), vector_dtype(variables)
         rank = min(self.rank, size)
-        return {"vectors": tf.zeros([size, rank], dtype), "values": tf.zeros([rank], dtype)}
+        return {"vectors": tf.zeros([size, rank], dtype), "values": tf.zeros([rank], dtype), **never_made()}
 
     def inverse(self, objective, linearize, damping, state):
         product = linearize()
 
         def sketch():
-            vectors, values = _eigenvectors(product, _directions(objective, self.rank))
-            return {"vectors": vectors, "values": values}
+            return _eigenvectors(product, _directions(objective, self.rank))
+
+        def new_state():
+            vectors, values, is_sound = sketch()
+            new = {"vectors": vectors, "values": values, "made_at": objective.update_number}
+            # One of numbers that are not finite does not serve for an interval: the next update tries again.
+            return {name: tf.where(is_sound, new[name], state[name]) for name in state}
 
         if self.interval == 1:
-            sketched = sketch()
+            vectors, values, _ = sketch()
         else:
-            is_due = objective.update_number % self.interval == 0
-            sketched = state = tf.cond(is_due, sketch, lambda: dict(state))
-        vectors, values = sketched["vectors"], sketched["values"]
+            is_due = due(state, objective.update_number, self.interval)
+            state = tf.cond(is_due, new_state, lambda: dict(state))
+            vectors, values = state["vectors"], state["values"]
         # Below that the part along U would be what rounding leaves of 1 - 1, of any sign.
         damping = tf.maximum(damping, _rounding(vectors) * values[0])
         removed = tf.math.divide_no_nan(values - values[-1], values + damping)
@@ -92,7 +98,7 @@ def _directions(objective, rank):
 
 
 def _eigenvectors(product, directions):
-    """Gives eigenvectors U `(n, rank)` and eigenvalues `(rank,)` of an approximation `U diag(values) U'` of G.
+    """Gives eigenvectors U `(n, rank)` and eigenvalues `(rank,)` of an approximation `U diag(values) U'` of G, and whether G was finite.
 
     Eigenvalues are >= 0, the largest first; columns of U are orthonormal, or zero where G has fewer directions.
 
@@ -113,7 +119,8 @@ def _eigenvectors(product, directions):
     basis = _orthonormal(root)
     roots, vectors, _ = tf.linalg.svd(tf.matmul(basis, root, transpose_a=True))
     values = tf.maximum(roots**2 - shift, 0.0)
-    return tf.matmul(basis, vectors), tf.where(is_usable, size * values, tf.zeros_like(values))
+    values = tf.where(is_usable, size * values, tf.zeros_like(values))
+    return tf.matmul(basis, vectors), values, tf.math.is_finite(size)
 
 
 def _orthonormal(columns):

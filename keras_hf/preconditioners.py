@@ -26,6 +26,18 @@ class Preconditioner(Part):
         raise NotImplementedError
 
 
+def never_made():
+    """The initial state, a dict, of what serves for an interval of updates: the number of the update that made it, -1 before."""
+    return {"made_at": tf.constant(-1)}
+
+
+def due(state, update_number, interval):
+    """Whether an update must make anew what serves for `interval` updates, a bool scalar: it is as old as that, or was never made well."""
+    made_at = state["made_at"]
+    # Also of a later update than this one: the count of updates was set back.
+    return (made_at < 0) | (made_at > update_number) | (update_number - made_at >= interval)
+
+
 @keras.saving.register_keras_serializable("keras_hf")
 class Identity(Preconditioner):
     """No preconditioning: M = I."""

@@ -433,6 +433,21 @@ def test_inverses_serve_for_an_interval_of_updates(columns, monkeypatch):
     assert np.abs(refreshed - first).max() > 1e-2
 
 
+def test_inverses_from_numbers_that_are_not_finite_are_made_anew_in_the_next_update():
+    model, kept = make_model(), KroneckerFactored(interval=3)
+    data = model_data(model, inputs(), targets())
+    broken = data._replace(x=tf.tensor_scatter_nd_update(data.x, [[3, 0]], [np.nan]))
+    found, state = inverse_and_state(model, broken, kept, initial_state(kept, model))
+    np.testing.assert_array_equal(found, np.eye(len(found)))
+    found, state = inverse_and_state(model, data, kept, state, update_number=1)
+    expected, _ = inverse_and_state(model, data, KroneckerFactored(), {}, update_number=1)
+    np.testing.assert_allclose(found, expected, **EXACT)
+    # From there they serve for an interval; where others fail, for longer.
+    found, state = inverse_and_state(model, broken, kept, state, update_number=4)
+    np.testing.assert_allclose(found, expected, **EXACT)
+    assert int(state["made_at"]) == 1
+
+
 @pytest.mark.slow
 def test_a_saved_model_goes_on_bit_equally(tmp_path):
     optimizer = HessianFree(

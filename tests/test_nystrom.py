@@ -185,6 +185,21 @@ def test_a_sketch_is_renewed_after_its_interval():
     np.testing.assert_array_equal(kept[5], fresh["vectors"])
 
 
+def test_a_sketch_that_is_not_finite_is_made_anew_in_the_next_update():
+    preconditioner, matrix = Nystrom(12, interval=3), symmetric(np.logspace(0, -2, 12))
+    broken = np.full((12, 12), np.nan)
+    found, state = Plain(broken, 0).inverse(preconditioner, 0.1)
+    np.testing.assert_allclose(found, np.eye(12))
+    found, state = Plain(matrix, 1).inverse(preconditioner, 0.1, state)
+    assert_inverts(found, matrix, 0.1)
+    # From there it serves for an interval; where another fails, for longer.
+    for number in (2, 3, 4):
+        _, later = Plain(broken, number).inverse(preconditioner, 0.1, state)
+        for name in state:
+            np.testing.assert_array_equal(later[name], state[name])
+    assert int(Plain(matrix, 5).inverse(preconditioner, 0.1, state)[1]["made_at"]) == 5
+
+
 def test_an_old_sketch_has_the_damping_of_the_update():
     preconditioner, matrix = Nystrom(12, interval=3), symmetric(np.logspace(0, -2, 12))
     _, state = Plain(matrix, 0).inverse(preconditioner, 0.1)
