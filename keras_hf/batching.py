@@ -107,16 +107,25 @@ class GrowingBatch(Part):
             "misses": tf.constant(0),
         }
 
-    def select(self, state, num_cases, num_replicas):
-        """Returns the `Selection` of this update from one replica's batch of `num_cases`, int32 scalar."""
-        size, start = tf.maximum(state["size"] // num_replicas, 1), state["start"] // num_replicas
+    def select(self, state, counts, replica=0):
+        """Returns the `Selection` of this update from one replica's part of the batch.
+
+        Whether all cases are used, and how many, follows from numbers that are the same on all replicas.
+
+        Args:
+            state: Dict, the state.
+            counts: int32 `(replicas,)`, how many cases of the batch each replica holds.
+            replica: int32 scalar or integer, the number of this one.
+        """
+        size, start, num_cases = state["size"], state["start"], tf.reduce_sum(counts)
         uses_all = 2 * size > num_cases
         size = tf.where(uses_all, num_cases, size)
         # From the first case where all are used: that order is the same in every update, and so are the chunks.
         start = tf.where(uses_all, 0, start)
-        around = lambda start: (start + tf.range(size)) % tf.maximum(num_cases, 1)  # noqa: E731
-        unseen = around(start + size)
-        return Selection(around(start), unseen[: tf.where(uses_all, 0, size)])
+        first, last = share(start, counts, replica), share(start + size, counts, replica)
+        end = tf.where(uses_all, last, share(start + 2 * size, counts, replica))
+        around = lambda start, stop: tf.range(start, stop) % tf.maximum(counts[replica], 1)  # noqa: E731
+        return Selection(around(first, last), around(last, end))
 
     def next_state(self, state, num_used, num_unseen, seen_reduction, unseen_reduction):
         """Returns the state after an update.
@@ -141,6 +150,27 @@ class GrowingBatch(Part):
 
     def get_config(self):
         return {"initial_size": self.initial_size, "share": self.share, "patience": self.patience}
+
+
+def share(place, counts, replica=0):
+    """Returns how many of the first `place` cases of a batch are on one replica, an int32 scalar.
+
+    The cases of a replica are spread evenly over the batch. Shares never fall as `place` grows, they add up to it, and a replica that holds no cases
+    has none: cases `share(a)` to `share(b)` of every replica are `b - a` cases of the batch. Past its last case the batch goes around.
+
+    Args:
+        place: int32 scalar or integer.
+        counts: int32 `(replicas,)`, how many cases each replica holds.
+        replica: int32 scalar or integer, the number of the replica.
+    """
+    if counts.shape[0] == 1:
+        return tf.convert_to_tensor(place)
+    left, num_cases, shares = tf.cast(place, tf.int64), tf.cast(tf.reduce_sum(counts), tf.int64), []
+    # One replica after the other takes its part of what is left: rounded each by itself, parts would not add up.
+    for held in tf.unstack(tf.cast(counts, tf.int64)):
+        shares.append((2 * left * held + num_cases) // tf.maximum(2 * num_cases, 1))  # to the nearest
+        left, num_cases = left - shares[-1], num_cases - held
+    return tf.cast(tf.stack(shares)[replica], tf.int32)
 
 
 def order(num_cases, seed):

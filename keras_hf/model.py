@@ -21,7 +21,7 @@ from keras_hf.objective import Data, LocalObjective, Objective, Task
 from keras_hf.optimizer import HessianFree
 from keras_hf.part import if_finite
 from keras_hf.product_check import judged, other_linearization, product_errors
-from keras_hf.replicas import across_replicas, replica_share
+from keras_hf.replicas import across_replicas, of_each_replica, replica_number
 from keras_hf.structure import second_derivatives_explained, trace_structure
 from keras_hf.update import hf_update
 
@@ -375,9 +375,7 @@ class HFModel(keras.Model):
         most_cases, unseen = data.static_num_cases, None
         if self.optimizer.growing_batch is not None:
             selection = self.optimizer.growing_batch.select(
-                self.optimizer.growing_state(),
-                data.num_cases,
-                self.distribute_strategy.num_replicas_in_sync,
+                self.optimizer.growing_state(), of_each_replica(data.num_cases), replica_number()
             )
             with tf.control_dependencies(lengths_are_equal):
                 data, unseen = data.take(selection.used), data.take(selection.unseen)
@@ -482,7 +480,9 @@ class HFModel(keras.Model):
         one_piece = piece_size is None or (most_cases is not None and piece_size >= most_cases)
         structure = structure._replace(chunk_is_one_piece=one_piece)
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
-        share = None if chunk_size is None else replica_share(chunk_size)
+        share = None
+        if chunk_size is not None:
+            share = batching.share(chunk_size, of_each_replica(data.num_cases), replica_number())
         seed = tf.convert_to_tensor(optimizer.seed)
         pieces = batching.divide(data.num_cases, share, piece_size, update_number, seed)
         parts = [LocalObjective(task, structure, data, pieces, update_number)]

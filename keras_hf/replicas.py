@@ -61,14 +61,14 @@ def across_replicas(function, *args):
     return context.merge_call(lambda strategy, *parts: function(Replicas(strategy), *parts), args=args)
 
 
-def replica_share(total):
-    """This replica's share of `total` cases: equal shares, the first replicas one more where it does not divide."""
-    context = tf.distribute.get_replica_context()
-    count = context.num_replicas_in_sync
+def of_each_replica(number):
+    """Returns the int32 scalars `number` of all replicas, int32 `(replicas,)`, the same on each of them."""
+    count = tf.distribute.get_replica_context().num_replicas_in_sync
     if count == 1:
-        return total
-    number = tf.cast(tf.convert_to_tensor(context.replica_id_in_sync_group), tf.int32)
-    return total // count + tf.cast(number < total % count, tf.int32)
+        return tf.reshape(number, [1])
+    # In floats, which every way to reduce can add.
+    own = tf.one_hot(replica_number(), count, dtype=tf.float64) * tf.cast(number, tf.float64)
+    return tf.cast(across_replicas(lambda replicas, own: replicas.sum(tf.identity, own), own), tf.int32)
 
 
 def _as_bytes(value):

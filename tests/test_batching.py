@@ -186,9 +186,9 @@ def state_of(size, start=0, misses=0):
     return {"size": tf.constant(size), "start": tf.constant(start), "misses": tf.constant(misses)}
 
 
-def select(num_cases, num_replicas=1, **state):
-    """Places used and unseen, as lists."""
-    selection = GrowingBatch().select(state_of(**state), tf.constant(num_cases), num_replicas)
+def select(*counts, replica=0, **state):
+    """Places used and unseen, as lists, of one of the replicas that hold so many cases."""
+    selection = GrowingBatch().select(state_of(**state), tf.constant(counts), replica)
     return selection.used.numpy().tolist(), selection.unseen.numpy().tolist()
 
 
@@ -224,17 +224,47 @@ def test_a_part_of_no_cases_is_empty():
 
 def test_replicas_take_their_shares_of_a_part():
     # 6 of 20 cases on two replicas with 10 each; the next part starts after the 3 that each has used.
-    assert select(10, num_replicas=2, size=6) == ([0, 1, 2], [3, 4, 5])
-    assert select(10, num_replicas=2, size=6, start=6) == ([3, 4, 5], [6, 7, 8])
-    # Never less than one case each.
-    assert select(10, num_replicas=4, size=2) == ([0], [1])
+    assert select(10, 10, size=6) == ([0, 1, 2], [3, 4, 5])
+    assert select(10, 10, size=6, start=6) == ([3, 4, 5], [6, 7, 8])
+    # One of 5 goes to either in turn.
+    assert [select(10, 10, size=5, replica=i) for i in (0, 1)] == [([0, 1, 2], [3, 4]), ([0, 1], [2, 3, 4])]
+    assert [select(10, 10, size=5, start=5, replica=i)[0] for i in (0, 1)] == [[3, 4], [2, 3, 4]]
+
+
+def test_replicas_with_different_numbers_of_cases_agree_whether_all_are_used():
+    # 26 of 51 are more than half of the batch, though 13 are no more than half of the first replica's.
+    assert [select(26, 25, size=26, replica=i) for i in (0, 1)] == [(list(range(n)), []) for n in (26, 25)]
+    assert sum(len(select(26, 25, size=25, replica=i)[1]) for i in (0, 1)) == 25
+
+
+@pytest.mark.parametrize("counts", [(10,), (10, 10), (26, 25), (3, 3, 3, 0), (2, 2, 1, 0), (7, 0, 1), (1, 9), (0, 0)])
+def test_parts_of_all_replicas_are_as_large_as_wanted_and_follow_each_other(counts):
+    num_cases = sum(counts)
+    for size in range(1, num_cases // 2 + 1):
+        places = [[] for _ in counts]
+        for start in range(0, size * num_cases, size):
+            parts = [select(*counts, size=size, start=start, replica=i) for i in range(len(counts))]
+            assert sum(len(used) for used, _ in parts) == sum(len(unseen) for _, unseen in parts) == size
+            for (used, unseen), so_far in zip(parts, places, strict=True):
+                assert not set(used) & set(unseen)
+                so_far += used
+        # Each case as often as any other, one after the other around the replica's batch.
+        assert places == [[i % count for i in range(size * count)] for count in counts]
+
+
+def test_the_share_of_a_chunk_that_a_replica_has_no_cases_for_falls_to_the_others():
+    shares = lambda *counts: [int(batching.share(8, tf.constant(counts), i)) for i in range(len(counts))]  # noqa: E731
+    assert shares(9) == [8]
+    assert shares(5, 5) == [4, 4]
+    assert shares(3, 3, 3, 0) == [3, 3, 2, 0]
+    assert shares(20, 5) == [6, 2]
 
 
 @pytest.mark.parametrize(("num_cases", "size"), [(12, 3), (10, 3), (11, 5), (7, 1)])
 def test_parts_follow_each_other_around_the_batch(num_cases, size):
     state, used = state_of(size), []
     for _ in range(num_cases):
-        selection = GrowingBatch().select(state, tf.constant(num_cases), 1)
+        selection = GrowingBatch().select(state, tf.constant([num_cases]))
         assert not set(selection.used.numpy()) & set(selection.unseen.numpy())
         used += selection.used.numpy().tolist()
         state = next_state(state, num_used=size)

@@ -186,7 +186,7 @@ def test_it_grows_as_the_rule_says_of_losses_that_evaluate_gives():
     sizes = []
     # Noise alone: what is learned of some cases says nothing of others.
     for _ in range(9):
-        used, unseen = (part.numpy() for part in growing.select(state, tf.constant(NUM_CASES), 1))
+        used, unseen = (part.numpy() for part in growing.select(state, tf.constant([NUM_CASES])))
 
         def losses(used=used, unseen=unseen):
             return [model.evaluate(X[part], Y[part], verbose=0)[0] if len(part) else 0.0 for part in (used, unseen)]

@@ -129,6 +129,12 @@ def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
     assert (state["size"], state["start"]) == (12, 36)
 
 
+def test_replicas_use_all_cases_where_the_part_is_more_than_half_of_the_batch_of_all_of_them():
+    # 26 and 25 cases: 13 are half of the ones, and more than half of the others.
+    model = untrained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), optimizer={"growing_batch": GrowingBatch(26)})
+    assert model.fit(*cases(51), callbacks=[LevenbergMarquardt()], verbose=0).history["num_cases"] == [51]
+
+
 @pytest.mark.slow
 def test_a_growing_batch_grows_on_replicas(float64):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
