@@ -75,9 +75,11 @@ class GrowingBatch(Part):
     """Makes updates of a part of the batch that grows when it generalises too little to the rest.
 
     Redundant data need no thousands of cases while the error is large. Gradient, products, backtracking and line search of an update see the same
-    cases: the first `initial_size` of the batch, in the next update the ones after them, and so around. After each update the loss of the next
-    cases, as many and unseen by it, is compared: when for `patience` updates on end it fell by less than `share` of what the loss of the cases used
-    fell by, the part is doubled; where it would be more than half of the batch, it is the batch. It never shrinks, neither between `fit` calls.
+    cases: the first `initial_size` of the batch, in the next update the ones after them, and so around. Each round, of as many updates as visit all
+    of the batch, begins at a place drawn from the optimizer's seed, so that every case of each of several batches has its turn. After each update
+    the loss of the next cases, as many and unseen by it, is compared: when for `patience` updates on end it fell by less than `share` of what the
+    loss of the cases used fell by, the part is doubled; where it would be more than half of the batch, it is the batch. It never shrinks, neither
+    between `fit` calls.
 
     Loss and metrics in the logs are those of the cases used, `num_cases` says how many. Cases in order of their label would make bad parts: `fit`
     permutes arrays once, unless `shuffle=False`. Cost: the loss of as many cases again, twice.
@@ -127,7 +129,7 @@ class GrowingBatch(Part):
         around = lambda start, stop: tf.range(start, stop) % tf.maximum(counts[replica], 1)  # noqa: E731
         return Selection(around(first, last), around(last, end))
 
-    def next_state(self, state, num_used, num_unseen, seen_reduction, unseen_reduction):
+    def next_state(self, state, num_used, num_unseen, seen_reduction, unseen_reduction, num_cases, turn):
         """Returns the state after an update.
 
         Args:
@@ -136,6 +138,8 @@ class GrowingBatch(Part):
             num_unseen: int32 scalar, cases that it was tried on.
             seen_reduction: float64 scalar, what the loss of the cases used fell by.
             unseen_reduction: float64 scalar, what that of the unseen ones fell by.
+            num_cases: int32 scalar, cases in the batch, over all replicas.
+            turn: int32 `(2,)`, the optimizer's seed and how many updates were made before this one.
         """
         # Not where the loss became no number there. A rejected step says nothing.
         generalises = unseen_reduction >= self.share * seen_reduction
@@ -144,12 +148,27 @@ class GrowingBatch(Part):
         grows = misses >= self.patience
         return {
             "size": tf.where(grows, tf.minimum(2 * state["size"], _LARGEST_SIZE), state["size"]),
-            "start": (state["start"] + num_used) % _LARGEST_SIZE,  # in the batch of all replicas
+            # In the batch of all replicas.
+            "start": (state["start"] + num_used + _jump(num_used, num_cases, turn)) % _LARGEST_SIZE,
             "misses": tf.where(grows, 0, misses),
         }
 
     def get_config(self):
         return {"initial_size": self.initial_size, "share": self.share, "patience": self.patience}
+
+
+def _jump(size, num_cases, turn):
+    """Returns how many cases lie between a part and the next: none, but after the last part of a round.
+
+    Without jumps each of several batches would be married to one part of it, as by a plain counter. The part after a jump holds no case of the part
+    before, where the batch is three parts or more; of two, a jump may well lead to the same one.
+    """
+    size = tf.maximum(size, 1)
+    end = tf.where(3 * size <= num_cases, num_cases - 2 * size + 1, tf.maximum(num_cases, 1))
+    drawn = tf.random.stateless_uniform([], tf.stack([turn[0], -2 - turn[1]]), 0, end, tf.int32)
+    ends_round = (turn[1] + 1) % tf.maximum(_ceil_div(num_cases, size), 1) == 0
+    # Where all cases are used, they are in every update.
+    return tf.where(ends_round & (size < num_cases), drawn, 0)
 
 
 def share(place, counts, replica=0):

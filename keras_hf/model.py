@@ -1,6 +1,7 @@
 """HFModel: the Keras room. Unpacks the batch, owns the weights, fills the logs."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -372,14 +373,16 @@ class HFModel(keras.Model):
         """Makes one update; see the class. Called by Keras, in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
         lengths_are_equal = checks.equal_lengths(data.x, data.y, data.sample_weight)
-        most_cases, unseen = data.static_num_cases, None
+        most_cases, unseen, update = data.static_num_cases, None, self._update
         if self.optimizer.growing_batch is not None:
+            counts = of_each_replica(data.num_cases)
+            update = functools.partial(update, num_cases=tf.reduce_sum(counts))
             selection = self.optimizer.growing_batch.select(
-                self.optimizer.growing_state(), of_each_replica(data.num_cases), replica_number()
+                self.optimizer.growing_state(), counts, replica_number()
             )
             with tf.control_dependencies(lengths_are_equal):
                 data, unseen = data.take(selection.used), data.take(selection.unseen)
-        logs = self._with_objective(data, self._update, most_cases, unseen)
+        logs = self._with_objective(data, update, most_cases, unseen)
         self._loss_tracker.update_state(logs["loss"], sample_weight=logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
         return {**logs, **metrics}
@@ -499,8 +502,8 @@ class HFModel(keras.Model):
         with second_derivatives_explained(structure.layer_of_op):
             return across_replicas(across, *parts)
 
-    def _update(self, objective, structure, unseen=None):
-        """Computes one update, applies it and returns its logs."""
+    def _update(self, objective, structure, unseen=None, num_cases=None):
+        """Computes one update of a batch of `num_cases`, applies it and returns its logs."""
         optimizer = self.optimizer
 
         def unseen_reduction(step):
@@ -524,6 +527,8 @@ class HFModel(keras.Model):
                 tf.cast(unseen.totals.num_cases, tf.int32),
                 result.actual_reduction,
                 result.unseen_reduction,
+                num_cases,
+                tf.stack([tf.convert_to_tensor(optimizer.seed), objective.update_number]),
             )
             optimizer.assign_growing_state(state)
         return logs

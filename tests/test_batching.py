@@ -260,24 +260,65 @@ def test_the_share_of_a_chunk_that_a_replica_has_no_cases_for_falls_to_the_other
     assert shares(20, 5) == [6, 2]
 
 
-@pytest.mark.parametrize(("num_cases", "size"), [(12, 3), (10, 3), (11, 5), (7, 1)])
-def test_parts_follow_each_other_around_the_batch(num_cases, size):
-    state, used = state_of(size), []
-    for _ in range(num_cases):
+def parts_in_turn(num_updates, num_cases, size):
+    """The places used by so many updates on end, and those unseen."""
+    state, parts = state_of(size), []
+    for number in range(num_updates):
         selection = GrowingBatch().select(state, tf.constant([num_cases]))
-        assert not set(selection.used.numpy()) & set(selection.unseen.numpy())
-        used += selection.used.numpy().tolist()
-        state = next_state(state, num_used=size)
-    assert used == [i % num_cases for i in range(num_cases * size)]
+        parts.append([places.numpy().tolist() for places in selection])
+        state = next_state(state, num_used=size, num_unseen=size, num_cases=num_cases, update_number=number)
+    return parts
+
+
+@pytest.mark.parametrize(("num_cases", "size"), [(12, 3), (10, 3), (11, 5), (7, 1), (8, 4)])
+def test_parts_follow_each_other_around_the_batch_and_every_round_visits_it(num_cases, size):
+    in_round, counts = -(-num_cases // size), np.zeros(num_cases)
+    parts = parts_in_turn(20 * in_round, num_cases, size)
+    for used, unseen in parts:
+        assert not set(used) & set(unseen)
+        counts[used] += 1
+    for first in range(0, len(parts), in_round):
+        places = sum([used for used, _ in parts[first : first + in_round]], [])
+        assert places == [(places[0] + i) % num_cases for i in range(in_round * size)]
+    assert len({used[0] for used, _ in parts[::in_round]}) > 1
+    # Those that the last part of a round visits again are others in every round.
+    assert counts.sum() == 20 * in_round * size and counts.max() <= 1.5 * counts.mean()
+
+
+@pytest.mark.parametrize(("num_cases", "size"), [(12, 3), (10, 3), (7, 1)])
+def test_the_next_part_holds_none_of_the_last_also_in_a_new_round(num_cases, size):
+    parts = parts_in_turn(40, num_cases, size)
+    for (used, _), (then, _) in zip(parts, parts[1:], strict=False):
+        assert not set(used) & set(then)
+
+
+@pytest.mark.parametrize(("num_batches", "size"), [(4, 25), (2, 50), (3, 33), (2, 25), (8, 25), (5, 20), (40, 20)])
+def test_every_case_of_each_of_several_batches_has_its_turn(num_batches, size):
+    # 30 epochs; were each batch married to one part, all but that one would be left out.
+    num_epochs, visits = 30, np.zeros((num_batches, 100), int)
+    for number, (used, _) in enumerate(parts_in_turn(num_epochs * num_batches, 100, size)):
+        visits[number % num_batches, used] += 1
+    assert visits.min() > 0
+    assert visits.max() <= 4 * visits.mean()
+
+
+def test_rounds_are_drawn_from_the_seed():
+    def starts(seed):
+        states = (next_state(state_of(3), num_cases=12, update_number=number, seed=seed) for number in range(40))
+        return [int(state["start"]) for state in states]
+
+    assert starts(1) == starts(1) != starts(2)
+    assert all(start == 3 for number, start in enumerate(starts(1)) if number % 4 != 3)
 
 
 HIT, MISS = (1.0, 0.5), (1.0, 0.1)
 
 
-def next_state(state, reductions=HIT, num_used=3, num_unseen=3, **arguments):
+def next_state(state, reductions=HIT, num_used=3, num_unseen=3, num_cases=1000, update_number=0, seed=7, **arguments):
     """The state after an update that lowered the loss of the cases used, and that of the unseen ones, by so much."""
     seen, unseen = (tf.constant(value, tf.float64) for value in reductions)
-    return GrowingBatch(**arguments).next_state(state, tf.constant(num_used), tf.constant(num_unseen), seen, unseen)
+    counts, turn = (tf.constant(n) for n in (num_used, num_unseen)), tf.constant([seed, update_number])
+    return GrowingBatch(**arguments).next_state(state, *counts, seen, unseen, tf.constant(num_cases), turn)
 
 
 def sizes_after(updates, initial=4, **arguments):
