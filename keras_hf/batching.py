@@ -5,12 +5,13 @@ chunk, so that the chunk is the first `chunk_size` cases and a union of whole pi
 the same pieces, with the same random numbers and batch statistics in each.
 """
 
+import math
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_hf.checks import count, finite
+from keras_hf.checks import count, finite, positive
 from keras_hf.part import Part
 
 # Twice as many are an int32 still.
@@ -70,6 +71,23 @@ class Selection(NamedTuple):
     unseen: tf.Tensor
 
 
+class Trial(NamedTuple):
+    """What an update did to cases that it does not use.
+
+    Attributes:
+        num_cases: int32 scalar, how many, over all replicas.
+        loss_before: float64 scalar.
+        loss_after: float64 scalar.
+        variation: float64 scalar, the squared coefficient of variation of what each case adds to the loss after the update, its weight included: the
+            variance over cases, over the squared mean.
+    """
+
+    num_cases: tf.Tensor
+    loss_before: tf.Tensor
+    loss_after: tf.Tensor
+    variation: tf.Tensor
+
+
 @keras.saving.register_keras_serializable("keras_hf")
 class GrowingBatch(Part):
     """Makes updates of a part of the batch that grows when it generalises too little to the rest.
@@ -78,8 +96,10 @@ class GrowingBatch(Part):
     cases: the first `initial_size` of the batch, in the next update the ones after them, and so around. Each round, of as many updates as visit all
     of the batch, begins at a place drawn from the optimizer's seed, so that every case of each of several batches has its turn. After each update
     the loss of the next cases, as many and unseen by it, is compared: when for `patience` updates on end it fell by less than `share` of what the
-    loss of the cases used fell by, the part is doubled; where it would be more than half of the batch, it is the batch. It never shrinks, neither
-    between `fit` calls.
+    loss of the cases used fell by, the part is doubled. Where cases are noisy, as those of rare classes or with unequal weights are, the first such
+    miss is enough, and the part is doubled until the standard error of its mean loss, weights included, is no more than `noise` of that mean: a miss
+    is what too few cases lead to then. Where the part would be more than half of the batch, it is the batch. It never shrinks, neither between `fit`
+    calls.
 
     Loss and metrics in the logs are those of the cases used, `num_cases` says how many. Cases in order of their label would make bad parts: `fit`
     permutes arrays once, unless `shuffle=False`. Cost: the loss of as many cases again, twice.
@@ -88,18 +108,21 @@ class GrowingBatch(Part):
         initial_size: Integer >= 1, cases of the first update, over all replicas.
         share: Float in [0, 1]; 0 = the part grows only where the loss of unseen cases rises.
         patience: Integer >= 1, updates.
+        noise: Float > 0, the relative standard error of the mean loss above which one miss is enough. Large = patience alone.
 
     Raises:
         ValueError: If a number is out of its range.
 
     References:
-        Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*; the rule is our own.
+        Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*: that a variance over cases tells the
+        size. That it is the loss', and asked for where unseen cases speak against the part, is our own, and so is the rest of the rule.
     """
 
-    def __init__(self, initial_size=250, share=0.3, patience=3):
+    def __init__(self, initial_size=250, share=0.3, patience=3, noise=0.125):
         self.initial_size = count("initial_size", initial_size)
         self.share = finite("share", share, 0, 1)
         self.patience = count("patience", patience)
+        self.noise = positive("noise", noise)
 
     def initial_state(self, variables, layers):
         del variables, layers
@@ -129,32 +152,40 @@ class GrowingBatch(Part):
         around = lambda start, stop: tf.range(start, stop) % tf.maximum(counts[replica], 1)  # noqa: E731
         return Selection(around(first, last), around(last, end))
 
-    def next_state(self, state, num_used, num_unseen, seen_reduction, unseen_reduction, num_cases, turn):
+    def next_state(self, state, num_used, seen_reduction, trial, num_cases, turn):
         """Returns the state after an update.
 
         Args:
             state: Dict, the state before it.
             num_used: int32 scalar, cases that the update used, over all replicas.
-            num_unseen: int32 scalar, cases that it was tried on.
-            seen_reduction: float64 scalar, what the loss of the cases used fell by.
-            unseen_reduction: float64 scalar, what that of the unseen ones fell by.
+            seen_reduction: float64 scalar, what their loss fell by.
+            trial: `Trial`, the update on unseen cases.
             num_cases: int32 scalar, cases in the batch, over all replicas.
             turn: int32 `(2,)`, the optimizer's seed and how many updates were made before this one.
         """
-        # Not where the loss became no number there. A rejected step says nothing.
-        generalises = unseen_reduction >= self.share * seen_reduction
-        judged = (seen_reduction > 0) & (num_unseen > 0)
+        # A loss that was no number before the step says nothing of it, nor does a rejected step; one that became none there does.
+        judged = (seen_reduction > 0) & (trial.num_cases > 0) & tf.math.is_finite(trial.loss_before)
+        generalises = trial.loss_before - trial.loss_after >= self.share * seen_reduction
+        missed = judged & ~generalises
         misses = tf.where(judged, tf.where(generalises, 0, state["misses"] + 1), state["misses"])
-        grows = misses >= self.patience
+        doublings = tf.where(misses >= self.patience, 1, 0)
+        doublings = tf.maximum(doublings, tf.where(missed, self._doublings(state["size"], trial.variation), 0))
         return {
-            "size": tf.where(grows, tf.minimum(2 * state["size"], _LARGEST_SIZE), state["size"]),
+            "size": tf.minimum(state["size"], _LARGEST_SIZE // 2**doublings) * 2**doublings,
             # In the batch of all replicas.
             "start": (state["start"] + num_used + _jump(num_used, num_cases, turn)) % _LARGEST_SIZE,
-            "misses": tf.where(grows, 0, misses),
+            "misses": tf.where(doublings > 0, 0, misses),
         }
 
+    def _doublings(self, size, variation):
+        """How often a part must be doubled until the standard error of its mean loss is no more than `noise` of it, int32 scalar."""
+        wanted = variation / self.noise**2 / tf.cast(size, tf.float64)
+        wanted = tf.where(tf.math.is_finite(wanted), tf.clip_by_value(wanted, 1.0, float(_LARGEST_SIZE)), 1.0)
+        # Less than rounding, so that a power of two is one.
+        return tf.cast(tf.math.ceil(tf.math.log(wanted) / math.log(2.0) - 1e-9), tf.int32)
+
     def get_config(self):
-        return {"initial_size": self.initial_size, "share": self.share, "patience": self.patience}
+        return {"initial_size": self.initial_size, "share": self.share, "patience": self.patience, "noise": self.noise}
 
 
 def _jump(size, num_cases, turn):

@@ -74,9 +74,16 @@ class LossTerm:
         A float32 sum over thousands of cases is off by 1e-7 of itself, which late in training is as much as an update wins. The loss of a case is
         the derivative in its weight, which Keras' reduction hands back unsummed.
         """
-        value, values = self._evaluate(self._sample_weight)
+        losses = self.case_losses()
+        if losses is None:
+            return tf.cast(self._scaled(*self._evaluate(self._sample_weight)), tf.float64)
+        return tf.reduce_sum(losses)
+
+    def case_losses(self):
+        """What each case adds to the term, its weight included, float64 `(cases,)`; `None` where only the whole is known."""
+        _, values = self._evaluate(self._sample_weight)
         if values is None or values.shape.rank == 0 or self._loss.reduction not in (*_MEANS, "sum"):
-            return tf.cast(self._scaled(value, values), tf.float64)
+            return None
         if self._sample_weight is None:
             weight = tf.ones([tf.shape(values)[0], *[1] * (values.shape.rank - 1)], values.dtype)
         else:
@@ -85,7 +92,7 @@ class LossTerm:
             tape.watch(weight)
             value = self._scaled(*self._evaluate(weight))
         losses = tape.gradient(value, weight, unconnected_gradients="zero")
-        return tf.reduce_sum(tf.cast(weight * losses, tf.float64))
+        return tf.reduce_sum(tf.cast(weight * losses, tf.float64), list(range(1, weight.shape.rank)))
 
     def denominator(self):
         """What Keras divides this term by where it depends on the data, a scalar: the sum of the mask, of the weights, or of their product."""
@@ -148,6 +155,10 @@ class WholeLoss:
     def accurate_value(self):
         """The term as a float64 scalar."""
         return tf.cast(self.value(), tf.float64)
+
+    def case_losses(self):
+        """`None`: only the whole is known."""
+        return None
 
 
 @contextlib.contextmanager

@@ -506,15 +506,18 @@ class HFModel(keras.Model):
         """Computes one update of a batch of `num_cases`, applies it and returns its logs."""
         optimizer = self.optimizer
 
-        def unseen_reduction(step):
-            return unseen.loss_at(tf.zeros_like(step)) - unseen.loss_at(step)
+        def trial(step):
+            before = unseen.loss_at(tf.zeros_like(step))
+            return batching.Trial(
+                tf.cast(unseen.totals.num_cases, tf.int32), before, *unseen.loss_and_variation_at(step)
+            )
 
         result = hf_update(
             objective,
             optimizer.curvature,
             optimizer.solver,
             optimizer.state(),
-            unseen_reduction=None if unseen is None else unseen_reduction,
+            unseen=None if unseen is None else trial,
             # What double backward gets wrong is wrong in the first update; forward accumulation is watched in every one.
             check=tf.convert_to_tensor(self._is_first_update) | isinstance(self._linearization, ForwardAccumulation),
         )
@@ -524,9 +527,8 @@ class HFModel(keras.Model):
             state = optimizer.growing_batch.next_state(
                 optimizer.growing_state(),
                 tf.cast(objective.totals.num_cases, tf.int32),
-                tf.cast(unseen.totals.num_cases, tf.int32),
                 result.actual_reduction,
-                result.unseen_reduction,
+                result.unseen,
                 num_cases,
                 tf.stack([tf.convert_to_tensor(optimizer.seed), objective.update_number]),
             )

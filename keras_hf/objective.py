@@ -263,10 +263,21 @@ class PieceFunction:
         loss = self._sum_of_terms(evaluation, lambda term: term.accurate_value(), tf.float64)
         return loss + tf.cast(self.share * evaluation.added_loss, tf.float64) if self.has_added_loss else loss
 
-    def _sum_of_terms(self, evaluation, value_of, dtype):
+    def case_shares(self, evaluation):
+        """What each case adds to the whole loss, float64 `(cases,)`; the same of every case where only their sum is known."""
+        evenly = lambda sum_: tf.fill([self.num_cases], tf.cast(sum_, tf.float64) / tf.cast(self.num_cases, tf.float64))  # noqa: E731
+
+        def shares(term):
+            losses = term.case_losses()
+            return evenly(term.accurate_value()) if losses is None else losses
+
+        of_terms = self._sum_of_terms(evaluation, shares, tf.float64, [self.num_cases])
+        return of_terms + evenly(self.share * evaluation.added_loss) if self.has_added_loss else of_terms
+
+    def _sum_of_terms(self, evaluation, value_of, dtype, shape=()):
         """The sum of the terms of the compiled loss, each by its denominator's part of the denominator of all."""
         local, totals = self._local, self._local.totals
-        scaled = [tf.zeros([], dtype)]
+        scaled = [tf.zeros(shape, dtype)]
         with local.fixed_state(self._number):
             terms = local.task.loss_terms(evaluation.data, evaluation.y_pred)
             for i, (term, combination) in enumerate(zip(terms, local.structure.combinations, strict=True)):
@@ -436,6 +447,20 @@ class LocalObjective:
 
         last = self.pieces.num_chunk_pieces if of_chunk else self.pieces.num_pieces
         return _over_pieces(0, last, add_piece, tf.cast(self._regularization(), tf.float64))
+
+    def sums_over_cases(self):
+        """This replica's share of the loss, what its cases add to it without their signs, and the squares of that: sums, float64 `(3,)`.
+
+        Cost: one forward pass.
+        """
+
+        def add_piece(number, total):
+            piece = self._piece(number, of_chunk=False)
+            shares = piece.case_shares(piece.forward())
+            return total + tf.stack([tf.reduce_sum(sums) for sums in (shares, tf.abs(shares), shares**2)])
+
+        start = tf.stack([tf.cast(self._regularization(), tf.float64), 0.0, 0.0])
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, start)
 
     def _regularization(self):
         """This replica's share of the regularizers' loss: none of a batch without cases, which is nothing to go by."""
@@ -678,11 +703,24 @@ class Objective:
         """Returns the loss over the curvature chunk at start + step, float64. Cost: one forward pass of the chunk."""
         return self._loss_at(step, of_chunk=True)
 
+    def loss_and_variation_at(self, step):
+        """Returns the loss over the batch at start + step, and the squared coefficient of variation of what cases add to it, regularizers apart.
+
+        Float64 scalars. Cost: one forward pass.
+        """
+        loss, size, squares = tf.unstack(self._at(step, lambda part: part.sums_over_cases()))
+        num_cases = tf.cast(self.totals.num_cases, tf.float64)
+        return loss, tf.maximum(tf.math.divide_no_nan(num_cases * squares, size**2) - 1.0, 0.0)
+
     def _loss_at(self, step, of_chunk):
+        return self._at(step, lambda part: part.loss(of_chunk))
+
+    def _at(self, step, function):
+        """The sum over replicas of `function(part)` at start + step."""
         _assign(self._task.variables, self.candidate(step))
-        loss = self._replicas.sum(lambda part: part.loss(of_chunk), self._parts)
+        values = self._replicas.sum(function, self._parts)
         _assign(self._task.variables, self._start)
-        return loss
+        return values
 
     def candidate(self, step):
         """Returns the weights at start + step, a list of tensors."""

@@ -44,7 +44,7 @@ class UpdateResult(NamedTuple):
             Minus infinity where the chunk's loss rose or is not finite at the candidate. NaN where the update says nothing about the damping: the
             gradient is zero, loss or gradient are not finite at the start, or the change of the loss is too small to be told from rounding.
         actual_reduction: float64 scalar, what the loss falls by in the step.
-        unseen_reduction: float64 scalar, what the loss of unseen cases falls by; NaN without them.
+        unseen: What `unseen` gave of the step; `None` without it.
         state: `UpdateState`, for the next update.
         network_states: List of tensors, the network's states after the pass at the start.
         product_error: float64 scalar, how far the products are from `v'Gv = (Jv)'H(Jv)` and J from being the transpose of J', where that was checked;
@@ -61,7 +61,7 @@ class UpdateResult(NamedTuple):
     damping: tf.Tensor
     reduction_ratio: tf.Tensor
     actual_reduction: tf.Tensor
-    unseen_reduction: tf.Tensor
+    unseen: Any
     state: UpdateState
     network_states: list
     product_error: tf.Tensor
@@ -70,7 +70,7 @@ class UpdateResult(NamedTuple):
     trace: dict
 
 
-def hf_update(objective, curvature, solver, state, unseen_reduction=None, check=False):
+def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     """Computes one update.
 
     The solver makes a path of candidates from the quadratic model `q(p) = g'p + p'(G + damping I)p / 2`, a search picks the step from it by the
@@ -83,7 +83,7 @@ def hf_update(objective, curvature, solver, state, unseen_reduction=None, check=
         curvature: `curvature.Curvature`.
         solver: `solver.Solver`.
         state: `UpdateState`.
-        unseen_reduction: Callable `(n,) -> float64 scalar`, what the loss of cases that the update does not use falls by in a step, or `None`.
+        unseen: Callable `(n,) -> nest of tensors`, what a step does to cases that the update does not use, or `None`.
         check: Bool scalar, whether to compute the loss at the start a second time, and the chosen step's curvature another way, and to compare.
             Cost: about three gradients.
 
@@ -138,7 +138,7 @@ def hf_update(objective, curvature, solver, state, unseen_reduction=None, check=
         damping=found_damping,
         reduction_ratio=_reduction_ratio(actual_reduction, predicted_reduction, is_measured),
         actual_reduction=reduction,
-        unseen_reduction=unseen_reduction(step) if unseen_reduction else tf.constant(float("nan"), tf.float64),
+        unseen=unseen(step) if unseen else None,
         state=UpdateState(
             damping=found_damping,
             scale=scale,

@@ -314,11 +314,25 @@ def test_rounds_are_drawn_from_the_seed():
 HIT, MISS = (1.0, 0.5), (1.0, 0.1)
 
 
-def next_state(state, reductions=HIT, num_used=3, num_unseen=3, num_cases=1000, update_number=0, seed=7, **arguments):
+def next_state(
+    state,
+    reductions=HIT,
+    num_used=3,
+    num_unseen=3,
+    num_cases=1000,
+    update_number=0,
+    seed=7,
+    variation=0.0,
+    before=0.0,
+    **arguments,
+):
     """The state after an update that lowered the loss of the cases used, and that of the unseen ones, by so much."""
-    seen, unseen = (tf.constant(value, tf.float64) for value in reductions)
-    counts, turn = (tf.constant(n) for n in (num_used, num_unseen)), tf.constant([seed, update_number])
-    return GrowingBatch(**arguments).next_state(state, *counts, seen, unseen, tf.constant(num_cases), turn)
+    seen, before, after, variation = (
+        tf.constant(value, tf.float64) for value in (reductions[0], before, before - reductions[1], variation)
+    )
+    trial = batching.Trial(tf.constant(num_unseen), before, after, variation)
+    num_used, num_cases, turn = (tf.constant(number) for number in (num_used, num_cases, [seed, update_number]))
+    return GrowingBatch(**arguments).next_state(state, num_used, seen, trial, num_cases, turn)
 
 
 def sizes_after(updates, initial=4, **arguments):
@@ -369,6 +383,41 @@ def test_a_rejected_step_says_nothing(seen, unseen):
     assert {key: int(value) for key, value in state.items()} == {"size": 4, "start": 9, "misses": 2}
 
 
+@pytest.mark.parametrize("before", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("unseen", [0.0, 1.0, np.nan])
+def test_unseen_cases_whose_loss_was_no_number_before_say_nothing(before, unseen):
+    state = next_state(state_of(4, misses=2), (1.0, unseen), before=before, variation=1e6, patience=3)
+    assert (int(state["size"]), int(state["misses"])) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("variation", "size"),
+    [
+        # The standard error of 250 cases, the root of variation / 250, is .2 of the mean.
+        (10.0, 250),
+        (10.1, 500),
+        (20.0, 500),
+        (20.1, 1000),
+        (1000.0, 32_000),
+        (1e300, 2**29),
+        (np.inf, 250),
+        (np.nan, 250),
+    ],
+)
+def test_a_miss_of_noisy_cases_makes_the_part_as_large_as_their_noise_asks_for(variation, size):
+    state = next_state(state_of(250, misses=1), MISS, variation=variation, noise=0.2, patience=3)
+    assert (int(state["size"]), int(state["misses"])) == (size, 2 if size == 250 else 0)
+
+
+@pytest.mark.parametrize("reductions", [HIT, (0.0, -1.0), (np.nan, 0.0)])
+def test_noise_alone_does_not_make_a_part_grow(reductions):
+    assert int(next_state(state_of(250), reductions, variation=1e3)["size"]) == 250
+
+
+def test_a_last_miss_doubles_also_where_cases_are_alike():
+    assert int(next_state(state_of(250, misses=2), MISS, variation=0.0)["size"]) == 500
+
+
 def test_without_unseen_cases_nothing_is_judged():
     assert sizes_after([(1.0, 0.0)] * 3, num_unseen=0, patience=1) == [4, 4, 4]
 
@@ -396,6 +445,8 @@ def test_sizes_and_starts_stay_int32():
         ({"share": 1.1}, "`share` must be a finite number in"),
         ({"share": np.nan}, "`share` must be a finite number in"),
         ({"patience": 0}, "`patience` must be an integer >= 1. Received: patience=0"),
+        ({"noise": 0}, "`noise` must be a finite number > 0. Received: noise=0"),
+        ({"noise": np.inf}, "`noise` must be a finite number > 0. Received: noise=inf"),
         ({"patience": True}, "`patience` must be an integer >= 1. Received: patience=True"),
     ],
 )
@@ -404,7 +455,9 @@ def test_numbers_out_of_range_are_refused(arguments, rule):
         GrowingBatch(**arguments)
 
 
-@pytest.mark.parametrize("batch", [GrowingBatch(), GrowingBatch(64, 1, 2), GrowingBatch(np.int64(3), np.float32(0.5))])
+@pytest.mark.parametrize(
+    "batch", [GrowingBatch(), GrowingBatch(64, 1, 2, 3), GrowingBatch(np.int64(3), np.float32(0.5))]
+)
 def test_a_growing_batch_survives_saving(batch):
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(batch))
     assert type(again) is GrowingBatch

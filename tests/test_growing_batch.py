@@ -17,6 +17,7 @@ from keras_hf import (
     HFModel,
     Identity,
     LevenbergMarquardt,
+    batching,
 )
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -56,7 +57,7 @@ def compiled(growing_batch=None, loss="mse", net=None, **arguments):
 
 def fixed(size=SIZE):
     """A growing batch that won't grow within a few updates."""
-    return GrowingBatch(initial_size=size, patience=100)
+    return GrowingBatch(initial_size=size, patience=100, noise=1e6)
 
 
 def fit(model, *data, **arguments):
@@ -182,7 +183,7 @@ def test_nests_are_cut_in_all_their_leaves():
 
 
 def test_it_grows_as_the_rule_says_of_losses_that_evaluate_gives():
-    rule = {"initial_size": 3, "share": 0.5, "patience": 2}
+    rule = {"initial_size": 3, "share": 0.5, "patience": 2, "noise": 0.6}
     model, growing = compiled(GrowingBatch(**rule), damping=1e-3), GrowingBatch(**rule)
     state = growing.initial_state([], [])
     sizes = []
@@ -190,14 +191,20 @@ def test_it_grows_as_the_rule_says_of_losses_that_evaluate_gives():
     for number in range(9):
         used, unseen = (part.numpy() for part in growing.select(state, tf.constant([NUM_CASES])))
 
-        def losses(used=used, unseen=unseen):
-            return [model.evaluate(X[part], Y[part], verbose=0)[0] if len(part) else 0.0 for part in (used, unseen)]
+        def losses(part):
+            return np.square(Y[part] - model.predict(X[part], verbose=0))[:, 0] if len(part) else np.zeros(1)
 
-        before = losses()
+        before = [losses(part).mean() for part in (used, unseen)]
         sizes += fit(model, X, Y, callbacks=[ConstantDamping()])["num_cases"]
-        reductions = [tf.constant(a - b, tf.float64) for a, b in zip(before, losses(), strict=True)]
-        turn = tf.constant([0, number])
-        state = growing.next_state(state, tf.size(used), tf.size(unseen), *reductions, tf.constant(NUM_CASES), turn)
+        after = losses(unseen)
+        variation = after.var() / after.mean() ** 2 if len(unseen) else 0.0
+        reduction, *trial = (
+            tf.constant(value, tf.float64)
+            for value in (before[0] - losses(used).mean(), before[1], after.mean(), variation)
+        )
+        turn, num_cases = tf.constant([0, number]), tf.constant(NUM_CASES)
+        trial = batching.Trial(tf.size(unseen), *trial)
+        state = growing.next_state(state, tf.size(used), reduction, trial, num_cases, turn)
         assert part_state(model) == {key: int(value) for key, value in state.items()}
         assert sizes[-1] == len(used)
     assert sizes[0] == 3 and sizes[-1] >= 12
@@ -211,16 +218,31 @@ def test_it_stays_small_while_cases_are_alike():
     assert fit(model, x, y, epochs=6)["num_cases"] == [6] * 6
 
 
+def test_it_is_soon_large_where_one_class_is_rare_and_stays_small_where_none_is():
+    x = normal(8000, 6).astype("float32")
+    score = 1.2 * x[:, 0] + x[:, 1] * x[:, 2] - 0.6 * x[:, 3] ** 2
+
+    def sizes(rate, class_weight=None):
+        net = keras.Sequential([keras.Input((6,)), layers.Dense(8, "tanh"), layers.Dense(1, "sigmoid")])
+        model = compiled(GrowingBatch(), "binary_crossentropy", net, damping=1.0)
+        y = (score > np.quantile(score, 1 - rate))[:, None].astype("float32")
+        return fit(model, x, y, epochs=10, class_weight=class_weight)["num_cases"]
+
+    # Of 250 cases three are positive.
+    assert sizes(0.014, {0: 1.0, 1: 34.0})[-1] >= 4000
+    assert sizes(0.5)[-1] <= 500
+
+
 @pytest.mark.slow
 def test_its_size_outlives_fit_and_a_larger_batch():
-    model = compiled(GrowingBatch(initial_size=3, share=1, patience=1), damping=1e-3)
+    model = compiled(GrowingBatch(initial_size=3, share=1, patience=1, noise=10), damping=1e-3)
     sizes = fit(model, X, Y, epochs=5)["num_cases"]
     assert sizes == sorted(sizes) and sizes[-1] == NUM_CASES
     size = part_state(model)["size"]
     assert fit(model, np.tile(X, (9, 1)), np.tile(Y, (9, 1)))["num_cases"] == [size]
 
 
-def test_a_rejected_step_moves_on_and_is_no_miss_but_unseen_cases_that_are_no_numbers_are():
+def test_a_rejected_step_moves_on_and_is_no_miss_nor_are_unseen_cases_that_are_no_numbers():
     x = X.copy()
     x[[2, 12]] = np.nan
     model = compiled(GrowingBatch(initial_size=SIZE, patience=1))
@@ -231,7 +253,7 @@ def test_a_rejected_step_moves_on_and_is_no_miss_but_unseen_cases_that_are_no_nu
     assert part_state(model) == {"size": SIZE, "start": SIZE, "misses": 0}
     # The next part is sound, and the one after it not.
     assert fit(model, x, Y)["step_size"][0] > 0
-    assert part_state(model) == {"size": 2 * SIZE, "start": 2 * SIZE, "misses": 0}
+    assert part_state(model) == {"size": SIZE, "start": 2 * SIZE, "misses": 0}
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
@@ -271,7 +293,7 @@ def test_unseen_cases_leave_no_trace_in_batch_statistics():
 
 @pytest.mark.slow
 def test_a_saved_model_goes_on_with_the_same_part(tmp_path):
-    model = compiled(GrowingBatch(initial_size=3, share=1, patience=2), damping=1e-3)
+    model = compiled(GrowingBatch(initial_size=3, share=1, patience=2, noise=10), damping=1e-3)
     fit(model, X, Y, epochs=4)
     state = part_state(model)
     assert state["size"] > 3 and state["start"] >= 12

@@ -93,6 +93,17 @@ def test_losses_of_pieces_add_up_to_the_loss_of_all(reduction, is_weighted, is_m
     np.testing.assert_allclose(of(slice(0, 10)).value(), loss(y, predictions, weight), rtol=1e-14)
 
 
+def test_what_cases_add_to_a_term_is_their_weighted_loss_over_the_denominator():
+    y, y_pred, weight = np.zeros((4, 2)), np.array([[1.0, 3.0], [0, 2], [0, 0], [2, 2]]), np.array([1.0, 5.0, 1.0, 3.0])
+    losses = np.array([5.0, 2.0, 0.0, 4.0])
+    np.testing.assert_allclose(term(mse(), y, y_pred).case_losses(), losses / 4)
+    np.testing.assert_allclose(term(mse("sum"), y, y_pred, weight, loss_weight=0.5).case_losses(), weight * losses / 2)
+    steps = [array.reshape(2, 2, 2) for array in (y, y_pred)]
+    np.testing.assert_allclose(term(mse(), *steps).case_losses(), [7 / 4, 1])
+    # Not linear in the weights, or one number.
+    assert term(mse(BY_WEIGHT), y, y_pred, weight).case_losses() is WholeLoss(lambda: y).case_losses() is None
+
+
 def test_an_accurate_value_is_summed_in_float64():
     # 2^24 + 1 is no float32, and a float32 sum of one large and many small losses loses the small ones.
     y = np.zeros((1001, 1), "float32")

@@ -113,7 +113,7 @@ def test_two_replicas_are_recorded_and_saved_as_one_device_is(tmp_path):
 def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
     x, y = cases(51)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    growing = {"growing_batch": GrowingBatch(initial_size=12, patience=100)}
+    growing = {"growing_batch": GrowingBatch(initial_size=12, patience=100, noise=1e6)}
     two, two_history = trained(strategy, x, y, optimizer=growing, shuffle=False)
     # The first 26 cases are the first replica's, the rest the second's; of six each the next ones come in every update.
     parts = [[*range(6 * i, 6 * i + 6), *range(26 + 6 * i, 32 + 6 * i)] for i in range(3)]
@@ -139,7 +139,7 @@ def test_replicas_use_all_cases_where_the_part_is_more_than_half_of_the_batch_of
 def test_a_growing_batch_grows_on_replicas(float64):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     # Of noise nothing generalises.
-    growing = {"growing_batch": GrowingBatch(initial_size=6, share=1, patience=1), "damping": 1e-3}
+    growing = {"growing_batch": GrowingBatch(initial_size=6, share=1, patience=1, noise=10), "damping": 1e-3}
     _, history = trained(strategy, *cases(50), optimizer=growing)
     assert history["num_cases"][0] == 6 and 12 <= history["num_cases"][-1] <= 24
 
