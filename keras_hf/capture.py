@@ -138,7 +138,6 @@ def own_statistics(layers):
 
     Of a layer that is called again, the mean over its calls, as moving averages tend to.
     """
-    before = {layer: (layer.momentum, vars(layer).get("call")) for layer in layers}
 
     def call(layer):
         original, calls = layer.call, itertools.count()
@@ -150,16 +149,9 @@ def own_statistics(layers):
 
         return counted
 
-    for layer in layers:
-        object.__setattr__(layer, "call", call(layer))
-    try:
+    momenta = [(layer, "momentum", layer.momentum) for layer in layers]  # put back as they are
+    with replaced(*momenta, *[(layer, "call", call(layer)) for layer in layers]):
         yield
-    finally:
-        for layer, (momentum, own_call) in before.items():
-            layer.momentum = momentum
-            object.__delattr__(layer, "call")
-            if own_call is not None:
-                object.__setattr__(layer, "call", own_call)
 
 
 def squared_gradients(piece, layers, skipped=()):

@@ -377,9 +377,7 @@ class HFModel(keras.Model):
         if self.optimizer.growing_batch is not None:
             counts = of_each_replica(data.num_cases)
             update = functools.partial(update, num_cases=tf.reduce_sum(counts))
-            selection = self.optimizer.growing_batch.select(
-                self.optimizer.growing_state(), counts, replica_number()
-            )
+            selection = self.optimizer.growing_batch.select(self.optimizer.growing_state(), counts, replica_number())
             with tf.control_dependencies(lengths_are_equal):
                 data, unseen = data.take(selection.used), data.take(selection.unseen)
         logs = self._with_objective(data, update, most_cases, unseen)
@@ -663,9 +661,7 @@ class HFModel(keras.Model):
             variable.value.assign(tf.where(accepted, new, old))
         num_cases, num_before = objective.totals.num_cases, tf.convert_to_tensor(self.optimizer.statistics_cases.value)
         before = [tf.convert_to_tensor(state.value) for state in structure.states]
-        states = tf.cond(
-            accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before
-        )
+        states = tf.cond(accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before)
         for state, new in zip(structure.states, states, strict=True):
             state.value.assign(new)
         # Half as many after every update: cases of long ago tell ever less of those that come.

@@ -13,7 +13,6 @@ import tensorflow as tf
 from keras_hf.capture import constant_statistics, own_statistics, squared_gradients
 from keras_hf.cg import dot
 from keras_hf.linearization import DoubleBackward, dense, inner_product
-from keras_hf.replaced import replaced
 from keras_hf.replicas import replica_number
 
 

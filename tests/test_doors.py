@@ -397,7 +397,9 @@ def test_weights_that_do_not_fit_a_model_without_compile_leave_it_as_it_was(tmp_
 def test_steps_per_epoch_are_updates_on_the_one_batch_that_holds_all_cases():
     for steps_per_execution in (1, 2):
         model = HFModel(network())
-        optimizer = HessianFree(preconditioner=Identity(), max_cg_iterations=2, growing_batch=None, seed=0)
+        optimizer = HessianFree(
+            solver=ConjugateGradient(preconditioner=Identity(), max_iterations=2), growing_batch=None, seed=0
+        )
         model.compile(optimizer, "mse", steps_per_execution=steps_per_execution)
         fit(model, *cases(), batch_size=50, steps_per_epoch=3, epochs=2, callbacks=[ConstantDamping()])
         assert int(model.optimizer.iterations) == 6

@@ -5,7 +5,7 @@ import numpy as np
 import problems
 import pytest
 
-from keras_hf import HessianFree, Identity, LevenbergMarquardt
+from keras_hf import ConjugateGradient, HessianFree, Identity, LevenbergMarquardt
 from keras_hf.replaced import replaced
 
 
@@ -50,7 +50,9 @@ def test_calls_that_the_user_has_set_on_layers_and_losses_outlive_training():
     loss.call = lambda *args: of_loss(*args)
     own = dense.call, loss.call
     network = keras.Sequential([keras.Input((2,)), dense, keras.layers.Dense(2)])
-    model = problems.compiled(network, loss, optimizer=HessianFree(preconditioner=Identity(), max_cg_iterations=2))
+    model = problems.compiled(
+        network, loss, optimizer=HessianFree(solver=ConjugateGradient(preconditioner=Identity(), max_iterations=2))
+    )
     x = np.ones((20, 2), "float32")
     model.fit(x, x, callbacks=[LevenbergMarquardt()], verbose=0)
     assert (dense.call, loss.call) == own and dense.activation is keras.activations.tanh
