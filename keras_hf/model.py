@@ -109,7 +109,8 @@ class HFModel(keras.Model):
         self._regularizers_apart = False
         self._linearization = None  # what the last trace chose
         self._warned = set()
-        self._batch_may_be_small = True
+        # What the cure for small batches depends on: how the cases came, or `None` where one batch holds all.
+        self._source, self._largest_batch = "batches", 0
         self._num_rejected = 0
         self.last_trace = None
         if network.built:
@@ -274,8 +275,10 @@ class HFModel(keras.Model):
         self._warn_without_damping_rule(callbacks)
         if isinstance(callbacks, (list, tuple)):
             callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, DampingCallback))
-        self._batch_may_be_small = True
+        self._warn_about_changed_weights()
+        self._source, self._largest_batch = "dataset" if isinstance(x, tf.data.Dataset) else "batches", 0
         if arrays.is_arrays(x):
+            self._source = "arrays"
             batch_size = checks.count("batch_size", batch_size, optional=True)
             num_cases = checks.num_cases(x, y, sample_weight)
             if y is None and self._compile_loss is not None and type(self).compute_loss is HFModel.compute_loss:
@@ -289,7 +292,7 @@ class HFModel(keras.Model):
                 batch_size = max(1, math.ceil(num_cases / (steps_per_epoch or 1)))
             if batch_size >= num_cases:
                 validation_batch_size = validation_batch_size or 32
-                self._batch_may_be_small = False
+                self._source = None
                 seed, shuffle = self.optimizer.seed if shuffle else None, False
                 if validation_split and validation_data is None:
                     x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
@@ -365,6 +368,8 @@ class HFModel(keras.Model):
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Makes one update on these cases; arguments as `keras.Model.train_on_batch`."""
+        self._assert_compile_called("train_on_batch")
+        self._warn_about_changed_weights()
         if arrays.is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
         return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
@@ -540,6 +545,9 @@ class HFModel(keras.Model):
             raise ValueError(
                 "`HFModel` needs at least one trainable weight. Received: a network with none; set `layer.trainable = True`."
             )
+        if self.optimizer.built:
+            # Another length of batches is traced anew, with what is trainable by then.
+            checks.weights_of_optimizer(self.optimizer._trainable_variables, trainable)
         layers = self.network._flatten_layers()
         generators = [generator for layer in layers for generator in layer._seed_generators]
         seeds = {id(generator.state): generator.state for generator in generators}
@@ -812,17 +820,46 @@ class HFModel(keras.Model):
                 "smooth here. `HFModel.check_products` tells more.",
             )
 
-    def _warn_about_small_batch(self, logs):
-        if self._batch_may_be_small:
-            self._batch_may_be_small = False
-            num_cases, growing_batch = int(logs["num_cases"]), self.optimizer.growing_batch
-            # A part that starts small is small on purpose.
-            if num_cases < min(_SMALL_BATCH, growing_batch.initial_size if growing_batch else _SMALL_BATCH):
+    def _warn_about_changed_weights(self):
+        """Says that what is trained was settled by `compile`, as in Keras."""
+        if self.optimizer.built:
+            known, now = (
+                {id(v): v.path for v in vs} for vs in (self.optimizer._trainable_variables, self.trainable_variables)
+            )
+            changed = [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
+            if changed:
                 self._warn(
-                    "small batch",
-                    f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. Raise "
-                    "`batch_size`, or leave it out to take all cases.",
+                    f"changed weights {changed}",
+                    f"`layer.trainable` has changed since `compile`, which settles what is trained: {changed} stay as they were then. Compile again, "
+                    "with a new `HessianFree(...)`, for the change to take effect.",
                 )
+
+    def _warn_about_small_batch(self, logs):
+        if self._source is None or "small batch" in self._warned:
+            return
+        num_cases, growing_batch = int(logs["num_cases"]), self.optimizer.growing_batch
+        is_remainder = num_cases < self._largest_batch
+        self._largest_batch = max(num_cases, self._largest_batch)
+        # A part that starts small is small on purpose.
+        if num_cases >= min(_SMALL_BATCH, growing_batch.initial_size if growing_batch else _SMALL_BATCH):
+            return
+        what = f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. "
+        if not is_remainder:
+            self._warn("small batch", what + _LARGER_BATCHES[self._source])
+        elif 4 * num_cases < self._largest_batch:
+            self._warn("remainder", f"{what}Others held up to {self._largest_batch}. {_NO_REMAINDER[self._source]}")
+
+
+_LARGER_BATCHES = {
+    "arrays": "Raise `batch_size`, or leave it out to take all cases.",
+    "dataset": "Batch the dataset by more cases: `dataset.unbatch().batch(1000)`.",
+    "batches": "Hand over more cases in every batch.",
+}
+_NO_REMAINDER = {
+    "arrays": "Choose a `batch_size` that leaves no small remainder, or leave it out to take all cases.",
+    "dataset": "Leave out the remainder, by `dataset.batch(..., drop_remainder=True)`, or choose a size that leaves no small one.",
+    "batches": "Leave out the remainder, or spread it over the other batches.",
+}
 
 
 @contextlib.contextmanager

@@ -414,3 +414,34 @@ def test_a_check_of_products_leaves_weights_that_violate_a_constraint(capsys):
     model.check_products(*cases())
     for one, other in zip(before, values(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("source", "cure"),
+    [("arrays", "Raise `batch_size`"), ("dataset", "Batch the dataset by more cases"), ("batches", "Hand over more")],
+)
+def test_small_batches_are_said_with_the_cure_for_how_the_cases_came(source, cure):
+    model = compiled(network())
+    model._source = source
+    with pytest.warns(UserWarning, match=f"An update on 32 cases fits their noise.*{cure}"):
+        model._warn_about_small_batch({"num_cases": 32})
+
+
+def test_a_small_remainder_is_said_once_with_the_cure():
+    model = compiled(network())
+    with pytest.warns(
+        UserWarning, match="An update on 3 cases.*Others held up to 300. Choose a `batch_size` that leaves no"
+    ) as record:
+        fit(model, *cases(603), batch_size=300, epochs=2)
+    assert sum("fits their noise" in str(warning.message) for warning in record) == 1
+
+
+def test_a_layer_unfrozen_without_compile_stays_frozen_and_that_is_said():
+    dense = layers.Dense(3)
+    dense.trainable = False
+    model = compiled(network(dense))
+    fit(model, *cases())
+    before, dense.trainable = dense.kernel.numpy(), True
+    with pytest.warns(UserWarning, match="has changed since `compile`.*dense.*stay as they were then. Compile again"):
+        fit(model, *cases())
+    np.testing.assert_array_equal(dense.kernel, before)
