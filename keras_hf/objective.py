@@ -494,7 +494,7 @@ class LocalObjective:
             def add_piece(number, total):
                 return total + image(curvature.linearize(self._piece(number, of_chunk=True)), scaled)
 
-            total = image(first, scaled)
+            total = self._of_cases(image(first, scaled))
             if not self.structure.chunk_is_one_piece:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
             return (size / piece.magnification) * total + _by_rows(regularization, v)
@@ -518,6 +518,17 @@ class LocalObjective:
         of_regularizers = tf.reduce_sum(tf.cast(v * self.regularization_product()(v), tf.float64))
         total = _over_pieces(0, self.pieces.num_chunk_pieces, add_piece, tf.zeros([], tf.float64))
         return tf.cast(size**2 / piece.magnification, tf.float64) * total + of_regularizers
+
+    def _of_cases(self, sums):
+        """Returns what the first piece of the chunk gave, a nest of tensors; zeros where it holds no case, as on a replica that got none.
+
+        The mean over no case, which BatchNormalization takes, is no number, and would be none in a sum over replicas.
+        """
+        if self._num_replicas == 1:
+            return sums
+        return tf.nest.map_structure(
+            lambda value: tf.where(self.pieces.chunk_size > 0, value, tf.zeros_like(value)), sums
+        )
 
     def _size(self, v):
         """What a vector, or each row of some, is divided by before it goes through the network.
@@ -546,7 +557,8 @@ class LocalObjective:
         pulled = dense(tape.gradient(outputs, self.task.variables, output_gradients=u), self.task.variables)
         left, right = inner_product(u, tangents), inner_product(pulled, v)
         # Where tangents are lost altogether their size is zero, and the right side tells.
-        return left, right, tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
+        scale = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
+        return self._of_cases((left, right, scale))
 
     def sum_over_chunk(self, function, num_cases):
         """This replica's part of `Objective.sum_over_chunk`."""
@@ -566,7 +578,7 @@ class LocalObjective:
             piece = PieceFunction(self, self._data.take(indices), number, of_chunk=True)
             return function(piece.cases_apart(), tf.stack(seeds, 1))
 
-        total = of_piece(tf.constant(0))
+        total = self._of_cases(of_piece(tf.constant(0)))
         if self.structure.chunk_is_one_piece:
             return total
         add_piece = lambda number, total: tf.nest.map_structure(tf.add, total, of_piece(number))  # noqa: E731

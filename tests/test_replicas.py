@@ -11,6 +11,7 @@ from keras_hf import (
     EmpiricalFisher,
     EmpiricalFisherDiagonal,
     FiniteDifferenceHessian,
+    GaussNewton,
     GrowingBatch,
     HFModel,
     LevenbergMarquardt,
@@ -165,7 +166,7 @@ def on_replicas(network, parts, function):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         model = compiled(network())
-    x, y = cases(sum(map(len, parts)))
+    x, y = cases(1 + max(max(part, default=0) for part in parts))
     model_data(model, x, y)
 
     def of_replica(context):
@@ -174,9 +175,14 @@ def on_replicas(network, parts, function):
 
     data = strategy.experimental_distribute_values_from_function(of_replica)
 
+    def on_each(data):
+        # As batches come: of a number of cases that is known no sooner.
+        x, y = (tf.compat.v1.placeholder_with_default(leaf, [None, leaf.shape[1]]) for leaf in data[:2])
+        return model._with_objective(Data(x, y, None), lambda objective, _: function(objective))
+
     @tf.function(autograph=False)
     def compute():
-        return strategy.run(lambda data: model._with_objective(data, lambda objective, _: function(objective)), (data,))
+        return strategy.run(on_each, (data,))
 
     return [[np.asarray(value) for value in strategy.experimental_local_results(found)] for found in compute()]
 
@@ -200,3 +206,23 @@ def test_replicas_take_batch_statistics_of_all_cases_together(parts):
     for means, variances in zip(*found, strict=True):
         np.testing.assert_allclose(means, x.mean(0), rtol=1e-5)
         np.testing.assert_allclose(variances, x.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2], []], [[], [0, 1, 2]]])
+def test_a_replica_without_cases_adds_nothing(parts):
+    def network():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential([keras.Input((3,)), layers.Dense(2), layers.BatchNormalization(), layers.Dense(2)])
+
+    def function(objective):
+        at_start, v = objective.loss_and_gradient(), tf.ones([objective.num_weights])
+        image = objective.product(GaussNewton())(v)
+        error = objective.adjointness_error(GaussNewton(), v)
+        return [at_start.loss, at_start.gradient, *at_start.states, image, error]
+
+    *found, error = on_replicas(network, parts, function)
+    *together, _ = on_replicas(network, [[0, 1, 2]] * 2, function)
+    assert error[0] < 1e-4
+    for one, both in zip(found, together, strict=True):
+        # Twice the same cases have the means of once.
+        np.testing.assert_allclose(one[0], both[0], rtol=1e-3, atol=1e-5)
