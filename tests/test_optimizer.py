@@ -235,6 +235,7 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
         "statistics_cases",
         "solver_warm_start",
         "solver_preconditioner_others",
+        "solver_preconditioner_made_at",
         "growing_batch_size",
         "growing_batch_start",
         "growing_batch_misses",
