@@ -42,7 +42,7 @@ def repeated(x, y, sample_weight, seed, times=None):
         arrays = arrays[:-1]
     tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), tuple(arrays))
     # tf.data would pack a list into one tensor.
-    batch = tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors))
+    batch = tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors)).map(_of_any_length)
     if seed is not None:
 
         def permuted(*tensors):
@@ -52,3 +52,13 @@ def repeated(x, y, sample_weight, seed, times=None):
 
         batch = batch.map(permuted).cache()
     return batch.repeat(times)
+
+
+def _of_any_length(*arrays):
+    """The same arrays, their numbers of cases unknown to TensorFlow: another number then needs no other trace."""
+
+    def of_any_length(tensor):
+        # Nothing is copied.
+        return None if tensor is None else tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
+
+    return keras.tree.map_structure(of_any_length, arrays)

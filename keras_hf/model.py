@@ -112,6 +112,8 @@ class HFModel(keras.Model):
         # What the cure for small batches depends on: how the cases came, or `None` where one batch holds all.
         self._source, self._largest_batch = "batches", 0
         self._num_rejected = 0
+        # Cases of a batch at most in the `fit` that runs, where that is known; and what the traced update is right for.
+        self._most_cases, self._most_cases_traced = None, math.inf
         self.last_trace = None
         if network.built:
             self.built = True
@@ -277,6 +279,7 @@ class HFModel(keras.Model):
             callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, DampingCallback))
         self._warn_about_changed_weights()
         self._source, self._largest_batch = "dataset" if isinstance(x, tf.data.Dataset) else "batches", 0
+        most_cases = None
         if arrays.is_arrays(x):
             self._source = "arrays"
             batch_size = checks.count("batch_size", batch_size, optional=True)
@@ -290,6 +293,7 @@ class HFModel(keras.Model):
                 num_cases = checks.split(num_cases, validation_split)
             if batch_size is None:
                 batch_size = max(1, math.ceil(num_cases / (steps_per_epoch or 1)))
+            most_cases = min(batch_size, num_cases)
             if batch_size >= num_cases:
                 validation_batch_size = validation_batch_size or 32
                 self._source = None
@@ -306,30 +310,33 @@ class HFModel(keras.Model):
                 x, y, sample_weight, batch_size = arrays.repeated(x, y, sample_weight, seed, times), None, None, None
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
-        return super().fit(
-            x,
-            y,
-            batch_size,
-            epochs=epochs,
-            verbose=verbose,
-            callbacks=callbacks,
-            validation_split=validation_split,
-            validation_data=validation_data,
-            shuffle=shuffle,
-            class_weight=class_weight,
-            sample_weight=sample_weight,
-            initial_epoch=initial_epoch,
-            steps_per_epoch=steps_per_epoch,
-            validation_steps=validation_steps,
-            validation_batch_size=validation_batch_size,
-            validation_freq=validation_freq,
-        )
+        with self._batches_of_at_most(most_cases):
+            return super().fit(
+                x,
+                y,
+                batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=callbacks,
+                validation_split=validation_split,
+                validation_data=validation_data,
+                shuffle=shuffle,
+                class_weight=class_weight,
+                sample_weight=sample_weight,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+            )
 
     def make_train_function(self, force=False):
         """Makes `train_function` as Keras does; a step that raises leaves every value as it was before."""
-        if self.train_function is not None and not force:
+        is_right = (self._most_cases or math.inf) <= self._most_cases_traced
+        if self.train_function is not None and is_right and not force:
             return
-        super().make_train_function(force)
+        self._most_cases_traced = math.inf
+        super().make_train_function(force=True)
         step = self.train_function
 
         def train_function(iterator):
@@ -378,17 +385,26 @@ class HFModel(keras.Model):
         """Makes one update; see the class. Called by Keras, in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
         lengths_are_equal = checks.equal_lengths(data.x, data.y, data.sample_weight)
-        most_cases, unseen, update = data.static_num_cases, None, self._update
+        unseen, update = None, self._update
         if self.optimizer.growing_batch is not None:
             counts = of_each_replica(data.num_cases)
             update = functools.partial(update, num_cases=tf.reduce_sum(counts))
             selection = self.optimizer.growing_batch.select(self.optimizer.growing_state(), counts, replica_number())
             with tf.control_dependencies(lengths_are_equal):
                 data, unseen = data.take(selection.used), data.take(selection.unseen)
-        logs = self._with_objective(data, update, most_cases, unseen)
+        logs = self._with_objective(data, update, self._most_cases, unseen)
         self._loss_tracker.update_state(logs["loss"], sample_weight=logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
         return {**logs, **metrics}
+
+    @contextlib.contextmanager
+    def _batches_of_at_most(self, num_cases):
+        """Says, while it is open, how many cases a batch holds at most: an update that is traced then need not be ready for several pieces."""
+        self._most_cases = num_cases
+        try:
+            yield
+        finally:
+            self._most_cases = None
 
     def check_products(self, x, y=None, sample_weight=None):
         """Checks, on these cases, what must hold of right products `v -> Gv`, and prints a report.
@@ -482,9 +498,12 @@ class HFModel(keras.Model):
         piece_size = optimizer.micro_batch_size or min(structure.default_piece_size, chunk_size or 2**30)
         if "unknown" in structure.combinations:
             piece_size, chunk_size = None, None
-        most_cases = chunk_size or data.static_num_cases or most_cases
-        one_piece = piece_size is None or (most_cases is not None and piece_size >= most_cases)
+        bounds = [bound for bound in (chunk_size, data.static_num_cases, most_cases) if bound is not None]
+        one_piece = piece_size is None or (bool(bounds) and piece_size >= min(bounds))
         structure = structure._replace(chunk_is_one_piece=one_piece)
+        if one_piece and piece_size is not None and most_cases is not None and piece_size < (chunk_size or math.inf):
+            # Another `fit` may bring more.
+            self._most_cases_traced = piece_size
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
         share = None
         if chunk_size is not None:

@@ -152,6 +152,35 @@ def test_no_retrace_for_damping_or_a_ragged_last_batch():
     assert CountingModel.num_traces == 1
 
 
+def test_no_retrace_for_another_number_of_cases_another_fit_or_evaluate():
+    CountingModel.num_traces = 0
+    model = CountingModel(network())
+    model.compile(optimizer=HessianFree(damping=0.1, max_cg_iterations=3), loss="mse")
+    fit(model, *cases(300))
+    fit(model, *cases(300))
+    model.evaluate(*cases(100), verbose=0)
+    fit(model, *cases(263), epochs=2)
+    fit(model, *cases(520), batch_size=260)
+    fit(model, *cases(300), validation_split=0.2)
+    fit(model, *cases(300), shuffle=False)
+    assert int(model.optimizer.iterations) == 8
+    assert CountingModel.num_traces == 1
+
+
+def test_more_cases_than_a_piece_holds_are_all_in_the_products_of_an_update_traced_for_fewer(float64):
+    x, y = cases(300)
+    arguments = {"damping": 0.1, "seed": 0, "max_cg_iterations": 8, "micro_batch_size": 100, "growing_batch": None}
+    reference, model = compiled(**arguments), compiled(**arguments)
+    fit(model, x[:90], y[:90])
+    model.set_weights(reference.get_weights())
+    reference._build_optimizer()
+    for variable, other in zip(model.optimizer.variables, reference.optimizer.variables, strict=True):
+        variable.assign(other)
+    fit(model, x, y), fit(reference, x, y)
+    for one, other in zip(all_values(model), all_values(reference), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_train_on_batch_and_eager_make_the_same_update(float64):
     x, y = cases(300)
     reference, eager = compiled(max_iterations=8), compiled()
