@@ -66,31 +66,9 @@ class Curvature(Part):
             piece: An `objective.PieceFunction`: `variables`, `forward()`, `loss(evaluation)`, `added_loss(evaluation)`.
 
         Returns:
-            Callable `v -> Gv` on lists of tensors shaped as `piece.variables`.
+            Callable `v -> Gv` on lists of tensors shaped as `piece.variables`. Of a `linearization.Linearized`, updates check the products.
         """
         raise NotImplementedError
-
-    def quadratic(self, piece):
-        """Prepares `v -> v'Gv` by another road than `linearize`, to hold its products against; `None` where there is none.
-
-        Args:
-            piece: As in `linearize`.
-
-        Returns:
-            Callable from a list of tensors to a float64 scalar, or `None`.
-        """
-        del piece
-
-    def tangents(self, piece):
-        """Gives `v -> Jv` on a piece's outputs, which products are made of, or `None` for a curvature made otherwise.
-
-        Args:
-            piece: As in `linearize`.
-
-        Returns:
-            Callable from a list of tensors to a list of tensors, or `None`.
-        """
-        del piece
 
     def get_config(self):
         """Returns the constructor's arguments as a dict."""
@@ -116,24 +94,10 @@ class _ThroughOutputs(Curvature):
         raise NotImplementedError
 
     def linearize(self, piece):
-        product = self.linearization.gauss_newton(*self._through_outputs(piece), piece.variables)
+        linearized = self.linearization.gauss_newton(*self._through_outputs(piece), piece.variables)
         if not piece.has_added_loss:
-            return product
-        added = self._added(piece)
-        return lambda v: [a + b for a, b in zip(product(v), added(v), strict=True)]
-
-    def quadratic(self, piece):
-        quadratic = self.linearization.gauss_newton_quadratic(*self._through_outputs(piece), piece.variables)
-        if not piece.has_added_loss:
-            return quadratic
-        added = self._added(piece)
-        return lambda v: quadratic(v) + inner_product(v, added(v))
-
-    def tangents(self, piece):
-        return self.linearization.tangents(_forward(piece), piece.variables)
-
-    def _added(self, piece):
-        return self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables)
+            return linearized
+        return linearized.plus(self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables))
 
 
 @keras.saving.register_keras_serializable("keras_hf")

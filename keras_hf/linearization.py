@@ -6,6 +6,8 @@ Two ways, both exact. Forward accumulation re-runs the forward pass in every pro
 
 import contextlib
 import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -17,6 +19,29 @@ from keras_hf.replaced import replaced
 # Where XLA's fusing of elementwise operations outweighs its slower matrix products on CPUs, and a case is work enough to pay for seconds of
 # compiling: `benchmarks/linearization_choice.py`.
 _JIT_MAX_INTENSITY, _JIT_MIN_BYTES_PER_CASE = 40.0, 2**16
+
+
+class Linearized(NamedTuple):
+    """A curvature on one piece of data, at the weights. Called, it is the product.
+
+    Attributes:
+        product: Callable `v -> Gv`, on lists of tensors shaped as the weights.
+        factors: Callable `() -> (v -> Jv, u -> Hu, u -> J'u)`, what a matrix `J'HJ` is made of, without XLA: products are held against these. They
+            share what the product keeps, if it keeps anything. `None` for a matrix made otherwise.
+        added: Callable `v -> Av`, what the product holds beside `J'HJ`, or `None`.
+    """
+
+    product: Callable
+    factors: Callable | None = None
+    added: Callable | None = None
+
+    def __call__(self, v):
+        return self.product(v)
+
+    def plus(self, added):
+        """Returns the sum with another matrix, `v -> Av`."""
+        product = self.product
+        return self._replace(product=lambda v: [a + b for a, b in zip(product(v), added(v), strict=True)], added=added)
 
 
 class Linearization(Part):
@@ -42,19 +67,8 @@ class Linearization(Part):
             variables: List of `tf.Variable`.
 
         Returns:
-            Callable from a list of tensors shaped as `variables` to such a list.
+            A `Linearized`.
         """
-        raise NotImplementedError
-
-    def gauss_newton_quadratic(self, forward, hessian_at, variables):
-        """Gives `v -> (Jv)'H(Jv)`, a float64 scalar, from tangents alone and without XLA; arguments as in `gauss_newton`.
-
-        What `v'Gv` must equal, and does not where tangents are lost or TensorFlow's second derivatives are wrong.
-        """
-        raise NotImplementedError
-
-    def tangents(self, forward, variables):
-        """Gives `v -> Jv`, from a list of tensors shaped as `variables` to one shaped as the outputs; `forward` as in `gauss_newton`."""
         raise NotImplementedError
 
     def hessian(self, loss, variables):
@@ -109,28 +123,14 @@ class DoubleBackward(Linearization):
 
     def gauss_newton(self, forward, hessian_at, variables):
         def linearize():
-            outputs, rest, tape, tangents = _transposed_twice(forward, variables)
+            outputs, rest, tangents, pull_back = _transposed_twice(forward, variables)
             hessian = hessian_at(outputs, rest)
+            return Linearized(lambda v: pull_back(hessian(tangents(v))), lambda: (tangents, hessian, pull_back))
 
-            def product(v):
-                return dense(tape.gradient(outputs, variables, output_gradients=hessian(tangents(v))), variables)
-
-            return product
-
-        return self._compiled(linearize)
-
-    def gauss_newton_quadratic(self, forward, hessian_at, variables):
-        outputs, rest, _, tangents_of = _transposed_twice(forward, variables)
-        hessian = hessian_at(outputs, rest)
-
-        def quadratic(v):
-            tangents = tangents_of(v)
-            return inner_product(tangents, hessian(tangents))
-
-        return quadratic
-
-    def tangents(self, forward, variables):
-        return self._compiled(lambda: _transposed_twice(forward, variables)[-1])
+        if self.jit_compile and not self._keeps_under_jit:
+            return Linearized(_jit(lambda v: linearize()(v)), lambda: linearize().factors())
+        linearized = linearize()
+        return linearized._replace(product=_jit(linearized.product)) if self.jit_compile else linearized
 
     def hessian(self, loss, variables):
         def linearize():
@@ -144,14 +144,9 @@ class DoubleBackward(Linearization):
 
             return product
 
-        return self._compiled(linearize)
-
-    def _compiled(self, linearize):
         if not self.jit_compile:
             return linearize()
-        if self._keeps_under_jit:
-            return _jit(linearize())
-        return _jit(lambda v: linearize()(v))
+        return _jit(linearize() if self._keeps_under_jit else lambda v: linearize()(v))
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -173,20 +168,16 @@ class ForwardAccumulation(Linearization):
             curved = hessian_at(outputs, rest)(tangents)
             return dense(tape.gradient(outputs, variables, output_gradients=curved), variables)
 
-        return _jit(product) if self.jit_compile else product
+        def factors():
+            with tf.GradientTape(persistent=True) as tape:
+                outputs, rest = forward()
 
-    def gauss_newton_quadratic(self, forward, hessian_at, variables):
-        def quadratic(v):
-            outputs, rest, tangents = self._tangents(forward, variables, v)
-            return inner_product(tangents, hessian_at(outputs, rest)(tangents))
+            def pull_back(u):
+                return dense(tape.gradient(outputs, variables, output_gradients=u), variables)
 
-        return quadratic
+            return lambda v: self._tangents(forward, variables, v)[-1], hessian_at(outputs, rest), pull_back
 
-    def tangents(self, forward, variables):
-        def tangents(v):
-            return self._tangents(forward, variables, v)[-1]
-
-        return _jit(tangents) if self.jit_compile else tangents
+        return Linearized(_jit(product) if self.jit_compile else product, factors)
 
     def _tangents(self, forward, variables, v):
         with tf.autodiff.ForwardAccumulator(variables, v) as accumulator:
@@ -217,18 +208,23 @@ class ForwardAccumulation(Linearization):
 
 
 def _transposed_twice(forward, variables):
-    """Runs the forward pass once; gives outputs, the rest, the tape of `J'u` and `v -> Jv`, the derivative of `<J'u, v>` in u."""
-    with tf.GradientTape(persistent=True) as transposing:
-        with tf.GradientTape(persistent=True) as tape:
-            outputs, rest = forward()
-        cotangents = [tf.zeros_like(output) for output in outputs]
+    """Runs the forward pass once; gives outputs, the rest, `v -> Jv`, the derivative of `<J'u, v>` in u, and `u -> J'u`."""
+    with tf.GradientTape(persistent=True) as tape:
+        outputs, rest = forward()
+
+    def pull_back(u):
+        return dense(tape.gradient(outputs, variables, output_gradients=u), variables)
+
+    cotangents = [tf.zeros_like(output) for output in outputs]
+    # The forward pass has no part in a derivative in u: recorded here, too, its loops would take seconds more to trace.
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as transposing:
         transposing.watch(cotangents)
-        pulled_back = dense(tape.gradient(outputs, variables, output_gradients=cotangents), variables)
+        pulled_back = pull_back(cotangents)
 
     def tangents(v):
         return dense(transposing.gradient(pulled_back, cotangents, output_gradients=v), outputs)
 
-    return outputs, rest, tape, tangents
+    return outputs, rest, tangents, pull_back
 
 
 def choose_linearization(structure, num_replicas):

@@ -11,7 +11,6 @@ import keras
 import tensorflow as tf
 
 from keras_hf.capture import constant_statistics, own_statistics, squared_gradients
-from keras_hf.cg import dot
 from keras_hf.linearization import DoubleBackward, dense, inner_product
 from keras_hf.replicas import replica_number
 
@@ -499,25 +498,8 @@ class LocalObjective:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
             return (size / piece.magnification) * total + _by_rows(regularization, v)
 
-        return product
-
-    def quadratic(self, curvature, v):
-        """This replica's share of v'Gv over the chunk by another road than `product`, or `None` where the curvature knows none.
-
-        Float64 scalar; regularizers included. Cost: half a product.
-        """
-        piece = self._piece(tf.constant(0), of_chunk=True)
-        if curvature.quadratic(piece) is None:
-            return None
-        size = self._size(v)
-        tangents = unpack(v / size, self.task.variables)
-
-        def add_piece(number, total):
-            return total + curvature.quadratic(self._piece(number, of_chunk=True))(tangents)
-
-        of_regularizers = tf.reduce_sum(tf.cast(v * self.regularization_product()(v), tf.float64))
-        total = _over_pieces(0, self.pieces.num_chunk_pieces, add_piece, tf.zeros([], tf.float64))
-        return tf.cast(size**2 / piece.magnification, tf.float64) * total + of_regularizers
+        # Checked on the kept piece: another linearization would take seconds to trace.
+        return _LocalProduct(product, lambda v: self._sides(first, v))
 
     def _of_cases(self, sums):
         """Returns what the first piece of the chunk gave, a nest of tensors; zeros where it holds no case, as on a replica that got none.
@@ -540,25 +522,31 @@ class LocalObjective:
         largest = tf.reduce_max(tf.abs(v), -1, keepdims=v.shape.rank == 2)
         return tf.where(largest > 0, largest, tf.ones_like(largest))
 
-    def adjointness(self, curvature, v):
-        """Both sides of `u'(Jv) = (J'u)'v` on the first piece, and the size of what they sum: float64 scalars. `None` for a curvature without J."""
-        tangents_of = curvature.tangents(self._piece(tf.constant(0), of_chunk=True))
-        if tangents_of is None:
+    def _sides(self, linearized, v):
+        """Both sides of `v'Gv = (Jv)'H(Jv)` and of `u'(Jv) = (J'u)'v` on a piece, u random, and the sizes of what they sum.
+
+        Returns:
+            List of triples of float64 scalars; `None` for a curvature without J.
+        """
+        if getattr(linearized, "factors", None) is None:
             return None
+        tangents_of, hessian, pull_back = linearized.factors()
         v = unpack(v / self._size(v), self.task.variables)
-        tangents = tangents_of(v)
-        with tf.GradientTape() as tape:
-            outputs = self._piece(tf.constant(0), of_chunk=True).forward().outputs
-        seeds = range(len(outputs))
+        tangents, image = tangents_of(v), linearized(v)
+        left, right = inner_product(v, image), inner_product(tangents, hessian(tangents))
+        if linearized.added is not None:
+            right += inner_product(v, linearized.added(v))
+        # The last term: where curvature of both signs cancels, rounding is not small beside what is left.
+        size = tf.abs(left) + tf.abs(right) + 1e-4 * tf.sqrt(inner_product(v, v) * inner_product(image, image))
+        identity = left, right, size
         u = [
-            tf.cast(tf.random.stateless_normal(tf.shape(output), [seed, 2], dtype=self.dtype), output.dtype)
-            for seed, output in zip(seeds, outputs, strict=True)
+            tf.cast(tf.random.stateless_normal(tf.shape(tangent), [seed, 2], dtype=self.dtype), tangent.dtype)
+            for seed, tangent in enumerate(tangents)
         ]
-        pulled = dense(tape.gradient(outputs, self.task.variables, output_gradients=u), self.task.variables)
-        left, right = inner_product(u, tangents), inner_product(pulled, v)
+        left, right = inner_product(u, tangents), inner_product(pull_back(u), v)
         # Where tangents are lost altogether their size is zero, and the right side tells.
-        scale = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
-        return self._of_cases((left, right, scale))
+        size = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
+        return self._of_cases([identity, (left, right, size)])
 
     def sum_over_chunk(self, function, num_cases):
         """This replica's part of `Objective.sum_over_chunk`."""
@@ -597,6 +585,39 @@ class LocalObjective:
 
         zeros = tf.zeros([num_weights(self.task.variables)], self.dtype)
         return self.totals.num_cases * _over_pieces(0, self.pieces.num_pieces, add_piece, zeros)
+
+
+class _LocalProduct(NamedTuple):
+    """One replica's share of a product `v -> Gv`, and the sides of what must hold of it; see `LocalObjective`."""
+
+    product: Callable
+    sides: Callable
+
+
+class Product:
+    """A product over all replicas. Called, it is `v -> Gv`; see `Objective.product`.
+
+    Args:
+        replicas: `replicas.Replicas`.
+        parts: The `_LocalProduct` of every replica, as `replicas` holds them.
+    """
+
+    def __init__(self, replicas, parts):
+        self._replicas, self._parts = replicas, parts
+
+    def __call__(self, v):
+        return self._replicas.sum(lambda part, v: part.product(v), self._parts, v)
+
+    def errors(self, v):
+        """Returns by how much `v'Gv = (Jv)'H(Jv)` and, for a random u, `u'(Jv) = (J'u)'v` fail, relative to both sides; `None` without a J.
+
+        On the first piece of every replica. Where TensorFlow's second derivatives are wrong, or tangents are lost, J and J' are not each other's
+        transposes, and both do not hold. Float64 `(2,)`. Cost: two products.
+        """
+        sides = self._replicas.sum(lambda part, v: part.sides(v), self._parts, v)
+        if sides is None:
+            return None
+        return tf.stack([tf.math.divide_no_nan(tf.abs(left - right), size) for left, right, size in sides])
 
 
 class Objective:
@@ -757,39 +778,7 @@ class Objective:
         one after the other: on a CPU, vectorised products took up to 3.7 times as long, and a third less at best.
         """
         curvature = curvature.fitted_to(self._structure, self._replicas.count)
-        products = self._replicas.run(lambda part: part.product(curvature), self._parts)
-        return lambda v: self._replicas.sum(lambda local_product, v: local_product(v), products, v)
-
-    def curvature_along(self, curvature, v):
-        """Returns `v'Gv` over the chunk at the start, float64. Cost: half a product and, by double backward, the tapes of one."""
-        fitted = curvature.fitted_to(self._structure, self._replicas.count)
-        value = self._replicas.sum(lambda part, v: part.quadratic(fitted, v), self._parts, v)
-        return dot(v, self.product(curvature)(v)) if value is None else value
-
-    def product_error(self, curvature, v, image):
-        """Returns how far the product `image` of v is from `v'Gv = (Jv)'H(Jv)`, relative to both sides; 0 for a curvature without J.
-
-        Where TensorFlow's second derivatives are wrong, J and J' are not each other's transposes, and the identity does not hold. Cost: half a
-        product and, where the tapes of double backward must be built again, a gradient.
-        """
-        curvature = curvature.fitted_to(self._structure, self._replicas.count)
-        right = self._replicas.sum(lambda part, v: part.quadratic(curvature, v), self._parts, v)
-        if right is None:
-            return tf.zeros([], tf.float64)
-        v, image = tf.cast(v, tf.float64), tf.cast(image, tf.float64)
-        left = tf.reduce_sum(v * image)
-        # The last term: where curvature of both signs cancels, rounding is not small beside what is left.
-        scale = tf.abs(left) + tf.abs(right) + 1e-4 * tf.norm(v) * tf.norm(image)
-        return tf.math.divide_no_nan(tf.abs(left - right), scale)
-
-    def adjointness_error(self, curvature, v):
-        """Returns by how much `u'(Jv) = (J'u)'v` fails on the first piece for a random u, relative to both sides; `None` without a J."""
-        curvature = curvature.fitted_to(self._structure, self._replicas.count)
-        sides = self._replicas.sum(lambda part, v: part.adjointness(curvature, v), self._parts, v)
-        if sides is None:
-            return None
-        left, right, scale = sides
-        return tf.math.divide_no_nan(tf.abs(left - right), scale)
+        return Product(self._replicas, self._replicas.run(lambda part: part.product(curvature), self._parts))
 
     @property
     def rounding(self):

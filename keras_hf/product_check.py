@@ -68,13 +68,13 @@ def product_errors(objective, curvature, other):
     bilinear = tf.abs(dot(u, of_v) - dot(v, of_u)) / tf.maximum(_norm(u) * _norm(of_v) + _norm(v) * _norm(of_u), 1e-300)
     negative = tf.maximum(-dot(v, of_v), 0.0) / tf.maximum(_norm(v) * _norm(of_v), 1e-300)
     missing = tf.constant(float("nan"), tf.float64)
-    adjoint = objective.adjointness_error(curvature, v)
+    errors = product.errors(v)
     return Errors(
         determinism=repeated,
         linearity=_difference(combined, 2 * of_u - 3 * of_v),
         symmetry=bilinear,
         negativity=negative,
-        adjointness=missing if adjoint is None else adjoint,
+        adjointness=missing if errors is None else errors[1],
         other_way=missing if other is None else _difference(of_v, objective.product(other)(v)),
     )
 

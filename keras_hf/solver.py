@@ -3,7 +3,6 @@
 Knows vectors, callables and one scalar: no Keras, no data, no rule of the damping. What a solver is, `truncated_cg.py` shows.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,25 +16,18 @@ class LocalModel:
 
     Args:
         objective: `objective.Objective`.
-        curvature: `curvature.Curvature`.
+        linearize: Callable without arguments that gives the update's product; see below.
         gradient: Tensor `(n,)`. At rest, where no step can be measured, it is zero: every solver's answer is then to stay.
 
     Attributes:
         objective: As above; preconditioners look into it.
         gradient: As above.
+        linearize: Returns the product `v -> Gv` on vectors `(n,)` or rows `(k, n)`, undamped; see `Objective.product`. Call it outside of branches
+            and loops.
     """
 
-    def __init__(self, objective, curvature, gradient):
-        self.objective, self.gradient = objective, gradient
-        # One linearization, made by whoever needs it first and held from then on.
-        self._product = functools.cache(lambda: objective.product(curvature))
-
-    def linearize(self):
-        """Returns the product `v -> Gv` on vectors `(n,)` or rows `(k, n)`, undamped; see `Objective.product`.
-
-        Its tapes are held from the first call on: call it where products are needed only, and outside of branches and loops.
-        """
-        return self._product()
+    def __init__(self, objective, linearize, gradient):
+        self.objective, self.linearize, self.gradient = objective, linearize, gradient
 
 
 class Path(NamedTuple):

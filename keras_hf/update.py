@@ -3,6 +3,7 @@
 Knows a solver by what every solver promises, and no Keras.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -47,8 +48,8 @@ class UpdateResult(NamedTuple):
         unseen: What `unseen` gave of the step; `None` without it.
         state: `UpdateState`, for the next update.
         network_states: List of tensors, the network's states after the pass at the start.
-        product_error: float64 scalar, how far the products are from `v'Gv = (Jv)'H(Jv)` and J from being the transpose of J', where that was checked;
-            else 0.
+        product_error: float64 scalar, how far the products of the first piece are from `v'Gv = (Jv)'H(Jv)` and J from being the transpose of J',
+            where that was checked; else 0.
         repeat_error: float64 scalar, by how much of itself the loss differed when computed again, where that was checked; else 0.
         logs: Dict of scalars, the solver's own.
         trace: Dict of tensors, how the step was found: `losses` `(k,)` of the candidates, `num_cuts`, `num_products`, and what the solver adds.
@@ -75,7 +76,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
 
     The solver makes a path of candidates from the quadratic model `q(p) = g'p + p'(G + damping I)p / 2`, a search picks the step from it by the
     loss on all cases, and the reduction ratio says how well the model predicted. Cost: one gradient, what solver and search spend, and one product
-    for the ratio; half a product more in the update that finds the scale of the curvature. Where the run has converged to rounding, hardly more than
+    for the ratio; one product more in the update that finds the scale of the curvature. Where the run has converged to rounding, hardly more than
     the gradient.
 
     Args:
@@ -96,18 +97,21 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     at_start = objective.loss_and_gradient()
     gradient, gradient_norm = at_start.gradient, tf.sqrt(dot(at_start.gradient, at_start.gradient))
     curvature, curvature_state = curvature.prepared(objective, state.curvature)
-    scale, found_damping = _scale_and_damping(objective, curvature, gradient, state)
+    # One linearization, for everybody who needs products.
+    linearize = functools.cache(lambda: objective.product(curvature))
+    scale, found_damping = _scale_and_damping(objective, linearize, gradient, state)
     # Where there is none, there is no step either.
     damping = tf.where(tf.math.is_nan(found_damping), tf.ones_like(found_damping), found_damping)
     norm = tf.cast(gradient_norm, damping.dtype)
     is_at_rest = state.convergence.still_holds(norm, damping)
 
-    model = LocalModel(objective, curvature, tf.where(is_at_rest, tf.zeros_like(gradient), gradient))
+    model = LocalModel(objective, linearize, tf.where(is_at_rest, tf.zeros_like(gradient), gradient))
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 
     # The ratio is judged on the chunk, whose curvature the solver has seen, at step size 1, without the damping: Martens' released code.
-    image = model.linearize()(taken.candidate)
+    product = linearize()
+    image = product(taken.candidate)
     predicted_reduction = -(dot(gradient, taken.candidate) + 0.5 * dot(taken.candidate, image))
     if objective.chunk_is_batch:
         actual_reduction = at_start.loss - taken.candidate_loss
@@ -120,7 +124,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
 
     product_error, repeat_error = tf.cond(
         tf.convert_to_tensor(check),
-        lambda: (_product_error(objective, curvature, taken.candidate, image), _repeat_error(objective, at_start.loss)),
+        lambda: (_product_error(product, taken.candidate), _repeat_error(objective, at_start.loss)),
         lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
     )
     wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)
@@ -160,22 +164,23 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     )
 
 
-def _scale_and_damping(objective, curvature, gradient, state):
+def _scale_and_damping(objective, linearize, gradient, state):
     """The scale of the curvature and the damping of this update: those of the state or, where it has none, found now; NaN if that cannot be."""
+    # One after the other: a graph would run gradient and linearization at once, and hold the activations of both.
     with tf.control_dependencies([gradient]):
-        scale = tf.cond(
-            state.scale > 0,
-            lambda: state.scale,
-            lambda: curvature_scale(gradient, objective.curvature_along(curvature, gradient), objective.start_vector),
-        )
+        product = linearize()
+    scale = tf.cond(
+        state.scale > 0,
+        lambda: state.scale,
+        lambda: curvature_scale(gradient, dot(gradient, product(gradient)), objective.start_vector),
+    )
     return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale), state.damping)
 
 
-def _product_error(objective, curvature, step, image):
-    """By how much the products contradict themselves: in the identity `v'Gv = (Jv)'H(Jv)` or in `u'(Jv) = (J'u)'v`."""
-    adjointness = objective.adjointness_error(curvature, step)
-    identity = objective.product_error(curvature, step, image)
-    return identity if adjointness is None else tf.maximum(identity, adjointness)
+def _product_error(product, step):
+    """By how much the products contradict themselves; 0 for a curvature that is not made of a J."""
+    errors = product.errors(step)
+    return tf.zeros([], tf.float64) if errors is None else tf.reduce_max(errors)
 
 
 def _repeat_error(objective, loss):

@@ -1249,9 +1249,7 @@ def is_rejected(model, data, curvature):
 
     def error(objective):
         gradient = objective.loss_and_gradient().gradient
-        product = objective.product(curvature)(gradient)
-        of_product = objective.product_error(curvature, gradient, product)
-        return tf.maximum(of_product, objective.adjointness_error(curvature, gradient)) > objective.rounding
+        return tf.reduce_max(objective.product(curvature).errors(gradient)) > objective.rounding
 
     return bool(with_objective(model, data, error))
 

@@ -127,7 +127,7 @@ def test_the_solver_stops_at_the_border_of_its_region(parts, float64):
     solver = parts["TrustRegion"](max_iterations=100, rtol=1e-12)
 
     def path(objective, damping):
-        local = LocalModel(objective, GaussNewton(), objective.loss_and_gradient().gradient)
+        local = LocalModel(objective, lambda: objective.product(GaussNewton()), objective.loss_and_gradient().gradient)
         return solver.solve(local, tf.constant(damping, tf.float64), {}).candidates[0]
 
     assert np.linalg.norm(with_objective(model, data, lambda o: path(o, 100.0))) == pytest.approx(0.01)

@@ -47,18 +47,6 @@ def test_limits_are_relative_to_the_scale():
     assert np.isfinite(np.float32(damping_limits(1e37, "float32")[1]) * np.float32(1e6))
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("curvature", [GaussNewton(), Hessian()], ids=lambda part: type(part).__name__)
-def test_curvature_along_a_vector_equals_the_dense_matrix(curvature):
-    model = make_model(regularizer=keras.regularizers.L2(0.1))
-    data = model_data(model, inputs(), np.zeros((15, 3)))
-    v = tf.random.stateless_normal([27], [1, 2], dtype=tf.float64)
-    found, matrix = with_objective(
-        model, data, lambda o: (o.curvature_along(curvature, v), dense_matrix(o.product(curvature), 27))
-    )
-    np.testing.assert_allclose(found, v.numpy() @ matrix.numpy() @ v.numpy(), rtol=1e-10)
-
-
 def run(loss_weight, damping=None, **parts):
     """Twelve updates with a loss times `loss_weight`: history, weights and optimizer."""
     keras.utils.set_random_seed(0)

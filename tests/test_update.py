@@ -159,3 +159,18 @@ def test_numbers_that_are_not_finite_reject_the_step():
     assert found.step_size == 0 and np.isnan(found.reduction_ratio)
     assert (found.state.solver["warm_start"].numpy() == 0).all()
     assert np.isnan(found.loss)
+
+
+def test_the_check_of_products_runs_no_other_linearization():
+    model, data = problem_data()
+    calls, network = [], model.network.call
+    object.__setattr__(model.network, "call", lambda *args, **kwargs: calls.append(1) or network(*args, **kwargs))
+
+    def errors(objective):
+        product = objective.product(GaussNewton())
+        before = len(calls)
+        found = product.errors(tf.ones([objective.num_weights], tf.float64))
+        assert before > 0 and len(calls) == before
+        return found
+
+    assert with_objective(model, data, errors).numpy().max() < 1e-12
