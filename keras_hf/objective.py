@@ -374,6 +374,8 @@ class LocalObjective:
         place, moved by the update's number and the generator's place in the network, by multipliers (Knuth's and another) that keep neighbouring
         seeds apart; the piece's and the replica's numbers are the counter's upper bits, which leaves 2^12 calls within one pass.
         """
+        if not self.task.seeds:
+            return keras.StatelessScope(state_mapping=list(values), collect_losses=True)
         place = tf.cast(number, tf.int64) * 2**12 + tf.cast(replica_number(), tf.int64) * 2**28
         first = tf.cast(self.task.seed.value, tf.int64) + tf.cast(self.update_number, tf.int64) * 2654435761
         mapping = [
