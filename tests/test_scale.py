@@ -4,14 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import dense_matrix, inputs, make_model, model_data, with_objective
 
 from keras_hf import (
     ConjugateGradient,
     EmpiricalFisherDiagonal,
-    GaussNewton,
     GrowingBatch,
-    Hessian,
     HessianFree,
     HFModel,
     LevenbergMarquardt,

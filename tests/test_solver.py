@@ -65,7 +65,9 @@ def test_at_rest_the_step_is_zero(solver, damping):
     model, data = problem()
 
     def compute(objective):
-        local = LocalModel(objective, lambda: objective.product(GaussNewton()), tf.zeros([objective.num_weights], tf.float64))
+        local = LocalModel(
+            objective, lambda: objective.product(GaussNewton()), tf.zeros([objective.num_weights], tf.float64)
+        )
         path = solver.solve(local, tf.constant(damping, tf.float64), solver.initial_state(objective.variables, []))
         return path.candidates, path.num_products
 
