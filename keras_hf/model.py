@@ -389,7 +389,9 @@ class HFModel(keras.Model):
         if self.optimizer.growing_batch is not None:
             counts = of_each_replica(data.num_cases)
             update = functools.partial(update, num_cases=tf.reduce_sum(counts))
-            selection = self.optimizer.growing_batch.select(self.optimizer.growing_state(), counts, replica_number())
+            selection = self.optimizer.growing_batch.select(
+                self.optimizer.state().growing_batch, counts, replica_number()
+            )
             with tf.control_dependencies(lengths_are_equal):
                 data, unseen = data.take(selection.used), data.take(selection.unseen)
         logs = self._with_objective(data, update, self._most_cases, unseen)
@@ -544,17 +546,17 @@ class HFModel(keras.Model):
             check=tf.convert_to_tensor(self._is_first_update) | isinstance(self._linearization, ForwardAccumulation),
         )
         logs = self._update_logs(objective, result)
-        self._apply(objective, structure, result)
         if unseen is not None:
-            state = optimizer.growing_batch.next_state(
-                optimizer.growing_state(),
+            grown = optimizer.growing_batch.next_state(
+                result.state.growing_batch,
                 tf.cast(objective.totals.num_cases, tf.int32),
                 result.actual_reduction,
                 result.unseen,
                 num_cases,
                 tf.stack([tf.convert_to_tensor(optimizer.seed), objective.update_number]),
             )
-            optimizer.assign_growing_state(state)
+            result = result._replace(state=result.state._replace(growing_batch=grown))
+        self._apply(objective, structure, result)
         return logs
 
     def _task(self, data):
@@ -686,18 +688,17 @@ class HFModel(keras.Model):
             self.trainable_variables, objective.start(), objective.candidate(result.step), strict=True
         ):
             variable.value.assign(tf.where(accepted, new, old))
-        num_cases, num_before = objective.totals.num_cases, tf.convert_to_tensor(self.optimizer.statistics_cases.value)
+        num_cases, num_before = objective.totals.num_cases, result.state.statistics_cases
         before = [tf.convert_to_tensor(state.value) for state in structure.states]
         states = tf.cond(accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before)
         for state, new in zip(structure.states, states, strict=True):
             state.value.assign(new)
         # Half as many after every update: cases of long ago tell ever less of those that come.
         next_cases = tf.maximum(num_cases, num_before / 2)
-        self.optimizer.statistics_cases.value.assign(tf.where(accepted, next_cases, num_before))
         # Of a rejected step, too: it is about the weights, which stay. But numbers that are not finite would outlive the cases they came from.
         before, after = self.optimizer.state(), result.state
         kept = {name: if_finite(getattr(after, name), getattr(before, name)) for name in ("solver", "curvature")}
-        self.optimizer.assign_state(after._replace(**kept))
+        self.optimizer.assign_state(after._replace(statistics_cases=tf.where(accepted, next_cases, num_before), **kept))
         self.optimizer.iterations.value.assign_add(1)
 
     def _build_optimizer(self):

@@ -118,10 +118,8 @@ class HessianFree(keras.optimizers.Optimizer):
         # All layers of the network, which `HFModel` tells: Keras builds optimizers, some before there are layers, from variables alone.
         self.find_layers = list
         self._seed = None
-        # `UpdateState` of variables, and what the growing batch remembers.
-        self._state = self._growing_state = None
-        # How many cases the statistics of BatchNormalization stand for.
-        self.statistics_cases = None
+        # `UpdateState` of variables.
+        self._state = None
 
     @property
     def damping(self):
@@ -177,12 +175,11 @@ class HessianFree(keras.optimizers.Optimizer):
             convergence=Convergence(number(0.0), number(0.0), number(0.0)),
             solver=self.solver.initial_state(values, layers),
             curvature=self.curvature.initial_state(values, layers),
+            growing_batch=self.growing_batch.initial_state(values, layers) if self.growing_batch else {},
+            statistics_cases=number(0.0),
         )
-        growing = self.growing_batch.initial_state(values, layers) if self.growing_batch else {}
         self._state = self._variables_of("", initial)
-        self._growing_state = self._variables_of("growing_batch", growing)
         self._seed = self._variables_of("seed", tf.constant(self._initial_seed, tf.int32))
-        self.statistics_cases = self._variables_of("statistics_cases", number(0.0))
 
     def _variables_of(self, name, nest):
         """Makes a variable of every tensor of a nest, named by its place in it."""
@@ -205,14 +202,6 @@ class HessianFree(keras.optimizers.Optimizer):
     def assign_state(self, state):
         """Sets what an update goes on from, an `update.UpdateState` of tensors."""
         _assign(self._state, state)
-
-    def growing_state(self):
-        """Returns what the growing batch remembers, a dict of tensors."""
-        return _values(self._growing_state)
-
-    def assign_growing_state(self, state):
-        """Sets what the growing batch remembers, a dict of tensors."""
-        _assign(self._growing_state, state)
 
     def apply(self, grads, trainable_variables=None):
         """Refuses: an update needs products with the curvature, which a list of gradients does not give.

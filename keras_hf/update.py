@@ -23,6 +23,8 @@ class UpdateState(NamedTuple):
         convergence: `Convergence`, the memory of updates at rounding.
         solver: Nest of tensors, what the solver remembers.
         curvature: Dict of tensors, what the curvature remembers.
+        growing_batch: Dict of tensors, what the growing batch remembers; an update hands it on as it came.
+        statistics_cases: Scalar of the weights' dtype, how many cases the statistics of BatchNormalization stand for; handed on as it came.
     """
 
     damping: tf.Tensor
@@ -30,6 +32,8 @@ class UpdateState(NamedTuple):
     convergence: Convergence
     solver: Any
     curvature: dict
+    growing_batch: dict
+    statistics_cases: tf.Tensor
 
 
 class UpdateResult(NamedTuple):
@@ -143,7 +147,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         reduction_ratio=_reduction_ratio(actual_reduction, predicted_reduction, is_measured),
         actual_reduction=reduction,
         unseen=unseen(step) if unseen else None,
-        state=UpdateState(
+        state=state._replace(
             damping=found_damping,
             scale=scale,
             convergence=state.convergence.after(is_at_rounding, accepted & (reduction > rounding), norm, damping),

@@ -192,4 +192,6 @@ def update_state(objective, solver, damping=0.3, scale=0.0, curvature=None):
         convergence=Convergence(number(0.0), number(0.0), number(0.0)),
         solver=solver.initial_state(objective.variables, []),
         curvature=curvature.initial_state(objective.variables, []) if curvature else {},
+        growing_batch={},
+        statistics_cases=number(0.0),
     )

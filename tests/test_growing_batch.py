@@ -85,7 +85,7 @@ def assert_same_updates(model, history, reference, expected):
 
 
 def part_state(model):
-    return {key: int(value) for key, value in model.optimizer.growing_state().items()}
+    return {key: int(value) for key, value in model.optimizer.state().growing_batch.items()}
 
 
 # Five updates of 5 of 24 cases: the last goes around, and a round ends.

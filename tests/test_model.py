@@ -233,9 +233,9 @@ def test_after_a_step_evaluation_has_the_loss_of_training():
         if "loss" not in value.path:
             np.testing.assert_array_equal(value.numpy(), old)
     # After the rest of an epoch, what was seen of all cases counts half.
-    assert float(model.optimizer.statistics_cases.numpy()) == 40
+    assert float(model.optimizer.state().statistics_cases) == 40
     assert model.train_on_batch(x[:3], y[:3], return_dict=True)["step_size"] > 0
-    assert float(model.optimizer.statistics_cases.numpy()) == 20
+    assert float(model.optimizer.state().statistics_cases) == 20
 
 
 @pytest.mark.parametrize(

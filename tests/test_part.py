@@ -100,7 +100,7 @@ def test_a_built_optimizer_holds_the_initial_state_of_every_part():
         },
     )
     assert state["layers"] >= 2
-    assert {key: int(value) for key, value in model.optimizer.growing_state().items()} == {
+    assert {key: int(value) for key, value in model.optimizer.state().growing_batch.items()} == {
         "size": 7,
         "start": 0,
         "misses": 0,
@@ -126,12 +126,13 @@ def test_a_state_assigned_is_the_state_read():
 def test_saved_variables_hold_the_states_of_parts():
     saved, again = (compiled(growing_batch=GrowingBatch(7)).optimizer for _ in range(2))
     remember(saved, updates=tf.constant(3))
-    saved.assign_growing_state({**saved.growing_state(), "start": tf.constant(11)})
+    state = saved.state()
+    saved.assign_state(state._replace(growing_batch={**state.growing_batch, "start": tf.constant(11)}))
     store = {}
     saved.save_own_variables(store)
     again.load_own_variables(store)
     assert int(memory(again)["updates"]) == 3
-    assert int(again.growing_state()["start"]) == 11
+    assert int(again.state().growing_batch["start"]) == 11
 
 
 @pytest.mark.slow

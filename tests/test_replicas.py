@@ -126,7 +126,7 @@ def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
     np.testing.assert_allclose(two_history["loss"], losses, rtol=1e-6)
     for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
-    state = {key: int(value) for key, value in two.optimizer.growing_state().items()}
+    state = {key: int(value) for key, value in two.optimizer.state().growing_batch.items()}
     assert (state["size"], state["start"]) == (12, 36)
 
 
