@@ -1,8 +1,8 @@
-"""Which cases an update uses: the part of the batch, the curvature chunk and the pieces (micro-batches) they are worked through in.
+"""Which cases an update uses: the part of the batch, the curvature chunk, and the pieces (micro-batches) in which they are processed.
 
 Martens (2010), section 4.3: the gradient on all cases of the batch, products on a chunk of them. The batch is read as a ring that starts at the
-chunk, so that the chunk is the first `chunk_size` cases and a union of whole pieces: gradient, products, backtracking and line search then see
-the same pieces, with the same random numbers and batch statistics in each.
+chunk, so that the chunk is the first `chunk_size` cases and a union of whole pieces. Gradient, products, backtracking and line search then use the
+same pieces, with the same random numbers and batch statistics in each.
 """
 
 import math
@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_hf.checks import count, finite, positive
 from keras_hf.part import Part
 
-# Twice as many are an int32 still.
+# Twice as many still fit in an int32.
 _LARGEST_SIZE = 2**29
 
 
@@ -25,7 +25,7 @@ class Pieces(NamedTuple):
         num_cases: Cases in the batch.
         chunk_start: The first case of the curvature chunk.
         chunk_size: Cases in the chunk.
-        piece_size: Cases in a piece, but for the last piece of the chunk and the last of the rest, which may be smaller.
+        piece_size: Cases in a piece; the last piece of the chunk and the last of the rest may be smaller.
     """
 
     num_cases: tf.Tensor
@@ -44,7 +44,7 @@ class Pieces(NamedTuple):
         return self.num_chunk_pieces + _ceil_div(self.num_cases - self.chunk_size, self.piece_size)
 
     def indices(self, number):
-        """Returns the places, int32 `(cases,)`, that the cases of piece `number` have in the batch."""
+        """Returns the positions in the batch, int32 `(cases,)`, of the cases of piece `number`."""
         past_chunk = tf.maximum(number - self.num_chunk_pieces, 0)
         in_chunk = number < self.num_chunk_pieces
         start = tf.where(in_chunk, number * self.piece_size, self.chunk_size + past_chunk * self.piece_size)
@@ -52,7 +52,7 @@ class Pieces(NamedTuple):
         return self._around(start, stop)
 
     def chunk_indices(self):
-        """Returns the places, int32 `(chunk_size,)`, that the chunk's cases have in the batch."""
+        """Returns the positions in the batch, int32 `(chunk_size,)`, of the chunk's cases."""
         return self._around(0, self.chunk_size)
 
     def _around(self, start, stop):
@@ -60,11 +60,11 @@ class Pieces(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The cases of one update, as places in the batch of one replica.
+    """The cases of one update, as positions in the batch of one replica.
 
     Attributes:
-        used: int32 `(k,)`, the cases that the update is made of.
-        unseen: int32 `(k,)`, as many others, the next ones; none where the update uses all.
+        used: int32 `(k,)`, the cases that the update uses.
+        unseen: int32 `(k,)`, the same number of cases after them; empty if the update uses all.
     """
 
     used: tf.Tensor
@@ -72,14 +72,14 @@ class Selection(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What an update did to cases that it does not use.
+    """The effect of an update on cases that it does not use.
 
     Attributes:
-        num_cases: int32 scalar, how many, over all replicas.
-        loss_before: float64 scalar.
-        loss_after: float64 scalar.
-        variation: float64 scalar, the squared coefficient of variation of what each case adds to the loss after the update, its weight included: the
-            variance over cases, over the squared mean.
+        num_cases: int32 scalar, the number of these cases, over all replicas.
+        loss_before: float64 scalar, their loss before the update.
+        loss_after: float64 scalar, their loss after it.
+        variation: float64 scalar, the squared coefficient of variation (variance over squared mean) of the contributions of these cases to the loss
+            after the update, weights included.
     """
 
     num_cases: tf.Tensor
@@ -90,32 +90,34 @@ class Trial(NamedTuple):
 
 @keras.saving.register_keras_serializable("keras_hf")
 class GrowingBatch(Part):
-    """Makes updates of a part of the batch that grows when it generalises too little to the rest.
+    """Uses a part of the batch for each update, and enlarges it when updates generalise too little to unseen cases.
 
-    Redundant data need no thousands of cases while the error is large. Gradient, products, backtracking and line search of an update see the same
-    cases: the first `initial_size` of the batch, in the next update the ones after them, and so around. Each round, of as many updates as visit all
-    of the batch, begins at a place drawn from the optimizer's seed, so that every case of each of several batches has its turn. After each update
-    the loss of the next cases, as many and unseen by it, is compared: when for `patience` updates on end it fell by less than `share` of what the
-    loss of the cases used fell by, the part is doubled. Where cases are noisy, as those of rare classes or with unequal weights are, the first such
-    miss is enough, and the part is doubled until the standard error of its mean loss, weights included, is no more than `noise` of that mean: a miss
-    is what too few cases lead to then. Where the part would be more than half of the batch, it is the batch. It never shrinks, neither between `fit`
-    calls.
+    While the error is large, redundant data do not need thousands of cases. Gradient, products, backtracking and line search of an update use the
+    same cases: the first `initial_size` of the batch, in the next update those after them, and so on around the batch. A round is as many updates as
+    visit the whole batch. Each round begins at a position drawn from the optimizer's seed, so that every case of each of several batches is used in
+    turn.
 
-    Loss and metrics in the logs are those of the cases used, `num_cases` says how many. Cases in order of their label would make bad parts: `fit`
-    permutes arrays once, unless `shuffle=False`. Cost: the loss of as many cases again, twice.
+    After each update its effect on the next cases, as many and unseen, is measured. It is a miss if their loss fell by less than `share` of the
+    reduction on the cases used. After `patience` misses in a row the part is doubled. Where cases are noisy (rare classes, unequal weights), the
+    first miss is enough: the part is then doubled until the standard error of its mean loss, weights included, is no more than `noise` of that mean.
+    Where the part would be more than half of the batch, it is the whole batch. It never shrinks, not even between `fit` calls.
+
+    Loss and metrics in the logs are those of the cases used; `num_cases` is their number. Cases must not be ordered by label: `fit` permutes arrays
+    once, unless `shuffle=False`. Cost: the loss of as many cases again, twice.
 
     Args:
-        initial_size: Integer >= 1, cases of the first update, over all replicas.
-        share: Float in [0, 1]; 0 = the part grows only where the loss of unseen cases rises.
-        patience: Integer >= 1, updates.
-        noise: Float > 0, the relative standard error of the mean loss above which one miss is enough. Large = patience alone.
+        initial_size: Integer >= 1, the number of cases of the first update, over all replicas.
+        share: Float in [0, 1]. With 0 the part grows only where the loss of unseen cases rises.
+        patience: Integer >= 1, the number of misses in a row after which the part is doubled.
+        noise: Float > 0, the relative standard error of the mean loss above which one miss is enough. A large number leaves `patience` alone to
+            decide.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If an argument is out of its range.
 
     References:
-        Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*: that a variance over cases tells the
-        size. That it is the loss', and asked for where unseen cases speak against the part, is our own, and so is the rest of the rule.
+        Byrd, Chin, Nocedal & Wu (2012), *Sample size selection in optimization methods for machine learning*, choose the size by a variance over
+        cases. To use the variance of the loss, and only after a miss, is our own choice, as is the rest of the rule.
     """
 
     def __init__(self, initial_size=250, share=0.3, patience=3, noise=0.125):
@@ -133,14 +135,14 @@ class GrowingBatch(Part):
         }
 
     def select(self, state, counts, replica=0):
-        """Returns the `Selection` of this update from one replica's part of the batch.
+        """Returns the `Selection` of this update on one replica.
 
-        Whether all cases are used, and how many, follows from numbers that are the same on all replicas.
+        Whether all cases are used, and how many, depends only on numbers that are the same on all replicas.
 
         Args:
             state: Dict, the state.
-            counts: int32 `(replicas,)`, how many cases of the batch each replica holds.
-            replica: int32 scalar or integer, the number of this one.
+            counts: int32 `(replicas,)`, the number of cases that each replica holds.
+            replica: int32 scalar or integer, the index of this replica.
         """
         size, start, num_cases = state["size"], state["start"], tf.reduce_sum(counts)
         uses_all = 2 * size > num_cases
@@ -157,13 +159,13 @@ class GrowingBatch(Part):
 
         Args:
             state: Dict, the state before it.
-            num_used: int32 scalar, cases that the update used, over all replicas.
-            seen_reduction: float64 scalar, what their loss fell by.
-            trial: `Trial`, the update on unseen cases.
-            num_cases: int32 scalar, cases in the batch, over all replicas.
-            turn: int32 `(2,)`, the optimizer's seed and how many updates were made before this one.
+            num_used: int32 scalar, the number of cases that the update used, over all replicas.
+            seen_reduction: float64 scalar, the reduction of their loss.
+            trial: `Trial`, the effect of the update on unseen cases.
+            num_cases: int32 scalar, the number of cases in the batch, over all replicas.
+            turn: int32 `(2,)`, the optimizer's seed and the number of updates before this one.
         """
-        # A loss that was no number before the step says nothing of it, nor does a rejected step; one that became none there does.
+        # A loss that was not finite before the step says nothing about it, nor does a rejected step. A loss that the step made not finite does.
         judged = (seen_reduction > 0) & (trial.num_cases > 0) & tf.math.is_finite(trial.loss_before)
         generalises = trial.loss_before - trial.loss_after >= self.share * seen_reduction
         missed = judged & ~generalises
@@ -178,7 +180,7 @@ class GrowingBatch(Part):
         }
 
     def _doublings(self, size, variation):
-        """How often a part must be doubled until the standard error of its mean loss is no more than `noise` of it, int32 scalar."""
+        """How often to double the part until the standard error of its mean loss is no more than `noise` of the mean, int32 scalar."""
         wanted = variation / self.noise**2 / tf.cast(size, tf.float64)
         wanted = tf.where(tf.math.is_finite(wanted), tf.clip_by_value(wanted, 1.0, float(_LARGEST_SIZE)), 1.0)
         # Less than rounding, so that a power of two is one.
@@ -189,10 +191,10 @@ class GrowingBatch(Part):
 
 
 def _jump(size, num_cases, turn):
-    """Returns how many cases lie between a part and the next: none, but after the last part of a round.
+    """Returns the number of cases between a part and the next: 0, except after the last part of a round.
 
-    Without jumps each of several batches would be married to one part of it, as by a plain counter. The part after a jump holds no case of the part
-    before, where the batch is three parts or more; of two, a jump may well lead to the same one.
+    Without jumps each of several batches would always contribute the same part, as with a plain counter. If the batch is three parts or more, the
+    part after a jump shares no case with the part before; if it is two, a jump may lead to the same part.
     """
     size = tf.maximum(size, 1)
     end = tf.where(3 * size <= num_cases, num_cases - 2 * size + 1, tf.maximum(num_cases, 1))
@@ -205,18 +207,18 @@ def _jump(size, num_cases, turn):
 def share(place, counts, replica=0):
     """Returns how many of the first `place` cases of a batch are on one replica, an int32 scalar.
 
-    The cases of a replica are spread evenly over the batch. Shares never fall as `place` grows, they add up to it, and a replica that holds no cases
-    has none: cases `share(a)` to `share(b)` of every replica are `b - a` cases of the batch. Past its last case the batch goes around.
+    The cases of a replica are spread evenly over the batch. Shares never decrease as `place` grows, they add up to `place`, and a replica without
+    cases has none. So cases `share(a)` to `share(b)` of every replica are `b - a` cases of the batch. After its last case the batch starts again.
 
     Args:
-        place: int32 scalar or integer.
-        counts: int32 `(replicas,)`, how many cases each replica holds.
-        replica: int32 scalar or integer, the number of the replica.
+        place: int32 scalar or integer, a position in the batch.
+        counts: int32 `(replicas,)`, the number of cases that each replica holds.
+        replica: int32 scalar or integer, the index of the replica.
     """
     if counts.shape[0] == 1:
         return tf.convert_to_tensor(place)
     left, num_cases, shares = tf.cast(place, tf.int64), tf.cast(tf.reduce_sum(counts), tf.int64), []
-    # One replica after the other takes its part of what is left: rounded each by itself, parts would not add up.
+    # Each replica in turn takes its share of what is left: shares rounded independently would not add up.
     for held in tf.unstack(tf.cast(counts, tf.int64)):
         shares.append((2 * left * held + num_cases) // tf.maximum(2 * num_cases, 1))  # to the nearest
         left, num_cases = left - shares[-1], num_cases - held
@@ -224,21 +226,21 @@ def share(place, counts, replica=0):
 
 
 def order(num_cases, seed):
-    """Returns the order of the cases of a batch that holds all of them, int32 `(num_cases,)`, as `seed`, an int32 scalar, draws it."""
+    """Returns the order of the cases of a batch that holds all of them, int32 `(num_cases,)`, drawn from `seed`, an int32 scalar."""
     return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=tf.stack([tf.cast(seed, tf.int32), -1]))
 
 
 def divide(num_cases, curvature_batch_size, piece_size, update_number, seed):
     """Chooses the chunk of an update and divides the batch into pieces.
 
-    There are `ceil(num_cases / curvature_batch_size)` contiguous chunks, the last shifted back so that it is full. Each round of that many updates
-    visits all of them, in an order drawn from `(seed, round)`: a plain counter would marry each of several batches to one chunk.
+    There are `ceil(num_cases / curvature_batch_size)` contiguous chunks; the last is shifted back so that it is full. Each round of that many updates
+    visits all of them, in an order drawn from `(seed, round)`. With a plain counter, each of several batches would always get the same chunk.
 
     Args:
-        num_cases: int32 scalar, cases in the batch.
-        curvature_batch_size: int32 scalar or integer, cases wanted in the chunk, or `None` for all.
-        piece_size: Integer or int32 scalar, cases in a piece; `None` for one piece for the chunk and one for the rest.
-        update_number: int32 scalar, updates made before this one.
+        num_cases: int32 scalar, the number of cases in the batch.
+        curvature_batch_size: int32 scalar or integer, the number of cases wanted in the chunk, or `None` for all.
+        piece_size: Integer or int32 scalar, the number of cases in a piece; `None` for one piece for the chunk and one for the rest.
+        update_number: int32 scalar, the number of updates before this one.
         seed: int32 scalar or integer.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Damping rules: Keras callbacks that read the logs of an update and own one scalar, the optimizer's damping."""
+"""Damping rules: Keras callbacks that read the logs of an update and assign one scalar, the optimizer's damping."""
 
 import math
 
@@ -14,19 +14,19 @@ def _number(value):
 
 
 class DampingCallback(keras.callbacks.Callback):
-    """Base of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
+    """Base class of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
 
-    Subclasses implement `next_damping`. The damping goes on over `fit` calls and is saved with the optimizer; nothing is reset. Beside the limits
-    below it stays within those of rounding: from eps^2 to eps^-2 times the curvature along the first gradient, eps being the rounding of the weights'
-    float type. Only 0 stays 0.
+    Subclasses implement `next_damping`. The damping is kept from one `fit` call to the next and saved with the optimizer; nothing is reset. It stays
+    within the limits below, and within limits set by rounding: from eps^2 to eps^-2 times the curvature along the first gradient, where eps is the
+    machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
 
     Args:
-        min_damping: Float >= 0, the least damping assigned.
-        max_damping: Float > 0, the greatest.
+        min_damping: Float >= 0, the smallest damping assigned.
+        max_damping: Float > 0, the largest damping assigned.
 
     Raises:
-        ValueError: If a limit is out of its range or the least is above the greatest; at the start of training, if the model's optimizer has no
-            damping, or if several updates run between two calls (`steps_per_execution > 1`).
+        ValueError: If a limit is out of its range or `min_damping` exceeds `max_damping`; at the start of training, if the model's optimizer has no
+            damping, or if the rule cannot see every update (`steps_per_execution > 1`).
     """
 
     # Whether the rule must see every update.
@@ -68,7 +68,7 @@ class DampingCallback(keras.callbacks.Callback):
             self.model.optimizer.damping.assign(self.within_limits(self.next_damping(logs["damping"], logs)))
 
     def within_limits(self, damping):
-        """Returns the damping, or the limit that it exceeds."""
+        """Returns the damping, clipped to the limits."""
         optimizer = self.model.optimizer
         scale = _number(optimizer.curvature_scale) if damping and optimizer.built else 0
         if scale:
@@ -78,7 +78,7 @@ class DampingCallback(keras.callbacks.Callback):
 
 
 class ConstantDamping(DampingCallback):
-    """Leaves the damping as it is, knowingly: `fit` does not warn then, and any `steps_per_execution` is welcome."""
+    """Keeps the damping constant. With this rule `fit` does not warn that no rule is set, and any `steps_per_execution` is allowed."""
 
     adaptive = False
 
@@ -92,26 +92,26 @@ class ConstantDamping(DampingCallback):
 class LevenbergMarquardt(DampingCallback):
     """Martens' Levenberg-Marquardt rule.
 
-    With the reduction ratio of an update, the actual over the predicted reduction of the loss,
+    The reduction ratio of an update is the actual over the predicted reduction of the loss.
 
         ratio < low, or minus infinity:  damping *= factor
         ratio > high:                    damping /= factor
 
-    NaN, where nothing could be measured, leaves the damping as it is if no damping could change that: the gradient is zero or not finite, or the run
-    has converged. Else the step was so short that its effect was lost in rounding, and the damping is lowered. A damping of 0 stays 0, since factors
-    cannot raise it. The defaults find the scale of the damping in a few updates, and stop lowering it where the model begins to miss; Martens has
-    `high=0.75` and `factor=1.5`.
+    The ratio is NaN where nothing could be measured. If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
+    Otherwise the step was so short that its effect was lost in rounding, and the damping is lowered. A damping of 0 stays 0, since multiplication
+    cannot raise it. The defaults find the scale of the damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens
+    uses `high=0.75` and `factor=1.5`.
 
     Args:
-        low: Float, the ratio below which the model was too bold.
-        high: Float > `low`, the ratio above which it was too timid.
-        factor: Float > 1.
-        min_damping: Float >= 0, the least damping.
-        max_damping: Float > 0, the greatest.
-        interval: Integer >= 1. The damping moves in every `interval`-th update, by its ratio.
+        low: Float, the ratio below which the damping is raised: the model predicted too much.
+        high: Float > `low`, the ratio above which the damping is lowered.
+        factor: Float > 1, by which the damping is multiplied or divided.
+        min_damping: Float >= 0, the smallest damping.
+        max_damping: Float > 0, the largest damping.
+        interval: Integer >= 1. The damping changes only in every `interval`-th update, by the ratio of that update.
 
     Raises:
-        ValueError: If a number is out of its range; see also `DampingCallback`.
+        ValueError: If an argument is out of its range; see also `DampingCallback`.
 
     References:
         Martens (2010), *Deep learning via Hessian-free optimization*, section 4.1; Nocedal & Wright (2006), section 10.3; Martens & Grosse (2015),
@@ -145,5 +145,5 @@ class LevenbergMarquardt(DampingCallback):
 
 
 def _was_too_short(logs):
-    """Whether an update without a reduction ratio made a step whose effect was lost in rounding, so that less damping may show one."""
+    """Whether the ratio is NaN because the effect of the step was lost in rounding; with less damping it can be measured."""
     return math.isfinite(logs["gradient_norm"]) and not logs.get("converged")
