@@ -1,4 +1,4 @@
-"""Curvatures: the matrix whose products CG asks for. A curvature knows one piece of data, no damping and no CG."""
+"""Curvatures: matrices that CG multiplies with. A curvature handles one piece of data; it knows neither damping nor CG."""
 
 import copy
 
@@ -12,15 +12,15 @@ from keras_hf.part import Part
 
 
 class Curvature(Part):
-    """What a curvature promises.
+    """Base class of curvatures.
 
     Args:
-        linearization: A `Linearization`, the way second derivatives are formed: `DoubleBackward()` (right for every network that has second
-            derivatives) or `ForwardAccumulation()` (less memory, refused where it would be wrong). `None` chooses for the network what is right, and
-            of that what is fastest; the choice is logged at INFO.
+        linearization: A `Linearization`, the way second derivatives are computed: `DoubleBackward()` (correct for every network that has second
+            derivatives) or `ForwardAccumulation()` (less memory; refused where it would be wrong). `None` chooses the fastest one that is correct for
+            the network; the choice is logged at INFO.
 
     Raises:
-        TypeError: If `linearization` is no such object.
+        TypeError: If `linearization` is not a `Linearization`.
     """
 
     def __init__(self, linearization=None):
@@ -29,20 +29,20 @@ class Curvature(Part):
         self.linearization = linearization
 
     def fitted_to(self, structure, num_replicas=1):
-        """Returns this curvature with a linearization that is right for a network, or raises.
+        """Returns this curvature with a linearization that is correct for a network, or raises.
 
         Args:
-            structure: `structure.Structure`, what the traced network told.
+            structure: `structure.Structure` of the traced network.
             num_replicas: Integer.
 
         Raises:
-            ValueError: If the linearization asked for would be wrong.
+            ValueError: If the linearization that was asked for would be wrong.
         """
         linearization = self.linearization or choose_linearization(structure, num_replicas)
         return self.by(linearization.fitted_to(structure))
 
     def by(self, linearization):
-        """Returns this curvature by another linearization."""
+        """Returns this curvature with another linearization."""
         other = copy.copy(self)
         other.linearization = linearization
         return other
@@ -50,11 +50,11 @@ class Curvature(Part):
     def prepared(self, objective, state):
         """Returns the curvature of one update, and the next state.
 
-        A curvature that remembers declares `initial_state` and returns a copy of itself that holds what it needs of the state.
+        A curvature with state declares `initial_state`, and returns here a copy of itself that holds what it needs of the state.
 
         Args:
             objective: `objective.Objective`.
-            state: Dict of tensors, what the update before left; see `Part.initial_state`.
+            state: Dict of tensors, the state after the previous update; see `Part.initial_state`.
         """
         del objective
         return self, state
@@ -76,7 +76,7 @@ class Curvature(Part):
 
     @classmethod
     def from_config(cls, config):
-        """Makes the curvature from what `get_config` returned."""
+        """Creates the curvature from the output of `get_config`."""
         linearization = config.get("linearization")
         return cls(
             **{**config, "linearization": linearization and keras.saving.deserialize_keras_object(linearization)}
@@ -84,13 +84,13 @@ class Curvature(Part):
 
 
 class _ThroughOutputs(Curvature):
-    """Curvatures `J'HJ`: J is the derivative of the network's outputs in the weights, H a matrix on these outputs.
+    """Curvatures `J'HJ`: J is the derivative of the network's outputs with respect to the weights, H a matrix on these outputs.
 
-    Outputs are what the loss is cut at. Losses added in `call` and activity regularizers enter with their exact Hessian.
+    The outputs are the tensors at which the loss is cut. Losses added in `call` and activity regularizers enter with their exact Hessian.
     """
 
     def _through_outputs(self, piece):
-        """Gives `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a piece's compiled loss."""
+        """Returns `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a piece's compiled loss."""
         raise NotImplementedError
 
     def linearize(self, piece):
@@ -104,12 +104,13 @@ class _ThroughOutputs(Curvature):
 class GaussNewton(_ThroughOutputs):
     """The generalised Gauss-Newton matrix `G = J'HJ`, averaged over cases as the loss is.
 
-    J is the derivative of the network's outputs in the weights, H the second derivative of the Keras loss in those outputs. Where the loss goes
-    through the logits (`BinaryCrossentropy` on sigmoid, `CategoricalCrossentropy` on softmax), outputs are the logits: then the loss is convex in
-    them and G positive semi-definite, a matching loss in Schraudolph's sense. A loss that goes through both (`BinaryFocalCrossentropy`) is cut at
-    both. G is the Hessian of the loss when the network is replaced by its
-    linearization. Losses added in `call` and activity regularizers enter with their exact Hessian, which need not be positive semi-definite.
-    Cost of a product: about 1.2 gradients of the same cases.
+    J is the derivative of the network's outputs with respect to the weights, H the second derivative of the Keras loss with respect to those outputs.
+    G is the Hessian of the loss when the network is replaced by its linearization.
+
+    Where the loss is computed from the logits (`BinaryCrossentropy` on sigmoid, `CategoricalCrossentropy` on softmax), the outputs are the logits.
+    Then the loss is convex in them and G positive semi-definite: a matching loss in Schraudolph's sense. A loss that uses both logits and predictions
+    (`BinaryFocalCrossentropy`) is cut at both. Losses added in `call` and activity regularizers enter with their exact Hessian, which need not be
+    positive semi-definite. Cost of a product: about 1.2 gradients of the same cases.
 
     Args:
         linearization: See `Curvature`.
@@ -132,13 +133,14 @@ class GaussNewton(_ThroughOutputs):
 
 @keras.saving.register_keras_serializable("keras_hf")
 class EmpiricalFisher(_ThroughOutputs):
-    """The empirical Fisher matrix `F = mean of g_i g_i'` over cases, g_i the gradient of the loss of case i, regularizers outside.
+    """The empirical Fisher matrix `F = mean of g_i g_i'` over cases, where g_i is the gradient of the loss of case i without regularizers.
 
-    It is `J'HJ` with H the outer product of each case's loss gradient in its own outputs, so that it costs what Gauss-Newton does: about 1.2
-    gradients of the same cases a product. Positive semi-definite, and of the rank of the number of cases at most. Where Gauss-Newton has the
-    curvature of the loss it has the square of its slope, and vanishes where cases are fitted: Gauss-Newton works better in practice, and this is for
-    comparison. Under BatchNormalization, where a case has no gradient of its own, the batch statistics count as constants. A loss summed over N cases
-    counts as the mean of N times each case's. Regularizers and added losses enter with their exact Hessian, as in `GaussNewton`.
+    F is `J'HJ` with H the outer product of each case's loss gradient with respect to its own outputs. A product therefore costs as much as with
+    Gauss-Newton: about 1.2 gradients of the same cases. F is positive semi-definite, with a rank of at most the number of cases. Where Gauss-Newton
+    has the curvature of the loss, F has the square of its slope, and vanishes where cases are fitted. Gauss-Newton works better in practice; this
+    class is for comparison. Under BatchNormalization, where the gradient of a single case is not defined, the batch statistics count as constants. A
+    loss summed over N cases counts as the mean of N times each case's loss. Regularizers and added losses enter with their exact Hessian, as in
+    `GaussNewton`.
 
     Args:
         linearization: See `Curvature`.
@@ -173,8 +175,8 @@ class EmpiricalFisher(_ThroughOutputs):
 class Hessian(Curvature):
     """The Hessian itself, by Pearlmutter's exact products.
 
-    Indefinite away from a minimum: CG stops where it meets negative curvature and the logs say so. Gauss-Newton works better in practice; this is
-    for comparison and for networks whose outputs' curvature matters. Cost of a product: about two gradients.
+    The Hessian is indefinite away from a minimum: CG stops where it meets negative curvature, and the logs report it. Gauss-Newton works better in
+    practice; this class is for comparison, and for networks where the curvature of the outputs matters. Cost of a product: about two gradients.
 
     Args:
         linearization: See `Curvature`.
@@ -191,12 +193,13 @@ class Hessian(Curvature):
 class FiniteDifferenceHessian(Curvature):
     """The Hessian by differences of gradients: `Hv = (g(w + h v) - g(w - h v)) / 2h` with `h = eps^(1/3) / norm(v)`.
 
-    `Hessian` costs the same and is exact: this one is for comparison, and for networks that have no second derivative in TensorFlow. The weights move
-    by `eps^(1/3)`, eps being the roundoff of their float type, where truncation (of the order of h^2) and rounding (of eps / h) are in balance. Not
-    by so much of their norm, as is usual: units saturate by what changes, not by its share in all weights. On the deep autoencoders of
-    `examples/autoencoder.py`, in float32, the error was below 4e-4 of a product along the gradient and below 1e-2 along random vectors; with steps in
-    proportion to `1 + norm(w)` it was up to 0.7 along the gradient. Along a vector of hardly any curvature rounding may be all that is left.
-    Networks that compute in 16 bits are refused. Regularizers enter with their exact second derivative. Cost of a product: two gradients.
+    `Hessian` costs the same and is exact. This class is for comparison, and for networks without a second derivative in TensorFlow. The weights move
+    by `eps^(1/3)`, where eps is the roundoff of their float type; there truncation (of the order of h^2) and rounding (of eps / h) balance. The
+    distance is not proportional to the norm of the weights, as is usual, because units saturate by the absolute change of their inputs. On the deep
+    autoencoders of `examples/autoencoder.py`, in float32, the relative error of a product was below 4e-4 along the gradient and below 1e-2 along
+    random vectors; with steps proportional to `1 + norm(w)` it was up to 0.7 along the gradient. Along a vector of nearly no curvature, the result
+    may be rounding error only. Networks that compute in 16 bits are refused. Regularizers enter with their exact second derivative. Cost of a
+    product: two gradients.
 
     References:
         Martens (2010), talk on *Deep learning via Hessian-free optimization*, on finite differences; Nocedal & Wright (2006), *Numerical
@@ -242,7 +245,7 @@ class FiniteDifferenceHessian(Curvature):
 
 
 def _forward(piece):
-    """Gives `() -> (outputs, evaluation)`, one forward pass on a piece."""
+    """Returns `() -> (outputs, evaluation)`, one forward pass on a piece."""
 
     def forward():
         evaluation = piece.forward()
@@ -262,7 +265,7 @@ def _spread(vector, rank):
 
 
 def loss_hessian(loss, outputs):
-    """Gives `u -> Hu`, H the second derivative of `loss()` in the list `outputs`."""
+    """Returns `u -> Hu`, where H is the second derivative of `loss()` with respect to the list `outputs`."""
     with tf.GradientTape(persistent=True) as outer:
         outer.watch(outputs)
         with tf.GradientTape() as inner:

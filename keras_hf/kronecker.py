@@ -1,9 +1,9 @@
-"""Kronecker-factored preconditioner: for each layer, the Gauss-Newton matrix as the product of what goes in and what comes back.
+"""Kronecker-factored preconditioner: each layer's Gauss-Newton block as the Kronecker product of an input and an output factor.
 
-For a Dense layer, the block of the Gauss-Newton matrix is the sum over cases of `aa' x J'HJ`: a is the layer's input with a 1 appended for the bias,
-J the derivative of the network's outputs in the pre-activation, H the second derivative of the loss in the outputs. Martens & Grosse take the two
-sides as independent: `mean(aa') x sum(J'HJ)`. One backward pass estimates the second: of vectors u with `E[uu'] = H`, since then
-`E[(J'u)(J'u)'] = J'HJ`.
+For a Dense layer, the block of the Gauss-Newton matrix is the sum over cases of `aa' x J'HJ` (x the Kronecker product). Here a is the layer's input
+with a 1 appended for the bias, J the derivative of the network's outputs with respect to the pre-activation, and H the second derivative of the loss
+with respect to the outputs. Martens & Grosse treat the two factors as independent: `mean(aa') x sum(J'HJ)`. One backward pass estimates the second
+factor: it takes vectors u with `E[uu'] = H`, for which `E[(J'u)(J'u)'] = J'HJ`.
 """
 
 from typing import NamedTuple
@@ -26,11 +26,11 @@ from keras_hf.linearization import dense
 from keras_hf.objective import num_weights, vector_dtype
 from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
 
-# Entries of the outputs' last axis up to which H is formed column by column; for more, its diagonal alone. Columns cost passes through the loss only.
+# Size of the outputs' last axis up to which H is formed column by column; above, only its diagonal. Columns cost passes through the loss only.
 _MAX_COLUMNS = 32
-# Rows of a factor up to which it is inverted: 1.5 seconds for so many on one core, and eight times that for twice as many.
+# Rows of a factor up to which it is inverted: this size takes 1.5 seconds on one core, twice the size eight times as long.
 _MAX_ROWS = 4096
-# Rows up to which an inverse is a solve for the identity: matrix products are faster than that for more.
+# Rows up to which an inverse is a solve for the identity: above, matrix products are faster.
 _MAX_SOLVED = 256
 
 
@@ -38,46 +38,48 @@ _MAX_SOLVED = 256
 class KroneckerFactored(Preconditioner):
     """Kronecker-factored preconditioner: `M = (A + pi sqrt(damping) I) x (S + sqrt(damping) / pi I)` for each layer, kernel and bias together.
 
-    A is the mean of aa' over cases, a being the layer's input with a 1 appended for its bias; S is the sum over cases of dd', d being what the
-    pre-activation receives when a random square root u of the loss's second derivative H, `E[uu'] = H`, is pulled back from the outputs. Not the
-    gradients of the loss, which vanish where it is fitted while the curvature does not. `pi^2 = (tr A / dim A) / (tr S / dim S)` shares the damping
-    between the factors. For one layer under a loss of constant H, `A x S` is the Gauss-Newton matrix itself.
+    A is the mean of aa' over cases, where a is the layer's input with a 1 appended for its bias. S is the sum over cases of dd', where d is a random
+    vector u, back-propagated from the outputs to the layer's pre-activation; u is drawn so that `E[uu'] = H`, the second derivative of the loss. (The
+    gradients of the loss would not do: they vanish where the loss is fitted, while the curvature does not.) `pi^2 = (tr A / dim A) / (tr S / dim S)`
+    divides the damping between the factors. For a network of one layer and a loss of constant H, `A x S` is the Gauss-Newton matrix itself.
 
-    For deep networks: CG needs a third to a half of the iterations that it needs with the diagonal (`benchmarks/preconditioners.py`), the fewer the
-    sooner it is stopped; its last digits come no faster.
+    Use it for deep networks. CG needs a third to a half of the iterations that it needs with the diagonal (`benchmarks/preconditioners.py`); the
+    earlier CG is stopped, the larger the gain. To full convergence it is no faster.
 
-    Factored are, of the layers that are trained:
+    These trained layers are factored:
 
     - Dense;
     - Conv1D, Conv2D and Conv3D with one group;
-    - EinsumDense that is a Dense layer but for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features last in inputs and outputs, and no
-      bias or one number for each feature. So are the projections of MultiHeadAttention and GroupQueryAttention;
-    - Embedding, a Dense layer on one-hot inputs: A is diagonal, the share of places that each token has, whatever the size of the vocabulary.
+    - EinsumDense that is a Dense layer except for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features are last in inputs and outputs, and
+      there is no bias or one number per feature. This includes the projections of MultiHeadAttention and GroupQueryAttention;
+    - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary.
 
-    All other weights get the diagonal of `EmpiricalFisherDiagonal()`: those of other layers and of subclasses of these, under LoRA or quantization,
-    read anywhere but in their layer's calls (tied embeddings), or in a layer with more than 4,096 inputs (tokens apart) or units.
+    All other weights get the diagonal of `EmpiricalFisherDiagonal()`: weights of other layers and of subclasses of these, under LoRA or quantization,
+    used outside of their layer's calls (tied embeddings), or in a layer with more than 4,096 inputs (tokens excepted) or units.
 
-    Where weights are shared (Dense on sequences, convolutions, a layer called again), places count as independent cases: A is the mean over them and
-    S the sum. Places to which nothing comes back, under a mask, do not count. Regularizers raise a layer's damping by the mean over its weights of
-    their second derivative (2c for `L2(c)` on all of them). Under BatchNormalization the batch statistics count as constants.
+    Where weights are shared (Dense on sequences, convolutions, a layer that is called again), positions count as independent cases: A is the mean
+    over them and S the sum. Positions that receive no gradient, because they are masked, do not count. Regularizers raise a layer's damping by the
+    mean of their second derivative over its weights (2c for `L2(c)` on all of them). Under BatchNormalization the batch statistics count as
+    constants.
 
-    H is asked of the loss by products with it, so that any Keras loss will do, with its weights and masks. Where the outputs' last axis has up to 32
-    entries, all of its block is formed, and `u = Le` with its Cholesky factor L and random signs e. Where it has more, `u = sqrt(|diag H|) e`: all of
-    H for losses that take each entry apart (squares, binary cross-entropy); a softmax over more classes loses what couples them. Negative curvature
-    of a loss that is not convex counts as none in the first case, as positive in the second. In the layer that gives the outputs, their last axis
-    its units, the mean over signs is taken exactly.
+    H is computed by products with it, so any Keras loss works, with its weights and masks. If the outputs' last axis has up to 32 entries, its whole
+    block is formed, and `u = Le` with the Cholesky factor L and random signs e. If it has more, `u = sqrt(|diag H|) e`. This is all of H for losses
+    that are sums over entries (squares, binary cross-entropy); for a softmax over more classes it leaves out the coupling between classes. Negative
+    curvature of a loss that is not convex counts as zero in the first case, as positive in the second. In the layer that produces the outputs, if
+    their last axis is its units, the expectation over signs is computed exactly.
 
-    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases and the inverses (m^3 for a factor with m rows); in every CG iteration
-    `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for some updates keep their
-    damping, too: what CG solves is exact all the same.
+    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases, and the inverses (m^3 for a factor with m rows). In every CG iteration
+    `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for several updates keep the
+    damping that they were computed with. This affects only the speed of CG, not its solution.
 
     Args:
-        num_cases: Integer >= 1, cases of the curvature chunk that factors are estimated on, at most; `None` = all of it. Fewer than the rows of a
-            factor leave directions to the damping alone.
-        interval: Integer >= 1, updates that factors and their inverses serve for. More than 1 keeps the inverses, saved with the optimizer.
+        num_cases: Integer >= 1, the number of cases of the curvature chunk used to estimate the factors, at most; `None` = all of it. If there are
+            fewer cases than rows in a factor, the remaining directions have only the damping.
+        interval: Integer >= 1, the number of updates for which factors and their inverses are used. Above 1 the inverses are kept, and saved with the
+            optimizer.
 
     Raises:
-        ValueError: If `num_cases` is no integer >= 1, nor `None`, or `interval` no integer >= 1.
+        ValueError: If `num_cases` is neither an integer >= 1 nor `None`, or `interval` is not an integer >= 1.
 
     References:
         Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Grosse & Martens
@@ -127,9 +129,9 @@ class KroneckerFactored(Preconditioner):
         return precondition, state
 
     def _inverses(self, objective, damping, layers, of_layers, is_complete):
-        """Returns what the residual of other weights is multiplied by, `(n,)`, for every layer the inverses of its factors, and which are sound.
+        """Returns the multiplier of the residual of other weights, `(n,)`, the inverses of every layer's factors, and which of these are sound.
 
-        The last is a list of bool scalars, of the other weights and of every layer: whether these came from finite numbers.
+        The last is a list of bool scalars, for the other weights and every layer: whether they were computed from finite numbers.
         """
         others = tf.ones([objective.num_weights], objective.dtype)
         if not is_complete:
@@ -146,7 +148,7 @@ class KroneckerFactored(Preconditioner):
         return others, blocks, sound
 
     def _kept_inverses(self, objective, damping, layers, of_layers, is_complete, state):
-        """The same, from the state where that holds them still, and the next state."""
+        """Returns the same, from the state if they are still valid, and the next state."""
         names = [_name(layer, objective.variables) for layer in layers]
         # Whether the second factor of a layer is diagonal: known once it has been made; eagerly, only in an update that makes it.
         diagonal = []
@@ -154,7 +156,7 @@ class KroneckerFactored(Preconditioner):
         def made():
             others, blocks, sound = self._inverses(objective, damping, layers, of_layers, is_complete)
             diagonal.extend(s.shape.rank == 1 for _, s in blocks)
-            # What came from numbers that are not finite gives way to what was before, and serves for no interval: the next update tries again.
+            # Results that are not finite are replaced by the previous ones, and not kept for an interval: the next update tries again.
             new = {"others": (others, sound[0]), "made_at": (objective.update_number, tf.reduce_all(sound))}
             for name, (a, s), is_sound in zip(names, blocks, sound[1:], strict=True):
                 s = tf.linalg.diag(s) if s.shape.rank == 1 else s
@@ -178,7 +180,7 @@ class KroneckerFactored(Preconditioner):
             lambda piece, seeds: (_moments(piece, layers, seeds), tf.cast(piece.num_cases, objective.dtype)),
             self.num_cases,
         )
-        # S is a sum over cases of what holds the loss's own 1/N: cases that were left out count as those that were not.
+        # S is a sum over cases, each with the loss's own 1/N: scaled up to the cases that were left out.
         share = tf.math.divide_no_nan(objective.totals.chunk_cases, num_cases)
         return [
             _Moments(
@@ -194,7 +196,7 @@ class KroneckerFactored(Preconditioner):
 
 
 class _Moments(NamedTuple):
-    """Of one layer: of inputs, of output factors (vectors where only the diagonal is not zero), and the number of places."""
+    """Second moments of one layer: of inputs and of output factors (vectors where they are diagonal), and the number of positions."""
 
     a: tf.Tensor
     s: tf.Tensor
@@ -202,7 +204,7 @@ class _Moments(NamedTuple):
 
 
 class _Others:
-    """An objective to the diagonal preconditioner, for which the weights of some layers cost nothing."""
+    """An objective for the diagonal preconditioner that leaves out the weights of some layers."""
 
     def __init__(self, objective, layers):
         self.squared_gradients = lambda: objective.squared_gradients(skipped=layers)
@@ -213,18 +215,18 @@ def _is_factored(layer):
     if not is_capturable(layer) or not layer.built:
         return False
     rows, units = _shape(layer)
-    # That of one-hot inputs is diagonal.
+    # The factor of one-hot inputs is diagonal.
     return (has_tokens(layer) or rows <= _MAX_ROWS) and units <= _MAX_ROWS
 
 
 def _name(layer, variables):
-    """Names a layer by the place of its kernel among the weights, which stays the same in a model that was saved and loaded."""
+    """Names a layer by the index of its kernel among the weights, which is the same in a model that was saved and loaded."""
     kernel = kernel_and_bias(layer)[0].value
     return next(f"factor_{place}" for place, variable in enumerate(variables) if variable is kernel)
 
 
 def _shape(layer):
-    """Rows and columns of a layer's weights as one matrix, the bias its last row."""
+    """Rows and columns of a layer's weights as one matrix, with the bias as its last row."""
     fan_in, units = matrix_shape(layer)
     return fan_in + len(kernel_and_bias(layer)) - 1, units
 
@@ -254,11 +256,11 @@ def _moments(piece, layers, seeds):
 
 
 def _square_roots(piece, evaluation, seeds):
-    """Draws u with `E[uu'] = H` for every case, H the second derivative of the piece's loss in what it is cut at.
+    """Draws u with `E[uu'] = H` for every case, H the second derivative of the piece's loss with respect to the outputs where it is cut.
 
     Returns:
-        List of tensors u shaped as the outputs, and a list of what `uu'` sums to over cases and places on average: (k, k) for outputs whose last axis
-        has k entries, or, where H is taken for diagonal, its diagonal (k,).
+        List of tensors u shaped as the outputs, and a list of the expected sums of `uu'` over cases and positions: (k, k) for outputs whose last axis
+        has k entries or, where H is treated as diagonal, the diagonal (k,).
     """
     outputs = evaluation.outputs
     hessian = loss_hessian(lambda: piece.loss(evaluation), outputs)
@@ -286,7 +288,7 @@ def _square_roots(piece, evaluation, seeds):
 
 
 def _cholesky(product, like):
-    """Gives L (..., k, k) with `LL' = H`, from products with H; pivots that rounding or negative curvature leave below zero count as zero."""
+    """Returns L (..., k, k) with `LL' = H`, from products with H; pivots below zero, by rounding or negative curvature, count as zero."""
     size = like.shape[-1]
     rounding = size * _epsilon(like.dtype)
     first = at_least_float32(tf.zeros_like(like))
@@ -312,8 +314,8 @@ def _epsilon(dtype):
 
 
 def _signs(like, seeds, salt):
-    """Gives random signs for every entry of `like`, as a function of the case's seeds and the entry's place in the case."""
-    # A hash: TensorFlow's stateless generators give streams that depend on how many cases come together.
+    """Returns random signs for every entry of `like`, as a function of the case's seeds and the entry's position in the case."""
+    # A hash: streams of TensorFlow's stateless generators depend on how many cases are drawn together.
     of_case = tf.cast(tf.fill(tf.shape(seeds)[:1], salt), tf.uint32)
     for seed in tf.unstack(seeds, axis=1):
         of_case = _mixed(tf.bitwise.bitwise_xor(of_case, _mixed(tf.bitcast(seed, tf.uint32) + 1)))
@@ -338,17 +340,17 @@ def _inverses(moments, damping):
         for factor in (moments.a, moments.s)
     ]
     pi = tf.sqrt(means[0] / means[1])
-    # A layer that sees or gets nothing but zeros, or numbers that are none.
+    # A layer whose inputs or gradients are all zero, or not finite.
     pi = tf.where(tf.math.is_finite(pi) & (pi > 0), pi, tf.ones_like(pi))
     root = tf.sqrt(damping)
     return _inverse(moments.a, pi * root), _inverse(moments.s, root / pi)
 
 
 def _inverse(factor, damping):
-    """Inverts factor + damping I by Cholesky; where that fails, the inverse of its diagonal, 1 where that is not positive."""
+    """Inverts factor + damping I by Cholesky; where that fails, returns the inverse of its diagonal, 1 where that is not positive."""
     if factor.shape.rank == 1:
         return _reciprocal(factor + damping)
-    # Without damping, a factor of fewer cases than rows is singular, and below that to rounding.
+    # Without damping, a factor of fewer cases than rows is singular, with eigenvalues below zero by rounding.
     jitter = 4 * _epsilon(factor.dtype) * tf.linalg.trace(factor)
     damped = factor + (damping + jitter) * tf.eye(factor.shape[-1], dtype=factor.dtype)
     # NaN where the matrix is not positive definite.
@@ -359,10 +361,10 @@ def _inverse(factor, damping):
 
 
 def _inverse_from_root(root):
-    """Gives `(LL')^-1` of a lower triangular L, by halves.
+    """Returns `(LL')^-1` of a lower triangular L, by recursion on halves.
 
-    With X the lower left block times the inverse of the upper left one, and P the inverse that the lower right block gives alone, the blocks are
-    that of the upper left block alone plus `X'PX`, `-X'P`, and P. Against a solve for the identity: 16 ms, not 23, for 785 rows on one core.
+    With X the lower left block times the inverse of the upper left one, and P the inverse for the lower right block alone, the blocks are the inverse
+    for the upper left block alone plus `X'PX`, `-X'P`, and P. This takes 16 ms for 785 rows on one core, a solve for the identity 23 ms.
     """
     size = root.shape[-1]
     if size <= _MAX_SOLVED:
@@ -386,6 +388,6 @@ def _reciprocal(diagonal):
 
 
 def _between(a, matrix, s):
-    """The product of three matrices, the first and last of which may be diagonals."""
+    """Product of three matrices, the first and last of which may be given by their diagonals."""
     matrix = a[:, None] * matrix if a.shape.rank == 1 else tf.matmul(a, matrix)
     return matrix * s if s.shape.rank == 1 else tf.matmul(matrix, s)

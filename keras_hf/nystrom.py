@@ -1,9 +1,9 @@
 """Randomized Nystrom preconditioner: the largest eigenvalues of the curvature, from a sketch of it.
 
-Frangella, Tropp & Udell (2021): algorithm 2.1 for the sketch `Y = G Omega`, equation 5.3 for the preconditioner. Two
-steps differ. Where the paper takes a Cholesky factor of the core `Omega'Y`, eigenvalues tell how large a shift makes it
-definite, so that nothing can fail. And tall matrices are orthonormalised through their Gram matrix, twice: TensorFlow's
-`qr` takes six times as long on a CPU, and leaves errors of 4e-4 in float32 with a million rows.
+Frangella, Tropp & Udell (2021): algorithm 2.1 for the sketch `Y = G Omega`, equation 5.3 for the preconditioner. Two steps differ. First, the paper
+takes a Cholesky factor of the core `Omega'Y`; here its eigenvalues determine the shift that makes it definite, so the factorisation cannot fail.
+Second, tall matrices are orthonormalised through their Gram matrix, twice: TensorFlow's `qr` takes six times as long on a CPU, and leaves errors of
+4e-4 in float32 with a million rows.
 """
 
 import math
@@ -21,26 +21,25 @@ from keras_hf.preconditioners import Preconditioner, due, never_made
 class Nystrom(Preconditioner):
     """Nystrom preconditioner: `M = U (L + damping I) U' / (l + damping) + (I - UU')`.
 
-    U `(n, rank)` and L hold approximate eigenvectors of the curvature and their eigenvalues, l is the least of L: what
-    is large is divided out, the rest left as it is. It needs products with random directions alone, so it serves
-    networks of any layers: physics-informed and recurrent ones, where there are no Kronecker factors. For a few hundred
-    weights, `rank` can be half of them (`benchmarks/nystrom.py`); for many, it pays where few eigenvalues stand out.
+    U `(n, rank)` and L hold approximate eigenvectors of the curvature and their eigenvalues; l is the smallest of L. Along U the preconditioner
+    divides by the large eigenvalues; the rest is unchanged. It needs only products with random directions, so it works for any network, such as
+    physics-informed and recurrent ones, which have no Kronecker factors. With a few hundred weights, `rank` can be half of them
+    (`benchmarks/nystrom.py`). With many, it pays if few eigenvalues stand out.
 
-    The curvature is sketched as CG sees it: that of the chunk, with regularizers and added losses. Where it is not
-    positive semi-definite, L is what exceeds a shift that makes it so. M is positive definite in any case: a damping
-    below the rounding of the largest eigenvalue counts as that rounding. A sketch that is not finite gives way to the one before, or to `M = I`, and
-    the next update makes another.
-    A sketch serves for some updates and is saved with the optimizer; the damping is always the update's own.
+    The sketched curvature is the one that CG uses: that of the chunk, with regularizers and added losses. If it is not positive semi-definite, it is
+    shifted until it is, and L holds what exceeds the shift. M is always positive definite: a damping below the rounding of the largest eigenvalue is
+    replaced by that rounding. A sketch that is not finite is discarded: the previous sketch or `M = I` is used, and the next update tries again. A
+    sketch is reused for `interval` updates and saved with the optimizer; the damping is always that of the update.
 
-    Cost: `rank` products every `interval` updates; `2 n rank` multiplications in every CG iteration; memory of `n rank`
-    numbers, and of four times as many while sketching.
+    Cost: `rank` products every `interval` updates; `2 n rank` multiplications per CG iteration; memory for `n rank` numbers, and for four times as
+    many while sketching.
 
     Args:
-        rank: Integer >= 1, random directions; n where there are fewer weights than that.
-        interval: Integer >= 1, updates that a sketch serves for.
+        rank: Integer >= 1, the number of random directions; n if there are fewer weights than that.
+        interval: Integer >= 1, the number of updates for which a sketch is used.
 
     Raises:
-        ValueError: If an argument is no integer >= 1.
+        ValueError: If an argument is not an integer >= 1.
 
     References:
         Frangella, Tropp & Udell (2021), *Randomized Nystrom preconditioning*, algorithm 2.1 and equation 5.3.
@@ -67,7 +66,7 @@ class Nystrom(Preconditioner):
         def new_state():
             vectors, values, is_sound = sketch()
             new = {"vectors": vectors, "values": values, "made_at": objective.update_number}
-            # One of numbers that are not finite does not serve for an interval: the next update tries again.
+            # A sketch that is not finite is not kept for an interval: the next update tries again.
             return {name: tf.where(is_sound, new[name], state[name]) for name in state}
 
         if self.interval == 1:
@@ -76,7 +75,7 @@ class Nystrom(Preconditioner):
             is_due = due(state, objective.update_number, self.interval)
             state = tf.cond(is_due, new_state, lambda: dict(state))
             vectors, values = state["vectors"], state["values"]
-        # Below that the part along U would be what rounding leaves of 1 - 1, of any sign.
+        # Below that the part along U would be the rounding error of 1 - 1, of either sign.
         damping = tf.maximum(damping, _rounding(vectors) * values[0])
         removed = tf.math.divide_no_nan(values - values[-1], values + damping)
 
@@ -91,16 +90,16 @@ class Nystrom(Preconditioner):
 
 
 def _directions(objective, rank):
-    """Draws an orthonormal basis `(n, rank)` of a random space, another one in every update."""
+    """Draws an orthonormal basis `(n, rank)` of a random space, a different one in every update."""
     size = objective.num_weights
     seed = tf.stack([objective.update_number, -1])
     return _orthonormal(tf.random.stateless_normal([size, min(rank, size)], seed, dtype=objective.dtype))
 
 
 def _eigenvectors(product, directions):
-    """Gives eigenvectors U `(n, rank)` and eigenvalues `(rank,)` of an approximation `U diag(values) U'` of G, and whether G was finite.
+    """Returns eigenvectors U `(n, rank)` and eigenvalues `(rank,)` of an approximation `U diag(values) U'` of G, and whether G was finite.
 
-    Eigenvalues are >= 0, the largest first; columns of U are orthonormal, or zero where G has fewer directions.
+    Eigenvalues are >= 0, the largest first; columns of U are orthonormal, or zero where the rank of G is smaller.
 
     Args:
         product: Callable `v -> Gv` on the rows of `(k, n)`, symmetric.
@@ -115,7 +114,7 @@ def _eigenvectors(product, directions):
     shift = _rounding(images) * tf.norm(images) + 2 * tf.maximum(-core_values[0], 0.0)
     root = tf.matmul(images + shift * directions, core_vectors)
     root = tf.math.divide_no_nan(root, tf.sqrt(core_values + shift))
-    # The shift keeps the condition of root'root within what this needs.
+    # The shift keeps the condition number of root'root small enough for this.
     basis = _orthonormal(root)
     roots, vectors, _ = tf.linalg.svd(tf.matmul(basis, root, transpose_a=True))
     values = tf.maximum(roots**2 - shift, 0.0)
@@ -124,7 +123,7 @@ def _eigenvectors(product, directions):
 
 
 def _orthonormal(columns):
-    """Gives the orthonormal columns nearest to those of A `(n, k)`: `A (A'A)^(-1/2)`, without the null space of A'A."""
+    """Returns the orthonormal columns nearest to those of A `(n, k)`: `A (A'A)^(-1/2)`, without the null space of A'A."""
     for _ in range(2):
         values, vectors = tf.linalg.eigh(tf.matmul(columns, columns, transpose_a=True))
         is_independent = values > values.shape[0] * _epsilon(values) * values[-1]
@@ -134,8 +133,8 @@ def _orthonormal(columns):
 
 
 def _rounding(tall):
-    """What rounding leaves of the largest eigenvalue, relative to it: a share that only grows with the square root of n."""
-    # The paper's shift is the square root alone, too little for a few weights.
+    """Rounding error of the largest eigenvalue, relative to it; it grows only with the square root of n."""
+    # The paper's shift uses the square root alone, which is too little for few weights.
     return (100 + math.sqrt(tall.shape[0])) * _epsilon(tall)
 
 

@@ -8,17 +8,17 @@ from keras_hf.part import Part
 
 
 class Preconditioner(Part):
-    """What a preconditioner promises: immutable settings, and an inverse for every update."""
+    """Base class of preconditioners: immutable settings, and an approximate inverse for every update."""
 
     def inverse(self, objective, linearize, damping, state):
         """Prepares the preconditioner of one update.
 
         Args:
             objective: `objective.Objective`.
-            linearize: Callable without arguments that gives the update's product `v -> Gv`, undamped; see `Objective.product`. It is the one CG
-                uses: held from the first call on, so call it where products are needed only, and outside of branches and loops.
+            linearize: Callable without arguments that returns the undamped product `v -> Gv` of the update; see `Objective.product`. CG uses the same
+                product. It is kept in memory from the first call on: call it only if you need products, and outside of branches and loops.
             damping: Scalar, the damping of this update.
-            state: Dict of tensors, what the update before left; see `Part.initial_state`.
+            state: Dict of tensors, the state after the previous update; see `Part.initial_state`.
 
         Returns:
             Callable `(n,) -> (n,)`, r -> M^-1 r, with M symmetric positive definite; and the next state.
@@ -27,14 +27,14 @@ class Preconditioner(Part):
 
 
 def never_made():
-    """The initial state, a dict, of what serves for an interval of updates: the number of the update that made it, -1 before."""
+    """Returns the initial state, a dict, of something that is reused for several updates: the number of the update that made it, -1 before."""
     return {"made_at": tf.constant(-1)}
 
 
 def due(state, update_number, interval):
-    """Whether an update must make anew what serves for `interval` updates, a bool scalar: it is as old as that, or was never made well."""
+    """Whether something that is reused for `interval` updates must be made anew, a bool scalar: it is that old, or was never made successfully."""
     made_at = state["made_at"]
-    # Also of a later update than this one: the count of updates was set back.
+    # Also if it is of a later update than this one: the number of updates was set back.
     return (made_at < 0) | (made_at > update_number) | (update_number - made_at >= interval)
 
 
@@ -51,14 +51,16 @@ class Identity(Preconditioner):
 class EmpiricalFisherDiagonal(Preconditioner):
     """Martens' diagonal preconditioner `M = (d + damping + w)^exponent`.
 
-    d is the mean over the batch's cases of the squared gradient of the case's loss: squares of per-case gradients, not of their mean. w is the
-    second derivative of the regularizers (2c for `L2(c)`). M is 1 where it would be 0. Under BatchNormalization, where a case has no gradient of
-    its own, the batch statistics count as constants. In networks with loops or batched matrix products (recurrent layers, attention), where
-    TensorFlow cannot vectorise over cases, weights of other layers than Dense, EinsumDense, Embedding and convolutions have an unbiased estimate of
-    d, from 32 blocks of cases with random signs. Cost: about two gradients an update, and one division per CG iteration.
+    d is the mean over the cases of the batch of the squared gradient of the case's loss (the mean of per-case squares, not the square of the mean). w
+    is the second derivative of the regularizers (2c for `L2(c)`). Where M would be 0 it is 1. Under BatchNormalization, where the gradient of a
+    single case is not defined, the batch statistics count as constants.
+
+    In networks with loops or batched matrix products (recurrent layers, attention) TensorFlow cannot vectorise over cases. There, weights of layers
+    other than Dense, EinsumDense, Embedding and convolutions get an unbiased estimate of d, from 32 blocks of cases with random signs. Cost: about
+    two gradients per update, and one division per CG iteration.
 
     Args:
-        exponent: Float > 0; 1 would be the diagonal itself, less than 1 interpolates to no preconditioning.
+        exponent: Float > 0. With 1, M is the diagonal itself; smaller exponents are closer to no preconditioning.
 
     Raises:
         ValueError: If `exponent` is not a finite number above 0.
