@@ -24,16 +24,16 @@ class CGStop(enum.IntEnum):
 
 
 class CGResult(NamedTuple):
-    """What conjugate gradients found.
+    """Result of conjugate gradients.
 
     Attributes:
         iterates: Tensor `(k, n)`, the kept iterates in order; the last iterate is the last row.
         iterate_numbers: int32 `(k,)`, the iteration of each row; 0 is the start.
         values: float64 `(k,)`, the quadratic `x'Ax/2 - b'x` at each row.
-        num_iterations: int32 scalar, iterations that moved x. Products spent: one each, one for a start other than zero, and one for a direction
-            that was found useless (negative curvature, breakdown).
+        num_iterations: int32 scalar, the number of iterations that changed x. Products computed: one per iteration, one for a start other than zero,
+            and one for a direction that could not be used (negative curvature, breakdown).
         reason: int32 scalar, a `CGStop`.
-        course: float64 `(num_iterations + 1,)`, the quadratic at every iterate, kept or not, the start among them.
+        course: float64 `(num_iterations + 1,)`, the quadratic at every iterate, kept or not, including the start.
     """
 
     iterates: tf.Tensor
@@ -60,10 +60,10 @@ class _State(NamedTuple):
     reason: tf.Tensor  # -1 while running
 
 
-# Kept are the iterates ceil(5 * 1.3^j): 5, 7, 9, 11, 15, 19, 25, 32, ... as in Martens' released code, which starts at 5 where the paper's
-# formula starts at 1: the first few are never the best and each costs a pass over all data.
+# The kept iterates are ceil(5 * 1.3^j): 5, 7, 9, 11, 15, 19, 25, 32, ... as in Martens' released code. It starts at 5 where the paper's formula
+# starts at 1: the first few are never the best, and each costs a pass over all data.
 _FIRST_KEPT, _KEPT_RATIO = 5.0, 1.3
-# Ten times as many are an int32 still.
+# Ten times as many still fit in an int32.
 _MOST_WEIGHTS = 2**27
 # Products of an inner product that are summed in their own dtype.
 _BLOCK = 256
@@ -81,18 +81,18 @@ def dot(a, b):
 def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, max_iterations=None):
     """Minimises the quadratic `x'Ax/2 - b'x` by preconditioned conjugate gradients.
 
-    Cost: one product and one application of the preconditioner per iteration, and one product for a start other than zero. Negative curvature stops
-    it with the iterate reached so far; met at the first iteration, the result is `x0 + M^-1 (b - A x0)`, the preconditioned gradient step. A
-    product that is not finite stops it with the last finite iterate. `b = 0` gives 0.
+    If a search direction has negative curvature, CG stops and returns the current iterate; at the first iteration it returns
+    `x0 + M^-1 (b - A x0)`, the preconditioned gradient step. If a product is not finite, CG stops and returns the last finite iterate. For `b = 0`
+    the result is 0. Cost: one product and one application of the preconditioner per iteration, and one product for a start other than zero.
 
     Args:
-        product: Callable `(n,) -> (n,)`, x -> Ax, symmetric positive definite (damping, if any, included).
+        product: Callable `(n,) -> (n,)`, x -> Ax, symmetric positive definite (including the damping, if any).
         b: Tensor `(n,)`, float32 or float64.
         x0: Tensor `(n,)`, the start. Defaults to zero.
         precondition: Callable `(n,) -> (n,)`, r -> M^-1 r, an approximate inverse of A, symmetric positive definite. Defaults to the identity.
         stopping: A stopping rule. Defaults to `RelativeProgress()`.
-        max_iterations: Integer >= 1. Defaults to 10 n, as in SciPy: exact arithmetic is done after n, but rounding makes directions lose their
-            conjugacy, and an ill-conditioned A takes several times as many.
+        max_iterations: Integer >= 1. Defaults to 10 n, as in SciPy: n iterations suffice in exact arithmetic, but with rounding the directions
+            lose their conjugacy, and an ill-conditioned A needs several times as many.
 
     Returns:
         A `CGResult`.
@@ -138,7 +138,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
     residual_product = dot(residual, direction)
     _, at_once = converged(residual)
     reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
-    reason = tf.where(tf.math.is_finite(b_norm), reason, CGStop.BREAKDOWN)  # No residual is small beside infinity.
+    reason = tf.where(tf.math.is_finite(b_norm), reason, CGStop.BREAKDOWN)  # No residual is small relative to infinity.
 
     def array(dtype, size):
         return tf.TensorArray(dtype, size=size, dynamic_size=True, clear_after_read=False)
@@ -149,7 +149,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         residual=residual,
         direction=direction,
         residual_product=residual_product,
-        # It grows where a run of the default limit is longer than n.
+        # It grows where a run with the default limit is longer than n.
         values=array(tf.float64, tf.minimum(max_iterations, tf.shape(b)[0]) + 1).write(0, quadratic(x, residual)),
         iterates=array(b.dtype, 2).write(0, x),
         iterate_numbers=array(tf.int32, 2).write(0, 0),
@@ -163,7 +163,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         curvature = dot(state.direction, image)
         finite = tf.math.is_finite(curvature)
         usable = finite & (curvature > 0)
-        # Without curvature a step has no length of its own. The first one, the preconditioned gradient, is better than none.
+        # Without curvature the length of a step is not determined. The first step, the preconditioned gradient, is better than none.
         first = finite & ~usable & (state.iteration == 0)
         length = tf.where(usable, state.residual_product / curvature, tf.ones_like(curvature))
         stopped = tf.where(usable, -1, tf.where(finite, CGStop.NEGATIVE_CURVATURE, CGStop.BREAKDOWN))
@@ -190,7 +190,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         reason = tf.where(at_rounding, CGStop.CONVERGED, reason)
         reason = tf.where(stopped < 0, reason, stopped)
 
-        # The current iterate stands after the kept ones: it is kept by moving on, and the last one is there when the loop ends.
+        # The current iterate is stored after the kept ones. Incrementing num_kept keeps it; the last one is there when the loop ends.
         kept = tf.cast(iteration, tf.float64) >= tf.math.ceil(state.next_kept)
         return _State(
             iteration=iteration,
@@ -209,7 +209,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
     state = tf.while_loop(
         lambda state: state.reason < 0, lambda state: (iterate(state),), (state,), parallel_iterations=1
     )[0]
-    # Where the last iterate was kept, it stands at num_kept - 1 and nothing new after it.
+    # If the last iterate was kept, it is at num_kept - 1, and there is nothing new after it.
     last = tf.maximum(state.num_kept - 1, 0)
     last = tf.where(state.iterate_numbers.read(last) == state.iteration, last, state.num_kept)
     rows = tf.range(last + 1)

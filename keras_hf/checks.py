@@ -1,4 +1,4 @@
-"""Checks of what a user hands in: the rule, what came, the cure. Imports nothing of the package."""
+"""Checks of user input. Errors state the rule, what was received, and the cure. Imports nothing from the package."""
 
 import math
 import numbers
@@ -8,7 +8,7 @@ import tensorflow as tf
 
 
 def finite(name, value, minimum=None, maximum=None):
-    """Returns `value` as a float, or raises if it is no finite number in [minimum, maximum]."""
+    """Returns `value` as a float, or raises if it is not a finite number in [minimum, maximum]."""
     bounds = ""
     if minimum is not None and maximum is not None:
         bounds = f" in [{minimum}, {maximum}]"
@@ -22,7 +22,7 @@ def finite(name, value, minimum=None, maximum=None):
 
 
 def current_damping(value, is_to_be_found):
-    """Raises if the damping that somebody assigned is no finite number >= 0, nor NaN where the first update is to find it."""
+    """Raises if the assigned damping is not a finite number >= 0; NaN is allowed if the first update is to find the damping."""
     if not (math.isfinite(value) and value >= 0) and not (math.isnan(value) and is_to_be_found):
         raise ValueError(
             f"The damping must be a finite number >= 0. Received: optimizer.damping={value}, which a callback or your code has assigned. "
@@ -31,28 +31,28 @@ def current_damping(value, is_to_be_found):
 
 
 def positive(name, value):
-    """Returns `value` as a float, or raises if it is no finite number > 0."""
+    """Returns `value` as a float, or raises if it is not a finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` must be a finite number > 0. Received: {name}={value!r}.")
     return float(value)
 
 
 def integer(name, value, minimum, maximum):
-    """Returns `value` as an int, or raises if it is no integer in [minimum, maximum]."""
+    """Returns `value` as an int, or raises if it is not an integer in [minimum, maximum]."""
     if not _is_integer(value) or not minimum <= value <= maximum:
         raise ValueError(f"`{name}` must be an integer in [{minimum}, {maximum}]. Received: {name}={value!r}.")
     return int(value)
 
 
 def flag(name, value):
-    """Returns `value`, or raises if it is no bool."""
+    """Returns `value`, or raises if it is not a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be `True` or `False`. Received: {name}={value!r}.")
     return value
 
 
 def count(name, value, optional=False):
-    """Returns `value` as an int, or raises if it is no integer >= 1 (nor `None`, where `optional`)."""
+    """Returns `value` as an int, or raises if it is not an integer >= 1 (or `None`, if `optional`)."""
     if optional and value is None:
         return None
     if not _is_integer(value) or value < 1:
@@ -66,7 +66,7 @@ def _is_integer(value):
 
 
 def part(name, value, base, example):
-    """Returns `value`, or raises if it is no instance of `base`: parts are objects, not names of objects."""
+    """Returns `value`, or raises if it is not an instance of `base`: parts are objects, not names of objects."""
     if not isinstance(value, base):
         raise TypeError(
             f"`{name}` must be a `{base.__name__}` object, such as `{example}`. Received: {name}={value!r}."
@@ -75,7 +75,7 @@ def part(name, value, base, example):
 
 
 def num_cases(x, y=None, sample_weight=None):
-    """Returns the number of cases in nests of arrays, or raises if it is none, or not the same in all of them."""
+    """Returns the number of cases in nests of arrays, or raises if it is 0, or not the same in all arrays."""
     found = {}
     for name, arrays in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         leaves = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
@@ -99,7 +99,7 @@ def num_cases(x, y=None, sample_weight=None):
 
 
 def split(num_cases, validation_split):
-    """Returns how many cases `validation_split` leaves for training, or raises if it leaves none, or none for validation."""
+    """Returns how many cases `validation_split` leaves for training, or raises if none are left for training or for validation."""
     num_training = math.floor(num_cases * (1.0 - validation_split))
     if not 0 < num_training < num_cases:
         raise ValueError(
@@ -110,7 +110,7 @@ def split(num_cases, validation_split):
 
 
 def equal_lengths(x, y=None, sample_weight=None):
-    """Raises if `y` or `sample_weight` have not as many cases as `x`; where shapes are not known yet, by the operations that it returns."""
+    """Raises if `y` or `sample_weight` do not have as many cases as `x`; if shapes are not known yet, by the operations that it returns."""
     first, *others = [
         (name, leaf)
         for name, leaves in (("x", x), ("y", y), ("sample_weight", sample_weight))
@@ -132,7 +132,7 @@ def equal_lengths(x, y=None, sample_weight=None):
 
 
 def trainable_weights(variables):
-    """Raises if a trainable weight is no real floating-point number: an update could not move it, or only by rounding."""
+    """Raises if a trainable weight is not a real floating-point number: an update could not change it, or only by rounding."""
     for variable in variables:
         dtype = keras.backend.standardize_dtype(variable.dtype)
         if not keras.backend.is_float_dtype(dtype):
@@ -143,7 +143,7 @@ def trainable_weights(variables):
 
 
 def weights_of_optimizer(known, variables):
-    """Raises if an optimizer that is built for the weights `known` is to train others: what it remembers is about those, weight by weight."""
+    """Raises if an optimizer that was built for the weights `known` is to train others: its state refers to those, weight by weight."""
     if [id(variable) for variable in known] == [id(variable) for variable in variables]:
         return
     names = lambda weights: _short([weight.path for weight in weights])  # noqa: E731
@@ -165,7 +165,7 @@ def has_loss(found):
 
 
 def loss_values(name, values, y_pred):
-    """Returns what a loss function returned, or raises if it is neither one number nor one value a case."""
+    """Returns the values of a loss function, or raises if they are neither one number nor one value per case."""
     rule = f"The loss '{name}' must return a floating-point tensor that is computed from `y_pred`: one value per case, or one number."
     if values is None:
         raise ValueError(f"{rule} Received: None. Is a `return` missing?")
@@ -175,7 +175,7 @@ def loss_values(name, values, y_pred):
     if not keras.backend.is_float_dtype(dtype):
         raise ValueError(f"{rule} Received: a tensor of dtype {dtype}, through which no gradient flows.")
     if isinstance(values, tf.Tensor) and values.shape.rank and values.shape[0] is None and y_pred.shape[0] is None:
-        # Pieces of a batch are put together by their numbers of cases. A length that is known and another (a value per class, say) is seen later.
+        # Pieces of a batch are combined by their numbers of cases. A known length that differs (a value per class, say) is detected later.
         tf.debugging.assert_equal(
             tf.shape(values)[0],
             tf.shape(y_pred)[0],
@@ -185,12 +185,12 @@ def loss_values(name, values, y_pred):
 
 
 def sample_weight(name, weight, values):
-    """Raises if the weights of cases don't fit the values of a loss, for which Keras would broadcast them.
+    """Raises if sample weights do not fit the values of a loss: Keras would broadcast them.
 
     Args:
         name: Name of the loss.
         weight: Tensor of the weights, or `None`.
-        values: Tensor of the loss' values, one a case at least.
+        values: Tensor of the loss values, at least one per case.
     """
     if weight is None or not values.shape.rank:
         return

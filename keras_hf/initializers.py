@@ -1,4 +1,4 @@
-"""Sparse initialization of Martens (2010): every unit listens to a few inputs only."""
+"""Sparse initialization of Martens (2010): every unit has only a few non-zero incoming weights."""
 
 import math
 
@@ -13,11 +13,11 @@ class SparseNormal(keras.initializers.RandomNormal):
     """Normal weights on a few distinct inputs of every unit, and zeros elsewhere.
 
     Each unit of a layer gets `min(num_connections, fan_in)` incoming weights from
-    N(0, stddev^2) at inputs drawn without replacement. A unit's total input thus varies as
-    much in a wide layer as in a narrow one, and units of a layer differ from each other in
-    what they see. This lets deep networks of logistic units train from the start, where
-    dense initialization leaves them on a plateau. For tanh units Sutskever et al. (2013) take
-    `stddev=0.25` and biases of 0.5; for logistic units the defaults and biases of 0.
+    N(0, stddev^2), at inputs drawn without replacement. The variance of a unit's total input
+    therefore does not depend on the width of the layer, and the units of a layer respond to
+    different inputs. Deep networks of logistic units train from the start with these weights,
+    where dense initialization leaves them on a plateau. For tanh units Sutskever et al. (2013)
+    use `stddev=0.25` and biases of 0.5; for logistic units the defaults and biases of 0.
 
     Units are the last axis of the kernel, their inputs all the others: `(fan_in, units)` in
     `Dense`, `(*spatial, channels, units)` in convolutions.
@@ -72,7 +72,7 @@ class SparseNormal(keras.initializers.RandomNormal):
         draw_dtype = keras.backend.result_type(dtype, "float32")
 
         # One draw for both, since an integer seed gives the same numbers in every draw: the
-        # largest `keys` of a unit choose its inputs, `weights` are what these get.
+        # largest `keys` of a unit choose its inputs, and `weights` are their weights.
         draws = super().__call__((units, fan_in + num_connections), draw_dtype)
         keys, weights = draws[:, :fan_in], draws[:, fan_in:]
         _, rows = ops.top_k(keys, num_connections)

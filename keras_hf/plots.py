@@ -1,4 +1,4 @@
-"""Pictures of a run: what the logs of its updates say, against updates, cost or time. Needs matplotlib."""
+"""Figures of a run: the logs of its updates against updates, cost or time. Needs matplotlib."""
 
 import keras
 import numpy as np
@@ -11,22 +11,21 @@ _LABELS = {"update": "update", "cost": "cost, gradients of one case", "seconds":
 def plot_updates(updates, x="update", path=None):
     """Draws loss, damping, reduction ratio, CG iterations and step size of a run.
 
-    The loss of validation, where there is one, is drawn beside that of training. Ratios are drawn from -0.5 to 1.5; a red mark at the edge stands
-    for one beyond it, or for a loss that rose. In the grey band `LevenbergMarquardt()` leaves the damping as it is. Steps that were rejected are
-    crosses.
+    The validation loss, if there is one, is drawn with the training loss. Reduction ratios are drawn from -0.5 to 1.5; a red mark at the edge is a
+    ratio outside that range, or a loss that rose. In the grey band `LevenbergMarquardt()` keeps the damping. Rejected steps are crosses.
 
     Args:
-        updates: Path of a file of `UpdateRecorder`, the list of dicts that `read_updates` gives, or a `keras.callbacks.History` (where an epoch is
-            an update).
-        x: String, what the horizontal axis counts: "update", "cost" or "seconds". A history knows updates alone.
-        path: Path of the picture to write, or `None`.
+        updates: Path of a file written by `UpdateRecorder`, the list of dicts returned by `read_updates`, or a `keras.callbacks.History` (if an epoch
+            is one update).
+        x: String, the unit of the horizontal axis: "update", "cost" or "seconds". A history has only "update".
+        path: Path of the image to write, or `None`.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If there are no updates, or none that know `x`.
+        ValueError: If there are no updates, or they do not contain `x`.
     """
     try:
         from matplotlib.figure import Figure
@@ -84,7 +83,7 @@ def plot_updates(updates, x="update", path=None):
 
 
 def _columns(updates):
-    """Returns a dict of arrays, one number an update."""
+    """Returns a dict of arrays with one number per update."""
     if isinstance(updates, keras.callbacks.History):
         columns = {name: np.asarray(values, float) for name, values in updates.history.items()}
         if columns:

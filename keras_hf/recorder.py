@@ -1,4 +1,4 @@
-"""A record of every update in a file of JSON lines: the logs, and how the solver came by the step."""
+"""Records every update in a JSON Lines file: the logs, and how the solver found the step."""
 
 import json
 import math
@@ -11,29 +11,30 @@ import numpy as np
 
 
 class UpdateRecorder(keras.callbacks.Callback):
-    """Writes a line of JSON after each update of an `HFModel`.
+    """Writes one line of JSON after each update of an `HFModel`.
 
     | key | meaning |
     | --- | --- |
     | `update` | number of the update, from 1 |
     | `epoch` | its epoch, from 0 |
-    | `seconds` | since `fit` began to train; goes on from the last line where `append` |
+    | `seconds` | since the start of training; with `append`, continues from the last line |
     | `loss`, `damping`, ... | the logs of the update, as in `HFModel`, and metrics |
     | `cost` | passes over cases, in gradients of one case: gradient 1, product 4/3, loss 1/3; preconditioner and unseen cases apart |
     | `trace` | see below |
 
-    `trace` holds `losses`, of the candidate steps in order, null where the search did not look or found no number; `num_cuts`, how often the step was
-    shortened; `num_products`; and what the solver adds. `ConjugateGradient` adds `course`, the quadratic that CG minimises at every iterate, the
-    start among them, and `iterate_numbers`, the iterates that are the candidates. Numbers that are not finite are written as Python's `json` does,
-    `NaN` and `-Infinity`. A line is on disk before the next update begins.
+    `trace` holds `losses`, the losses of the candidate steps in order (null where none was computed or it is NaN); `num_cuts`, how often the step was
+    shortened; `num_products`; and what the solver adds. `ConjugateGradient` adds `course`, the quadratic that CG minimises at every iterate including
+    the start, and `iterate_numbers`, the iterates that are the candidates. Numbers that are not finite are written as Python's `json` does, `NaN` and
+    `-Infinity`. A line is on disk before the next update begins.
 
     Args:
         path: Path of the file.
-        append: Boolean. `True` goes on with the file that is there, for runs that are resumed, less the lines of updates that are made again; `False`
-            writes a new one.
+        append: Boolean. `True` continues an existing file, for runs that are resumed; lines of updates that are repeated are dropped. `False` writes
+            a new file.
 
     Raises:
-        ValueError: At the start of training, if the model is no `HFModel`, or if several updates run between two calls (`steps_per_execution > 1`).
+        ValueError: At the start of training, if the model is not an `HFModel`, or if the recorder cannot see every update
+            (`steps_per_execution > 1`).
     """
 
     def __init__(self, path, append=False):
@@ -49,11 +50,11 @@ class UpdateRecorder(keras.callbacks.Callback):
                 "`UpdateRecorder` must see every update. Received: steps_per_execution="
                 f"{self.model.steps_per_execution}. Compile with `steps_per_execution=1`."
             )
-        # The file waits for the first update: another callback may bring back an earlier run, and its number of updates, until then.
+        # The file is opened at the first update: until then another callback may restore an earlier run, and its number of updates.
         self._file, self._start = None, time.perf_counter()
 
     def _open(self):
-        """Opens the file, with what is to be kept of an old one."""
+        """Opens the file, with the lines of an old one that are kept."""
         kept = []
         if self.append and self.path.exists():
             kept = [record for record in read_updates(self.path) if record["update"] < self._num_updates()]
@@ -63,7 +64,7 @@ class UpdateRecorder(keras.callbacks.Callback):
         os.replace(new, self.path)
         self._file = open(self.path, "a")
         self._start -= kept[-1]["seconds"] if kept else 0.0
-        # `fit` on a second call goes on with the file.
+        # A second call of `fit` continues the file.
         self.append = True
 
     def _num_updates(self):
@@ -99,21 +100,21 @@ class UpdateRecorder(keras.callbacks.Callback):
 
 
 def _number(value):
-    """A number that JSON can hold, whole where it is whole by type."""
+    """Converts to a number that JSON can hold; integers stay integers."""
     return np.asarray(value).item()
 
 
 def read_updates(path):
-    """Reads what `UpdateRecorder` wrote.
+    """Reads a file written by `UpdateRecorder`.
 
     Args:
         path: Path of the file.
 
     Returns:
-        List of dicts, an update each. A last line that was cut short, by a crash, is left out.
+        List of dicts, one per update. An incomplete last line, as after a crash, is left out.
 
     Raises:
-        ValueError: If another line is no record of an update.
+        ValueError: If another line is not a record of an update.
     """
     records, lines = [], Path(path).read_text().splitlines()
     for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""Choosing a step by the true loss: which iterate of CG, and how far along it. Knows only `loss_at(step)` and numbers.
+"""Chooses a step by the true loss: which iterate of CG, and how far along it. Knows only `loss_at(step)` and numbers.
 
 Martens (2010), section 4.6, and Nocedal & Wright (2006), section 3.1; the constants are those of Martens' released code.
 """
@@ -30,15 +30,15 @@ class LineSearch(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a search took from a path.
+    """The step that a search chose from a path.
 
     Attributes:
         row: int32 scalar, the candidate's row.
         candidate: Tensor `(n,)`; the weights move by `step_size * candidate`.
         candidate_loss: float64 scalar, the loss at the candidate itself.
         step_size: float64 scalar, 0 = rejected.
-        loss: float64 scalar, where the weights move to; that at the start where the step is rejected.
-        losses: float64 `(k,)`, the losses of the candidates, NaN where the search did not look.
+        loss: float64 scalar, the loss at the new weights; the loss at the start if the step is rejected.
+        losses: float64 `(k,)`, the losses of the candidates, NaN where none was computed.
         num_cuts: int32 scalar, how often the step was shortened.
     """
 
@@ -59,8 +59,8 @@ def _or_infinity(loss):
 def backtrack(loss_at, iterates):
     """Walks back from the last iterate while the loss does not rise.
 
-    The later iterates of CG fit the curvature of a subset of the data; the loss on all of it says how many were too many. A tie goes to the
-    earlier iterate. Cost: one loss per iterate looked at, at least two where there are two.
+    Later iterates of CG fit the curvature of a subset of the data; the loss on all of it tells which iterates went too far. A tie goes to the earlier
+    iterate. Cost: one loss per iterate tried, at least two if there are two.
 
     Args:
         loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
@@ -112,10 +112,11 @@ def walk_back(loss_at, candidates, loss, gradient):
 
 
 def line_search(loss_at, step, loss, loss_at_step, slope):
-    """Shortens a step until the loss falls by Armijo's share of what the slope promises.
+    """Shortens a step until the loss satisfies Armijo's condition.
 
-    The largest step size in 1, 0.8, 0.64, ... with `loss_at(step_size * step) <= loss + 0.01 * step_size * slope`; 0 (rejected) after 60 cuts, when
-    the loss at the start is not finite, or when the slope is not negative, for then the inequality would allow a rise. Cost: one loss per cut.
+    Takes the largest step size in 1, 0.8, 0.64, ... with `loss_at(step_size * step) <= loss + 0.01 * step_size * slope`. It is 0 (rejected) after 60
+    cuts, if the loss at the start is not finite, or if the slope is not negative, because then the inequality would allow the loss to rise.
+    Cost: one loss per cut.
 
     Args:
         loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
@@ -130,7 +131,7 @@ def line_search(loss_at, step, loss, loss_at_step, slope):
     possible = tf.math.is_finite(loss) & (slope < 0)
 
     def too_high(step_size, loss_there):
-        # Not `~(loss_there <= ...)`: TensorFlow's graph optimizer makes `>` of that, though NaN answers no to both.
+        # Not `~(loss_there <= ...)`: TensorFlow's graph optimizer turns that into `>`, which differs for NaN.
         return _or_infinity(loss_there) > loss + _ARMIJO * step_size * slope
 
     def go_on(step_size, loss_there, num_cuts):

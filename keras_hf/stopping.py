@@ -1,6 +1,6 @@
 """Stopping rules of conjugate gradients.
 
-A rule sees the iteration, the values of the quadratic so far and two norms, and says whether to stop. It knows nothing of networks or damping.
+A rule receives the iteration, the values of the quadratic so far and two norms, and decides whether to stop. It knows nothing of networks or damping.
 """
 
 import keras
@@ -11,17 +11,17 @@ from keras_hf.part import Part
 
 
 class StoppingRule(Part):
-    """What a stopping rule promises: immutable settings and one question.
+    """Base class of stopping rules: immutable settings and one decision.
 
-    Subclasses implement `should_stop` and, if they have settings, `get_config`. A rule is asked after every iteration, inside a `tf.while_loop`. One
-    that remembers declares `initial_state`, and overrides `prepared` and `next_state`.
+    Subclasses implement `should_stop` and, if they have settings, `get_config`. `should_stop` is called after every iteration, inside a
+    `tf.while_loop`. A rule with state declares `initial_state`, and overrides `prepared` and `next_state`.
     """
 
     def prepared(self, state):
         """Returns the rule of one update.
 
         Args:
-            state: Dict of tensors, what the update before left; see `Part.initial_state`.
+            state: Dict of tensors, the state after the previous update; see `Part.initial_state`.
 
         Returns:
             A `StoppingRule`: this one, or a copy that holds what it needs of the state.
@@ -34,13 +34,13 @@ class StoppingRule(Part):
 
         Args:
             state: Dict of tensors, the state before it.
-            result: `cg.CGResult`, what the rule stopped.
+            result: `cg.CGResult` of the CG run that used the rule.
         """
         del result
         return state
 
     def should_stop(self, iteration, value_at, residual_norm, b_norm):
-        """Says whether CG may stop after `iteration`.
+        """Returns whether CG may stop after `iteration`.
 
         Args:
             iteration: int32 scalar, the number of iterations done, >= 1.
@@ -56,16 +56,16 @@ class StoppingRule(Part):
 
 @keras.saving.register_keras_serializable("keras_hf")
 class RelativeProgress(StoppingRule):
-    """Stops when the last k iterations won too small a part of the whole decrease.
+    """Stops when the last k iterations contributed too little of the total decrease.
 
     With phi the value of the quadratic, CG stops at iteration i when `i > k`, `phi_i < 0`, `phi_{i-k} < 0` and
 
         (phi_i - phi_{i-k}) / phi_i < k * tolerance,    k = max(10, ceil(i / 10)).
 
-    It measures what CG minimises; the residual norm is not that. The earliest stop is at iteration 11.
+    It measures the quadratic, which CG minimises, and not the residual norm. The earliest stop is at iteration 11.
 
     Args:
-        tolerance: Float > 0, progress per iteration, relative to the whole, below which to stop.
+        tolerance: Float > 0, the progress per iteration, relative to the total decrease, below which to stop.
 
     Raises:
         ValueError: If `tolerance` is not a finite number above 0.
@@ -83,7 +83,7 @@ class RelativeProgress(StoppingRule):
         window = tf.maximum(10, (iteration + 9) // 10)
         value = value_at(iteration)
         older = value_at(tf.maximum(iteration - window, 0))
-        # (value - older) / value < bound, multiplied out: value is negative where it counts.
+        # (value - older) / value < bound, multiplied by value, which is negative where it counts.
         bound = tf.cast(window, value.dtype) * tf.constant(self.tolerance, value.dtype)
         stalled = (value - older) > bound * value
         return (iteration > window) & (value < 0) & (older < 0) & stalled
