@@ -651,6 +651,8 @@ class Objective:
             ]
             _assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
+        # Backtracking, line search and checks call the same function: the graph, which takes seconds to make, then holds the loss once.
+        self._losses = {}
         self.totals = replicas.sum(lambda part: part.counts(), parts)
         replicas.run(lambda part, totals: part.set_totals(totals, replicas.count), parts, self.totals)
 
@@ -747,6 +749,17 @@ class Objective:
         return loss, tf.maximum(tf.math.divide_no_nan(num_cases * squares, size**2) - 1.0, 0.0)
 
     def _loss_at(self, step, of_chunk):
+        if tf.executing_eagerly():
+            return self._computed_loss(step, of_chunk)
+        if of_chunk not in self._losses:
+            self._losses[of_chunk] = tf.function(
+                lambda step: self._computed_loss(step, of_chunk),
+                autograph=False,
+                experimental_attributes={"_noinline": True},
+            )
+        return self._losses[of_chunk](step)
+
+    def _computed_loss(self, step, of_chunk):
         return self._at(step, lambda part: part.loss(of_chunk))
 
     def _at(self, step, function):
