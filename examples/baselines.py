@@ -15,6 +15,7 @@ from keras import ops
 from scipy import optimize
 
 from keras_hf import ConjugateGradient, ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
+from keras_hf.files import replacing
 from keras_hf.search import Taken, walk_back
 
 STEPS_PER_EXECUTION = 10  # The work between calls would otherwise double the time of a step of a small network.
@@ -496,9 +497,8 @@ class Recorder(keras.callbacks.Callback):
     def _keep_state(self):
         """Writes what `_restore` reads. An old file is whole until the new one is."""
         values = {f"variable_{number}": variable.numpy() for number, variable in enumerate(self._variables)}
-        new = Path(self.state_path).with_suffix(".new.npz")
-        np.savez(new, num_rows=len(self.rows), **values)
-        new.replace(self.state_path)
+        with replacing(self.state_path) as path:
+            np.savez(path, num_rows=len(self.rows), **values)
         self._state_seconds = self.rows[-1]["seconds"]
 
     def after_update(self, updates, logs):

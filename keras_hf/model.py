@@ -5,7 +5,6 @@ import functools
 import logging
 import math
 import os
-import pathlib
 import re
 import warnings
 
@@ -13,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, batching, checks
+from keras_hf import arrays, batching, checks, files
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
 from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
@@ -145,12 +144,12 @@ class HFModel(keras.Model):
 
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
         """Saves the model and what training goes on from; arguments as `keras.Model.save`. A file is replaced only by a complete one."""
-        with _replacing(filepath, overwrite) as path:
+        with _saved_file(filepath, overwrite) as path:
             super().save(path, overwrite, zipped, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
         """Saves weights and what training goes on from; arguments as `keras.Model.save_weights`. A file is replaced only by a complete one."""
-        with _replacing(filepath, overwrite and max_shard_size is None) as path:
+        with _saved_file(filepath, overwrite and max_shard_size is None) as path:
             super().save_weights(path, overwrite, max_shard_size)
 
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
@@ -903,22 +902,13 @@ def _as_written():
 
 
 @contextlib.contextmanager
-def _replacing(filepath, overwrite):
-    """Gives the path to write a file to, which replaces that at `filepath` when it is complete.
-
-    Where there is no file, or Keras is to ask before it overwrites one, `filepath` is written to as it is.
-    """
+def _saved_file(filepath, overwrite):
+    """Gives the path to save to: `filepath` itself where there is no file, or where Keras is to ask before it overwrites one."""
     if not overwrite or not isinstance(filepath, (str, os.PathLike)) or not os.path.isfile(filepath):
         yield filepath
         return
-    # What Keras tells files apart by is the end of their names.
-    path = pathlib.Path(filepath)
-    new = path.with_name(f"new-{os.getpid()}-{path.name}")
-    try:
-        yield str(new)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    with files.replacing(filepath) as path:
+        yield str(path)
 
 
 def _checked(loss):

@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import keras
 import numpy as np
+
+from keras_hf.files import replacing
 
 
 class UpdateRecorder(keras.callbacks.Callback):
@@ -59,9 +60,8 @@ class UpdateRecorder(keras.callbacks.Callback):
         if self.append and self.path.exists():
             kept = [record for record in read_updates(self.path) if record["update"] < self._num_updates()]
         # What is left of an old file is whole before the old one goes.
-        new = self.path.with_name(f"new-{os.getpid()}-{self.path.name}")
-        new.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(new, self.path)
+        with replacing(self.path) as path:
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a")
         self._start -= kept[-1]["seconds"] if kept else 0.0
         # A second call of `fit` continues the file.
