@@ -9,7 +9,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from keras_hf import checks
+from keras_hf import checks, keras_private
 from keras_hf.replaced import replaced
 
 _MEANS = ("sum_over_batch_size", "mean")
@@ -131,7 +131,7 @@ class LossTerm:
         return loss * tf.cast(self._loss_weight * (self._num_replicas if is_divided else 1), loss.dtype)
 
     def _mask(self, values):
-        masks = [getattr(tensor, "_keras_mask", None) for tensor in (self._y_pred, values)]
+        masks = [keras_private.mask(tensor) for tensor in (self._y_pred, values)]
         masks = [tf.cast(mask, tf.bool) for mask in masks if mask is not None]
         return masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
 
@@ -173,12 +173,12 @@ def recorded_terms(compile_loss, num_replicas):
     """
     terms = []
 
-    def recording(entry):
+    def recording(loss, loss_weight):
         def call(y, y_pred, sample_weight=None):
-            terms.append(LossTerm(entry.loss, entry.loss_weights, y, y_pred, sample_weight, num_replicas))
+            terms.append(LossTerm(loss, loss_weight, y, y_pred, sample_weight, num_replicas))
             return tf.zeros([], keras.backend.floatx())
 
-        return entry._replace(loss=call)
+        return call
 
-    with replaced((compile_loss, "_flat_losses", [recording(entry) for entry in compile_loss._flat_losses])):
+    with keras_private.losses_called_by(compile_loss, recording):
         yield terms

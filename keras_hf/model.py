@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, batching, checks, files
+from keras_hf import arrays, batching, checks, files, keras_private
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
 from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
@@ -128,7 +128,7 @@ class HFModel(keras.Model):
     def call(self, inputs, training=None, mask=None):
         """Calls the network."""
         arguments = {}
-        if self.network._call_has_training_arg:
+        if keras_private.takes_training(self.network):
             arguments["training"] = training
         if mask is not None:
             arguments["mask"] = mask
@@ -208,7 +208,7 @@ class HFModel(keras.Model):
                 "Compile `model.network` to train with another optimizer."
             )
         if optimizer.built:
-            checks.weights_of_optimizer(optimizer._trainable_variables, self.trainable_variables)
+            checks.weights_of_optimizer(keras_private.optimized_weights(optimizer), self.trainable_variables)
         for leaf in keras.tree.flatten(loss):
             self._judge_curvature(leaf, optimizer.curvature)
         if kwargs.get("jit_compile", "auto") not in ("auto", False):
@@ -221,10 +221,11 @@ class HFModel(keras.Model):
         kwargs["auto_scale_loss"] = False
         # By these names Keras finds the loss and metrics of an output in a dict.
         self.output_names = getattr(self.network, "output_names", None)
-        optimizer.find_layers = self.network._flatten_layers
+        optimizer.find_layers = lambda: keras_private.all_layers(self.network)
         super().compile(optimizer, loss, *args, **kwargs)
-        if self._compile_loss is not None:
-            self._compile_loss._user_loss = keras.tree.map_structure(_checked, loss)
+        compile_loss = keras_private.compiled_loss(self)
+        if compile_loss is not None:
+            keras_private.set_losses(compile_loss, keras.tree.map_structure(_checked, loss))
         if self.built and self.trainable_variables:
             checks.trainable_weights(self.trainable_variables)
             self._build_optimizer()
@@ -268,7 +269,7 @@ class HFModel(keras.Model):
             ValueError: If the model is not compiled, if there are no cases, if arrays have different numbers of cases, or if `batch_size` is no
                 count.
         """
-        self._assert_compile_called("fit")
+        keras_private.require_compiled(self, "fit")
         if x is None:
             raise ValueError(
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
@@ -283,7 +284,8 @@ class HFModel(keras.Model):
             self._source = "arrays"
             batch_size = checks.count("batch_size", batch_size, optional=True)
             num_cases = checks.num_cases(x, y, sample_weight)
-            if y is None and self._compile_loss is not None and type(self).compute_loss is HFModel.compute_loss:
+            has_loss = keras_private.compiled_loss(self) is not None
+            if y is None and has_loss and type(self).compute_loss is HFModel.compute_loss:
                 raise ValueError(
                     f"`y` must hold what the loss {self.loss!r} compares predictions with. Received: y=None."
                 )
@@ -374,7 +376,7 @@ class HFModel(keras.Model):
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Makes one update on these cases; arguments as `keras.Model.train_on_batch`."""
-        self._assert_compile_called("train_on_batch")
+        keras_private.require_compiled(self, "train_on_batch")
         self._warn_about_changed_weights()
         if arrays.is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
@@ -394,7 +396,7 @@ class HFModel(keras.Model):
             with tf.control_dependencies(lengths_are_equal):
                 data, unseen = data.take(selection.used), data.take(selection.unseen)
         logs = self._with_objective(data, update, self._most_cases, unseen)
-        self._loss_tracker.update_state(logs["loss"], sample_weight=logs["num_cases"])
+        keras_private.track_loss(self, logs["loss"], logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
         return {**logs, **metrics}
 
@@ -425,7 +427,7 @@ class HFModel(keras.Model):
         Raises:
             ValueError: If the model is not compiled, or if the products cannot be formed; the message names the layer and the cure.
         """
-        self._assert_compile_called("check_products")
+        keras_private.require_compiled(self, "check_products")
         to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
         data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
         self._maybe_symbolic_build(data_batch=tuple(data))
@@ -567,9 +569,9 @@ class HFModel(keras.Model):
             )
         if self.optimizer.built:
             # Another length of batches is traced anew, with what is trainable by then.
-            checks.weights_of_optimizer(self.optimizer._trainable_variables, trainable)
-        layers = self.network._flatten_layers()
-        generators = [generator for layer in layers for generator in layer._seed_generators]
+            checks.weights_of_optimizer(keras_private.optimized_weights(self.optimizer), trainable)
+        layers = keras_private.all_layers(self.network)
+        generators = [generator for layer in layers for generator in keras_private.seed_generators(layer)]
         seeds = {id(generator.state): generator.state for generator in generators}
 
         def network(x):
@@ -632,27 +634,29 @@ class HFModel(keras.Model):
         if type(self).compute_loss is not HFModel.compute_loss:
             # Keras divides a loss of its own, and supposes one of the user's to be divided, by the number of replicas.
             return [WholeLoss(lambda: replicas * self._whole_loss(data, y_pred))]
-        if self._compile_loss is None:
+        compile_loss = keras_private.compiled_loss(self)
+        if compile_loss is None:
             return []
-        if not self._compile_loss.built:
-            self._compile_loss.build(data.y, y_pred)
-        with recorded_terms(self._compile_loss, replicas) as terms:
-            self._compile_loss(data.y, y_pred, data.sample_weight)
+        if not compile_loss.built:
+            compile_loss.build(data.y, y_pred)
+        with recorded_terms(compile_loss, replicas) as terms:
+            compile_loss(data.y, y_pred, data.sample_weight)
         return terms
 
     def _whole_loss(self, data, y_pred):
         """What an overridden `compute_loss` gives, without the regularizers and the added losses."""
         self._regularizers_apart = True
         try:
-            loss = self._compute_loss(data.x, data.y, y_pred, data.sample_weight, training=True)
+            loss = keras_private.call_compute_loss(self, data.x, data.y, y_pred, data.sample_weight)
         finally:
             self._regularizers_apart = False
         return loss
 
     def _update_metrics(self, data, y_pred):
-        if self._compile_loss is not None and self._compile_loss.metrics:
+        compile_loss = keras_private.compiled_loss(self)
+        if compile_loss is not None and compile_loss.metrics:
             # The loss of each output, which Keras tracks in the call.
-            self._compile_loss(data.y, y_pred, data.sample_weight)
+            compile_loss(data.y, y_pred, data.sample_weight)
         self.compute_metrics(data.x, data.y, y_pred, data.sample_weight)
 
     def _update_logs(self, objective, result):
@@ -708,19 +712,19 @@ class HFModel(keras.Model):
         # Keras builds from a first batch only under a strategy. Without it a first fit traces twice, and a network without an input shape has no
         # weights when the optimizer asks for them.
         if iterator is not None:
-            data_batch = iterator._distributed_dataset.element_spec
+            data_batch = keras_private.batch_spec(iterator)
 
         def spec(leaf):
             if leaf is None or isinstance(leaf, type(tf.type_spec_from_value(None))):
                 return None
-            leaf = getattr(leaf, "_value_specs", (leaf,))[0]
+            leaf = keras_private.spec_of_first_replica(leaf)
             return (
                 leaf if isinstance(leaf, tf.TensorSpec) else tf.TensorSpec(np.shape(leaf), getattr(leaf, "dtype", None))
             )
 
         data_batch = keras.tree.map_structure(spec, data_batch)
         with self.distribute_strategy.scope():
-            self._symbolic_build(data_batch=data_batch)
+            keras_private.symbolic_build(self, data_batch)
 
     # What cannot go on.
 
@@ -843,7 +847,8 @@ class HFModel(keras.Model):
         """Says that what is trained was settled by `compile`, as in Keras."""
         if self.optimizer.built:
             known, now = (
-                {id(v): v.path for v in vs} for vs in (self.optimizer._trainable_variables, self.trainable_variables)
+                {id(v): v.path for v in weights}
+                for weights in (keras_private.optimized_weights(self.optimizer), self.trainable_variables)
             )
             changed = [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
             if changed:

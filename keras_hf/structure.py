@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.capture import is_capturable, recorded_uses
+from keras_hf.keras_private import logits as logits_of
 
 # Bytes that a kept linearization holds for one byte that the forward pass and the loss compute: 1.6 to 1.8 measured on dense autoencoders.
 _KEPT_PER_BYTE = 2
@@ -106,7 +107,7 @@ class Structure(NamedTuple):
         """Returns the tensors, in a list, that the loss is a function of: logits where it goes through them, else outputs."""
         leaves = keras.tree.flatten(y_pred)
         taken = [(leaf, cut) for leaf, cut in zip(leaves, self.cuts, strict=True) if cut != "unused"]
-        tensors = {"logits": lambda leaf: [leaf._keras_logits], "both": lambda leaf: [leaf, leaf._keras_logits]}
+        tensors = {"logits": lambda leaf: [logits_of(leaf)], "both": lambda leaf: [leaf, logits_of(leaf)]}
         return [tensor for leaf, cut in taken for tensor in tensors.get(cut, lambda leaf: [leaf])(leaf)]
 
     @property
@@ -178,7 +179,7 @@ def trace_structure(task, data):
         intensity = _arithmetic_intensity(forward)
         num_forward = len(forward)
         leaves = keras.tree.flatten(y_pred)
-        logits = [getattr(leaf, "_keras_logits", None) for leaf in leaves]
+        logits = [logits_of(leaf) for leaf in leaves]
         cuts, has_curvature, is_entrywise = ["unused"] * len(leaves), False, True
         with keras.StatelessScope():
             terms = task.loss_terms(type(data)(x, y, sample_weight), y_pred)

@@ -1,0 +1,101 @@
+"""The private names of Keras that this package depends on, and what it takes them to mean. No other room touches any.
+
+Keras may rename them in any version: `tests/test_keras_private.py` has a test of each meaning, and one that Keras still calls the
+private method that `HFModel` overrides, `_maybe_symbolic_build`.
+"""
+
+import contextlib
+
+from keras_hf.replaced import replaced
+
+# Of layers and tensors.
+
+
+def takes_training(layer):
+    """Returns whether a layer's `call` has the argument `training`."""
+    return layer._call_has_training_arg
+
+
+def all_layers(layer):
+    """Returns a layer and all layers in it, however deep, each once: a list."""
+    return layer._flatten_layers()
+
+
+def seed_generators(layer):
+    """Returns the `keras.random.SeedGenerator`s that a layer itself holds, not those of the layers in it: a list."""
+    return list(layer._seed_generators)
+
+
+def logits(tensor):
+    """Returns what Keras' losses take in place of the output of a softmax or sigmoid, what it was computed from; `None` of other tensors."""
+    return getattr(tensor, "_keras_logits", None)
+
+
+def mask(tensor):
+    """Returns the mask that layers have attached to a tensor, which Keras' losses apply, or `None`."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+# Of models and what they are compiled with.
+
+
+def require_compiled(model, method):
+    """Raises Keras' `ValueError` where `method` was called before `compile`."""
+    model._assert_compile_called(method)
+
+
+def compiled_loss(model):
+    """Returns the `CompileLoss` of a compiled model, which finds the loss of each output, or `None` where `compile` got no loss."""
+    return model._compile_loss
+
+
+def set_losses(compile_loss, loss):
+    """Has a `CompileLoss` that is not built yet made of other losses, a nest like the one that `compile` got."""
+    compile_loss._user_loss = loss
+
+
+@contextlib.contextmanager
+def losses_called_by(compile_loss, make_call):
+    """Has a built `CompileLoss`, while this is open, call other functions than its losses.
+
+    Args:
+        compile_loss: Keras' `CompileLoss`.
+        make_call: Callable `(keras.losses.Loss, loss weight or None) -> callable (y, y_pred, sample_weight) -> scalar`.
+    """
+    entries = [entry._replace(loss=make_call(entry.loss, entry.loss_weights)) for entry in compile_loss._flat_losses]
+    with replaced((compile_loss, "_flat_losses", entries)):
+        yield
+
+
+def call_compute_loss(model, x, y, y_pred, sample_weight):
+    """Calls a model's `compute_loss` for training, with the argument `training` where an override has it."""
+    return model._compute_loss(x, y, y_pred, sample_weight, training=True)
+
+
+def track_loss(model, loss, num_cases):
+    """Adds a batch to the running mean that Keras shows as `loss`."""
+    model._loss_tracker.update_state(loss, sample_weight=num_cases)
+
+
+def optimized_weights(optimizer):
+    """Returns the `keras.Variable`s that an optimizer was built for, in order."""
+    return optimizer._trainable_variables
+
+
+# Of the building of models from a first batch.
+
+
+def symbolic_build(model, data_batch):
+    """Builds what is not built yet of a model, its metrics and loss and its optimizer, from a batch of which types and shapes are known."""
+    model._symbolic_build(data_batch=data_batch)
+
+
+def batch_spec(epoch_iterator):
+    """Returns the types and shapes of the batches that Keras' iterator over an epoch will give; no batch is taken."""
+    return epoch_iterator._distributed_dataset.element_spec
+
+
+def spec_of_first_replica(spec):
+    """Returns the type and shape of the first replica's part, where a batch is divided among replicas; else `spec` itself."""
+    # TensorFlow's.
+    return getattr(spec, "_value_specs", (spec,))[0]
