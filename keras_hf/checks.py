@@ -164,6 +164,15 @@ def has_loss(found):
         )
 
 
+def loss_has_second_derivative(name):
+    """Raises if the loss of this name has none that TensorFlow knows."""
+    if name == "ctc":
+        raise ValueError(
+            "The loss 'ctc' has no second derivative: TensorFlow computes its first one by a function of its own. Train with a loss per frame, "
+            "such as `SparseCategoricalCrossentropy`."
+        )
+
+
 def loss_values(name, values, y_pred):
     """Returns the values of a loss function, or raises if they are neither one number nor one value per case."""
     rule = f"The loss '{name}' must return a floating-point tensor that is computed from `y_pred`: one value per case, or one number."

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf import arrays, batching, checks, files, keras_private
+from keras_hf.advice import Advice
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
 from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
@@ -26,17 +27,6 @@ from keras_hf.structure import second_derivatives_explained, trace_structure
 from keras_hf.update import hf_update
 
 _logger = logging.getLogger("keras_hf")
-
-# Below this many cases an update's curvature is mostly noise.
-_SMALL_BATCH = 256
-# Rejected updates in a row that are worth a word: a damping that starts far too small is right after fewer.
-_MANY_REJECTIONS = 30
-_NO_CURVATURE = {
-    "mean_absolute_error": "keras.losses.Huber() or LogCosh()",
-    "mean_absolute_percentage_error": "keras.losses.MeanSquaredLogarithmicError()",
-    "hinge": "keras.losses.SquaredHinge()",
-    "categorical_hinge": "keras.losses.CategoricalCrossentropy()",
-}
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -107,10 +97,7 @@ class HFModel(keras.Model):
         self.network = network
         self._regularizers_apart = False
         self._linearization = None  # what the last trace chose
-        self._warned = set()
-        # What the cure for small batches depends on: how the cases came, or `None` where one batch holds all.
-        self._source, self._largest_batch = "batches", 0
-        self._num_rejected = 0
+        self._advice = Advice()
         # Cases of a batch at most in the `fit` that runs, where that is known; and what the traced update is right for.
         self._most_cases, self._most_cases_traced = None, math.inf
         self.last_trace = None
@@ -210,7 +197,7 @@ class HFModel(keras.Model):
         if optimizer.built:
             checks.weights_of_optimizer(keras_private.optimized_weights(optimizer), self.trainable_variables)
         for leaf in keras.tree.flatten(loss):
-            self._judge_curvature(leaf, optimizer.curvature)
+            self._advise_on_loss(leaf, optimizer.curvature)
         if kwargs.get("jit_compile", "auto") not in ("auto", False):
             raise ValueError(
                 "`HFModel` cannot train under XLA, whose shapes must not change: pieces of a batch differ in size. "
@@ -274,14 +261,16 @@ class HFModel(keras.Model):
             raise ValueError(
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
             )
-        self._warn_without_damping_rule(callbacks)
+        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
+        if not any(isinstance(callback, DampingCallback) for callback in found):
+            self._advice.no_damping_rule()
         if isinstance(callbacks, (list, tuple)):
             callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, DampingCallback))
-        self._warn_about_changed_weights()
-        self._source, self._largest_batch = "dataset" if isinstance(x, tf.data.Dataset) else "batches", 0
+        self._advise_on_changed_weights()
+        source = "dataset" if isinstance(x, tf.data.Dataset) else "batches"
         most_cases = None
         if arrays.is_arrays(x):
-            self._source = "arrays"
+            source = "arrays"
             batch_size = checks.count("batch_size", batch_size, optional=True)
             num_cases = checks.num_cases(x, y, sample_weight)
             has_loss = keras_private.compiled_loss(self) is not None
@@ -297,7 +286,7 @@ class HFModel(keras.Model):
             most_cases = min(batch_size, num_cases)
             if batch_size >= num_cases:
                 validation_batch_size = validation_batch_size or 32
-                self._source = None
+                source = None
                 seed, shuffle = self.optimizer.seed if shuffle else None, False
                 if validation_split and validation_data is None:
                     x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
@@ -311,6 +300,7 @@ class HFModel(keras.Model):
                 x, y, sample_weight, batch_size = arrays.repeated(x, y, sample_weight, seed, times), None, None, None
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
+        self._advice.cases_come_as(source)
         with self._batches_of_at_most(most_cases):
             return super().fit(
                 x,
@@ -363,9 +353,7 @@ class HFModel(keras.Model):
                 raise
             self._is_first_update.assign(False)
             object.__setattr__(self, "last_trace", trace)
-            self._warn_about_small_batch(logs)
-            self._warn_about_negative_curvature(logs)
-            self._warn_without_progress(logs, num_nonfinite)
+            self._advise_after_update(logs, num_nonfinite)
             return logs
 
         with self.distribute_strategy.scope():
@@ -377,7 +365,7 @@ class HFModel(keras.Model):
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Makes one update on these cases; arguments as `keras.Model.train_on_batch`."""
         keras_private.require_compiled(self, "train_on_batch")
-        self._warn_about_changed_weights()
+        self._advise_on_changed_weights()
         if arrays.is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
         return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
@@ -600,17 +588,9 @@ class HFModel(keras.Model):
         self._rounding, self._suspects = structure.rounding, structure.suspects
         of_loss = isinstance(self.optimizer.curvature, GaussNewton)
         if of_loss and structure.combinations and not structure.has_curvature:
-            self._warn(
-                "curvature",
-                "The loss has no second derivative in the network's outputs: every product is zero and the update a scaled gradient step. "
-                "Use a smooth loss.",
-            )
+            self._advice.no_curvature()
         if "unknown" in structure.combinations:
-            self._warn(
-                "combination",
-                "The loss of a batch cannot be put together from parts of it (the loss function gives one number, or `compute_loss` is overridden): "
-                "`micro_batch_size` and `curvature_batch_size` are not used. Return one value per case from the loss to use them.",
-            )
+            self._advice.unknown_combination()
         return task, structure
 
     def _choose_linearization(self, structure):
@@ -763,127 +743,33 @@ class HFModel(keras.Model):
                 f"Received from TensorFlow: {str(error)[:300]}"
             ) from error
 
-    # Warnings that the user can act on, each once.
+    # What the user is advised of.
 
-    def _warn(self, key, message):
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, stacklevel=3)
-
-    def _warn_without_damping_rule(self, callbacks):
-        callbacks = getattr(callbacks, "callbacks", callbacks)
-        if not any(isinstance(callback, DampingCallback) for callback in keras.tree.flatten(callbacks)):
-            self._warn(
-                "damping",
-                "`fit` without a damping callback keeps the damping constant. Add `callbacks=[keras_hf.LevenbergMarquardt()]`, or "
-                "`keras_hf.ConstantDamping()` if that is what you want.",
-            )
-
-    def _judge_curvature(self, loss, curvature):
+    def _advise_on_loss(self, loss, curvature):
         name = getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss
         if isinstance(name, str):
             name = getattr(keras.losses.get(name), "__name__", name) if isinstance(loss, str) else name
-        if name == "ctc":
-            raise ValueError(
-                "The loss 'ctc' has no second derivative: TensorFlow computes its first one by a function of its own. Train with a loss per frame, "
-                "such as `SparseCategoricalCrossentropy`."
-            )
-        if name in _NO_CURVATURE and isinstance(curvature, GaussNewton):
-            self._warn(
-                f"curvature of {name}",
-                f"The loss '{name}' has no curvature: its second derivative is zero, and the update a scaled gradient step. "
-                f"Its smooth cousin is {_NO_CURVATURE[name]}.",
-            )
+        checks.loss_has_second_derivative(name)
+        if isinstance(curvature, GaussNewton):
+            self._advice.loss_of_gauss_newton(name)
 
-    def _warn_about_negative_curvature(self, logs):
-        if isinstance(self.optimizer.curvature, GaussNewton) and int(logs.get("negative_curvature", 0)):
-            self._warn(
-                "negative curvature",
-                "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
-                "logits), or an added loss is not convex in the weights. CG then stops early; `negative_curvature` in the logs counts it. Cut after "
-                "the nonlinearity: move what the loss does to its predictions into the last layer, or choose a loss that is convex in them.",
-            )
-
-    def _warn_without_progress(self, logs, num_nonfinite):
-        """Says once why steps are rejected, where the user can do something about it."""
-        self._num_rejected = 0 if float(logs["step_size"]) > 0 else self._num_rejected + 1
-        if not self._num_rejected:
-            return
-        num_cases, gradient_norm = int(logs["num_cases"]), float(logs["gradient_norm"])
-        if num_nonfinite:
-            self._warn(
-                "cases that are not finite",
-                f"{num_nonfinite} of the {num_cases} cases of an update hold numbers that are not finite (NaN or infinity) in `x`, `y` or "
-                "`sample_weight`, and so has the loss: the step is rejected, and so will be every other on these cases. Remove or repair them.",
-            )
-        elif not math.isfinite(gradient_norm):
-            self._warn(
-                "gradient that is not finite",
-                "The loss or its gradient is not finite, though the numbers in the cases are: the step is rejected. Something overflows, or has no "
-                "derivative where it is asked for, such as a square root or a logarithm at 0; scale the inputs, or bound what the layer takes.",
-            )
-        elif gradient_norm == 0 and num_cases and int(self.optimizer.iterations.numpy()) == 1:
-            self._warn(
-                "zero gradient",
-                "The gradient of the first update is zero: there is nothing to descend. Look for layers whose outputs do not depend on their "
-                "weights (units of ReLU that are all off, zero initialization) or for targets that are fitted exactly.",
-            )
-        elif int(logs["converged"]) and "zero gradient" not in self._warned:
-            self._warn(
-                "converged",
-                f"Training has converged to rounding: no step lowers the loss by more than {self.compute_dtype} can tell. `converged` in the logs is "
-                "1 from here on, and updates leave conjugate gradients out. Stop here, or go on in float64 "
-                '(`keras.config.set_dtype_policy("float64")` and `keras.config.set_floatx("float64")` before the network is made).',
-            )
-        elif self._num_rejected == _MANY_REJECTIONS:
-            self._warn(
-                "rejections",
-                f"{_MANY_REJECTIONS} updates in a row were rejected: the loss rose along each step. With a damping rule such as "
-                "`LevenbergMarquardt()` the damping rises until steps are short enough; where it does, the gradient may be wrong, or the loss not "
-                "smooth here. `HFModel.check_products` tells more.",
-            )
-
-    def _warn_about_changed_weights(self):
-        """Says that what is trained was settled by `compile`, as in Keras."""
+    def _advise_on_changed_weights(self):
+        """What is trained was settled by `compile`, as in Keras."""
         if self.optimizer.built:
             known, now = (
                 {id(v): v.path for v in weights}
                 for weights in (keras_private.optimized_weights(self.optimizer), self.trainable_variables)
             )
-            changed = [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
-            if changed:
-                self._warn(
-                    f"changed weights {changed}",
-                    f"`layer.trainable` has changed since `compile`, which settles what is trained: {changed} stay as they were then. Compile again, "
-                    "with a new `HessianFree(...)`, for the change to take effect.",
-                )
+            self._advice.changed_weights(
+                [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
+            )
 
-    def _warn_about_small_batch(self, logs):
-        if self._source is None or "small batch" in self._warned:
-            return
-        num_cases, growing_batch = int(logs["num_cases"]), self.optimizer.growing_batch
-        is_remainder = num_cases < self._largest_batch
-        self._largest_batch = max(num_cases, self._largest_batch)
-        # A part that starts small is small on purpose.
-        if num_cases >= min(_SMALL_BATCH, growing_batch.initial_size if growing_batch else _SMALL_BATCH):
-            return
-        what = f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. "
-        if not is_remainder:
-            self._warn("small batch", what + _LARGER_BATCHES[self._source])
-        elif 4 * num_cases < self._largest_batch:
-            self._warn("remainder", f"{what}Others held up to {self._largest_batch}. {_NO_REMAINDER[self._source]}")
-
-
-_LARGER_BATCHES = {
-    "arrays": "Raise `batch_size`, or leave it out to take all cases.",
-    "dataset": "Batch the dataset by more cases: `dataset.unbatch().batch(1000)`.",
-    "batches": "Hand over more cases in every batch.",
-}
-_NO_REMAINDER = {
-    "arrays": "Choose a `batch_size` that leaves no small remainder, or leave it out to take all cases.",
-    "dataset": "Leave out the remainder, by `dataset.batch(..., drop_remainder=True)`, or choose a size that leaves no small one.",
-    "batches": "Leave out the remainder, or spread it over the other batches.",
-}
+    def _advise_after_update(self, logs, num_nonfinite):
+        optimizer, growing_batch = self.optimizer, self.optimizer.growing_batch
+        self._advice.small_batch(logs, growing_batch.initial_size if growing_batch else None)
+        if isinstance(optimizer.curvature, GaussNewton):
+            self._advice.negative_curvature(logs)
+        self._advice.no_progress(logs, num_nonfinite, int(optimizer.iterations.numpy()), self.compute_dtype)
 
 
 @contextlib.contextmanager

@@ -416,17 +416,6 @@ def test_a_check_of_products_leaves_weights_that_violate_a_constraint(capsys):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("source", "cure"),
-    [("arrays", "Raise `batch_size`"), ("dataset", "Batch the dataset by more cases"), ("batches", "Hand over more")],
-)
-def test_small_batches_are_said_with_the_cure_for_how_the_cases_came(source, cure):
-    model = compiled(network())
-    model._source = source
-    with pytest.warns(UserWarning, match=f"An update on 32 cases fits their noise.*{cure}"):
-        model._warn_about_small_batch({"num_cases": 32})
-
-
 def test_a_small_remainder_is_said_once_with_the_cure():
     model = compiled(network())
     with pytest.warns(

@@ -1,0 +1,163 @@
+"""Warnings that a user can act on, each once. It is handed logs, numbers and names, and knows no model."""
+
+import math
+import warnings
+
+# Below this many cases an update's curvature is mostly noise.
+_SMALL_BATCH = 256
+# Rejected updates in a row that are worth a word: a damping that starts far too small is right after fewer.
+_MANY_REJECTIONS = 30
+_NO_CURVATURE = {
+    "mean_absolute_error": "keras.losses.Huber() or LogCosh()",
+    "mean_absolute_percentage_error": "keras.losses.MeanSquaredLogarithmicError()",
+    "hinge": "keras.losses.SquaredHinge()",
+    "categorical_hinge": "keras.losses.CategoricalCrossentropy()",
+}
+# The cure for small batches and small remainders, by how the cases came.
+_LARGER_BATCHES = {
+    "arrays": "Raise `batch_size`, or leave it out to take all cases.",
+    "dataset": "Batch the dataset by more cases: `dataset.unbatch().batch(1000)`.",
+    "batches": "Hand over more cases in every batch.",
+}
+_NO_REMAINDER = {
+    "arrays": "Choose a `batch_size` that leaves no small remainder, or leave it out to take all cases.",
+    "dataset": "Leave out the remainder, by `dataset.batch(..., drop_remainder=True)`, or choose a size that leaves no small one.",
+    "batches": "Leave out the remainder, or spread it over the other batches.",
+}
+
+
+class Advice:
+    """What one model's user was warned of, and what the next warning depends on."""
+
+    def __init__(self):
+        self._given = set()
+        self._source, self._largest_batch = "batches", 0
+        self._num_rejected = 0
+
+    def warn_once(self, key, message):
+        """Warns with `message`, unless a warning of this `key` was given before. To be called from a method that the model calls."""
+        if key not in self._given:
+            self._given.add(key)
+            warnings.warn(message, stacklevel=3)
+
+    # Before the first update.
+
+    def cases_come_as(self, source):
+        """Notes at the start of `fit` how cases come: "arrays", "dataset", "batches", or `None` where one batch holds all of them."""
+        self._source, self._largest_batch = source, 0
+
+    def no_damping_rule(self):
+        """`fit` runs without a damping callback."""
+        self.warn_once(
+            "damping",
+            "`fit` without a damping callback keeps the damping constant. Add `callbacks=[keras_hf.LevenbergMarquardt()]`, or "
+            "`keras_hf.ConstantDamping()` if that is what you want.",
+        )
+
+    def loss_of_gauss_newton(self, name):
+        """Looks whether the loss of this name has curvature, where products are to be of the Gauss-Newton matrix."""
+        if name in _NO_CURVATURE:
+            self.warn_once(
+                f"curvature of {name}",
+                f"The loss '{name}' has no curvature: its second derivative is zero, and the update a scaled gradient step. "
+                f"Its smooth cousin is {_NO_CURVATURE[name]}.",
+            )
+
+    def no_curvature(self):
+        """The traced loss has no second derivative in what the Gauss-Newton matrix is cut at."""
+        self.warn_once(
+            "curvature",
+            "The loss has no second derivative in the network's outputs: every product is zero and the update a scaled gradient step. "
+            "Use a smooth loss.",
+        )
+
+    def unknown_combination(self):
+        """The values of the loss on pieces cannot be put together."""
+        self.warn_once(
+            "combination",
+            "The loss of a batch cannot be put together from parts of it (the loss function gives one number, or `compute_loss` is overridden): "
+            "`micro_batch_size` and `curvature_batch_size` are not used. Return one value per case from the loss to use them.",
+        )
+
+    def changed_weights(self, paths):
+        """Looks at the paths of the weights that are trainable now and were not at `compile`, or the other way round."""
+        if paths:
+            self.warn_once(
+                f"changed weights {paths}",
+                f"`layer.trainable` has changed since `compile`, which settles what is trained: {paths} stay as they were then. Compile again, "
+                "with a new `HessianFree(...)`, for the change to take effect.",
+            )
+
+    # After an update.
+
+    def small_batch(self, logs, initial_size=None):
+        """Looks whether the update had too few cases, `initial_size` being those that a growing part of the batch begins with."""
+        if self._source is None or "small batch" in self._given:
+            return
+        num_cases = int(logs["num_cases"])
+        is_remainder = num_cases < self._largest_batch
+        self._largest_batch = max(num_cases, self._largest_batch)
+        # A part that starts small is small on purpose.
+        if num_cases >= min(_SMALL_BATCH, initial_size or _SMALL_BATCH):
+            return
+        what = f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. "
+        if not is_remainder:
+            self.warn_once("small batch", what + _LARGER_BATCHES[self._source])
+        elif 4 * num_cases < self._largest_batch:
+            self.warn_once("remainder", f"{what}Others held up to {self._largest_batch}. {_NO_REMAINDER[self._source]}")
+
+    def negative_curvature(self, logs):
+        """Looks whether CG met negative curvature of a Gauss-Newton matrix, which of a convex loss has none."""
+        if int(logs.get("negative_curvature", 0)):
+            self.warn_once(
+                "negative curvature",
+                "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
+                "logits), or an added loss is not convex in the weights. CG then stops early; `negative_curvature` in the logs counts it. Cut after "
+                "the nonlinearity: move what the loss does to its predictions into the last layer, or choose a loss that is convex in them.",
+            )
+
+    def no_progress(self, logs, num_nonfinite, num_updates, dtype):
+        """Looks why the step was rejected, if it was.
+
+        Args:
+            logs: Dict, the logs of the update.
+            num_nonfinite: Integer, its cases with numbers that are not finite.
+            num_updates: Integer, the updates so far, this one among them.
+            dtype: String, the type that the network computes in.
+        """
+        self._num_rejected = 0 if float(logs["step_size"]) > 0 else self._num_rejected + 1
+        if not self._num_rejected:
+            return
+        num_cases, gradient_norm = int(logs["num_cases"]), float(logs["gradient_norm"])
+        if num_nonfinite:
+            self.warn_once(
+                "cases that are not finite",
+                f"{num_nonfinite} of the {num_cases} cases of an update hold numbers that are not finite (NaN or infinity) in `x`, `y` or "
+                "`sample_weight`, and so has the loss: the step is rejected, and so will be every other on these cases. Remove or repair them.",
+            )
+        elif not math.isfinite(gradient_norm):
+            self.warn_once(
+                "gradient that is not finite",
+                "The loss or its gradient is not finite, though the numbers in the cases are: the step is rejected. Something overflows, or has no "
+                "derivative where it is asked for, such as a square root or a logarithm at 0; scale the inputs, or bound what the layer takes.",
+            )
+        elif gradient_norm == 0 and num_cases and num_updates == 1:
+            self.warn_once(
+                "zero gradient",
+                "The gradient of the first update is zero: there is nothing to descend. Look for layers whose outputs do not depend on their "
+                "weights (units of ReLU that are all off, zero initialization) or for targets that are fitted exactly.",
+            )
+        elif int(logs["converged"]) and "zero gradient" not in self._given:
+            self.warn_once(
+                "converged",
+                f"Training has converged to rounding: no step lowers the loss by more than {dtype} can tell. `converged` in the logs is "
+                "1 from here on, and updates leave conjugate gradients out. Stop here, or go on in float64 "
+                '(`keras.config.set_dtype_policy("float64")` and `keras.config.set_floatx("float64")` before the network is made).',
+            )
+        elif self._num_rejected == _MANY_REJECTIONS:
+            self.warn_once(
+                "rejections",
+                f"{_MANY_REJECTIONS} updates in a row were rejected: the loss rose along each step. With a damping rule such as "
+                "`LevenbergMarquardt()` the damping rises until steps are short enough; where it does, the gradient may be wrong, or the loss not "
+                "smooth here. `HFModel.check_products` tells more.",
+            )

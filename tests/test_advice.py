@@ -1,0 +1,127 @@
+import math
+import warnings
+
+import pytest
+
+from keras_hf.advice import Advice
+
+
+def logs(**others):
+    return {"step_size": 0.0, "num_cases": 300, "gradient_norm": 1.0, "converged": 0, **others}
+
+
+@pytest.fixture
+def advice():
+    return Advice()
+
+
+@pytest.fixture
+def silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_the_same_advice_is_given_once(advice):
+    with pytest.warns(UserWarning, match="without a damping callback keeps the damping constant"):
+        advice.no_damping_rule()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        advice.no_damping_rule()
+    # To this model's user: another's has not heard it.
+    with pytest.warns(UserWarning, match="without a damping callback"):
+        Advice().no_damping_rule()
+
+
+def test_the_line_that_is_shown_is_the_models():
+    def line_of_the_model():
+        advice.no_curvature()
+
+    advice = Advice()
+    with pytest.warns(UserWarning, match="no second derivative") as record:
+        line_of_the_model()
+    assert record[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("source", "cure"),
+    [("arrays", "Raise `batch_size`"), ("dataset", "Batch the dataset by more cases"), ("batches", "Hand over more")],
+)
+def test_small_batches_are_said_with_the_cure_for_how_the_cases_came(advice, source, cure):
+    advice.cases_come_as(source)
+    with pytest.warns(UserWarning, match=f"An update on 32 cases fits their noise.*{cure}"):
+        advice.small_batch({"num_cases": 32})
+
+
+def test_a_small_remainder_has_a_cure_of_its_own(advice, silence):
+    advice.cases_come_as("dataset")
+    advice.small_batch({"num_cases": 600})
+    advice.small_batch({"num_cases": 200})  # not that small
+    with pytest.warns(UserWarning, match="An update on 3 cases.*Others held up to 600. Leave out the remainder, by"):
+        advice.small_batch({"num_cases": 3})
+
+
+def test_one_batch_of_all_cases_and_a_part_that_starts_small_are_as_they_should_be(advice, silence):
+    advice.cases_come_as("dataset")
+    advice.small_batch({"num_cases": 32}, initial_size=32)
+    advice.cases_come_as(None)
+    advice.small_batch({"num_cases": 32})
+
+
+def test_losses_without_curvature_are_named_with_their_smooth_cousin(advice, silence):
+    advice.loss_of_gauss_newton("mean_squared_error")
+    advice.loss_of_gauss_newton(lambda y, y_pred: y)
+    with pytest.warns(UserWarning, match="'hinge' has no curvature.*keras.losses.SquaredHinge"):
+        advice.loss_of_gauss_newton("hinge")
+
+
+def test_changed_weights_are_said_once_each(advice, silence):
+    advice.changed_weights([])
+    with pytest.warns(UserWarning, match=r"\['dense/kernel'\] stay as they were then"):
+        advice.changed_weights(["dense/kernel"])
+    with pytest.warns(UserWarning, match=r"\['dense/bias'\]"):
+        advice.changed_weights(["dense/bias"])
+    advice.changed_weights(["dense/kernel"])
+
+
+def test_negative_curvature_is_said_where_the_solver_counts_it(advice, silence):
+    advice.negative_curvature({})
+    advice.negative_curvature({"negative_curvature": 0})
+    with pytest.warns(UserWarning, match="CG met negative curvature"):
+        advice.negative_curvature({"negative_curvature": 1})
+
+
+@pytest.mark.parametrize(
+    ("found", "num_nonfinite", "num_updates", "message"),
+    [
+        ({"gradient_norm": math.nan}, 2, 5, "2 of the 300 cases of an update hold numbers that are not finite"),
+        (
+            {"gradient_norm": math.inf},
+            0,
+            5,
+            "The loss or its gradient is not finite, though the numbers in the cases are",
+        ),
+        ({"gradient_norm": 0.0}, 0, 1, "The gradient of the first update is zero"),
+        ({"converged": 1}, 0, 5, "no step lowers the loss by more than float32 can tell"),
+    ],
+)
+def test_a_rejected_step_is_explained(advice, found, num_nonfinite, num_updates, message):
+    with pytest.warns(UserWarning, match=message):
+        advice.no_progress(logs(**found), num_nonfinite, num_updates, "float32")
+
+
+def test_a_zero_gradient_is_not_called_convergence(advice):
+    with pytest.warns(UserWarning, match="zero") as record:
+        for number in (1, 2):
+            advice.no_progress(logs(gradient_norm=0.0, converged=1), 0, number, "float32")
+    assert len(record) == 1
+
+
+def test_thirty_rejections_on_end_are_worth_a_word(advice, silence):
+    for number in range(29):
+        advice.no_progress(logs(), 0, number + 1, "float32")
+    advice.no_progress(logs(step_size=1.0), 0, 30, "float32")
+    for number in range(29):
+        advice.no_progress(logs(), 0, number + 31, "float32")
+    with pytest.warns(UserWarning, match="30 updates in a row were rejected"):
+        advice.no_progress(logs(), 0, 60, "float32")
