@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import math
 import os
 import re
@@ -12,21 +11,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, batching, checks, files, keras_private
+from keras_hf import arrays, batching, checks, compiled_model, files, keras_private
 from keras_hf.advice import Advice
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
-from keras_hf.linearization import ForwardAccumulation, without_fused_kernels
-from keras_hf.loss_terms import WholeLoss, recorded_terms
-from keras_hf.objective import Data, LocalObjective, Objective, Task
+from keras_hf.linearization import ForwardAccumulation
+from keras_hf.objective import Data, LocalObjective, Objective
 from keras_hf.optimizer import HessianFree
 from keras_hf.part import if_finite
 from keras_hf.product_check import judged, other_linearization, product_errors
+from keras_hf.replaced import replaced
 from keras_hf.replicas import across_replicas, of_each_replica, replica_number
-from keras_hf.structure import second_derivatives_explained, trace_structure
+from keras_hf.structure import second_derivatives_explained
 from keras_hf.update import hf_update
-
-_logger = logging.getLogger("keras_hf")
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -95,8 +92,7 @@ class HFModel(keras.Model):
             )
         super().__init__(name=name, **kwargs)
         self.network = network
-        self._regularizers_apart = False
-        self._linearization = None  # what the last trace chose
+        self._choice = None  # `compiled_model.Choice`, of the last trace
         self._advice = Advice()
         # Cases of a batch at most in the `fit` that runs, where that is known; and what the traced update is right for.
         self._most_cases, self._most_cases_traced = None, math.inf
@@ -197,7 +193,10 @@ class HFModel(keras.Model):
         if optimizer.built:
             checks.weights_of_optimizer(keras_private.optimized_weights(optimizer), self.trainable_variables)
         for leaf in keras.tree.flatten(loss):
-            self._advise_on_loss(leaf, optimizer.curvature)
+            name = compiled_model.loss_name(leaf)
+            checks.loss_has_second_derivative(name)
+            if isinstance(optimizer.curvature, GaussNewton):
+                self._advice.loss_of_gauss_newton(name)
         if kwargs.get("jit_compile", "auto") not in ("auto", False):
             raise ValueError(
                 "`HFModel` cannot train under XLA, whose shapes must not change: pieces of a batch differ in size. "
@@ -212,7 +211,7 @@ class HFModel(keras.Model):
         super().compile(optimizer, loss, *args, **kwargs)
         compile_loss = keras_private.compiled_loss(self)
         if compile_loss is not None:
-            keras_private.set_losses(compile_loss, keras.tree.map_structure(_checked, loss))
+            keras_private.set_losses(compile_loss, keras.tree.map_structure(compiled_model.checked, loss))
         if self.built and self.trainable_variables:
             checks.trainable_weights(self.trainable_variables)
             self._build_optimizer()
@@ -274,7 +273,7 @@ class HFModel(keras.Model):
             batch_size = checks.count("batch_size", batch_size, optional=True)
             num_cases = checks.num_cases(x, y, sample_weight)
             has_loss = keras_private.compiled_loss(self) is not None
-            if y is None and has_loss and type(self).compute_loss is HFModel.compute_loss:
+            if y is None and has_loss and not compiled_model.overrides_compute_loss(self):
                 raise ValueError(
                     f"`y` must hold what the loss {self.loss!r} compares predictions with. Received: y=None."
                 )
@@ -352,13 +351,12 @@ class HFModel(keras.Model):
                     variable.assign(value)
                 raise
             self._is_first_update.assign(False)
-            object.__setattr__(self, "last_trace", trace)
+            self._keep("last_trace", trace)
             self._advise_after_update(logs, num_nonfinite)
             return logs
 
         with self.distribute_strategy.scope():
-            # Past Keras' tracking: no part of what is saved.
-            object.__setattr__(self, "_is_first_update", tf.Variable(True, trainable=False))
+            self._keep("_is_first_update", tf.Variable(True, trainable=False))
 
         self.train_function = train_function
 
@@ -429,7 +427,7 @@ class HFModel(keras.Model):
             remarks["negativity"] = "as it may be: a Hessian is indefinite away from a minimum"
 
         def errors(objective, structure):
-            curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
+            curvature = self._choice.curvature
             if curvature.linearization is None:
                 remarks["other_way"] = "this curvature is made without one"
                 return product_errors(objective, curvature, None), objective.rounding
@@ -449,7 +447,9 @@ class HFModel(keras.Model):
                 lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
             )
         report = judged(found, rounding, remarks)
-        parts = [type(part).__name__ for part in (self.optimizer.curvature, self._linearization) if part is not None]
+        parts = [
+            type(part).__name__ for part in (self.optimizer.curvature, self._choice.linearization) if part is not None
+        ]
         print(f"Products for '{self.network.name}', {', '.join(parts)}:")
         for check in report:
             print(f"  {check}")
@@ -468,11 +468,19 @@ class HFModel(keras.Model):
 
     # What an update needs of Keras.
 
+    # True inside `_whole_loss` alone.
+    _regularizers_apart = False
+
     @property
     def losses(self):
         """Losses added in `call`, by activity regularizers and by weight regularizers."""
         # An update takes them apart: they have no part in the loss of a piece.
         return [] if self._regularizers_apart else super().losses
+
+    def _whole_loss(self, data, y_pred):
+        """What an overridden `compute_loss` gives, without the regularizers and the added losses."""
+        with replaced((self, "_regularizers_apart", True)):
+            return keras_private.call_compute_loss(self, data.x, data.y, y_pred, data.sample_weight)
 
     def _with_objective(self, data, function, most_cases=None, unseen=None):
         """Calls `function(objective, structure)` with the objective of the next update, once for all replicas.
@@ -532,7 +540,8 @@ class HFModel(keras.Model):
             optimizer.state(),
             unseen=None if unseen is None else trial,
             # What double backward gets wrong is wrong in the first update; forward accumulation is watched in every one.
-            check=tf.convert_to_tensor(self._is_first_update) | isinstance(self._linearization, ForwardAccumulation),
+            check=tf.convert_to_tensor(self._is_first_update)
+            | isinstance(self._choice.linearization, ForwardAccumulation),
         )
         logs = self._update_logs(objective, result)
         if unseen is not None:
@@ -549,95 +558,20 @@ class HFModel(keras.Model):
         return logs
 
     def _task(self, data):
-        """Returns the `Task` and its `Structure`."""
-        trainable = self.trainable_variables
-        if not trainable:
-            raise ValueError(
-                "`HFModel` needs at least one trainable weight. Received: a network with none; set `layer.trainable = True`."
-            )
-        if self.optimizer.built:
-            # Another length of batches is traced anew, with what is trainable by then.
-            checks.weights_of_optimizer(keras_private.optimized_weights(self.optimizer), trainable)
-        layers = keras_private.all_layers(self.network)
-        generators = [generator for layer in layers for generator in keras_private.seed_generators(layer)]
-        seeds = {id(generator.state): generator.state for generator in generators}
-
-        def network(x):
-            with without_fused_kernels(layers):
-                return self(x, training=True)
-
-        task = Task(
-            network=network,
-            loss_terms=self._loss_terms,
-            regularizers=[
-                (variable.value, variable.regularizer) for variable in trainable if variable.regularizer is not None
-            ],
-            update_metrics=self._update_metrics,
-            variables=[variable.value for variable in trainable],
-            constraints=[variable.constraint for variable in trainable],
-            states=[variable for variable in self.non_trainable_variables if id(variable) not in seeds],
-            seeds=list(seeds.values()),
-            seed=self.optimizer.seed,
-            layers=layers,
-        )
-        checks.trainable_weights(trainable)
-        with second_derivatives_explained({}):
-            structure = trace_structure(task, data)
-        checks.has_loss(structure.combinations or structure.has_added_loss)
-        self._choose_linearization(structure)
-        self._rounding, self._suspects = structure.rounding, structure.suspects
-        of_loss = isinstance(self.optimizer.curvature, GaussNewton)
-        if of_loss and structure.combinations and not structure.has_curvature:
+        """Returns the `Task` and its `Structure`, and keeps what its trace chose."""
+        task = compiled_model.task_of(self, self._whole_loss)
+        curvature, replicas = self.optimizer.curvature, self.distribute_strategy.num_replicas_in_sync
+        structure, choice = compiled_model.trace(task, data, curvature, replicas, self.network.name)
+        self._keep("_choice", choice)
+        if isinstance(curvature, GaussNewton) and structure.combinations and not structure.has_curvature:
             self._advice.no_curvature()
         if "unknown" in structure.combinations:
             self._advice.unknown_combination()
         return task, structure
 
-    def _choose_linearization(self, structure):
-        """Finds out early, and says, how products are formed."""
-        curvature = self.optimizer.curvature.fitted_to(structure, self.distribute_strategy.num_replicas_in_sync)
-        self._linearization = curvature.linearization
-        if self._linearization is None:
-            return
-        _logger.info(
-            "Products for '%s': %s by %s(jit_compile=%s)%s.",
-            self.network.name,
-            type(curvature).__name__,
-            type(self._linearization).__name__,
-            self._linearization.jit_compile,
-            "" if self.optimizer.curvature.linearization else ", chosen for the network",
-        )
-
-    def _loss_terms(self, data, y_pred):
-        """The terms of the compiled loss on these cases."""
-        replicas = self.distribute_strategy.num_replicas_in_sync
-        if type(self).compute_loss is not HFModel.compute_loss:
-            # Keras divides a loss of its own, and supposes one of the user's to be divided, by the number of replicas.
-            return [WholeLoss(lambda: replicas * self._whole_loss(data, y_pred))]
-        compile_loss = keras_private.compiled_loss(self)
-        if compile_loss is None:
-            return []
-        if not compile_loss.built:
-            compile_loss.build(data.y, y_pred)
-        with recorded_terms(compile_loss, replicas) as terms:
-            compile_loss(data.y, y_pred, data.sample_weight)
-        return terms
-
-    def _whole_loss(self, data, y_pred):
-        """What an overridden `compute_loss` gives, without the regularizers and the added losses."""
-        self._regularizers_apart = True
-        try:
-            loss = keras_private.call_compute_loss(self, data.x, data.y, y_pred, data.sample_weight)
-        finally:
-            self._regularizers_apart = False
-        return loss
-
-    def _update_metrics(self, data, y_pred):
-        compile_loss = keras_private.compiled_loss(self)
-        if compile_loss is not None and compile_loss.metrics:
-            # The loss of each output, which Keras tracks in the call.
-            compile_loss(data.y, y_pred, data.sample_weight)
-        self.compute_metrics(data.x, data.y, y_pred, data.sample_weight)
+    def _keep(self, name, value):
+        """Sets an attribute past Keras' tracking: it is no part of what is saved."""
+        object.__setattr__(self, name, value)
 
     def _update_logs(self, objective, result):
         floating = {
@@ -710,23 +644,24 @@ class HFModel(keras.Model):
 
     def _raise_if_wrong(self, product_error, repeat_error, logs):
         """Raises where an update was rejected because its numbers contradict each other."""
-        if repeat_error > self._rounding:
+        if repeat_error > self._choice.rounding:
             raise ValueError(
                 f"The network '{self.network.name}' gave two different losses for the same cases and weights ({float(logs['loss']):.6g}, and "
                 f"{repeat_error:.2g} of it apart). Hessian-free needs one fixed function per update; draw random numbers from a "
                 "`keras.random.SeedGenerator` that the layer holds, and let nothing in `call` depend on how often it was called."
             )
-        if product_error > self._rounding:
+        if product_error > self._choice.rounding:
             raise ValueError(
-                f"The products of '{self.network.name}' by `{type(self._linearization).__name__}` are wrong: what must be equal (v'Gv and "
+                f"The products of '{self.network.name}' by `{type(self._choice.linearization).__name__}` are wrong: what must be equal (v'Gv and "
                 f"(Jv)'H(Jv), or u'(Jv) and (J'u)'v) differs by {product_error:.2g} of itself. {self._cure_for_products()} "
                 "`HFModel.check_products` tells more."
             )
 
     def _cure_for_products(self):
-        if isinstance(self._linearization, ForwardAccumulation) or self._linearization.jit_compile:
+        linearization = self._choice.linearization
+        if isinstance(linearization, ForwardAccumulation) or linearization.jit_compile:
             return "Leave the curvature's `linearization` at its default, or use `DoubleBackward()`."
-        known = " ".join(self._suspects) or "Replace that layer."
+        known = " ".join(self._choice.suspects) or "Replace that layer."
         return f"TensorFlow has a wrong second derivative of one of the operations. {known}"
 
     @contextlib.contextmanager
@@ -735,23 +670,16 @@ class HFModel(keras.Model):
         try:
             yield
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.NotFoundError) as error:
-            is_compiled = self._linearization is not None and self._linearization.jit_compile
+            linearization = self._choice and self._choice.linearization
+            is_compiled = linearization is not None and linearization.jit_compile
             if not is_compiled or not re.search("XLA|tf2xla|trying to compile", str(error)):
                 raise
             raise ValueError(
-                f"XLA cannot compile the products of '{self.network.name}'. Use `{type(self._linearization).__name__}(jit_compile=False)`. "
+                f"XLA cannot compile the products of '{self.network.name}'. Use `{type(linearization).__name__}(jit_compile=False)`. "
                 f"Received from TensorFlow: {str(error)[:300]}"
             ) from error
 
     # What the user is advised of.
-
-    def _advise_on_loss(self, loss, curvature):
-        name = getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss
-        if isinstance(name, str):
-            name = getattr(keras.losses.get(name), "__name__", name) if isinstance(loss, str) else name
-        checks.loss_has_second_derivative(name)
-        if isinstance(curvature, GaussNewton):
-            self._advice.loss_of_gauss_newton(name)
 
     def _advise_on_changed_weights(self):
         """What is trained was settled by `compile`, as in Keras."""
@@ -800,29 +728,3 @@ def _saved_file(filepath, overwrite):
         return
     with files.replacing(filepath) as path:
         yield str(path)
-
-
-def _checked(loss):
-    """Gives a loss that says what is wrong with the values of the user's function before Keras stumbles on them."""
-    if isinstance(loss, keras.losses.Loss):
-        # A loss that Keras calls in its own way has no values to look at.
-        return loss if type(loss).__call__ is not keras.losses.Loss.__call__ else _CheckedLoss(loss)
-    if not callable(loss) or isinstance(loss, type):
-        return loss
-
-    def checked(y_true, y_pred):
-        return checks.loss_values(checked.__name__, loss(y_true, y_pred), y_pred)
-
-    checked.__name__ = getattr(loss, "__name__", None) or type(loss).__name__
-    return checked
-
-
-class _CheckedLoss(keras.losses.Loss):
-    """A user's loss object behind the same check."""
-
-    def __init__(self, loss):
-        super().__init__(loss.name, loss.reduction, loss.dtype)
-        self._loss = loss
-
-    def call(self, y_true, y_pred):
-        return checks.loss_values(self.name, self._loss.call(y_true, y_pred), y_pred)

@@ -1,0 +1,170 @@
+"""The compiled Keras model as plain functions for the update, and what a trace of it chooses."""
+
+import logging
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_hf import checks, keras_private
+from keras_hf.linearization import without_fused_kernels
+from keras_hf.loss_terms import WholeLoss, recorded_terms
+from keras_hf.objective import Task
+from keras_hf.structure import second_derivatives_explained, trace_structure
+
+_logger = logging.getLogger("keras_hf")
+
+
+class Choice(NamedTuple):
+    """What a trace of the compiled model chose, and what its products are judged by.
+
+    Attributes:
+        curvature: `curvature.Curvature`, fitted to the network: its linearization is the one that products are formed by.
+        rounding: Float, what two ways to compute the same may differ by, relative to it.
+        suspects: List of strings, cures for layers whose second derivatives TensorFlow has wrong in some forms.
+    """
+
+    curvature: Any
+    rounding: float
+    suspects: list
+
+    @property
+    def linearization(self):
+        """`linearization.Linearization`, or `None` where products are formed without one."""
+        return self.curvature.linearization
+
+
+def task_of(model, whole_loss):
+    """Returns the `objective.Task` of a compiled model.
+
+    Args:
+        model: `HFModel`, compiled.
+        whole_loss: Callable `(data, y_pred) -> scalar`, what an overridden `compute_loss` gives, without regularizers and added losses.
+
+    Raises:
+        ValueError: If there is no trainable weight, one that cannot be trained, or others than the optimizer was built for.
+    """
+    trainable, optimizer = model.trainable_variables, model.optimizer
+    if not trainable:
+        raise ValueError(
+            "`HFModel` needs at least one trainable weight. Received: a network with none; set `layer.trainable = True`."
+        )
+    if optimizer.built:
+        # Another length of batches is traced anew, with what is trainable by then.
+        checks.weights_of_optimizer(keras_private.optimized_weights(optimizer), trainable)
+    checks.trainable_weights(trainable)
+    layers = keras_private.all_layers(model.network)
+    generators = [generator for layer in layers for generator in keras_private.seed_generators(layer)]
+    seeds = {id(generator.state): generator.state for generator in generators}
+
+    def network(x):
+        with without_fused_kernels(layers):
+            return model(x, training=True)
+
+    return Task(
+        network=network,
+        loss_terms=lambda data, y_pred: loss_terms(model, whole_loss, data, y_pred),
+        regularizers=[
+            (variable.value, variable.regularizer) for variable in trainable if variable.regularizer is not None
+        ],
+        update_metrics=lambda data, y_pred: update_metrics(model, data, y_pred),
+        variables=[variable.value for variable in trainable],
+        constraints=[variable.constraint for variable in trainable],
+        states=[variable for variable in model.non_trainable_variables if id(variable) not in seeds],
+        seeds=list(seeds.values()),
+        seed=optimizer.seed,
+        layers=layers,
+    )
+
+
+def trace(task, data, curvature, num_replicas, name):
+    """Traces a task once, and finds out early, and says, how products are formed.
+
+    Args:
+        task: `objective.Task`.
+        data: `objective.Data`, of which only types and shapes are used.
+        curvature: `curvature.Curvature`.
+        num_replicas: Integer.
+        name: String, the network's name.
+
+    Returns:
+        A `structure.Structure` and a `Choice`.
+
+    Raises:
+        ValueError: If there is no loss, if the network draws random numbers that no update can hold fixed, or if the curvature is wrong for it.
+    """
+    with second_derivatives_explained({}):
+        structure = trace_structure(task, data)
+    checks.has_loss(structure.combinations or structure.has_added_loss)
+    fitted = curvature.fitted_to(structure, num_replicas)
+    if fitted.linearization is not None:
+        _logger.info(
+            "Products for '%s': %s by %s(jit_compile=%s)%s.",
+            name,
+            type(fitted).__name__,
+            type(fitted.linearization).__name__,
+            fitted.linearization.jit_compile,
+            "" if curvature.linearization else ", chosen for the network",
+        )
+    return structure, Choice(fitted, structure.rounding, structure.suspects)
+
+
+def overrides_compute_loss(model):
+    """Whether the class of a model has a `compute_loss` of its own."""
+    return type(model).compute_loss is not keras.Model.compute_loss
+
+
+def loss_terms(model, whole_loss, data, y_pred):
+    """The terms of the compiled loss on these cases, a list; for the arguments see `task_of`."""
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if overrides_compute_loss(model):
+        # Keras divides a loss of its own, and supposes one of the user's to be divided, by the number of replicas.
+        return [WholeLoss(lambda: replicas * whole_loss(data, y_pred))]
+    compile_loss = keras_private.compiled_loss(model)
+    if compile_loss is None:
+        return []
+    if not compile_loss.built:
+        compile_loss.build(data.y, y_pred)
+    with recorded_terms(compile_loss, replicas) as terms:
+        compile_loss(data.y, y_pred, data.sample_weight)
+    return terms
+
+
+def update_metrics(model, data, y_pred):
+    """Adds cases to the model's metrics."""
+    compile_loss = keras_private.compiled_loss(model)
+    if compile_loss is not None and compile_loss.metrics:
+        # The loss of each output, which Keras tracks in the call.
+        compile_loss(data.y, y_pred, data.sample_weight)
+    model.compute_metrics(data.x, data.y, y_pred, data.sample_weight)
+
+
+def loss_name(loss):
+    """Returns the name of a loss as `compile` takes it; that of Keras' function for a string; what has none itself."""
+    name = getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss
+    return getattr(keras.losses.get(name), "__name__", name) if isinstance(loss, str) else name
+
+
+def checked(loss):
+    """Gives a loss that says what is wrong with the values of the user's function before Keras stumbles on them."""
+    if isinstance(loss, keras.losses.Loss):
+        # A loss that Keras calls in its own way has no values to look at.
+        return loss if type(loss).__call__ is not keras.losses.Loss.__call__ else CheckedLoss(loss)
+    if not callable(loss) or isinstance(loss, type):
+        return loss
+
+    def with_check(y_true, y_pred):
+        return checks.loss_values(with_check.__name__, loss(y_true, y_pred), y_pred)
+
+    with_check.__name__ = getattr(loss, "__name__", None) or type(loss).__name__
+    return with_check
+
+
+class CheckedLoss(keras.losses.Loss):
+    """A user's loss object behind the same check."""
+
+    def __init__(self, loss):
+        super().__init__(loss.name, loss.reduction, loss.dtype)
+        self._loss = loss
+
+    def call(self, y_true, y_pred):
+        return checks.loss_values(self.name, self._loss.call(y_true, y_pred), y_pred)

@@ -1,0 +1,125 @@
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_hf import DoubleBackward, FiniteDifferenceHessian, ForwardAccumulation, GaussNewton, HessianFree, HFModel
+from keras_hf.compiled_model import checked, loss_name, overrides_compute_loss, task_of, trace
+from keras_hf.objective import Data
+
+X, Y = tf.ones([4, 3]), tf.ones([4, 2])
+
+
+class WithOwnLoss(HFModel):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        self.seen = list(self.losses)
+        return super().compute_loss(x, y, y_pred, sample_weight)
+
+
+def compiled(*stack, model=HFModel, loss="mse"):
+    stack = stack or (layers.Dense(2, kernel_regularizer="l2"),)
+    model = model(keras.Sequential([keras.Input((3,)), *stack]))
+    model.compile(HessianFree(0.1, seed=0), loss)
+    return model
+
+
+def traced(model, curvature):
+    task = task_of(model, model._whole_loss)
+    return trace(task, Data(X, Y, None), curvature, 1, "of mine")
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ("mse", "mean_squared_error"),
+        (keras.losses.Hinge(), "hinge"),
+        (keras.losses.mean_absolute_error, "mean_absolute_error"),
+        (None, None),
+    ],
+)
+def test_a_loss_has_the_name_of_keras_function(loss, name):
+    assert loss_name(loss) == name
+
+
+def test_a_checked_loss_has_the_name_and_values_of_the_users():
+    def mine(y, y_pred):
+        return tf.reduce_mean(tf.square(y - y_pred), -1)
+
+    assert checked(mine).__name__ == "mine" and checked("mse") == "mse"
+    np.testing.assert_array_equal(checked(mine)(Y, 3 * Y), mine(Y, 3 * Y))
+    of_keras = keras.losses.MeanSquaredError(reduction="sum", name="theirs")
+    assert (checked(of_keras).name, checked(of_keras).reduction) == ("theirs", "sum")
+    assert float(checked(of_keras)(Y, 3 * Y)) == float(of_keras(Y, 3 * Y))
+
+
+def test_a_checked_loss_says_what_the_users_returned():
+    class Nothing(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            pass
+
+    for loss in (Nothing(name="nothing"), Nothing(name="nothing").call):
+        with pytest.raises(ValueError, match="The loss '(nothing|call)' must return.*Received: None"):
+            checked(loss)(Y, Y)
+
+
+def test_a_task_holds_weights_states_and_seeds_apart():
+    model = compiled(layers.Dense(4, kernel_regularizer="l2"), layers.BatchNormalization(), layers.Dropout(0.5))
+    task = task_of(model, model._whole_loss)
+    assert [id(v) for v in task.variables] == [id(v.value) for v in model.trainable_variables]
+    assert [state.name for state in task.states] == ["moving_mean", "moving_variance"]
+    assert len(task.seeds) == 1 and len(task.regularizers) == 1
+    assert type(task.layers[0]) is keras.Sequential and len(task.layers) >= 4
+
+
+def test_the_loss_has_a_term_per_output_or_one_where_compute_loss_is_overridden():
+    model = compiled()
+    (term,) = task_of(model, model._whole_loss).loss_terms(Data(X, Y, None), 3 * Y)
+    assert term.combination() == "cases" and float(term.value()) == 4.0
+    model = compiled(model=WithOwnLoss)
+    assert overrides_compute_loss(model)
+    (term,) = task_of(model, model._whole_loss).loss_terms(Data(X, Y, None), 3 * Y)
+    assert term.combination() == "unknown" and float(term.value()) == 4.0
+
+
+def test_an_overridden_compute_loss_sees_no_regularizers_of_an_update_and_all_in_evaluation():
+    model = compiled(model=WithOwnLoss)
+    model._whole_loss(Data(X, Y, None), Y)
+    assert model.seen == [] and "_regularizers_apart" not in vars(model)
+    model.compute_loss(X, Y, Y)
+    assert len(model.seen) == len(model.losses) == 1
+
+
+def test_an_overridden_compute_loss_that_raises_leaves_the_regularizers():
+    class Raising(HFModel):
+        def compute_loss(self, *args, **kwargs):
+            raise RuntimeError("mine")
+
+    model = compiled(model=Raising)
+    with pytest.raises(RuntimeError, match="mine"):
+        model._whole_loss(Data(X, Y, None), Y)
+    assert len(model.losses) == 1
+
+
+def test_a_trace_chooses_the_linearization_and_says_so(caplog):
+    model = compiled()
+    with caplog.at_level(logging.INFO, "keras_hf"):
+        structure, choice = traced(model, GaussNewton())
+    assert isinstance(choice.linearization, DoubleBackward)
+    assert (choice.rounding, choice.suspects) == (structure.rounding, [])
+    assert (
+        "Products for 'of mine': GaussNewton by DoubleBackward(jit_compile=False), chosen for the network."
+        in caplog.text
+    )
+    _, choice = traced(model, GaussNewton(linearization=ForwardAccumulation()))
+    assert isinstance(choice.linearization, ForwardAccumulation)
+    _, choice = traced(model, FiniteDifferenceHessian())
+    assert choice.linearization is None
+
+
+def test_a_trace_refuses_what_would_be_wrong_for_the_network():
+    model = compiled(layers.Reshape((3, 1)), layers.LSTM(2))
+    with pytest.raises(ValueError, match="`ForwardAccumulation` gives wrong products"):
+        traced(model, GaussNewton(linearization=ForwardAccumulation()))
