@@ -4,14 +4,13 @@ import contextlib
 import functools
 import math
 import os
-import re
 import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, batching, checks, compiled_model, files, keras_private
+from keras_hf import arrays, batching, checks, compiled_model, files, guard, keras_private
 from keras_hf.advice import Advice
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
@@ -141,17 +140,10 @@ class HFModel(keras.Model):
         Raises:
             ValueError: If the file holds other weights than this model has.
         """
-        # Keras makes the attribute in `compile`.
-        optimizer = getattr(self, "optimizer", None)
-        variables = [*self.variables, *(optimizer.variables if optimizer else ())]
-        before = [variable.numpy() for variable in variables]
         try:
-            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
-        except Exception as error:
-            for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
-            if not isinstance(error, ValueError):
-                raise
+            with guard.values_kept_on_error(self._values()):
+                super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+        except ValueError as error:
             shapes = [tuple(weight.shape) for weight in self.weights]
             raise ValueError(
                 f"{filepath} does not hold the weights of this model, which stays as it was. The file must come from a model of the same layers; "
@@ -335,21 +327,13 @@ class HFModel(keras.Model):
                 float(self.optimizer.damping.numpy()),
                 is_to_be_found=float(self.optimizer.curvature_scale.numpy()) == 0,
             )
-            variables = [variable.value for variable in [*self.variables, *self.optimizer.variables]]
-            before = [variable.read_value() for variable in variables]
-            try:
-                with _as_written(), self._xla_explained():
+            with guard.values_kept_on_error(self._values(), but=guard.END_OF_DATA):
+                with guard.unaltered_arithmetic(), guard.xla_explained(self.network.name, lambda: self._choice):
                     logs = dict(step(iterator))
                 trace = logs.pop("trace", None)
                 num_nonfinite = int(logs.pop("num_nonfinite_cases", 0))
                 errors = [float(logs.pop(key, 0.0)) for key in ("product_error", "repeat_error")]
-                self._raise_if_wrong(*errors, logs)
-            except (StopIteration, tf.errors.OutOfRangeError):
-                raise
-            except BaseException:
-                for variable, value in zip(variables, before, strict=True):
-                    variable.assign(value)
-                raise
+                guard.raise_if_wrong(self.network.name, self._choice, float(logs["loss"]), *errors)
             self._is_first_update.assign(False)
             self._keep("last_trace", trace)
             self._advise_after_update(logs, num_nonfinite)
@@ -442,7 +426,9 @@ class HFModel(keras.Model):
         def compute():
             return self.distribute_strategy.run(lambda: self._with_objective(data, errors))
 
-        with self._every_value_kept(), _as_written(), self._xla_explained():
+        values = self._values() + [variable.value for variable in self.metrics_variables]
+        explained = guard.xla_explained(self.network.name, lambda: self._choice)
+        with guard.values_kept(values), guard.unaltered_arithmetic(), explained:
             found, rounding = tf.nest.map_structure(
                 lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
             )
@@ -455,16 +441,11 @@ class HFModel(keras.Model):
             print(f"  {check}")
         return report
 
-    @contextlib.contextmanager
-    def _every_value_kept(self):
-        """Leaves weights, metrics and the optimizer as they were before it was opened."""
-        variables = [v.value for v in (*self.variables, *self.metrics_variables, *self.optimizer.variables)]
-        before = [variable.read_value() for variable in variables]
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
+    def _values(self):
+        """The `tf.Variable`s, in a list, of weights and optimizer."""
+        # Keras makes the attribute in `compile`.
+        optimizer = getattr(self, "optimizer", None)
+        return [variable.value for variable in (*self.variables, *(optimizer.variables if optimizer else ()))]
 
     # What an update needs of Keras.
 
@@ -640,45 +621,6 @@ class HFModel(keras.Model):
         with self.distribute_strategy.scope():
             keras_private.symbolic_build(self, data_batch)
 
-    # What cannot go on.
-
-    def _raise_if_wrong(self, product_error, repeat_error, logs):
-        """Raises where an update was rejected because its numbers contradict each other."""
-        if repeat_error > self._choice.rounding:
-            raise ValueError(
-                f"The network '{self.network.name}' gave two different losses for the same cases and weights ({float(logs['loss']):.6g}, and "
-                f"{repeat_error:.2g} of it apart). Hessian-free needs one fixed function per update; draw random numbers from a "
-                "`keras.random.SeedGenerator` that the layer holds, and let nothing in `call` depend on how often it was called."
-            )
-        if product_error > self._choice.rounding:
-            raise ValueError(
-                f"The products of '{self.network.name}' by `{type(self._choice.linearization).__name__}` are wrong: what must be equal (v'Gv and "
-                f"(Jv)'H(Jv), or u'(Jv) and (J'u)'v) differs by {product_error:.2g} of itself. {self._cure_for_products()} "
-                "`HFModel.check_products` tells more."
-            )
-
-    def _cure_for_products(self):
-        linearization = self._choice.linearization
-        if isinstance(linearization, ForwardAccumulation) or linearization.jit_compile:
-            return "Leave the curvature's `linearization` at its default, or use `DoubleBackward()`."
-        known = " ".join(self._choice.suspects) or "Replace that layer."
-        return f"TensorFlow has a wrong second derivative of one of the operations. {known}"
-
-    @contextlib.contextmanager
-    def _xla_explained(self):
-        """Names the cure where XLA cannot compile the products that the user wanted compiled."""
-        try:
-            yield
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.NotFoundError) as error:
-            linearization = self._choice and self._choice.linearization
-            is_compiled = linearization is not None and linearization.jit_compile
-            if not is_compiled or not re.search("XLA|tf2xla|trying to compile", str(error)):
-                raise
-            raise ValueError(
-                f"XLA cannot compile the products of '{self.network.name}'. Use `{type(linearization).__name__}(jit_compile=False)`. "
-                f"Received from TensorFlow: {str(error)[:300]}"
-            ) from error
-
     # What the user is advised of.
 
     def _advise_on_changed_weights(self):
@@ -698,26 +640,6 @@ class HFModel(keras.Model):
         if isinstance(optimizer.curvature, GaussNewton):
             self._advice.negative_curvature(logs)
         self._advice.no_progress(logs, num_nonfinite, int(optimizer.iterations.numpy()), self.compute_dtype)
-
-
-@contextlib.contextmanager
-def _as_written():
-    """Keeps TensorFlow from computing something near what an update says.
-
-    GPUs multiply float32 matrices in TF32, whose 10 bits CG's recurrences don't survive. The arithmetic optimizer makes one sum of several
-    additions, which becomes an accumulator where it expects memory to run short; in the loops of large networks creating that fails (2.21,
-    `AlreadyExistsError`). Without it an update takes as long.
-    """
-    options = tf.config.optimizer.get_experimental_options()
-    arithmetic = options.get("arithmetic_optimization", True)
-    tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(tf32)
-        tf.config.optimizer.set_experimental_options({"arithmetic_optimization": arithmetic})
 
 
 @contextlib.contextmanager

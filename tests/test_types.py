@@ -119,7 +119,7 @@ def test_check_products_allows_for_the_rounding_of_the_type(policy):
     )
 
 
-def test_computes_as_written_during_training_and_as_before_afterwards():
+def test_arithmetic_is_unaltered_during_training_and_as_before_afterwards():
     """Full float32 products, and no additions put together."""
 
     def settings():

@@ -1,0 +1,102 @@
+import pytest
+import tensorflow as tf
+
+from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, guard
+from keras_hf.compiled_model import Choice
+
+
+def choice(linearization=None, suspects=()):
+    return Choice(GaussNewton(linearization=linearization or DoubleBackward()), 1e-3, list(suspects))
+
+
+def settings():
+    options = tf.config.optimizer.get_experimental_options()
+    return tf.config.experimental.tensor_float_32_execution_enabled(), options.get("arithmetic_optimization", True)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_arithmetic_is_unaltered_while_it_is_open_and_as_before_afterwards(tf32):
+    before = settings()
+    try:
+        tf.config.experimental.enable_tensor_float_32_execution(tf32)
+        with pytest.raises(RuntimeError), guard.unaltered_arithmetic():
+            assert settings() == (False, False)
+            raise RuntimeError
+        assert settings() == (tf32, before[1])
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before[0])
+
+
+def test_values_are_kept_whatever_happens():
+    variable = tf.Variable([1.0, 2.0])
+    with guard.values_kept([variable]):
+        variable.assign([3.0, 4.0])
+    assert variable.numpy().tolist() == [1.0, 2.0]
+    with pytest.raises(KeyboardInterrupt), guard.values_kept([variable]):
+        variable.assign([3.0, 4.0])
+        raise KeyboardInterrupt
+    assert variable.numpy().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_puts_values_back(error):
+    variable = tf.Variable(1.0)
+    with pytest.raises(error), guard.values_kept_on_error([variable]):
+        variable.assign(2.0)
+        raise error
+    assert float(variable) == 1.0
+
+
+@pytest.mark.parametrize("end", [None, StopIteration(), tf.errors.OutOfRangeError(None, None, "End of sequence")])
+def test_the_end_of_the_data_is_no_error(end):
+    """The first of several updates that ran together stays."""
+    variable = tf.Variable(1.0)
+    try:
+        with guard.values_kept_on_error([variable], but=guard.END_OF_DATA):
+            variable.assign(2.0)
+            if end:
+                raise end
+    except type(end) as error:
+        assert error is end
+    assert float(variable) == 2.0
+
+
+def test_numbers_within_rounding_pass():
+    guard.raise_if_wrong("net", choice(), 1.0, 9e-4, 9e-4)
+    guard.raise_if_wrong("net", choice(), 1.0, float("nan"), float("nan"))
+
+
+def test_a_loss_that_repeats_otherwise_is_named():
+    with pytest.raises(ValueError, match="The network 'net' gave two different losses.*0.25, and 0.1 of it apart"):
+        guard.raise_if_wrong("net", choice(), 0.25, 0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("of", "cure"),
+    [
+        (choice(ForwardAccumulation()), "or use `DoubleBackward"),
+        (choice(DoubleBackward(jit_compile=True)), "Leave the curvature's `linearization` at its default"),
+        (choice(), "wrong second derivative of one of the operations. Replace that layer."),
+        (choice(suspects=["Layer 'pool': use average pooling."]), "of the operations. Layer 'pool': use average pool"),
+    ],
+)
+def test_wrong_products_are_named_with_the_cure(of, cure):
+    with pytest.raises(ValueError, match=f"The products of 'net' by `{type(of.linearization).__name__}`.*{cure}"):
+        guard.raise_if_wrong("net", of, 0.25, 0.1, 0.0)
+
+
+def test_xla_is_explained_where_products_are_compiled():
+    def fail(error, of):
+        with guard.xla_explained("net", lambda: of):
+            raise error
+
+    compiled, of_xla = (
+        choice(DoubleBackward(jit_compile=True)),
+        tf.errors.InvalidArgumentError(None, None, "No XLA kernel"),
+    )
+    with pytest.raises(ValueError, match=r"of 'net'. Use `DoubleBackward\(jit_compile=False\)`.*No XLA kernel"):
+        fail(of_xla, compiled)
+    other = tf.errors.InvalidArgumentError(None, None, "Matrix is singular")
+    for error, of in ((other, compiled), (of_xla, choice()), (of_xla, None)):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            fail(error, of)
