@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import ConstantDamping, HessianFree, HFModel, keras_private
+from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, KroneckerFactored, keras_private
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
 Y = np.ones([4, 2], "float32")
@@ -191,6 +191,19 @@ def test_keras_has_the_model_built_before_the_first_batch(method):
     else:
         assert [leaf.shape for leaf in batch if leaf is not None] == [(4, 3), (4, 2)] and spec is None
     assert model.built and model.optimizer.built and model.network.count_params() == 8
+
+
+def test_an_optimizer_that_keras_builds_from_weights_alone_knows_the_layers():
+    solver = ConjugateGradient(preconditioner=KroneckerFactored(interval=2))
+    shapes = []
+    for start in ([], [keras.Input((3,))]):
+        model = HFModel(keras.Sequential([*start, layers.Dense(3, "tanh", name="one"), layers.Dense(2, name="two")]))
+        model.compile(HessianFree(0.1, solver=solver), "mse")
+        model._maybe_symbolic_build(data_batch=(X, Y, None))
+        shapes.append(keras.tree.map_structure(lambda tensor: tensor.shape, model.optimizer.state()))
+    assert shapes[0] == shapes[1]
+    # Two factors of each of the layers, their inputs' with a bias.
+    assert {tuple(shape) for shape in shapes[0].solver["preconditioner"].values()} >= {(4, 4), (3, 3), (2, 2)}
 
 
 def test_a_batch_divided_among_replicas_has_the_spec_of_its_parts():
