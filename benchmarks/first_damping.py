@@ -8,13 +8,13 @@ defaults elsewhere but for the growing batch, which would draw other cases.
 """
 
 import argparse
-import csv
 
 import keras
 import numpy as np
 
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
+from examples.tables import write_rows
 from keras_hf import HessianFree, HFModel, LevenbergMarquardt
 
 SHARES = (1.0, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
@@ -101,10 +101,7 @@ def main():
             rows.append(row)
             print(*row.values(), sep=",", flush=True)
             if arguments.csv:
-                with open(arguments.csv, "w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ A run whose file is complete is not made again. The table is written from all ru
 """
 
 import argparse
-import csv
 import itertools
 import math
 from functools import partial
 from pathlib import Path
 
 from benchmarks.time_to_error import PROBLEMS, fit_hessian_free, fit_recipe, train
-from examples.baselines import LastIterate, read_rows
+from examples.baselines import LastIterate
+from examples.tables import read_rows, write_rows
 from keras_hf import (
     ConstantDamping,
     EmpiricalFisher,
@@ -173,10 +173,7 @@ def main(arguments=None):
         for seed in range(MAX_SEEDS)
         if (path := path_of(folder, name, seed)).exists()
     ]
-    with open(folder.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+    write_rows(folder.with_suffix(".csv"), table)
 
 
 if __name__ == "__main__":

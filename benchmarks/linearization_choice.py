@@ -7,7 +7,6 @@ all; medians over the rounds. The ratio is to the fastest way: the choice should
 """
 
 import argparse
-import csv
 import time
 
 import keras
@@ -16,6 +15,7 @@ import tensorflow as tf
 
 from benchmarks.product_cost import small_cnn
 from examples.autoencoder import build_autoencoder, cross_entropy
+from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, HFModel
 from keras_hf.objective import Data
 
@@ -25,6 +25,7 @@ WAYS = {
     "forward accumulation": GaussNewton(ForwardAccumulation()),
     "forward accumulation, XLA": GaussNewton(ForwardAccumulation(jit_compile=True)),
 }
+FIELDS = ("network", "cases", "way", "chosen", "seconds", "ratio to the fastest")
 # Products per timing.
 REPEATS = 10
 
@@ -68,14 +69,11 @@ def main():
     for name, (network, loss, cases) in networks().items():
         rows += measure(name, network, loss, cases, args.rounds)
         if args.csv:
-            with open(args.csv, "w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["network", "cases", "way", "chosen", "seconds", "ratio to the fastest"])
-                writer.writerows(rows)
+            write_rows(args.csv, rows)
 
 
 def measure(name, network, loss, cases, rounds):
-    """Times, prints and returns the rows of one network."""
+    """Times, prints and returns the rows of one network as dicts."""
     model = HFModel(network)
     model.compile(optimizer=HessianFree(micro_batch_size=cases), loss=loss)
     x = tf.random.stateless_uniform([cases, *network.input_shape[1:]], seed=[0, 0])
@@ -108,7 +106,8 @@ def measure(name, network, loss, cases, rounds):
         linearization = WAYS[way].linearization
         is_chosen = type(linearization) is type(chosen) and linearization.jit_compile == chosen.jit_compile
         print(f"  {way:28s} {1e3 * median:8.1f} ms {median / fastest:6.2f} {'chosen' if is_chosen else ''}", flush=True)
-        rows.append((name, cases, way, int(is_chosen), f"{median:.5f}", f"{median / fastest:.3f}"))
+        values = (name, cases, way, int(is_chosen), f"{median:.5f}", f"{median / fastest:.3f}")
+        rows.append(dict(zip(FIELDS, values, strict=True)))
     return rows
 
 

@@ -9,12 +9,12 @@ at 101 by 101 points.
 """
 
 import argparse
-import csv
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from examples.tables import write_rows
 from keras_hf import (
     ConjugateGradient,
     EmpiricalFisherDiagonal,
@@ -157,11 +157,8 @@ def main():
     rows = []
     for name in args.preconditioner:
         rows += measure(PRECONDITIONERS[name], args.updates, args.every, args.seed)
-        if args.csv:
-            with open(args.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
+        if args.csv and rows:
+            write_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

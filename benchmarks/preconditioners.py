@@ -7,13 +7,13 @@ those of training: errors are computed in between. The first update, which trace
 """
 
 import argparse
-import csv
 import time
 
 import keras
 
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy, squared_error
 from examples.datasets import synthetic_curves
+from examples.tables import write_rows
 from keras_hf import (
     ConjugateGradient,
     EmpiricalFisherDiagonal,
@@ -94,10 +94,7 @@ def main():
             rows.append(measure(PRECONDITIONERS[name], limit, x, args.seconds, args.seed))
             print(rows[-1], flush=True)
             if args.csv:
-                with open(args.csv, "w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ all; medians over the rounds are printed, and written as CSV.
 """
 
 import argparse
-import csv
 import time
 
 import keras
@@ -17,6 +16,7 @@ import tensorflow as tf
 
 from examples.autoencoder import build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
+from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
 from keras_hf.objective import Data
 from keras_hf.stopping import StoppingRule
@@ -27,6 +27,7 @@ PRODUCTS = {
     "Gauss-Newton, forward accumulation": GaussNewton(ForwardAccumulation()),
     "Hessian, double backward": Hessian(DoubleBackward()),
 }
+FIELDS = ("network", "cases", "quantity", "seconds", "gradients")
 # Products and CG iterations per timing.
 REPEATS = 10
 
@@ -61,14 +62,11 @@ def main():
     model.compile(optimizer=HessianFree(**optimizer), loss=loss)
     rows += measure("small CNN", model, images, labels, args.rounds)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["network", "cases", "quantity", "seconds", "gradients"])
-            writer.writerows(rows)
+        write_rows(args.csv, rows)
 
 
 def measure(network, model, x, y, rounds):
-    """Times, prints and returns the rows of one network."""
+    """Times, prints and returns the rows of one network as dicts."""
     model._maybe_symbolic_build(data_batch=(x, y))
     quantities = timed_quantities(model, x, y)
     seconds = {name: [] for name in quantities}
@@ -81,10 +79,11 @@ def measure(network, model, x, y, rounds):
         print(f"  {name:40s} {1e3 * median:9.1f} ms {median / medians['gradient']:7.3f} gradients")
     vectors, product = medians["vector work of a CG iteration"], medians["Gauss-Newton, double backward"]
     print(f"  vector work is {vectors / (vectors + product):.1%} of a CG iteration")
-    return [
+    values = [
         (network, len(x), name, f"{median:.5f}", f"{median / medians['gradient']:.4f}")
         for name, median in medians.items()
     ]
+    return [dict(zip(FIELDS, row, strict=True)) for row in values]
 
 
 def small_cnn():

@@ -18,7 +18,6 @@ searches. `table` writes the seconds until the first row at or below each target
 """
 
 import argparse
-import csv
 import itertools
 import math
 import os
@@ -43,12 +42,12 @@ from examples.baselines import (
     fit_nonlinear_cg,
     fit_trust_region,
     muon,
-    read_rows,
     solver_but_for,
     standard_hessian_free,
 )
 from examples.datasets import mnist, synthetic_curves
 from examples.experiments import plot
+from examples.tables import read_rows, write_rows
 from keras_hf import ConjugateGradient, GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
 
 matplotlib.use("Agg")
@@ -571,10 +570,7 @@ def write_table(name, problem, runs, path):
                 **{column: last[column] for column in last if column != "num_cases"},
             }
         )
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+    write_rows(path, table)
 
 
 def print_table(problem, runs):

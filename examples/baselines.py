@@ -1,6 +1,5 @@
 """A fair race with other methods: the settings they run with, and the clock that every method runs against."""
 
-import csv
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import tensorflow as tf
 from keras import ops
 from scipy import optimize
 
+from examples.tables import add_row, read_rows, write_rows
 from keras_hf import ConjugateGradient, ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
 from keras_hf.files import replacing
 from keras_hf.search import Taken, walk_back
@@ -545,19 +545,11 @@ class Recorder(keras.callbacks.Callback):
             "seconds": round(self.seconds, 3),
             **self.errors(),
         }
-        with open(self.path, "a" if self.rows else "w", newline="") as file:
-            # As `_restore` writes them: a file has one kind of line ends.
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
+        if self.rows:
+            add_row(self.path, row)
+        else:
+            write_rows(self.path, [row])
         self.rows.append(row)
-
-
-def read_rows(path):
-    """Returns the rows of a recorder's CSV file: a list of dicts of floats."""
-    with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def reconstruction_error(network, x, batch_size=5000):

@@ -24,8 +24,8 @@ import matplotlib
 import numpy as np
 
 from examples.autoencoder import SETTINGS, build_autoencoder, load_images, parse, train
-from examples.baselines import read_rows
 from examples.pretraining import pretrained
+from examples.tables import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402

@@ -9,7 +9,7 @@ from benchmarks import levers, nystrom, time_to_error
 from benchmarks.time_to_error import Cases, Curve, Problem
 from examples import baselines
 from examples.autoencoder import squared_error
-from examples.baselines import read_rows
+from examples.tables import read_rows
 from keras_hf import Nystrom
 
 
@@ -219,8 +219,9 @@ def test_the_table_holds_every_run_and_marks_the_best(tmp_path, capsys):
     write_run(folder, "adam-1-seed0", (0, 1), (9, 2))
     write_run(folder, "hf-0-seed0", (0, 0.5), (9, 1))
     time_to_error.main(f"table --problem small-curves --out {tmp_path}".split())
-    with open(tmp_path / "small-curves.csv", newline="") as file:
-        header, *rows = [line.split(",") for line in file.read().splitlines()]
+    text = (tmp_path / "small-curves.csv").read_bytes().decode()
+    assert "\r" not in text
+    header, *rows = [line.split(",") for line in text.splitlines()]
     column = dict(zip(header, zip(*rows, strict=True), strict=True))
     assert (column["method"], column["best"]) == (("adam", "adam", "hf"), ("0", "1", "1"))
     assert column["seconds_to_2"] == ("inf", "1.0", "0.5")

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from examples import autoencoder, baselines, experiments, runs_to_read
+from examples.tables import read_rows
 from keras_hf import read_updates
 
 
@@ -120,7 +121,7 @@ def test_the_file_holds_the_rows(tmp_path):
     network = tiny_network()
     record = recorder(network, tmp_path / "run.csv", interval=0.01)
     fit_baseline("nag", network, record)
-    assert baselines.read_rows(record.path) == record.rows
+    assert read_rows(record.path) == record.rows
 
 
 def test_cost_of_steps_on_batches_is_their_share_of_the_cases(tmp_path):
@@ -159,7 +160,7 @@ def test_the_clock_leaves_the_first_update_out_at_the_start_and_not_where_a_run_
         again.begin(network.trainable_variables)
         for update, clock.return_value in ((3, 1003.0), (4, 1006.0)):
             again.after_update(update, {})
-    assert again.rows == baselines.read_rows(paths["path"])
+    assert again.rows == read_rows(paths["path"])
     assert b"\r" not in paths["path"].read_bytes()
     assert [(row["update"], row["seconds"]) for row in again.rows] == [(0, 0), (1, 0), (2, 7), (3, 10), (4, 13)]
 
@@ -230,9 +231,9 @@ def test_experiments_are_made_once_go_on_and_are_tabled(tmp_path, capsys, monkey
     assert [path.read_text() for path in paths] == first
     experiments.main([*command.split(), "0.6"])
     assert all(path.read_text().startswith(text) for path, text in zip(paths, first, strict=True))
-    assert all(baselines.read_rows(path)[-1]["seconds"] >= 0.6 for path in paths)
+    assert all(read_rows(path)[-1]["seconds"] >= 0.6 for path in paths)
     # Both start where the machines have come to.
-    starts = {path.stem: baselines.read_rows(path)[0]["train_error"] for path in paths}
+    starts = {path.stem: read_rows(path)[0]["train_error"] for path in paths}
     assert starts["pt-ncg-l2-0-seed0"] == starts["pt-ncg-l2-2e-05-seed0"] != starts["rand-hf-l2-0-seed0"]
     capsys.readouterr()
     experiments.main(f"table --dataset curves --out {tmp_path / 'results'}".split())
