@@ -40,7 +40,7 @@ SECTIONS = {
     "Stopping rules of conjugate gradients": ["RelativeProgress", "ResidualTolerance"],
     "Conjugate gradients": ["conjugate_gradient", "CGResult", "CGStop"],
     "Initialization": ["SparseNormal"],
-    "Records and figures": ["UpdateRecorder", "read_updates", "plots.plot_updates"],
+    "Records and figures": ["UpdateRecorder", "read_updates", "recorder.update_cost", "plots.plot_updates"],
     "Bases of parts": [
         "part.Part",
         "solver.Solver",

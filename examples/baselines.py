@@ -16,6 +16,7 @@ from scipy import optimize
 from examples.tables import add_row, read_rows, write_rows
 from keras_hf import ConjugateGradient, ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
 from keras_hf.files import replacing
+from keras_hf.recorder import update_cost
 from keras_hf.search import Taken, walk_back
 
 STEPS_PER_EXECUTION = 10  # The work between calls would otherwise double the time of a step of a small network.
@@ -410,8 +411,8 @@ class Recorder(keras.callbacks.Callback):
         max_updates: Integer, the updates after which training ends even if time is left.
         interval: Float, seconds of training between two rows; 0 gives a row for every update.
         log_names: Strings, training logs to put into each row, as they are at its update; among them may be
-            `total_cg_iterations`, the sum of `cg_iterations`, and `cost`, the passes over the training set in gradients
-            (see `benchmarks/time_to_error.py`).
+            `total_cg_iterations`, the sum of `cg_iterations`, and `cost`, the passes over the training set in gradients:
+            `update_cost` of each update over the training cases.
         state_path: Path of an NPZ file of the run's state; None keeps none.
 
     Attributes:
@@ -459,11 +460,10 @@ class Recorder(keras.callbacks.Callback):
         self.model.stop_training = self.after_update(updates, {**logs, **totals})
 
     def _count(self, logs):
-        """Adds up what Hessian-free updates cost: a gradient is 1, a product 4/3, the losses of an update's searches 4/3."""
-        iterations, num_cases = int(logs["cg_iterations"]), int(logs["num_cases"])
-        curvature_cases = min(self.model.optimizer.curvature_batch_size or num_cases, num_cases)
-        self._total_cg_iterations += iterations
-        self._cost += ((1 + 4 / 3) * num_cases + 4 / 3 * iterations * curvature_cases) / len(self.x_train)
+        """Adds up CG iterations and what Hessian-free updates cost."""
+        self._total_cg_iterations += int(logs["cg_iterations"])
+        cost = update_cost(self.model.last_trace, int(logs["num_cases"]), self.model.optimizer.curvature_batch_size)
+        self._cost += cost / len(self.x_train)
 
     def begin(self, variables):
         """Writes the first row, or goes on where an earlier run of the same paths was cut short.

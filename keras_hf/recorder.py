@@ -20,7 +20,7 @@ class UpdateRecorder(keras.callbacks.Callback):
     | `epoch` | its epoch, from 0 |
     | `seconds` | since the start of training; with `append`, continues from the last line |
     | `loss`, `damping`, ... | the logs of the update, as in `HFModel`, and metrics |
-    | `cost` | passes over cases, in gradients of one case: gradient 1, product 4/3, loss 1/3; preconditioner and unseen cases apart |
+    | `cost` | passes over cases, in gradients of one case; see `recorder.update_cost` |
     | `trace` | see below |
 
     `trace` holds `losses`, the losses of the candidate steps in order (null where none was computed or it is NaN); `num_cuts`, how often the step was
@@ -83,16 +83,11 @@ class UpdateRecorder(keras.callbacks.Callback):
             "epoch": self._epoch,
             "seconds": round(time.perf_counter() - self._start, 3),
             **{name: _number(value) for name, value in logs.items()},
-            "cost": self._cost(int(logs["num_cases"]), trace),
+            "cost": update_cost(trace, int(logs["num_cases"]), self.model.optimizer.curvature_batch_size),
             "trace": trace,
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-
-    def _cost(self, num_cases, trace):
-        in_chunk = min(self.model.optimizer.curvature_batch_size or num_cases, num_cases)
-        num_losses = trace["num_cuts"] + sum(loss is not None for loss in trace["losses"])
-        return num_cases + 4 / 3 * trace["num_products"] * in_chunk + num_losses / 3 * num_cases
 
     def on_train_end(self, logs=None):
         if self._file is not None:
@@ -102,6 +97,27 @@ class UpdateRecorder(keras.callbacks.Callback):
 def _number(value):
     """Converts to a number that JSON can hold; integers stay integers."""
     return np.asarray(value).item()
+
+
+def update_cost(trace, num_cases, curvature_batch_size=None):
+    """Counts what an update cost: passes over cases, in gradients of one case.
+
+    A case costs 1 in the gradient, 4/3 in a product and 1/3 in a loss. The gradient and the losses that the search looked at are on all cases that
+    the update used, products on those of the curvature chunk. Left out are the preconditioner, unseen cases, checks, and what the first update
+    spends to find the scale of the curvature.
+
+    Args:
+        trace: Dict, how the update came by its step: `HFModel.last_trace`, or `trace` of what `read_updates` returns.
+        num_cases: Integer, the cases that the update used, `num_cases` of its logs.
+        curvature_batch_size: Integer, that of the optimizer, or `None`: products are on all cases.
+
+    Returns:
+        Float.
+    """
+    in_chunk = min(curvature_batch_size or num_cases, num_cases)
+    # As floats, the None of a record is NaN.
+    num_losses = int(trace["num_cuts"]) + np.count_nonzero(~np.isnan(np.asarray(trace["losses"], float)))
+    return num_cases * (1 + num_losses / 3) + 4 / 3 * int(trace["num_products"]) * in_chunk
 
 
 def read_updates(path):

@@ -10,7 +10,7 @@ from benchmarks.time_to_error import Cases, Curve, Problem
 from examples import baselines
 from examples.autoencoder import squared_error
 from examples.tables import read_rows
-from keras_hf import Nystrom
+from keras_hf import HFModel, Nystrom, UpdateRecorder, read_updates
 
 
 def tiny_cases(seed):
@@ -160,15 +160,26 @@ def test_classifiers_are_measured_by_cross_entropy_and_error_rate(tmp_path):
     assert errors["train_error_rate"] == np.mean(y_pred.argmax(axis=1) != y)
 
 
-def test_cost_of_hessian_free_counts_gradient_products_and_losses(tmp_path):
-    recorder = curve(PROBLEM, tiny_network(), tmp_path / "run.csv")
-    model = tiny_network()
-    model.compile(keras.optimizers.Adam())
-    model.optimizer.curvature_batch_size = 10
-    recorder.set_model(model)
-    recorder._count({"cg_iterations": 3, "num_cases": 20})
-    # Of 40 cases: half a gradient, half of 4/3 for losses, three products on a quarter.
-    assert recorder._cost == pytest.approx(0.5 + 0.5 * 4 / 3 + 3 * 4 / 3 / 4)
+def test_cost_of_hessian_free_is_that_of_the_updates_recorded(tmp_path):
+    network = tiny_network()
+    recorder = baselines.Recorder(
+        network,
+        *tiny_cases(0)[::2],
+        tmp_path / "run.csv",
+        max_seconds=math.inf,
+        max_updates=3,
+        log_names=("cost", "total_cg_iterations"),
+    )
+    optimizer, damping_rule = time_to_error.recipe(1.0, curvature_batch_size=10, seed=0)
+    model = HFModel(network)
+    model.compile(optimizer=optimizer, loss=squared_error)
+    callbacks = [UpdateRecorder(tmp_path / "updates.jsonl"), damping_rule, recorder]
+    model.fit(recorder.x_train, recorder.x_train, epochs=3, verbose=0, callbacks=callbacks)
+    updates = read_updates(tmp_path / "updates.jsonl")
+    costs = [update["cost"] / 40 for update in updates]
+    np.testing.assert_allclose([row["cost"] for row in recorder.rows], [0, *np.cumsum(costs)])
+    iterations = [update["cg_iterations"] for update in updates]
+    assert [row["total_cg_iterations"] for row in recorder.rows] == [0, *np.cumsum(iterations)]
 
 
 def test_a_target_is_reached_at_the_first_row_at_or_below_it(tmp_path):

@@ -14,6 +14,7 @@ from keras_hf import (
     UpdateRecorder,
     read_updates,
 )
+from keras_hf.recorder import update_cost
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype("float32")
 Y = np.sin(2 * X[:, :2])
@@ -81,6 +82,16 @@ def test_cost_counts_passes_over_cases(run):
     # Besides those of the iterations, a product for the start and one for the ratio.
     expected = 60 * (1 + 4 / 3 * (record["cg_iterations"] + 2) + num_losses / 3)
     assert record["cost"] == pytest.approx(expected)
+
+
+def test_cost_of_an_update_is_of_its_products_on_the_chunk_and_the_losses_it_looked_at(run):
+    trace = {"losses": [math.nan, 3.0, math.inf], "num_cuts": 1, "num_products": 5}
+    assert update_cost(trace, 60) == pytest.approx(60 * (1 + 5 * 4 / 3 + 3 / 3))
+    assert update_cost(trace, 60, curvature_batch_size=15) == pytest.approx(60 * (1 + 3 / 3) + 15 * 5 * 4 / 3)
+    assert update_cost(trace, 60, curvature_batch_size=100) == update_cost(trace, 60)
+    model, path, _ = run
+    last = read_updates(path)[-1]
+    assert update_cost(last["trace"], 60) == update_cost(model.last_trace, 60) == last["cost"]
 
 
 def test_a_resumed_run_drops_the_lines_of_updates_made_again(run, tmp_path):
