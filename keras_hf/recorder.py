@@ -103,21 +103,21 @@ def update_cost(trace, num_cases, curvature_batch_size=None):
     """Counts what an update cost: passes over cases, in gradients of one case.
 
     A case costs 1 in the gradient, 4/3 in a product and 1/3 in a loss. The gradient and the losses that the search looked at are on all cases that
-    the update used, products on those of the curvature chunk. Left out are the preconditioner, unseen cases, checks, and what the first update
-    spends to find the scale of the curvature.
+    the update used, products on those of the curvature chunk, and so are two losses more for the ratio, where there are chunks. Left out are the
+    preconditioner, unseen cases, checks, and what the first update spends to find the scale of the curvature.
 
     Args:
         trace: Dict, how the update came by its step: `HFModel.last_trace`, or `trace` of what `read_updates` returns.
         num_cases: Integer, the cases that the update used, `num_cases` of its logs.
-        curvature_batch_size: Integer, that of the optimizer, or `None`: products are on all cases.
+        curvature_batch_size: Integer, that of the optimizer, or `None`: there are no chunks.
 
     Returns:
         Float.
     """
-    in_chunk = min(curvature_batch_size or num_cases, num_cases)
+    in_chunk, num_chunk_losses = min(curvature_batch_size or num_cases, num_cases), 2 if curvature_batch_size else 0
     # As floats, the None of a record is NaN.
-    num_losses = int(trace["num_cuts"]) + np.count_nonzero(~np.isnan(np.asarray(trace["losses"], float)))
-    return num_cases * (1 + num_losses / 3) + 4 / 3 * int(trace["num_products"]) * in_chunk
+    num_losses = int(trace["num_cuts"]) + int(np.sum(~np.isnan(np.asarray(trace["losses"], float))))
+    return num_cases * (1 + num_losses / 3) + in_chunk * (4 / 3 * int(trace["num_products"]) + num_chunk_losses / 3)
 
 
 def read_updates(path):
