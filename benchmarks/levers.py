@@ -1,6 +1,6 @@
 """What each part of Hessian-free optimization is worth: the package's defaults, and the defaults but for one part; or the recipe.
 
-The recipe is that of Martens (2010), see `examples.autoencoder.recipe`. Every run has the same time, cases and weights.
+The recipe is that of Martens (2010), see `examples.baselines.recipe`. Every run has the same time, cases and weights.
 Besides seconds there is the cost until each target, in gradients over the training set (see `time_to_error`), which does
 not depend on the machine, but leaves out the work that is no pass over cases.
 
@@ -13,11 +13,10 @@ A run whose file is complete is not made again. The table is written from all ru
 
 import argparse
 import itertools
-import math
 from functools import partial
 from pathlib import Path
 
-from benchmarks.time_to_error import PROBLEMS, fit_hessian_free, fit_recipe, train
+from benchmarks.time_to_error import PROBLEMS, fit_hessian_free, fit_recipe, train, until_each
 from examples.baselines import LastIterate
 from examples.tables import read_rows, write_rows
 from keras_hf import (
@@ -132,12 +131,10 @@ def path_of(folder, name, seed):
 
 def row(name, seed, rows, targets):
     """Returns what a run reached, a dict: seconds and cost until each target, infinity where not reached, and the end."""
-    until = {target: next((row for row in rows if row["train_error"] <= target), None) for target in targets}
     return {
         "lever": name,
         "seed": seed,
-        **{f"seconds_to_{target:g}": at["seconds"] if at else math.inf for target, at in until.items()},
-        **{f"cost_to_{target:g}": at["cost"] if at else math.inf for target, at in until.items()},
+        **until_each(rows, targets),
         **{key: rows[-1][key] for key in ("update", "total_cg_iterations", "train_error", "test_error")},
     }
 

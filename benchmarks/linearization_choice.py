@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.product_cost import small_cnn
-from examples.autoencoder import build_autoencoder, cross_entropy
+from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, HFModel
 from keras_hf.objective import Data
@@ -49,9 +49,10 @@ def transformer(width=32, depth=2):
 def networks():
     """Name -> network, loss, cases. XLA's convolutions take a minute a product on CPUs: not timed there."""
     labels = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    curves, mnist = (build_autoencoder(SETTINGS[name, "full"].widths, l2=0.0, seed=0) for name in ("curves", "mnist"))
     return {
-        "CURVES autoencoder": (build_autoencoder((400, 200, 100, 50, 25, 6), l2=0.0, seed=0), cross_entropy, 2000),
-        "MNIST autoencoder": (build_autoencoder((1000, 500, 250, 30), l2=0.0, seed=0), cross_entropy, 1000),
+        "CURVES autoencoder": (curves, cross_entropy, 2000),
+        "MNIST autoencoder": (mnist, cross_entropy, 1000),
         "small CNN": (small_cnn(), labels, 500),
         "LSTM": (lstm(), labels, 500),
         "transformer encoder": (transformer(), labels, 300),

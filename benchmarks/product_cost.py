@@ -14,14 +14,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from examples.autoencoder import build_autoencoder, cross_entropy
+from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
 from keras_hf.objective import Data
 from keras_hf.stopping import StoppingRule
 
-WIDTHS = (400, 200, 100, 50, 25, 6)
 PRODUCTS = {
     "Gauss-Newton, double backward": GaussNewton(DoubleBackward()),
     "Gauss-Newton, forward accumulation": GaussNewton(ForwardAccumulation()),
@@ -50,16 +49,15 @@ def main():
     parser.add_argument("--csv", help="file for the results")
     args = parser.parse_args()
 
-    optimizer = {"micro_batch_size": args.cases}
     x = tf.constant(synthetic_curves(args.cases, seed=0))
-    model = HFModel(build_autoencoder(WIDTHS, l2=2e-5, seed=0))
-    model.compile(optimizer=HessianFree(**optimizer), loss=cross_entropy)
+    model = HFModel(build_autoencoder(SETTINGS["curves", "full"].widths, l2=2e-5, seed=0))
+    model.compile(optimizer=HessianFree(micro_batch_size=args.cases), loss=cross_entropy)
     rows = measure("autoencoder", model, x, x, args.rounds)
     images = tf.random.stateless_normal([args.cases, 28, 28, 1], seed=[1, 0])
     labels = tf.random.stateless_uniform([args.cases], seed=[1, 1], maxval=10, dtype=tf.int32)
     model = HFModel(small_cnn())
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=HessianFree(**optimizer), loss=loss)
+    model.compile(optimizer=HessianFree(micro_batch_size=args.cases), loss=loss)
     rows += measure("small CNN", model, images, labels, args.rounds)
     if args.csv:
         write_rows(args.csv, rows)

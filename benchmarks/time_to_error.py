@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from examples.autoencoder import build_autoencoder, cross_entropy, recipe, squared_error
+from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy, squared_error
 from examples.baselines import (
     NesterovMomentum,
     Recorder,
@@ -43,6 +43,7 @@ from examples.baselines import (
     fit_nonlinear_cg,
     fit_trust_region,
     muon,
+    recipe,
     solver_but_for,
     standard_hessian_free,
 )
@@ -168,7 +169,7 @@ PROBLEMS = {
     "small-curves": Problem(
         "autoencoder",
         partial(load_curves, 2_000),
-        partial(deep_autoencoder, (100, 50, 25, 12, 6)),
+        partial(deep_autoencoder, SETTINGS["curves", "demo"].widths),
         seconds=60.0,
         targets=(4, 2, 1, 0.5),
         l2=1e-6,
@@ -176,21 +177,21 @@ PROBLEMS = {
     "full-curves": Problem(
         "autoencoder",
         partial(load_curves, 20_000),
-        partial(deep_autoencoder, (400, 200, 100, 50, 25, 6)),
+        partial(deep_autoencoder, SETTINGS["curves", "full"].widths),
         seconds=240.0,
         targets=(5, 4, 2, 1, 0.5, 0.25, 0.15),
         l2=1e-6,
-        recipe_curvature_cases=5_000,
+        recipe_curvature_cases=SETTINGS["curves", "full"].curvature_batch_size,
         grid_seconds=80.0,
     ),
     "mnist-autoencoder": Problem(
         "autoencoder",
         load_mnist_images,
-        partial(deep_autoencoder, (1000, 500, 250, 30)),
+        partial(deep_autoencoder, SETTINGS["mnist", "full"].widths),
         seconds=240.0,
         targets=(4, 3, 2, 1.5),
         l2=1e-6,
-        recipe_curvature_cases=7_500,
+        recipe_curvature_cases=SETTINGS["mnist", "full"].curvature_batch_size,
         grid_seconds=60.0,
     ),
     "mnist-mlp": Problem(
@@ -481,6 +482,15 @@ def until(rows, target, measure="seconds"):
     return next((row[measure] for row in rows if row["train_error"] <= target), math.inf)
 
 
+def until_each(rows, targets):
+    """Returns `until` for each target, a dict: of seconds, `seconds_to_TARGET`, and of cost, `cost_to_TARGET`."""
+    return {
+        f"{measure}_to_{target:g}": until(rows, target, measure)
+        for measure in ("seconds", "cost")
+        for target in targets
+    }
+
+
 def best_setting(folder, method, num_settings):
     """Returns the number of the setting with the least training error at the end of its run on seed 0.
 
@@ -563,11 +573,7 @@ def write_table(name, problem, runs, path):
                 "seed": seed,
                 "best": int((method, number, seed) in best),
                 "arguments": " ".join(f"{argument}={value:g}" for argument, value in setting.items()),
-                **{
-                    f"{measure}_to_{target:g}": until(rows, target, measure)
-                    for measure in ("seconds", "cost")
-                    for target in problem.targets
-                },
+                **until_each(rows, problem.targets),
                 **{column: last[column] for column in last if column != "num_cases"},
             }
         )

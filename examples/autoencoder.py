@@ -32,19 +32,12 @@ from examples.baselines import (
     fit_lbfgs,
     fit_nonlinear_cg,
     fit_trust_region,
-    solver_but_for,
+    recipe,
     standard_hessian_free,
 )
 from examples.datasets import face_patches, mnist, synthetic_curves
 from examples.pretraining import pretrained
-from keras_hf import (
-    GaussNewton,
-    HessianFree,
-    HFModel,
-    LevenbergMarquardt,
-    SparseNormal,
-    recipe_of_2010,
-)
+from keras_hf import HessianFree, HFModel, LevenbergMarquardt, SparseNormal
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -240,24 +233,6 @@ def train(args, method, network, x_train, x_test, path, state_path=None):
         cases = x_train, x_train, baseline.batch_size
         fit_compiled(network, optimizer, args.loss, *cases, recorder, baseline.cosine_decay, args.seed)
     return recorder
-
-
-def recipe(damping=45.0, solver=None, **changes):
-    """Makes the optimizer and the damping rule of Martens (2010), whatever the package's defaults are.
-
-    Args:
-        damping: Float, at the start, in the scale of the loss.
-        solver: Dict of arguments of `ConjugateGradient` that are to differ from the recipe's, or a solver instead of it.
-        **changes: Arguments of `HessianFree`: what the recipe leaves open, as `curvature_batch_size`, or what is to
-            differ from it.
-
-    Returns:
-        A `HessianFree` and a `LevenbergMarquardt`.
-    """
-    solver = solver_but_for(solver or {}, recipe_of_2010())
-    arguments = {"curvature": GaussNewton(), "growing_batch": None, **changes}
-    optimizer = HessianFree(damping, solver, **arguments)
-    return optimizer, LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)
 
 
 def fit_hessian_free(args, method, network, x, recorder):

@@ -14,7 +14,17 @@ from keras import ops
 from scipy import optimize
 
 from examples.tables import add_row, read_rows, write_rows
-from keras_hf import ConjugateGradient, ConstantDamping, Hessian, HessianFree, Identity, ResidualTolerance
+from keras_hf import (
+    ConjugateGradient,
+    ConstantDamping,
+    GaussNewton,
+    Hessian,
+    HessianFree,
+    Identity,
+    LevenbergMarquardt,
+    ResidualTolerance,
+    recipe_of_2010,
+)
 from keras_hf.files import replacing
 from keras_hf.recorder import update_cost
 from keras_hf.search import Taken, walk_back
@@ -326,6 +336,24 @@ def solver_but_for(changes, base):
     """
     # A part holds its settings under the names of its arguments.
     return ConjugateGradient(**{**vars(base), **changes}) if isinstance(changes, dict) else changes
+
+
+def recipe(damping=45.0, solver=None, **changes):
+    """Makes the optimizer and the damping rule of Martens (2010), whatever the package's defaults are.
+
+    Args:
+        damping: Float, at the start, in the scale of the loss.
+        solver: Dict of arguments of `ConjugateGradient` that are to differ from the recipe's, or a solver instead of it.
+        **changes: Arguments of `HessianFree`: what the recipe leaves open, as `curvature_batch_size`, or what is to
+            differ from it.
+
+    Returns:
+        A `HessianFree` and a `LevenbergMarquardt`.
+    """
+    solver = solver_but_for(solver or {}, recipe_of_2010())
+    arguments = {"curvature": GaussNewton(), "growing_batch": None, **changes}
+    optimizer = HessianFree(damping, solver, **arguments)
+    return optimizer, LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)
 
 
 class LastIterate(ConjugateGradient):

@@ -15,13 +15,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from examples.autoencoder import build_autoencoder, cross_entropy
+from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from keras_hf import GrowingBatch, HessianFree, HFModel, LevenbergMarquardt, UpdateRecorder, read_updates
 from keras_hf.plots import plot_updates
 
-NUM_CASES = 1_000
-WIDTHS = (100, 50, 25, 12, 6)
+SETTING = SETTINGS["curves", "demo"]
 COLUMNS = (
     "update",
     "loss",
@@ -80,7 +79,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     for folder in (args.out, args.images):
         folder.mkdir(parents=True, exist_ok=True)
-    images = synthetic_curves(NUM_CASES, seed=0)
+    images = synthetic_curves(SETTING.num_cases, seed=0)
     for name in args.run:
         updates = train(RUNS[name], images, args.updates or RUNS[name].num_updates, args.out / f"{name}.jsonl")
         print(f"\n{name}\n\n{table(updates, RUNS[name].shown)}")
@@ -104,7 +103,7 @@ def train(run, images, num_updates, path):
     x = images.copy()
     if run.is_spoiled:
         x[0, 400] = np.nan
-    model = HFModel(build_autoencoder(WIDTHS, l2=2e-5, seed=0))
+    model = HFModel(build_autoencoder(SETTING.widths, l2=2e-5, seed=0))
     growing_batch = GrowingBatch() if run.batch_size is None else None
     model.compile(optimizer=HessianFree(damping=run.damping, growing_batch=growing_batch), loss=cross_entropy)
     batch_size = run.batch_size or len(x)

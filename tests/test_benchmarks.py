@@ -170,7 +170,7 @@ def test_cost_of_hessian_free_is_that_of_the_updates_recorded(tmp_path):
         max_updates=3,
         log_names=("cost", "total_cg_iterations"),
     )
-    optimizer, damping_rule = time_to_error.recipe(1.0, curvature_batch_size=10, seed=0)
+    optimizer, damping_rule = baselines.recipe(1.0, curvature_batch_size=10, seed=0)
     model = HFModel(network)
     model.compile(optimizer=optimizer, loss=squared_error)
     callbacks = [UpdateRecorder(tmp_path / "updates.jsonl"), damping_rule, recorder]
@@ -267,7 +267,8 @@ def test_cases_of_the_poisson_equation_are_those_of_its_solution():
 
 def test_products_of_sketches_count(float64):
     recorder = nystrom.Recorder(Nystrom(rank=4, interval=2), every=1)
-    recorder.set_model(nystrom.compiled(Nystrom(rank=4, interval=2), seed=0))
+    model, _ = nystrom.compiled(Nystrom(rank=4, interval=2), seed=0)
+    recorder.set_model(model)
     recorder.model.network.build((None, 3))
     for _ in range(3):
         recorder.on_train_batch_end(0, {"cg_iterations": 10, "loss": 1.0})
