@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_hf.checks import count
 from keras_hf.stopping import RelativeProgress
+from keras_hf.vectors import dot
 
 
 class CGStop(enum.IntEnum):
@@ -65,17 +66,6 @@ class _State(NamedTuple):
 _FIRST_KEPT, _KEPT_RATIO = 5.0, 1.3
 # Ten times as many still fit in an int32.
 _MOST_WEIGHTS = 2**27
-# Products of an inner product that are summed in their own dtype.
-_BLOCK = 256
-
-
-def dot(a, b):
-    """Inner product of two vectors `(n,)`, summed in float64: relative progress of 1e-6 must be seen in float32 runs."""
-    # Products and sums of a block stay in their dtype: their rounding averages out over blocks, at a third of the time of converting each product.
-    products = a * b
-    in_blocks = a.shape[0] // _BLOCK * _BLOCK if a.shape[0] else 0
-    blocks = tf.reduce_sum(tf.reshape(products[:in_blocks], [-1, _BLOCK]), 1)
-    return tf.reduce_sum(tf.cast(tf.concat([blocks, products[in_blocks:]], 0), tf.float64))
 
 
 def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, max_iterations=None):

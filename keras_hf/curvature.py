@@ -7,8 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.checks import part
-from keras_hf.linearization import Linearization, choose_linearization, dense, inner_product
+from keras_hf.linearization import Linearization, choose_linearization, dense
 from keras_hf.part import Part
+from keras_hf.vectors import inner_product
 
 
 class Curvature(Part):

@@ -23,8 +23,8 @@ from keras_hf.capture import (
 from keras_hf.checks import count
 from keras_hf.curvature import loss_hessian
 from keras_hf.linearization import dense
-from keras_hf.objective import num_weights, vector_dtype
 from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
+from keras_hf.vectors import num_weights, vector_dtype
 
 # Size of the outputs' last axis up to which H is formed column by column; above, only its diagonal. Columns cost passes through the loss only.
 _MAX_COLUMNS = 32

@@ -254,12 +254,6 @@ def _jit(product):
     return tf.function(product, autograph=False, jit_compile=True)
 
 
-def inner_product(a, b):
-    """Sum of the inner products of two lists of tensors, a float64 scalar."""
-    products = [tf.reduce_sum(tf.cast(s, tf.float64) * tf.cast(t, tf.float64)) for s, t in zip(a, b, strict=True)]
-    return tf.add_n([tf.zeros([], tf.float64), *products])
-
-
 def dense(gradients, sources):
     """Gradients as tensors of their sources' shapes: zeros for None, sparse ones made dense, lost static shapes restored."""
 

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.checks import count
-from keras_hf.objective import num_weights, vector_dtype
 from keras_hf.preconditioners import Preconditioner, due, never_made
+from keras_hf.vectors import num_weights, vector_dtype
 
 
 @keras.saving.register_keras_serializable("keras_hf")

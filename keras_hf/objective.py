@@ -11,8 +11,9 @@ import keras
 import tensorflow as tf
 
 from keras_hf.capture import constant_statistics, own_statistics, squared_gradients
-from keras_hf.linearization import DoubleBackward, dense, inner_product
+from keras_hf.linearization import DoubleBackward, dense
 from keras_hf.replicas import replica_number
+from keras_hf.vectors import assign, inner_product, num_weights, pack, unpack, vector_dtype
 
 
 class Task(NamedTuple):
@@ -142,27 +143,6 @@ class Statistics(NamedTuple):
         )
 
 
-def num_weights(variables):
-    """Returns n, the number of all weights."""
-    return sum(variable.shape.num_elements() for variable in variables)
-
-
-def pack(tensors, dtype):
-    """Joins tensors into one flat vector `(n,)`."""
-    return tf.concat([tf.reshape(tf.cast(tensor, dtype), [-1]) for tensor in tensors], 0)
-
-
-def unpack(vector, variables):
-    """Cuts a flat vector `(n,)` into tensors shaped and typed as `variables`."""
-    parts = tf.split(vector, [variable.shape.num_elements() for variable in variables])
-    return [tf.cast(tf.reshape(part, v.shape), v.dtype) for part, v in zip(parts, variables, strict=True)]
-
-
-def vector_dtype(variables):
-    """The dtype of flat vectors: float64 if any weight is, else float32."""
-    return tf.float64 if any(variable.dtype == tf.float64 for variable in variables) else tf.float32
-
-
 class PieceFunction:
     """One piece of data as a function of the weights: what a curvature linearizes and a preconditioner looks into.
 
@@ -251,9 +231,9 @@ class PieceFunction:
     def gradient_at(self, weights):
         """Returns the gradient of `whole_loss` at other weights, a list of tensors. The weights are as before afterwards. Cost: one gradient."""
         before = [tf.convert_to_tensor(variable) for variable in self.variables]
-        _assign(self.variables, weights)
+        assign(self.variables, weights)
         gradient, _ = self.gradient()
-        _assign(self.variables, before)
+        assign(self.variables, before)
         return gradient
 
     def accurate_share(self, evaluation):
@@ -649,7 +629,7 @@ class Objective:
                 _where_violated(projected, value)
                 for projected, value in zip(self._project(self._start), self._start, strict=True)
             ]
-            _assign(task.variables, self._start)
+            assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
         # Backtracking, line search and checks call the same function: the graph, which takes seconds to make, then holds the loss once.
         self._losses = {}
@@ -764,9 +744,9 @@ class Objective:
 
     def _at(self, step, function):
         """The sum over replicas of `function(part)` at start + step."""
-        _assign(self._task.variables, self.candidate(step))
+        assign(self._task.variables, self.candidate(step))
         values = self._replicas.sum(function, self._parts)
-        _assign(self._task.variables, self._start)
+        assign(self._task.variables, self._start)
         return values
 
     def candidate(self, step):
@@ -838,11 +818,6 @@ class Objective:
             value if constraint is None else constraint(value)
             for value, constraint in zip(values, self._task.constraints, strict=True)
         ]
-
-
-def _assign(variables, values):
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
 
 
 def _over_pieces(first, stop, add_piece, sums):

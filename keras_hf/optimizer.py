@@ -11,10 +11,10 @@ from keras_hf.batching import GrowingBatch
 from keras_hf.checks import count, finite, integer, part
 from keras_hf.convergence import Convergence
 from keras_hf.curvature import Curvature, GaussNewton
-from keras_hf.objective import vector_dtype
 from keras_hf.solver import Solver
 from keras_hf.truncated_cg import ConjugateGradient
 from keras_hf.update import UpdateState
+from keras_hf.vectors import vector_dtype
 
 _PARTS = ("solver", "curvature", "growing_batch")
 # Arguments of the solver, which users look for here.

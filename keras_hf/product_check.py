@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.cg import dot
 from keras_hf.linearization import DoubleBackward, ForwardAccumulation
+from keras_hf.vectors import dot
 
 
 class ProductCheck(NamedTuple):

@@ -9,12 +9,12 @@ import tensorflow as tf
 from keras_hf.cg import CGResult, CGStop, conjugate_gradient
 from keras_hf.checks import count, finite, part
 from keras_hf.kronecker import KroneckerFactored
-from keras_hf.objective import num_weights, vector_dtype
 from keras_hf.part import if_finite
 from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
 from keras_hf.search import walk_back
 from keras_hf.solver import Path, Solver
 from keras_hf.stopping import RelativeProgress, StoppingRule
+from keras_hf.vectors import num_weights, vector_dtype
 
 
 @keras.saving.register_keras_serializable("keras_hf")

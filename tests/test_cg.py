@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.cg import CGStop, conjugate_gradient, dot
+from keras_hf.cg import CGStop, conjugate_gradient
 from keras_hf.stopping import RelativeProgress, ResidualTolerance, StoppingRule
 
 # Preconditioners as callables (matrix, vector) -> M^-1 r. A new one stands here.
@@ -420,61 +420,6 @@ def test_float32_sees_relative_progress_of_a_ten_millionth():
     # Conjugacy is lost a little earlier in float32, so that it needs some more iterations; it neither stops at once nor runs on.
     single, double = int(num_iterations("float32")), int(num_iterations("float64"))
     assert double <= single <= 1.2 * double
-
-
-# None, one, and around the 256 products that are summed in their own dtype.
-SIZES = [0, 1, 255, 256, 257, 512, 1000]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("length_is_known", [True, False])
-def test_dot_equals_that_of_numpy(size, length_is_known):
-    a, b = np.random.default_rng(size).normal(size=(2, size))
-    spec = tf.TensorSpec([size if length_is_known else None], tf.float64)
-    total = tf.function(dot, input_signature=[spec, spec])(a, b)
-    assert total.dtype == tf.float64 and total.shape == ()
-    assert total.numpy() == pytest.approx(a @ b, rel=1e-13, abs=1e-13)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_dot_of_whole_numbers_is_exact(size, dtype):
-    # Every product and every sum of 256 of them is below 2^24: float32 holds it.
-    a, b = np.random.default_rng(size).integers(-200, 201, size=(2, size))
-    assert dot(tf.constant(a, dtype), tf.constant(b, dtype)).numpy() == a @ b
-
-
-def test_dot_sums_blocks_of_float32_in_float64():
-    # 1 + 4095 * 2^-25 exactly, but for the 255 that share the block of the 1; a float32 sum that meets the 1 first would stay at 1.
-    tiny = tf.fill([4095], tf.constant(2.0**-25))
-    total = dot(tf.concat([[1.0], tiny], 0), tf.ones([4096]))
-    assert total.dtype == tf.float64
-    assert 1 + (4095 - 255) * 2.0**-25 <= total.numpy() <= 1 + 4095 * 2.0**-25
-
-
-@pytest.mark.parametrize("size", [100, 1000, 100_000])
-def test_dot_sees_relative_changes_of_a_millionth_in_float32(size):
-    a = np.random.default_rng(size).normal(size=size).astype("float32")
-    b = a.copy()
-    # One entry more that is a millionth of the sum: what CG may win in ten iterations at the end.
-    b[size // 2] += np.float32(1e-6 * (a @ a) / a[size // 2])
-    expected = b.astype("float64") @ a.astype("float64") - a.astype("float64") @ a.astype("float64")
-    # Roundings that both sums have in common cancel.
-    assert float(dot(a, b) - dot(a, a)) == pytest.approx(expected, rel=0.05)
-
-
-@modes
-@pytest.mark.parametrize("place", [0, 255, 256, 299])
-def test_dot_passes_on_what_is_not_finite(place, mode):
-    def total(*values):
-        a = np.ones(300, "float32")
-        a[[place, place - 1][: len(values)]] = values
-        return mode(dot)(tf.constant(a), tf.ones([300])).numpy()
-
-    assert np.isnan(total(np.nan))
-    assert total(np.inf) == np.inf
-    assert total(-np.inf) == -np.inf
-    assert np.isnan(total(np.inf, -np.inf))
 
 
 @pytest.mark.parametrize("b", [np.ones((2, 2)), np.ones((2, 1)), np.float64(1.0)])
