@@ -154,7 +154,7 @@ class EmpiricalFisher(_ThroughOutputs):
     def _through_outputs(self, piece):
         apart = piece.cases_apart()
         # The piece's loss is the sum of its cases' shares, gradients `g_i / all_cases`: products of two of these lack that factor once.
-        scale = piece.all_cases / piece.magnification
+        scale = piece.all_cases / piece.loss_scale
 
         def hessian_at(outputs, evaluation):
             with tf.GradientTape() as tape:

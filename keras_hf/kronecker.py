@@ -251,7 +251,7 @@ def _moments(piece, layers, seeds):
         # The outputs' last axis may be less than all units.
         if is_output and expected[0].shape[-1] == units and getattr(layer, "data_format", None) != "channels_first":
             s = expected[0]
-        found.append(_Moments(a, s / tf.cast(piece.magnification, s.dtype), places))
+        found.append(_Moments(a, s / tf.cast(piece.loss_scale, s.dtype), places))
     return found
 
 

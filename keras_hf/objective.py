@@ -159,8 +159,8 @@ class PieceFunction:
         num_cases: int32 scalar.
         all_cases: Scalar, the cases of the chunk or of the batch, those of other pieces and replicas among them.
         share: Scalar, the piece's part of all cases.
-        magnification: Scalar, by which `loss` and `added_loss` are larger than the piece's shares: 1, but for float16, whose range the
-            derivatives of a mean would leave; there the number of all cases.
+        loss_scale: Scalar, by which `loss`, `added_loss` and their derivatives are larger than the piece's shares, as in mixed-precision training:
+            what is made of them is divided by it. 1, but for float16, whose range the derivatives of a mean would leave: the number of all cases.
     """
 
     def __init__(self, local, data, number, of_chunk, statistics=()):
@@ -169,8 +169,8 @@ class PieceFunction:
         self.num_cases = data.num_cases
         self.all_cases = local.totals.chunk_cases if of_chunk else local.totals.num_cases
         self.share = tf.math.divide_no_nan(tf.cast(self.num_cases, local.dtype), self.all_cases)
-        magnifies = local.structure.is_float16 and "sum" not in local.structure.combinations
-        self.magnification = self.all_cases if magnifies else tf.ones([], local.dtype)
+        is_scaled = local.structure.is_float16 and "sum" not in local.structure.combinations
+        self.loss_scale = self.all_cases if is_scaled else tf.ones([], local.dtype)
         self._local, self._data, self._number, self._of_chunk = local, data, number, of_chunk
         self._statistics = statistics
 
@@ -208,16 +208,16 @@ class PieceFunction:
         return self._local.structure.bytes_per_case // 4
 
     def loss(self, evaluation):
-        """The piece's share of the compiled loss, magnified, a scalar."""
+        """The piece's share of the compiled loss, times `loss_scale`, a scalar."""
         dtype = self._local.dtype
-        return self.magnification * self._sum_of_terms(evaluation, lambda term: tf.cast(term.value(), dtype), dtype)
+        return self.loss_scale * self._sum_of_terms(evaluation, lambda term: tf.cast(term.value(), dtype), dtype)
 
     def added_loss(self, evaluation):
-        """The piece's share of the added losses, magnified, a scalar."""
-        return self.magnification * self.share * evaluation.added_loss
+        """The piece's share of the added losses, times `loss_scale`, a scalar."""
+        return self.loss_scale * self.share * evaluation.added_loss
 
     def whole_loss(self, evaluation):
-        """The piece's share of the compiled loss and of the added losses, magnified, a scalar."""
+        """The piece's share of the compiled loss and of the added losses, times `loss_scale`, a scalar."""
         loss = self.loss(evaluation)
         return loss + self.added_loss(evaluation) if self.has_added_loss else loss
 
@@ -376,7 +376,7 @@ class LocalObjective:
             sums, statistics = sums
             piece = self._piece(number, of_chunk=False)
             gradient, evaluation = piece.gradient()
-            gradient = pack(gradient, self.dtype) / piece.magnification
+            gradient = pack(gradient, self.dtype) / piece.loss_scale
             task.update_metrics(evaluation.data, evaluation.y_pred)
             states = [
                 total + tf.cast(piece.share, total.dtype) * new
@@ -478,7 +478,7 @@ class LocalObjective:
             total = self._of_cases(image(first, scaled))
             if not self.structure.chunk_is_one_piece:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
-            return (size / piece.magnification) * total + _by_rows(regularization, v)
+            return (size / piece.loss_scale) * total + _by_rows(regularization, v)
 
         # Checked on the kept piece: another linearization would take seconds to trace.
         return _LocalProduct(product, lambda v: self._sides(first, v))
@@ -563,7 +563,7 @@ class LocalObjective:
         def add_piece(number, total):
             piece = self._piece(number, of_chunk=False).cases_apart()
             squares = squared_gradients(piece, self.structure.captured, skipped)
-            return total + pack(squares, self.dtype) / piece.magnification**2
+            return total + pack(squares, self.dtype) / piece.loss_scale**2
 
         zeros = tf.zeros([num_weights(self.task.variables)], self.dtype)
         return self.totals.num_cases * _over_pieces(0, self.pieces.num_pieces, add_piece, zeros)
