@@ -18,7 +18,7 @@ from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
-from keras_hf.objective import Data
+from keras_hf.fixed_network import Data
 from keras_hf.stopping import StoppingRule
 
 PRODUCTS = {

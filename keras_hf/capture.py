@@ -160,7 +160,7 @@ def squared_gradients(piece, layers, skipped=()):
     Cost: a forward and a backward pass and, per captured layer, about one more weight gradient; for other layers about another gradient.
 
     Args:
-        piece: `objective.PieceFunction`.
+        piece: `piece.PieceFunction`.
         layers: List of the layers to capture, see `is_capturable`; their weights must be read nowhere else.
         skipped: List of layers whose weights get zeros, at no cost.
 

@@ -64,7 +64,7 @@ class Curvature(Part):
         """Prepares the products of one piece of data.
 
         Args:
-            piece: An `objective.PieceFunction`: `variables`, `forward()`, `loss(evaluation)`, `added_loss(evaluation)`.
+            piece: A `piece.PieceFunction`: `variables`, `forward()`, `loss(evaluation)`, `added_loss(evaluation)`.
 
         Returns:
             Callable `v -> Gv` on lists of tensors shaped as `piece.variables`. Of a `linearization.Linearized`, updates check the products.

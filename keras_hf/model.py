@@ -14,8 +14,10 @@ from keras_hf import arrays, batching, checks, compiled_model, files, guard, ker
 from keras_hf.advice import Advice
 from keras_hf.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.damping import DampingCallback
+from keras_hf.fixed_network import Data, FixedNetwork
 from keras_hf.linearization import ForwardAccumulation
-from keras_hf.objective import Data, LocalObjective, Objective
+from keras_hf.local_objective import LocalCases
+from keras_hf.objective import Objective
 from keras_hf.optimizer import HessianFree
 from keras_hf.part import if_finite
 from keras_hf.product_check import judged, other_linearization, product_errors
@@ -490,19 +492,18 @@ class HFModel(keras.Model):
             share = batching.share(chunk_size, of_each_replica(data.num_cases), replica_number())
         seed = tf.convert_to_tensor(optimizer.seed)
         pieces = batching.divide(data.num_cases, share, piece_size, update_number, seed)
-        parts = [LocalObjective(task, structure, data, pieces, update_number)]
+        fixed = FixedNetwork(task, structure, update_number)
+        cases = [LocalCases(fixed, data, pieces)]
         if unseen is not None:
             pieces = batching.divide(unseen.num_cases, None, piece_size, update_number, seed)
-            parts.append(LocalObjective(task, structure, unseen, pieces, update_number))
+            cases.append(LocalCases(fixed, unseen, pieces))
 
-        def across(replicas, parts, *others):
-            objective = Objective(replicas, parts, task, structure, update_number, chunk_is_batch=chunk_size is None)
-            return function(
-                objective, structure, *[Objective(replicas, o, task, structure, update_number, True) for o in others]
-            )
+        def across(replicas, cases, *others):
+            objective = Objective(replicas, cases, fixed, chunk_is_batch=chunk_size is None)
+            return function(objective, structure, *[Objective(replicas, o, fixed, True) for o in others])
 
         with second_derivatives_explained(structure.layer_of_op):
-            return across_replicas(across, *parts)
+            return across_replicas(across, *cases)
 
     def _update(self, objective, structure, unseen=None, num_cases=None):
         """Computes one update of a batch of `num_cases`, applies it and returns its logs."""

@@ -157,8 +157,8 @@ def trace_structure(task, data):
     """Traces network and loss once and returns a `Structure`.
 
     Args:
-        task: `objective.Task`.
-        data: `objective.Data`, of which only types and shapes are used.
+        task: `fixed_network.Task`.
+        data: `fixed_network.Data`, of which only types and shapes are used.
 
     Raises:
         ValueError: If the network draws random numbers that no update can hold fixed.

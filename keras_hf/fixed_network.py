@@ -1,0 +1,162 @@
+"""The network and its loss in one update: one fixed function of weights and cases.
+
+Every call of an update sees the same random numbers on a piece, batch statistics are the piece's own, and no state is changed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_hf.capture import constant_statistics, own_statistics
+from keras_hf.replicas import replica_number
+from keras_hf.vectors import vector_dtype
+
+
+class Task(NamedTuple):
+    """What the Keras room hands over: the model as plain functions.
+
+    Attributes:
+        network: Callable `x -> y_pred`, the network in training mode.
+        loss_terms: Callable `(data, y_pred) -> list of loss_terms.LossTerm`, the compiled loss without regularizers and added losses; no terms if
+            the model has only added losses.
+        regularizers: List of `(tf.Variable, callable variable -> scalar)`, the losses that depend on one weight alone.
+        update_metrics: Callable `(data, y_pred)`, called once per piece with its outputs before the update.
+        variables: List of `tf.Variable`, the trainable weights.
+        constraints: List, for every variable its Keras constraint, a callable that projects a value, or `None`.
+        states: List of `keras.Variable`, the non-trainable values that a forward pass may change, seeds apart.
+        seeds: List of `keras.Variable`, the states of the network's seed generators.
+        seed: int32 scalar `keras.Variable`, the optimizer's seed.
+        layers: List of `keras.Layer`, all layers of the network.
+    """
+
+    network: Callable
+    loss_terms: Callable
+    regularizers: list
+    update_metrics: Callable
+    variables: list
+    constraints: list
+    states: list
+    seeds: list
+    seed: keras.Variable
+    layers: list
+
+
+class Data(NamedTuple):
+    """Cases as Keras hands them over: nests of tensors whose first axis is the case, or `None`."""
+
+    x: Any
+    y: Any
+    sample_weight: Any
+
+    def take(self, indices):
+        """Returns the cases at `indices`, int32 `(k,)`."""
+        return Data(
+            *keras.tree.map_structure(lambda leaf: None if leaf is None else tf.gather(leaf, indices), tuple(self))
+        )
+
+    @property
+    def num_cases(self):
+        """Number of cases, an int32 scalar."""
+        return tf.shape(self._first_leaf)[0]
+
+    def num_nonfinite_cases(self):
+        """Returns how many cases hold a number that is not finite, in inputs, targets or weights: an int32 scalar."""
+        leaves = [leaf for leaf in keras.tree.flatten(tuple(self)) if leaf is not None and leaf.dtype.is_floating]
+        bad = tf.zeros([self.num_cases], tf.bool)
+        for leaf in leaves:
+            bad |= tf.reduce_any(~tf.math.is_finite(leaf), tf.range(1, tf.rank(leaf)))
+        return tf.reduce_sum(tf.cast(bad, tf.int32))
+
+    @property
+    def static_num_cases(self):
+        """Number of cases where it is known before they come, else `None`."""
+        return self._first_leaf.shape[0]
+
+    @property
+    def _first_leaf(self):
+        return next(leaf for leaf in keras.tree.flatten(self.x) if leaf is not None)
+
+
+class Evaluation(NamedTuple):
+    """One forward pass on one piece.
+
+    Attributes:
+        data: `Data`, the piece's cases.
+        y_pred: The network's outputs, as Keras gives them.
+        outputs: List of tensors, those that the loss is cut at: logits or entries of `y_pred`.
+        added_loss: Scalar, the sum of the losses added in `call` and by activity regularizers, or `None`.
+        states: List of tensors, what the pass would make of `Structure.states`; but of BatchNormalization the statistics of its inputs themselves,
+            not the moving averages of them.
+    """
+
+    data: Data
+    y_pred: Any
+    outputs: list
+    added_loss: Any
+    states: list
+
+
+class FixedNetwork:
+    """The network as it is in one update, on one replica.
+
+    Args:
+        task: `Task`.
+        structure: `structure.Structure`, what the traced network told.
+        update_number: int32 scalar, which the random numbers of an update are derived from.
+
+    Attributes:
+        task, structure, update_number: As above.
+        dtype: The type of flat vectors.
+    """
+
+    def __init__(self, task, structure, update_number):
+        self.task, self.structure, self.update_number = task, structure, update_number
+        self.dtype = vector_dtype(task.variables)
+
+    def evaluate(self, data, number, statistics=(), measured=None):
+        """Runs the network on a piece.
+
+        Args:
+            data: `Data`, the piece's cases.
+            number: int32 scalar, the piece's number, which its random numbers depend on.
+            statistics: Pairs of a moving statistic of BatchNormalization and the value it has, as a constant, instead of the piece's.
+            measured: List of BatchNormalization layers whose own statistics are among the states; by default `measured_normalizations`.
+
+        Returns:
+            An `Evaluation`.
+        """
+        measured = self.structure.measured_normalizations if measured is None else measured
+        frozen = constant_statistics(self.structure.batch_normalizations) if statistics else own_statistics(measured)
+        with self.fixed_state(number, statistics) as scope, frozen:
+            y_pred = self.task.network(data.x)
+        states = [scope.get_current_value(state) for state in self.structure.states]
+        added = tf.add_n([tf.cast(loss, self.dtype) for loss in scope.losses]) if scope.losses else None
+        return Evaluation(data, y_pred, self.structure.cut(y_pred), added, states)
+
+    def batch_statistics(self, data, number):
+        """The statistics that BatchNormalization layers take of a piece, as pairs of a moving statistic and its tensor. Cost: one forward pass."""
+        layers = self.structure.batch_normalizations
+        if not layers:
+            return []
+        states = self.evaluate(data, number, measured=layers).states
+        moving = {id(v) for layer in layers for v in (layer.moving_mean, layer.moving_variance)}
+        return [(state, new) for state, new in zip(self.structure.states, states, strict=True) if id(state) in moving]
+
+    def fixed_state(self, number, values=()):
+        """A scope in which piece `number` sees the same random numbers at every call of an update, and no state is changed.
+
+        A seed generator's state is a seed and a counter of its calls, which no file of Keras holds. The optimizer's seed, which is saved, takes its
+        place, moved by the update's number and the generator's place in the network, by multipliers (Knuth's and another) that keep neighbouring
+        seeds apart; the piece's and the replica's numbers are the counter's upper bits, which leaves 2^12 calls within one pass.
+        """
+        if not self.task.seeds:
+            return keras.StatelessScope(state_mapping=list(values), collect_losses=True)
+        place = tf.cast(number, tf.int64) * 2**12 + tf.cast(replica_number(), tf.int64) * 2**28
+        first = tf.cast(self.task.seed.value, tf.int64) + tf.cast(self.update_number, tf.int64) * 2654435761
+        mapping = [
+            (state, tf.cast(tf.stack([first + rank * 2246822519, place]), state.value.dtype))
+            for rank, state in enumerate(self.task.seeds)
+        ]
+        return keras.StatelessScope(state_mapping=[*mapping, *values], collect_losses=True)

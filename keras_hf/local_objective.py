@@ -1,0 +1,331 @@
+"""The objective on one replica's cases, worked through in pieces: shares of sums that `objective` takes over all replicas."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_hf.capture import squared_gradients
+from keras_hf.linearization import DoubleBackward, dense
+from keras_hf.piece import PieceFunction, Totals
+from keras_hf.replicas import replica_number
+from keras_hf.vectors import inner_product, num_weights, pack, unpack
+
+
+class Pass(NamedTuple):
+    """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
+
+    Losses and gradients are sums of shares. So are states that are floats, the mean over cases of what pieces make of them; of other states
+    (counts, flags) there is no mean, and the first piece's are taken. Statistics of BatchNormalization are those of all cases together.
+    """
+
+    loss: tf.Tensor
+    gradient: tf.Tensor
+    states: list
+
+
+class Statistics(NamedTuple):
+    """Of the inputs of BatchNormalization layers: the number of cases, and lists of means and variances, in the type of flat vectors."""
+
+    num_cases: tf.Tensor
+    means: list
+    variances: list
+
+    def joined(self, other):
+        """Returns those of both together; updates as in Chan, Golub & LeVeque (1983) cancel no digits."""
+        num_cases = self.num_cases + other.num_cases
+        share = tf.math.divide_no_nan(other.num_cases, num_cases)
+        moves = [new - old for old, new in zip(self.means, other.means, strict=True)]
+        return Statistics(
+            num_cases,
+            [mean + share * move for mean, move in zip(self.means, moves, strict=True)],
+            [
+                (1 - share) * old + share * new + share * (1 - share) * move**2
+                for old, new, move in zip(self.variances, other.variances, moves, strict=True)
+            ],
+        )
+
+
+class LocalCases:
+    """One replica's cases and how they are divided. Lives in replica context.
+
+    Args:
+        network: `fixed_network.FixedNetwork`.
+        data: `fixed_network.Data`.
+        pieces: `batching.Pieces`.
+    """
+
+    def __init__(self, network, data, pieces):
+        self.network, self.data, self.pieces = network, data, pieces
+        self.dtype = network.dtype
+
+    def of_piece(self, number):
+        """Returns the cases of piece `number`."""
+        return self.data.take(self.pieces.indices(number))
+
+    def counts(self):
+        """This replica's parts of `Totals`. Cost: a forward pass where an output's mask must be known, as far as the mask needs one."""
+        num_cases, chunk_size = (tf.cast(n, self.dtype) for n in (self.pieces.num_cases, self.pieces.chunk_size))
+        combinations = self.network.structure.combinations
+        of_batch = of_chunk = tf.zeros([len(combinations)], self.dtype)
+        if "data" in combinations:
+
+            def add_piece(number, sums):
+                data = self.of_piece(number)
+                with self.network.fixed_state(number):
+                    terms = self.network.task.loss_terms(data, self.network.evaluate(data, number).y_pred)
+                    found = [
+                        tf.cast(term.denominator(), self.dtype) if combination == "data" else tf.zeros([], self.dtype)
+                        for term, combination in zip(terms, combinations, strict=True)
+                    ]
+                in_chunk = tf.cast(number < self.pieces.num_chunk_pieces, self.dtype)
+                return sums[0] + tf.stack(found), sums[1] + in_chunk * tf.stack(found)
+
+            of_batch, of_chunk = _over_pieces(0, self.pieces.num_pieces, add_piece, (of_batch, of_chunk))
+        return Totals(num_cases, of_batch, chunk_size, of_chunk)
+
+
+class LocalObjective:
+    """The objective on one replica's cases, as shares of sums over all replicas. Lives in replica context.
+
+    Args:
+        cases: `LocalCases`.
+        totals: `piece.Totals`, the sums of `LocalCases.counts` over all replicas.
+        num_replicas: Integer.
+    """
+
+    def __init__(self, cases, totals, num_replicas):
+        self._cases, self._totals, self._num_replicas = cases, totals, num_replicas
+        self._network, self.pieces = cases.network, cases.pieces
+        self._task, self._structure, self._dtype = cases.network.task, cases.network.structure, cases.network.dtype
+
+    def num_nonfinite_cases(self):
+        """This replica's cases that hold a number that is not finite, a scalar."""
+        return tf.cast(self._cases.data.num_nonfinite_cases(), self._dtype)
+
+    def _piece(self, number, of_chunk):
+        """Returns piece `number` as part of the chunk or of the batch."""
+        return PieceFunction(self._network, self._totals, self._cases.of_piece(number), number, of_chunk)
+
+    def gradient_pass(self):
+        """A `Pass` and its `Statistics` over all pieces; on the way, metrics of the outputs. Cost: one gradient."""
+        task = self._task
+
+        def add_piece(number, sums):
+            sums, statistics = sums
+            piece = self._piece(number, of_chunk=False)
+            gradient, evaluation = piece.gradient()
+            gradient = pack(gradient, self._dtype) / piece.loss_scale
+            task.update_metrics(evaluation.data, evaluation.y_pred)
+            states = [
+                total + tf.cast(piece.share, total.dtype) * new
+                if total.dtype.is_floating
+                else tf.where(number == 0, new, total)
+                for total, new in zip(sums.states, evaluation.states, strict=True)
+            ]
+            sums = Pass(sums.loss + piece.accurate_share(evaluation), sums.gradient + gradient, states)
+            return sums, statistics.joined(self._statistics(piece.num_cases, evaluation.states))
+
+        with tf.GradientTape() as tape:
+            regularization = self._regularization()
+        gradient = pack(dense(tape.gradient(regularization, task.variables), task.variables), self._dtype)
+        states = [
+            tf.zeros_like(value) if value.dtype.is_floating else value
+            for value in map(tf.convert_to_tensor, self._structure.states)
+        ]
+        start = Pass(tf.cast(regularization, tf.float64), gradient, states)
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, (start, self._no_statistics()))
+
+    def statistics(self):
+        """The `Statistics` over all pieces at the weights as they are. Cost: one forward pass."""
+
+        def add_piece(number, statistics):
+            data = self._cases.of_piece(number)
+            return statistics.joined(self._statistics(data.num_cases, self._network.evaluate(data, number).states))
+
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, self._no_statistics())
+
+    def _statistics(self, num_cases, states):
+        """Finds the `Statistics` among states."""
+        means, variances = (
+            [tf.cast(states[place], self._dtype) for place in places]
+            for places in list(zip(*self._structure.statistics, strict=True)) or [[], []]
+        )
+        return Statistics(tf.cast(num_cases, self._dtype), means, variances)
+
+    def _no_statistics(self):
+        """Those of no case."""
+        return self._statistics(0, [tf.zeros(state.shape, self._dtype) for state in self._structure.states])
+
+    def loss(self, of_chunk):
+        """This replica's share of the loss over the chunk, or over the batch: float64 scalar. Cost: one forward pass."""
+
+        def add_piece(number, total):
+            piece = self._piece(number, of_chunk)
+            return total + piece.accurate_share(piece.forward())
+
+        last = self.pieces.num_chunk_pieces if of_chunk else self.pieces.num_pieces
+        return _over_pieces(0, last, add_piece, tf.cast(self._regularization(), tf.float64))
+
+    def sums_over_cases(self):
+        """This replica's share of the loss, what its cases add to it without their signs, and the squares of that: sums, float64 `(3,)`.
+
+        Cost: one forward pass.
+        """
+
+        def add_piece(number, total):
+            piece = self._piece(number, of_chunk=False)
+            shares = piece.case_shares(piece.forward())
+            return total + tf.stack([tf.reduce_sum(sums) for sums in (shares, tf.abs(shares), shares**2)])
+
+        start = tf.stack([tf.cast(self._regularization(), tf.float64), 0.0, 0.0])
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, start)
+
+    def _regularization(self):
+        """This replica's share of the regularizers' loss: none of a batch without cases, which is nothing to go by."""
+        losses = [tf.cast(regularizer(variable), self._dtype) for variable, regularizer in self._task.regularizers]
+        share = tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas
+        return share * tf.add_n(losses) if losses else tf.zeros([], self._dtype)
+
+    def regularization_product(self):
+        """Gives `v -> Rv` on flat vectors, this replica's share of the regularizers' second derivative R."""
+        if not self._task.regularizers:
+            return tf.zeros_like
+        product = DoubleBackward().hessian(self._regularization, self._task.variables)
+        return lambda v: pack(product(unpack(v, self._task.variables)), self._dtype)
+
+    def product(self, curvature):
+        """Gives `v -> Gv` on flat vectors or rows of them, this replica's share over the chunk, regularizers included.
+
+        The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized anew in every product, so that memory is
+        bounded by one piece's.
+        """
+        piece = self._piece(tf.constant(0), of_chunk=True)
+        first = curvature.linearize(piece)
+        regularization = self.regularization_product()
+
+        def image(linearized, v):
+            return _by_rows(lambda v: pack(linearized(unpack(v, self._task.variables)), self._dtype), v)
+
+        def product(v):
+            size = self._size(v)
+            scaled = v / size
+
+            def add_piece(number, total):
+                return total + image(curvature.linearize(self._piece(number, of_chunk=True)), scaled)
+
+            total = self._of_cases(image(first, scaled))
+            if not self._structure.chunk_is_one_piece:
+                total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
+            return (size / piece.loss_scale) * total + _by_rows(regularization, v)
+
+        # Checked on the kept piece: another linearization would take seconds to trace.
+        return _LocalProduct(product, lambda v: self._sides(first, v))
+
+    def _of_cases(self, sums):
+        """Returns what the first piece of the chunk gave, a nest of tensors; zeros where it holds no case, as on a replica that got none.
+
+        The mean over no case, which BatchNormalization takes, is no number, and would be none in a sum over replicas.
+        """
+        if self._num_replicas == 1:
+            return sums
+        return tf.nest.map_structure(
+            lambda value: tf.where(self.pieces.chunk_size > 0, value, tf.zeros_like(value)), sums
+        )
+
+    def _size(self, v):
+        """What a vector, or each row of some, is divided by before it goes through the network.
+
+        1, but for float16, where CG's small vectors would be zeros.
+        """
+        if not self._structure.is_float16:
+            return tf.ones([], self._dtype)
+        largest = tf.reduce_max(tf.abs(v), -1, keepdims=v.shape.rank == 2)
+        return tf.where(largest > 0, largest, tf.ones_like(largest))
+
+    def _sides(self, linearized, v):
+        """Both sides of `v'Gv = (Jv)'H(Jv)` and of `u'(Jv) = (J'u)'v` on a piece, u random, and the sizes of what they sum.
+
+        Returns:
+            List of triples of float64 scalars; `None` for a curvature without J.
+        """
+        if getattr(linearized, "factors", None) is None:
+            return None
+        tangents_of, hessian, pull_back = linearized.factors()
+        v = unpack(v / self._size(v), self._task.variables)
+        tangents, image = tangents_of(v), linearized(v)
+        left, right = inner_product(v, image), inner_product(tangents, hessian(tangents))
+        if linearized.added is not None:
+            right += inner_product(v, linearized.added(v))
+        # The last term: where curvature of both signs cancels, rounding is not small beside what is left.
+        size = tf.abs(left) + tf.abs(right) + 1e-4 * tf.sqrt(inner_product(v, v) * inner_product(image, image))
+        identity = left, right, size
+        u = [
+            tf.cast(tf.random.stateless_normal(tf.shape(tangent), [seed, 2], dtype=self._dtype), tangent.dtype)
+            for seed, tangent in enumerate(tangents)
+        ]
+        left, right = inner_product(u, tangents), inner_product(pull_back(u), v)
+        # Where tangents are lost altogether their size is zero, and the right side tells.
+        size = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
+        return self._of_cases([identity, (left, right, size)])
+
+    def sum_over_chunk(self, function, num_cases):
+        """This replica's part of `Objective.sum_over_chunk`."""
+        pieces = self.pieces
+        if num_cases is not None:
+            most = -(-num_cases // self._num_replicas)
+            pieces = pieces._replace(chunk_size=tf.minimum(pieces.chunk_size, most))
+
+        def of_piece(number):
+            indices = pieces.indices(number)
+            # The number of the piece is no part of it: results must not depend on the size of pieces.
+            seeds = [
+                indices,
+                tf.fill(tf.shape(indices), self._network.update_number),
+                tf.fill(tf.shape(indices), replica_number()),
+            ]
+            piece = PieceFunction(self._network, self._totals, self._cases.data.take(indices), number, of_chunk=True)
+            return function(piece.cases_apart(), tf.stack(seeds, 1))
+
+        total = self._of_cases(of_piece(tf.constant(0)))
+        if self._structure.chunk_is_one_piece:
+            return total
+        add_piece = lambda number, total: tf.nest.map_structure(tf.add, total, of_piece(number))  # noqa: E731
+        return _over_pieces(1, pieces.num_chunk_pieces, add_piece, total)
+
+    def squared_gradients(self, skipped=()):
+        """This replica's share of the mean over cases of the squared gradient of a case's loss, `(n,)`. Cost: about two gradients.
+
+        With f the sum of shares c_i of the cases, it is `N * sum_i (dc_i)^2`: for a mean over N cases, the mean of the cases' squared gradients.
+        """
+
+        def add_piece(number, total):
+            piece = self._piece(number, of_chunk=False).cases_apart()
+            squares = squared_gradients(piece, self._structure.captured, skipped)
+            return total + pack(squares, self._dtype) / piece.loss_scale**2
+
+        zeros = tf.zeros([num_weights(self._task.variables)], self._dtype)
+        return self._totals.num_cases * _over_pieces(0, self.pieces.num_pieces, add_piece, zeros)
+
+
+class _LocalProduct(NamedTuple):
+    """One replica's share of a product `v -> Gv`, and the sides of what must hold of it; see `LocalObjective`."""
+
+    product: Callable
+    sides: Callable
+
+
+def _over_pieces(first, stop, add_piece, sums):
+    """Runs `sums = add_piece(number, sums)` for the pieces first..stop-1, one after the other: memory is one piece's."""
+    _, sums = tf.while_loop(
+        lambda number, _: number < stop,
+        lambda number, sums: (number + 1, add_piece(number, sums)),
+        (tf.constant(first), sums),
+        parallel_iterations=1,
+    )
+    return sums
+
+
+def _by_rows(function, v):
+    """Applies `(n,) -> (n,)` to a vector, or to every row of `(k, n)`, one after the other: memory is one row's."""
+    return function(v) if v.shape.rank == 1 else tf.map_fn(function, v, parallel_iterations=1)

@@ -1,0 +1,149 @@
+"""One piece of data as a function of the weights: what a curvature linearizes and a preconditioner looks into."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_hf.linearization import dense
+from keras_hf.vectors import assign
+
+
+class Totals(NamedTuple):
+    """Over all replicas, of the batch and of the chunk: numbers of cases, and denominators of the loss terms `(terms,)`; in the weights' dtype."""
+
+    num_cases: tf.Tensor
+    denominators: tf.Tensor
+    chunk_cases: tf.Tensor
+    chunk_denominators: tf.Tensor
+
+
+class PieceFunction:
+    """One piece of data as a function of the weights: what a curvature linearizes and a preconditioner looks into.
+
+    Args:
+        network: `FixedNetwork`.
+        totals: `Totals`.
+        data: `Data`, its cases.
+        number: int32 scalar, the piece's number.
+        of_chunk: Whether it enters the mean over the curvature chunk, or that over the batch.
+        statistics: See `FixedNetwork.evaluate`.
+
+    Attributes:
+        variables: List of `tf.Variable`.
+        has_added_loss: Whether the network adds losses of its own.
+        num_cases: int32 scalar.
+        all_cases: Scalar, the cases of the chunk or of the batch, those of other pieces and replicas among them.
+        share: Scalar, the piece's part of all cases.
+        loss_scale: Scalar, by which `loss`, `added_loss` and their derivatives are larger than the piece's shares, as in mixed-precision training:
+            what is made of them is divided by it. 1, but for float16, whose range the derivatives of a mean would leave: the number of all cases.
+    """
+
+    def __init__(self, network, totals, data, number, of_chunk, statistics=()):
+        self.variables = network.task.variables
+        self.has_added_loss = network.structure.has_added_loss
+        self.num_cases = data.num_cases
+        self.all_cases = totals.chunk_cases if of_chunk else totals.num_cases
+        self.share = tf.math.divide_no_nan(tf.cast(self.num_cases, network.dtype), self.all_cases)
+        is_scaled = network.structure.is_float16 and "sum" not in network.structure.combinations
+        self.loss_scale = self.all_cases if is_scaled else tf.ones([], network.dtype)
+        self._network, self._totals, self._data, self._number, self._of_chunk = network, totals, data, number, of_chunk
+        self._statistics = statistics
+
+    def forward(self):
+        """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics."""
+        return self._network.evaluate(self._data, self._number, self._statistics)
+
+    def cases(self, indices):
+        """Returns the function of the piece's cases at `indices`, int32 `(k,)`, alone."""
+        return self._of(self._data.take(indices), self._statistics)
+
+    def cases_apart(self):
+        """Returns the piece with its batch statistics held constant, so that each case has a gradient of its own."""
+        return self._of(self._data, self._network.batch_statistics(self._data, self._number))
+
+    def _of(self, data, statistics):
+        return PieceFunction(self._network, self._totals, data, self._number, self._of_chunk, statistics)
+
+    def signs(self, salt):
+        """Returns a random sign for every case, float32 `(cases,)`, others in another update or with another int32 `salt`."""
+        seed = tf.stack([self._network.update_number, 65536 * self._number + salt])
+        return 2.0 * tf.cast(tf.random.stateless_uniform([self.num_cases], seed) < 0.5, tf.float32) - 1.0
+
+    @property
+    def hessian_is_diagonal(self):
+        """Whether the second derivative of `loss` in the outputs is."""
+        return self._network.structure.is_entrywise
+
+    @property
+    def is_vectorizable(self):
+        """Whether TensorFlow vectorises the network over cases."""
+        return self._network.structure.is_vectorizable
+
+    @property
+    def floats_per_case(self):
+        """Floats that a gradient of one case computes, about."""
+        return self._network.structure.bytes_per_case // 4
+
+    def loss(self, evaluation):
+        """The piece's share of the compiled loss, times `loss_scale`, a scalar."""
+        dtype = self._network.dtype
+        return self.loss_scale * self._sum_of_terms(evaluation, lambda term: tf.cast(term.value(), dtype), dtype)
+
+    def added_loss(self, evaluation):
+        """The piece's share of the added losses, times `loss_scale`, a scalar."""
+        return self.loss_scale * self.share * evaluation.added_loss
+
+    def whole_loss(self, evaluation):
+        """The piece's share of the compiled loss and of the added losses, times `loss_scale`, a scalar."""
+        loss = self.loss(evaluation)
+        return loss + self.added_loss(evaluation) if self.has_added_loss else loss
+
+    def gradient(self):
+        """Returns the gradient of `whole_loss`, a list of tensors, and the `Evaluation`. Cost: one gradient."""
+        with tf.GradientTape() as tape:
+            evaluation = self.forward()
+            loss = self.whole_loss(evaluation)
+        return dense(tape.gradient(loss, self.variables), self.variables), evaluation
+
+    def gradient_at(self, weights):
+        """Returns the gradient of `whole_loss` at other weights, a list of tensors. The weights are as before afterwards. Cost: one gradient."""
+        before = [tf.convert_to_tensor(variable) for variable in self.variables]
+        assign(self.variables, weights)
+        gradient, _ = self.gradient()
+        assign(self.variables, before)
+        return gradient
+
+    def accurate_share(self, evaluation):
+        """The piece's share of the whole loss, a float64 scalar."""
+        loss = self._sum_of_terms(evaluation, lambda term: term.accurate_value(), tf.float64)
+        return loss + tf.cast(self.share * evaluation.added_loss, tf.float64) if self.has_added_loss else loss
+
+    def case_shares(self, evaluation):
+        """What each case adds to the whole loss, float64 `(cases,)`; the same of every case where only their sum is known."""
+        evenly = lambda sum_: tf.fill([self.num_cases], tf.cast(sum_, tf.float64) / tf.cast(self.num_cases, tf.float64))  # noqa: E731
+
+        def shares(term):
+            losses = term.case_losses()
+            return evenly(term.accurate_value()) if losses is None else losses
+
+        of_terms = self._sum_of_terms(evaluation, shares, tf.float64, [self.num_cases])
+        return of_terms + evenly(self.share * evaluation.added_loss) if self.has_added_loss else of_terms
+
+    def _sum_of_terms(self, evaluation, value_of, dtype, shape=()):
+        """The sum of the terms of the compiled loss, each by its denominator's part of the denominator of all."""
+        network, totals = self._network, self._totals
+        scaled = [tf.zeros(shape, dtype)]
+        with network.fixed_state(self._number):
+            terms = network.task.loss_terms(evaluation.data, evaluation.y_pred)
+            for i, (term, combination) in enumerate(zip(terms, network.structure.combinations, strict=True)):
+                value = value_of(term)
+                if combination == "sum":
+                    # A sum over the chunk stands for the sum over the batch.
+                    scale = totals.num_cases / totals.chunk_cases if self._of_chunk else 1.0
+                elif combination == "data":
+                    denominators = totals.chunk_denominators if self._of_chunk else totals.denominators
+                    scale = tf.math.divide_no_nan(tf.cast(term.denominator(), network.dtype), denominators[i])
+                else:
+                    scale = self.share
+                scaled.append(tf.cast(scale, dtype) * value)
+        return tf.add_n(scaled)
