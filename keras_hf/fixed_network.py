@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_hf.batch_statistics import Statistics
 from keras_hf.capture import constant_statistics, own_statistics
 from keras_hf.replicas import replica_number
 from keras_hf.vectors import vector_dtype
@@ -143,6 +144,18 @@ class FixedNetwork:
         states = self.evaluate(data, number, measured=layers).states
         moving = {id(v) for layer in layers for v in (layer.moving_mean, layer.moving_variance)}
         return [(state, new) for state, new in zip(self.structure.states, states, strict=True) if id(state) in moving]
+
+    def statistics(self, num_cases, states):
+        """Finds the `Statistics` of so many cases among the states of an `Evaluation`."""
+        means, variances = (
+            [tf.cast(states[place], self.dtype) for place in places]
+            for places in list(zip(*self.structure.statistics, strict=True)) or [[], []]
+        )
+        return Statistics(tf.cast(num_cases, self.dtype), means, variances)
+
+    def no_statistics(self):
+        """The `Statistics` of no case."""
+        return self.statistics(0, [tf.zeros(state.shape, self.dtype) for state in self.structure.states])
 
     def fixed_state(self, number, values=()):
         """A scope in which piece `number` sees the same random numbers at every call of an update, and no state is changed.

@@ -24,28 +24,6 @@ class Pass(NamedTuple):
     states: list
 
 
-class Statistics(NamedTuple):
-    """Of the inputs of BatchNormalization layers: the number of cases, and lists of means and variances, in the type of flat vectors."""
-
-    num_cases: tf.Tensor
-    means: list
-    variances: list
-
-    def joined(self, other):
-        """Returns those of both together; updates as in Chan, Golub & LeVeque (1983) cancel no digits."""
-        num_cases = self.num_cases + other.num_cases
-        share = tf.math.divide_no_nan(other.num_cases, num_cases)
-        moves = [new - old for old, new in zip(self.means, other.means, strict=True)]
-        return Statistics(
-            num_cases,
-            [mean + share * move for mean, move in zip(self.means, moves, strict=True)],
-            [
-                (1 - share) * old + share * new + share * (1 - share) * move**2
-                for old, new, move in zip(self.variances, other.variances, moves, strict=True)
-            ],
-        )
-
-
 class LocalCases:
     """One replica's cases and how they are divided. Lives in replica context.
 
@@ -108,7 +86,7 @@ class LocalObjective:
         return PieceFunction(self._network, self._totals, self._cases.of_piece(number), number, of_chunk)
 
     def gradient_pass(self):
-        """A `Pass` and its `Statistics` over all pieces; on the way, metrics of the outputs. Cost: one gradient."""
+        """A `Pass` and its `batch_statistics.Statistics` over all pieces; on the way, metrics of the outputs. Cost: one gradient."""
         task = self._task
 
         def add_piece(number, sums):
@@ -124,7 +102,7 @@ class LocalObjective:
                 for total, new in zip(sums.states, evaluation.states, strict=True)
             ]
             sums = Pass(sums.loss + piece.accurate_share(evaluation), sums.gradient + gradient, states)
-            return sums, statistics.joined(self._statistics(piece.num_cases, evaluation.states))
+            return sums, statistics.joined(self._network.statistics(piece.num_cases, evaluation.states))
 
         with tf.GradientTape() as tape:
             regularization = self._regularization()
@@ -134,28 +112,17 @@ class LocalObjective:
             for value in map(tf.convert_to_tensor, self._structure.states)
         ]
         start = Pass(tf.cast(regularization, tf.float64), gradient, states)
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, (start, self._no_statistics()))
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, (start, self._network.no_statistics()))
 
     def statistics(self):
-        """The `Statistics` over all pieces at the weights as they are. Cost: one forward pass."""
+        """The `batch_statistics.Statistics` over all pieces at the weights as they are. Cost: one forward pass."""
 
         def add_piece(number, statistics):
             data = self._cases.of_piece(number)
-            return statistics.joined(self._statistics(data.num_cases, self._network.evaluate(data, number).states))
+            states = self._network.evaluate(data, number).states
+            return statistics.joined(self._network.statistics(data.num_cases, states))
 
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, self._no_statistics())
-
-    def _statistics(self, num_cases, states):
-        """Finds the `Statistics` among states."""
-        means, variances = (
-            [tf.cast(states[place], self._dtype) for place in places]
-            for places in list(zip(*self._structure.statistics, strict=True)) or [[], []]
-        )
-        return Statistics(tf.cast(num_cases, self._dtype), means, variances)
-
-    def _no_statistics(self):
-        """Those of no case."""
-        return self._statistics(0, [tf.zeros(state.shape, self._dtype) for state in self._structure.states])
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, self._network.no_statistics())
 
     def loss(self, of_chunk):
         """This replica's share of the loss over the chunk, or over the batch: float64 scalar. Cost: one forward pass."""

@@ -6,6 +6,7 @@ alone (regularizers), packs and unpacks the flat vector, and assigns candidate w
 
 import tensorflow as tf
 
+from keras_hf import batch_statistics
 from keras_hf.local_objective import LocalObjective
 from keras_hf.vectors import assign, num_weights, pack, unpack
 
@@ -110,16 +111,12 @@ class Objective:
             return states
         new = self._with_statistics(states, self._replicas.run(lambda part: part.statistics(), self._parts))
         fresh = tf.math.divide_no_nan(self.totals.num_cases, tf.maximum(self.totals.num_cases, num_before))
+        variances = [variance for _, variance in places]
         for place in [place for pair in places for place in pair]:
             old, start, end = (
                 tf.cast(x, self.dtype) for x in (self._structure.states[place], states[place], new[place])
             )
-            moved = old + end - start
-            if place in [variance for _, variance in places]:
-                # What falls does so in proportion: variances stay positive.
-                moved = tf.where(end < start, old * tf.math.divide_no_nan(end, start), moved)
-            value = tf.where(fresh < 1, fresh * end + (1 - fresh) * moved, end)
-            value = tf.where(tf.reduce_all(tf.math.is_finite(value)), value, old)
+            value = batch_statistics.carried_over(old, start, end, fresh, place in variances)
             new[place] = tf.cast(value, states[place].dtype)
         return new
 
@@ -128,16 +125,7 @@ class Objective:
         places = self._structure.statistics
         if not places:
             return states
-        share = lambda local: tf.math.divide_no_nan(local.num_cases, self.totals.num_cases)  # noqa: E731
-        means = self._replicas.sum(lambda local: [share(local) * mean for mean in local.means], statistics)
-        variances = self._replicas.sum(
-            lambda local, means: [
-                share(local) * (variance + (own - mean) ** 2)
-                for variance, own, mean in zip(local.variances, local.means, means, strict=True)
-            ],
-            statistics,
-            means,
-        )
+        means, variances = batch_statistics.over_replicas(self._replicas, statistics, self.totals.num_cases)
         states = list(states)
         for pair, found in zip(places, zip(means, variances, strict=True), strict=True):
             for place, value in zip(pair, found, strict=True):
