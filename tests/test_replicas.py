@@ -216,9 +216,8 @@ def test_a_replica_without_cases_adds_nothing(parts):
 
     def function(objective):
         at_start, v = objective.loss_and_gradient(), tf.ones([objective.num_weights])
-        image = objective.product(GaussNewton())(v)
-        error = objective.adjointness_error(GaussNewton(), v)
-        return [at_start.loss, at_start.gradient, *at_start.states, image, error]
+        product = objective.product(GaussNewton())
+        return [at_start.loss, at_start.gradient, *at_start.states, product(v), product.errors(v)]
 
     *found, error = on_replicas(network, parts, function)
     *together, _ = on_replicas(network, [[0, 1, 2]] * 2, function)
