@@ -23,6 +23,7 @@ from keras_hf.initializers import SparseNormal as SparseNormal
 from keras_hf.kronecker import KroneckerFactored as KroneckerFactored
 from keras_hf.linearization import DoubleBackward as DoubleBackward
 from keras_hf.linearization import ForwardAccumulation as ForwardAccumulation
+from keras_hf.loss_function import LossFunction as LossFunction
 from keras_hf.model import HFModel as HFModel
 from keras_hf.nystrom import Nystrom as Nystrom
 from keras_hf.optimizer import HessianFree as HessianFree

@@ -17,6 +17,7 @@ from keras_hf.damping import DampingCallback
 from keras_hf.fixed_network import Data, FixedNetwork
 from keras_hf.linearization import ForwardAccumulation
 from keras_hf.local_objective import LocalCases
+from keras_hf.loss_function import LossFunction
 from keras_hf.objective import Objective
 from keras_hf.optimizer import HessianFree
 from keras_hf.part import if_finite
@@ -442,6 +443,34 @@ class HFModel(keras.Model):
         for check in report:
             print(f"  {check}")
         return report
+
+    def objective(self, x, y=None, sample_weight=None):
+        """Gives the loss that `fit` minimises, on these cases, as functions of one flat vector of all trainable weights, for SciPy and the like.
+
+        Args:
+            x: Inputs, as in `fit`, arrays.
+            y: Targets, as in `fit`.
+            sample_weight: Weights of the cases, as in `fit`.
+
+        Returns:
+            A `LossFunction`: `weights`, `loss_at(w)`, `loss_and_gradient(w)`, `product(w, v)` and `assign(w)`.
+
+        Raises:
+            ValueError: If the model is not compiled, or if `x`, `y` and `sample_weight` are no arrays of the same number of cases.
+        """
+        keras_private.require_compiled(self, "objective")
+        checks.num_cases(x, y, sample_weight)
+        to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
+        data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
+        self._maybe_symbolic_build(data_batch=tuple(data))
+
+        @contextlib.contextmanager
+        def guarded():
+            with guard.unaltered_arithmetic(), guard.xla_explained(self.network.name, lambda: self._choice):
+                yield
+
+        variables = [variable.value for variable in self.trainable_variables]
+        return LossFunction(data, variables, self._task, self.optimizer, self.distribute_strategy, guarded)
 
     def _values(self):
         """The `tf.Variable`s, in a list, of weights and optimizer."""
