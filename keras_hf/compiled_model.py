@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_hf import checks, keras_private
+from keras_hf.fixed_network import Task
 from keras_hf.linearization import without_fused_kernels
 from keras_hf.loss_terms import WholeLoss, recorded_terms
-from keras_hf.objective import Task
 from keras_hf.structure import second_derivatives_explained, trace_structure
 
 _logger = logging.getLogger("keras_hf")
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 
 def task_of(model, whole_loss):
-    """Returns the `objective.Task` of a compiled model.
+    """Returns the `fixed_network.Task` of a compiled model.
 
     Args:
         model: `HFModel`, compiled.
@@ -80,7 +80,7 @@ def trace(task, data, curvature, num_replicas, name):
     """Traces a task once, and finds out early, and says, how products are formed.
 
     Args:
-        task: `objective.Task`.
+        task: `fixed_network.Task`.
         data: `objective.Data`, of which only types and shapes are used.
         curvature: `curvature.Curvature`.
         num_replicas: Integer.
