@@ -351,7 +351,8 @@ def _places(layer, inputs, output_shape):
 def _case_by_case(piece, variables):
     """Sums squared gradients over cases for any weights, by one vectorised gradient per case. Temporaries: a block of cases times the weights."""
     num_weights = sum(variable.shape.num_elements() for variable in variables)
-    block = max(1, _BLOCK_FLOATS // max(num_weights, piece.floats_per_case))
+    largest = tf.maximum(tf.constant(num_weights, tf.int64), piece.floats_per_case)
+    block = tf.cast(tf.maximum(_BLOCK_FLOATS // largest, 1), tf.int32)
 
     def squares_of(index):
         case = piece.cases(index[None])

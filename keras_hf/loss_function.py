@@ -153,7 +153,7 @@ class LossFunction:
         data, most = self._data, -(-self._data.static_num_cases // count)
         if count > 1:
             data = data.take(tf.range(replica_number(), data.num_cases, count))
-        piece_size = self._optimizer.micro_batch_size or structure.default_piece_size
+        piece_size = self._optimizer.micro_batch_size or structure.default_piece_size(self._data)
         if "unknown" in structure.combinations:
             piece_size = None
         structure = structure._replace(chunk_is_one_piece=piece_size is None or piece_size >= most)

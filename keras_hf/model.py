@@ -506,11 +506,12 @@ class HFModel(keras.Model):
         optimizer = self.optimizer
         task, structure = self._task(data)
         chunk_size = optimizer.curvature_batch_size
-        piece_size = optimizer.micro_batch_size or min(structure.default_piece_size, chunk_size or 2**30)
+        piece_size = optimizer.micro_batch_size or structure.default_piece_size(data, chunk_size)
         if "unknown" in structure.combinations:
             piece_size, chunk_size = None, None
         bounds = [bound for bound in (chunk_size, data.static_num_cases, most_cases) if bound is not None]
-        one_piece = piece_size is None or (bool(bounds) and piece_size >= min(bounds))
+        # Not known where the size of pieces follows from lengths at run time: products then are traced for several, too.
+        one_piece = piece_size is None or (not tf.is_tensor(piece_size) and bool(bounds) and piece_size >= min(bounds))
         structure = structure._replace(chunk_is_one_piece=one_piece)
         if one_piece and piece_size is not None and most_cases is not None and piece_size < (chunk_size or math.inf):
             # Another `fit` may bring more.

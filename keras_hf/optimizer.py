@@ -60,7 +60,9 @@ class HessianFree(keras.optimizers.Optimizer):
             Thousands, as a rule: curvature of too few cases is fitted by CG and not by the loss. Split among replicas.
         micro_batch_size: Integer >= 1, the cases that are worked on at a time on each replica. Memory, not results, depends on it (unless layers look
             across cases, as BatchNormalization does). Products are fastest where the chunk is one such piece, whose linearization is then kept;
-            further pieces are linearized anew in every product. `None` = the chunk's size, or as many as keep that piece within about 2 GiB.
+            further pieces are linearized anew in every product. `None` = the chunk's size, or as many as keep that piece within about 2 GiB,
+            estimated from what the network, loops included, writes per case. Where lengths are known at run time only, as of `(None, 64)` sequences,
+            the longest of the batch counts for all, and the first update is traced longer, for several pieces; a number spares that.
         seed: Integer in [0, 2^31 - 1], of the order of cases and chunks. `None` draws one, which is saved, in files of weights, too.
         name: Name of the optimizer.
 

@@ -81,8 +81,8 @@ class PieceFunction:
 
     @property
     def floats_per_case(self):
-        """Floats that a gradient of one case computes, about."""
-        return self._network.structure.bytes_per_case // 4
+        """Floats that a gradient of one case computes, about: an integer, or an int64 scalar where lengths are known at run time only."""
+        return self._network.structure.bytes_of(self._data) // 4
 
     def loss(self, evaluation):
         """The piece's share of the compiled loss, times `loss_scale`, a scalar."""

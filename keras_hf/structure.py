@@ -3,7 +3,9 @@
 The trace is a scratch graph, never run.
 """
 
+import collections
 import contextlib
+import math
 import re
 from typing import NamedTuple
 
@@ -15,11 +17,18 @@ from keras_hf.keras_private import logits as logits_of
 
 # Bytes that a kept linearization holds for one byte that the forward pass and the loss compute: 1.6 to 1.8 measured on dense autoencoders.
 _KEPT_PER_BYTE = 2
+# The same for the body of a loop, whose derivatives are loops that hand on by lists: 3.1 to 4.8 measured on LSTM, GRU and SimpleRNN.
+_KEPT_PER_BYTE_OF_LOOP = 4
 # Memory in bytes for the kept piece, from which `micro_batch_size=None` picks the size.
 _PIECE_MEMORY = 2 * 2**30
+# An int32 still, and so are two.
+_MOST_CASES = 2**30
 
 # A tf.Variable captured by a nested function, loop or branch has no tangent in `tf.autodiff.ForwardAccumulator`'s graph mode, and nothing says so.
 _NESTING = re.compile("^(Stateful|Stateless)?(PartitionedCall|While|If|Case)$")
+_LOOPS = frozenset({"StatelessWhile", "While"})
+# Inside of a function: what comes from outside and what goes there are tensors of other operations, weights are no cases'.
+_PASSED_ON = frozenset({"Const", "Identity", "Placeholder", "ReadVariableOp"})
 # Random numbers from a generator of TensorFlow's, whose state no update can hold fixed.
 _RANDOM = re.compile(
     "^(Random|TruncatedNormal|ParameterizedTruncatedNormal|Multinomial|Stateful(Uniform|Standard|Truncated|Random)|Rng|NonDeterm)"
@@ -75,7 +84,9 @@ class Structure(NamedTuple):
         is_fusible: Whether XLA compiles the second derivatives of the forward pass, and well, on every device.
         arithmetic_intensity: Float, operations in matrix products per float that elementwise operations write.
         layer_of_op: Dict, type of operation -> name of the first layer that uses it.
-        bytes_per_case: Integer, memory of a kept linearization per case.
+        bytes_by_power: Tuple of integers, memory of a kept linearization per case: coefficients of the powers of the data's longest axis of unknown
+            length, from the zeroth on. One number where all lengths are known.
+        unknown_axes: List of pairs of integers, the axes of unknown length: the number of the leaf among the data's, and that of the axis.
         combinations: List of strings, for every term of the compiled loss how its values on pieces combine; see `loss_terms.LossTerm`.
         float_types: Frozenset of the names of the float types that the forward pass computes in.
         has_curvature: Whether the compiled loss has a second derivative in any output.
@@ -94,7 +105,8 @@ class Structure(NamedTuple):
     is_fusible: bool
     arithmetic_intensity: float
     layer_of_op: dict
-    bytes_per_case: int
+    bytes_by_power: tuple
+    unknown_axes: list
     combinations: list
     float_types: frozenset
     has_curvature: bool
@@ -148,9 +160,37 @@ class Structure(NamedTuple):
         return 2e-2 if self.float_types & {"float16", "bfloat16"} else 1e-3
 
     @property
-    def default_piece_size(self):
-        """Cases whose kept linearization takes about 2 GiB: what `micro_batch_size=None` means."""
-        return min(max(1, _PIECE_MEMORY // self.bytes_per_case), 2**30)
+    def bytes_per_case(self):
+        """Memory of a kept linearization per case, an integer; axes of unknown length count as one."""
+        return sum(self.bytes_by_power)
+
+    def bytes_of(self, data):
+        """Memory of a kept linearization per case of these data: an integer, or an int64 scalar where lengths are known at run time only.
+
+        Args:
+            data: `objective.Data`.
+        """
+        if len(self.bytes_by_power) == 1:
+            return self.bytes_per_case
+        leaves = keras.tree.flatten(tuple(data))
+        lengths = [tf.shape(leaves[leaf], tf.int64)[axis] for leaf, axis in self.unknown_axes]
+        longest = tf.maximum(tf.reduce_max(lengths), 1)
+        return tf.add_n([num_bytes * longest**power for power, num_bytes in enumerate(self.bytes_by_power)])
+
+    def default_piece_size(self, data, at_most=None):
+        """Cases whose kept linearization takes about 2 GiB: what `micro_batch_size=None` means.
+
+        An integer, or an int32 scalar where `bytes_of` these data is a tensor.
+
+        Args:
+            data: `objective.Data`.
+            at_most: Integer, or `None`.
+        """
+        at_most = min(at_most or _MOST_CASES, _MOST_CASES)
+        num_bytes = self.bytes_of(data)
+        if tf.is_tensor(num_bytes):
+            return tf.cast(tf.clip_by_value(_PIECE_MEMORY // num_bytes, 1, at_most), tf.int32)
+        return min(max(1, _PIECE_MEMORY // num_bytes), at_most)
 
 
 def trace_structure(task, data):
@@ -206,7 +246,7 @@ def trace_structure(task, data):
                 if found:
                     cuts[i] = "both" if len(found) == 2 else found[0][0]
                 has_curvature |= any(outer.gradient(gradient, cut) is not None for _, cut, gradient in found)
-        num_bytes = [_bytes_per_case(output) for operation in forward for output in operation.outputs]
+        num_bytes = _bytes_by_power(forward)
         with keras.StatelessScope():
             combinations = [term.combination() for term in terms]
     # A layer's weights that are used anywhere but in its calls (tied weights, or derivatives of the layer that are part of the network) have
@@ -229,7 +269,8 @@ def trace_structure(task, data):
         is_fusible=op_types <= _PRODUCTS | _FUSIBLE | _MOVING,
         arithmetic_intensity=intensity,
         layer_of_op=layer_of_op,
-        bytes_per_case=max(1, _KEPT_PER_BYTE * sum(num_bytes)),
+        bytes_by_power=_bytes_of_data(num_bytes, data),
+        unknown_axes=_unknown_axes(data),
         combinations=combinations,
         float_types=float_types,
         has_curvature=has_curvature,
@@ -260,16 +301,96 @@ def _placeholder(leaf):
     return None if leaf is None else tf.compat.v1.placeholder(leaf.dtype, [None, *leaf.shape[1:]])
 
 
-def _bytes_per_case(tensor):
-    return _floats_per_case(tensor) * tensor.dtype.size
+def _unknown_axes(data):
+    """`Structure.unknown_axes`."""
+    return [
+        (number, axis)
+        for number, leaf in enumerate(keras.tree.flatten(tuple(data)))
+        if leaf is not None
+        for axis, length in enumerate(leaf.shape[1:], 1)
+        if length is None
+    ]
+
+
+def _bytes_of_data(num_bytes, data):
+    """`Structure.bytes_by_power` from coefficients by their power."""
+    if _unknown_axes(data):
+        return max(1, num_bytes[0]), *[num_bytes[power] for power in range(1, max(num_bytes, default=0) + 1)]
+    # Lengths that the trace alone lost, or turns that it doesn't tell: those of places or times, as a rule; the last axis is features.
+    places = [length for leaf in keras.tree.flatten(tuple(data)) if leaf is not None for length in leaf.shape[1:-1]]
+    return (max(1, sum(coefficient * max(places, default=1) ** power for power, coefficient in num_bytes.items())),)
+
+
+def _bytes_by_power(operations):
+    """Bytes per case that a linearization of operations keeps: a `Counter`, power of the run-time length -> coefficient."""
+    num_bytes = collections.Counter()
+    for operation in operations:
+        functions = _functions_of(operation)
+        for name, function in functions:
+            # The condition of a loop keeps nothing.
+            num_bytes.update(_bytes_inside(operation, function) if name != "cond" else {})
+        for output in [] if functions else operation.outputs:
+            floats, power = _floats_per_case(output)
+            num_bytes[power] += _KEPT_PER_BYTE * floats * output.dtype.size
+    return num_bytes
+
+
+def _bytes_inside(operation, function):
+    """The same of a function of an operation: a branch, a nested function or the body of a loop, of all its turns."""
+    inner = [operation for operation in function.get_operations() if operation.type not in _PASSED_ON]
+    num_bytes = _bytes_by_power(inner)
+    if operation.type not in _LOOPS:
+        return num_bytes
+    turns = _turns(operation)
+    if turns is None and not any(num_bytes.values()):
+        # No axis of cases: a loop over cases, as `tf.map_fn` makes them. A turn is a case.
+        outputs = [output for operation in inner for output in operation.outputs if output.dtype.is_floating]
+        sizes = [(output.shape.num_elements() or 0) * output.dtype.size for output in outputs]
+        return collections.Counter({0: _KEPT_PER_BYTE_OF_LOOP * sum(sizes)})
+    times, more = (1, 1) if turns is None else (turns, 0)
+    times *= _KEPT_PER_BYTE_OF_LOOP // _KEPT_PER_BYTE
+    return collections.Counter({power + more: times * coefficient for power, coefficient in num_bytes.items()})
+
+
+def _turns(loop):
+    """How many turns a loop makes at most, an integer; `None` where that is not known before it runs."""
+    (condition,) = [function for name, function in _functions_of(loop) if name == "cond"]
+    outside = {id(inner): outer for inner, outer in zip(condition.inputs, loop.inputs, strict=True)}
+    bounds = [
+        tf.get_static_value(outside.get(id(operation.inputs[1]), operation.inputs[1]))
+        for operation in condition.get_operations()
+        if operation.type == "Less" and operation.inputs[1].dtype.is_integer and operation.inputs[1].shape.rank == 0
+    ]
+    return min((int(bound) for bound in bounds if bound is not None), default=None)
+
+
+def _functions_of(operation):
+    """The functions that an operation holds, a list of pairs of its attribute's name and a `FuncGraph`."""
+    attributes = operation.op_def.attr if operation.op_def is not None else []
+    names = [
+        (attribute.name, function.name)
+        for attribute in attributes
+        if attribute.type in ("func", "list(func)")
+        for function in _as_list(operation.get_attr(attribute.name))
+    ]
+    found = [(attribute, operation.graph._get_function(name)) for attribute, name in names]
+    return [(attribute, function.graph) for attribute, function in found if function is not None]
+
+
+def _as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
 def _floats_per_case(tensor):
-    """Entries of a float tensor per case, if its first axis is the case (its length unknown); else 0."""
+    """Entries of a float tensor per case, and how many axes of unknown length they are to be multiplied by; (0, 0) for what is no float of cases.
+
+    One axis of unknown length is that of the cases, mostly the first, but the second where recurrent layers put time first.
+    """
     shape = tensor.shape
-    if not tensor.dtype.is_floating or not shape.rank or shape[0] is not None:
-        return 0
-    return shape[1:].num_elements() or 0
+    if not tensor.dtype.is_floating or not shape.rank or shape.is_fully_defined():
+        return 0, 0
+    known = [length for length in shape if length is not None]
+    return math.prod(known), shape.rank - len(known) - 1
 
 
 def _layers_of_ops(operations, layers):
@@ -339,7 +460,7 @@ def _arithmetic_intensity(operations):
     """Operations in matrix products per float written by elementwise operations, as far as static shapes tell."""
     multiplied = written = 0
     for operation in operations:
-        size = _floats_per_case(operation.outputs[0]) if operation.outputs else 0
+        size = _floats_per_case(operation.outputs[0])[0] if operation.outputs else 0
         if operation.type in ("MatMul", "BatchMatMulV2", "BatchMatMulV3"):
             transposed = operation.get_attr("transpose_a" if operation.type == "MatMul" else "adj_x")
             inner = operation.inputs[0].shape[-2 if transposed else -1] or operation.inputs[1].shape[-2] or 1

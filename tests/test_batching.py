@@ -144,6 +144,11 @@ def test_without_a_piece_size_the_chunk_is_one_piece_and_the_rest_another():
     assert [len(piece) for piece in pieces_of(divide(11, 11))] == [11]
 
 
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_piece_size_that_is_known_at_run_time_divides_as_a_number_does(chunk):
+    assert pieces_of(divide(11, chunk, tf.constant(3))) == pieces_of(divide(11, chunk, 3))
+
+
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("piece", [None, 2])
 def test_no_cases_make_no_pieces(chunk, piece):

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers
 from problems import hessian_free, loss_derivatives, model_data, with_objective
 
-from keras_hf import EmpiricalFisherDiagonal, HFModel, Identity, LevenbergMarquardt, batching
+from keras_hf import EmpiricalFisherDiagonal, GaussNewton, HFModel, Identity, LevenbergMarquardt, batching, structure
 from keras_hf.arrays import repeated
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -691,3 +691,30 @@ def test_digits_are_learned_with_a_loss_that_falls_in_every_update(net, digits):
     assert model.num_traces == 1
     # Of ten classes chance gives 0.1; the log has the accuracy before an update.
     assert history["accuracy"][-1] > 0.3
+
+
+def test_sequences_of_unknown_length_are_worked_on_in_pieces_within_the_bound(monkeypatch):
+    model = compiled(
+        keras.Sequential(
+            [keras.Input((None, 3)), layers.Dense(2, "tanh"), layers.GlobalAveragePooling1D(), layers.Dense(1)]
+        )
+    )
+    data = model_data(model, normal(30, 8, 3), normal(30, 1, seed=1))
+
+    def size_and_product(memory):
+        monkeypatch.setattr(structure, "_PIECE_MEMORY", memory)
+
+        def of(objective, found):
+            assert not found.chunk_is_one_piece
+            product = objective.product(GaussNewton())(tf.ones([objective.num_weights], tf.float64))
+            return found.default_piece_size(data), product
+
+        @tf.function(autograph=False, input_signature=[tf.TensorSpec([30, None, 3], tf.float64)])
+        def compute(x):
+            return model._with_objective(data._replace(x=x), of)
+
+        return compute(data.x)
+
+    (of_whole, whole), (of_piece, in_pieces) = size_and_product(2**31), size_and_product(2**14)
+    assert of_whole > 30 and 1 < of_piece < 15
+    assert_same([whole], [in_pieces])

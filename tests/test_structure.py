@@ -12,12 +12,13 @@ from keras_hf import GaussNewton
 from keras_hf.fixed_network import Data
 
 
-def structure_of(network, loss, x, y):
+def structure_of(network, loss, x, y, x_shape=None):
     """The structure traced on cases whose number is not known."""
     model = compiled(network, loss)
     model._maybe_symbolic_build(data_batch=(x, y))
     found = []
-    specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in (x, y)]
+    shapes = [[None, *tensor.shape[1:]] for tensor in (x, y)]
+    specs = [tf.TensorSpec(x_shape or shapes[0], x.dtype), tf.TensorSpec(shapes[1], y.dtype)]
     trace = tf.function(lambda x, y: found.append(model._task(Data(x, y, None))[1]), autograph=False)
     trace.get_concrete_function(*specs)
     return found[0]
@@ -44,7 +45,87 @@ def test_memory_per_case_counts_forward_and_loss_twice():
     structure = structure_of(network, "mse", tf.zeros([4, 5]), tf.zeros([4, 3]))
     # Input 5; product, bias and tanh of 7; product and bias of 3; of the loss the target, difference and square of 3 each, and their mean.
     assert structure.bytes_per_case == 2 * 4 * (5 + 3 * 7 + 2 * 3 + 3 * 3 + 1)
-    assert structure.default_piece_size == 2**31 // structure.bytes_per_case
+    assert (
+        structure.default_piece_size(Data(tf.zeros([4, 5]), tf.zeros([4, 3]), None))
+        == 2**31 // structure.bytes_per_case
+    )
+
+
+def network_of_sequences(*between):
+    """A network of sequences of any length."""
+    return keras.Sequential([keras.Input((None, 6)), *between, layers.Dense(1)])
+
+
+def sequences(length):
+    return Data(tf.zeros([2, length, 6]), tf.zeros([2, 1]), None)
+
+
+def sequence_structure(network, length=None):
+    """The structure traced on sequences of a length that is known beforehand, or not."""
+    data = sequences(length or 4)
+    return structure_of(network, "mse", data.x, data.y, [None, length, 6])
+
+
+def attention():
+    tokens = keras.Input((None, 6))
+    attended = layers.MultiHeadAttention(2, 3)(tokens, tokens)
+    return keras.Model(tokens, layers.Dense(1)(layers.GlobalAveragePooling1D()(attended)))
+
+
+NETWORKS_OF_SEQUENCES = {
+    "LSTM": lambda: network_of_sequences(layers.LSTM(5)),
+    "convolution": lambda: network_of_sequences(layers.Conv1D(5, 3, activation="tanh"), layers.GlobalMaxPooling1D()),
+    "attention": attention,
+    "loop over cases": lambda: network_of_sequences(
+        layers.Lambda(lambda x: tf.map_fn(lambda case: tf.tanh(case)[-1], x), output_shape=(6,))
+    ),
+    "function": lambda: network_of_sequences(
+        layers.Lambda(tf.function(lambda x: tf.tanh(x)[:, -1]), output_shape=(6,))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS_OF_SEQUENCES)
+def test_memory_per_case_is_the_same_whether_lengths_are_known_beforehand_or_not(name):
+    network = NETWORKS_OF_SEQUENCES[name]()
+    unknown = sequence_structure(network)
+    known = sequence_structure(network, 50).bytes_of(sequences(50))
+    assert isinstance(known, int)
+    # Convolutions lose a place at each end; reshapes to an unknown length hide others.
+    np.testing.assert_allclose(int(unknown.bytes_of(sequences(50))), known, rtol=0.15)
+
+
+def test_memory_of_a_recurrent_layer_grows_with_every_step():
+    short, long = (
+        sequence_structure(network_of_sequences(layers.LSTM(5)), length).bytes_per_case for length in (10, 110)
+    )
+    # An input of 6, gates of 4 * 5 in five ways, nine vectors of 5, of which loops keep four times the bytes; the sequence itself and its transpose.
+    assert long - short == 100 * (16 * (6 + 5 * 4 * 5 + 9 * 5) + 8 * 2 * 6)
+
+
+def test_memory_of_attention_grows_with_the_square_of_the_length():
+    structure = sequence_structure(attention())
+    short, long = (int(structure.bytes_of(sequences(length))) for length in (1000, 2000))
+    assert 3.5 * short < long < 4 * short
+
+
+@pytest.mark.parametrize("name", NETWORKS_OF_SEQUENCES)
+def test_a_piece_of_long_sequences_keeps_within_the_bound(name):
+    data = sequences(1000)
+    structure = sequence_structure(NETWORKS_OF_SEQUENCES[name]())
+    size = int(structure.default_piece_size(data))
+    assert size * int(structure.bytes_of(data)) <= 2**31 < (size + 1) * int(structure.bytes_of(data))
+    assert int(structure.default_piece_size(data, 3)) == 3
+
+
+def test_memory_of_a_loop_of_known_turns_is_that_of_its_turns():
+    def loop(turns):
+        body = lambda i, total: (i + 1, total + tf.tanh(total))  # noqa: E731
+        of = layers.Lambda(lambda x: tf.while_loop(lambda i, _: i < turns, body, (0, x))[1])
+        network = keras.Sequential([keras.Input((5,)), of, layers.Dense(1)])
+        return structure_of(network, "mse", tf.zeros([4, 5]), tf.zeros([4, 1])).bytes_per_case
+
+    assert loop(13) - loop(3) == 10 * 16 * 2 * 5
 
 
 def test_states_are_those_that_a_pass_changes():
