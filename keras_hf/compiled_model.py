@@ -33,6 +33,12 @@ class Choice(NamedTuple):
         return self.curvature.linearization
 
 
+def require_targets(model, y):
+    """Raises if the compiled loss compares predictions with targets and there are none."""
+    if y is None and keras_private.compiled_loss(model) is not None and not overrides_compute_loss(model):
+        raise ValueError(f"`y` must hold what the loss {model.loss!r} compares predictions with. Received: y=None.")
+
+
 def task_of(model, whole_loss):
     """Returns the `fixed_network.Task` of a compiled model.
 

@@ -267,11 +267,7 @@ class HFModel(keras.Model):
             source = "arrays"
             batch_size = checks.count("batch_size", batch_size, optional=True)
             num_cases = checks.num_cases(x, y, sample_weight)
-            has_loss = keras_private.compiled_loss(self) is not None
-            if y is None and has_loss and not compiled_model.overrides_compute_loss(self):
-                raise ValueError(
-                    f"`y` must hold what the loss {self.loss!r} compares predictions with. Received: y=None."
-                )
+            compiled_model.require_targets(self, y)
             if validation_split and validation_data is None:
                 # As Keras splits: the last cases are for validation.
                 num_cases = checks.split(num_cases, validation_split)
@@ -400,10 +396,7 @@ class HFModel(keras.Model):
         Raises:
             ValueError: If the model is not compiled, or if the products cannot be formed; the message names the layer and the cure.
         """
-        keras_private.require_compiled(self, "check_products")
-        to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
-        data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
-        self._maybe_symbolic_build(data_batch=tuple(data))
+        data = self._cases("check_products", x, y, sample_weight)
         remarks = {
             "determinism": "draw random numbers from a `keras.random.SeedGenerator`; let nothing depend on how often `call` ran",
             "negativity": "the loss is not convex in what it is cut at: see `negative_curvature` in the logs",
@@ -456,13 +449,10 @@ class HFModel(keras.Model):
             A `LossFunction`: `weights`, `loss_at(w)`, `loss_and_gradient(w)`, `product(w, v)` and `assign(w)`.
 
         Raises:
-            ValueError: If the model is not compiled, or if `x`, `y` and `sample_weight` are no arrays of the same number of cases.
+            ValueError: If the model is not compiled, if `x`, `y` and `sample_weight` are not arrays of the same number of cases, or if the loss needs
+                targets and there are none.
         """
-        keras_private.require_compiled(self, "objective")
-        checks.num_cases(x, y, sample_weight)
-        to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
-        data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
-        self._maybe_symbolic_build(data_batch=tuple(data))
+        data = self._cases("objective", x, y, sample_weight)
 
         @contextlib.contextmanager
         def guarded():
@@ -471,6 +461,16 @@ class HFModel(keras.Model):
 
         variables = [variable.value for variable in self.trainable_variables]
         return LossFunction(data, variables, self._task, self.optimizer, self.distribute_strategy, guarded)
+
+    def _cases(self, method, x, y, sample_weight):
+        """Returns arrays as `Data`, after which the model is built; `method` is what the user called."""
+        keras_private.require_compiled(self, method)
+        checks.num_cases(x, y, sample_weight)
+        compiled_model.require_targets(self, y)
+        to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
+        data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
+        self._maybe_symbolic_build(data_batch=tuple(data))
+        return data
 
     def _values(self):
         """The `tf.Variable`s, in a list, of weights and optimizer."""

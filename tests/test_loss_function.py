@@ -192,6 +192,8 @@ def test_cases_and_vectors_of_wrong_sizes_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="x of 15, y of 14"):
         model.objective(inputs(), targets()[1:])
+    with pytest.raises(ValueError, match="`y` must hold what the loss 'mse' compares"):
+        model.objective(inputs())
     f = model.objective(inputs(), targets())
     for call in (f.loss_at, f.loss_and_gradient, f.assign, lambda w: f.product(w, f.weights)):
         with pytest.raises(ValueError, match=r"`w` must be a vector of shape \(27,\).*Received: shape=\(26,\)"):

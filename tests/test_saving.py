@@ -12,7 +12,7 @@ import saved_runs
 import tensorflow as tf
 from saved_runs import WAYS, X, fit, make, three_more, three_updates, values
 
-from keras_hf import ConstantDamping, HessianFree, HFModel, Identity
+from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, Identity
 
 
 def assert_same(one, other):
@@ -30,8 +30,8 @@ def six_updates(tmp_path_factory):
     keras.utils.set_random_seed(11)
     model = make()
     history = fit(model, 6).history
-    # Else the order of cases and the search for the damping would have nothing to bring back.
-    assert history["num_cases"][0] == 40 and len(set(history["damping"])) > 2
+    # Else the order of cases and the damping would have nothing to bring back.
+    assert history["num_cases"][0] == 40 and len(set(history["damping"])) > 1
     return folder, values(model)
 
 
@@ -61,9 +61,9 @@ def test_a_run_brought_back_sees_its_cases_in_the_order_of_the_seed_that_was_sav
         with strategy.scope():
             dense = keras.layers.Dense(2, kernel_initializer="ones", use_bias=False)
             model = HFModel(keras.Sequential([keras.Input((3,)), dense]))
-            parts = {"preconditioner": Identity(), "max_cg_iterations": 2, "growing_batch": None}
+            solver = ConjugateGradient(Identity(), max_iterations=2)
             # The curvature of half of the cases: an update depends on which come first.
-            optimizer = HessianFree(0.1, curvature_batch_size=60, seed=seed, **parts)
+            optimizer = HessianFree(0.1, solver, growing_batch=None, curvature_batch_size=60, seed=seed)
             model.compile(optimizer, loss="mse", steps_per_execution=1 if two_replicas else 2)
         model.fit(X, saved_runs.Y, epochs=5, callbacks=[*callbacks, ConstantDamping()], verbose=0)
         return model
