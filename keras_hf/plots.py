@@ -58,7 +58,8 @@ def plot_updates(updates, x="update", path=None):
     axes[2].axhspan(0.25, 0.9, color="0.92", zorder=0)
     axes[2].plot(places, np.clip(ratios, -0.5, 1.5), ".-", linewidth=0.5)
     beyond = (ratios < -0.5) | (ratios > 1.5)
-    axes[2].plot(places[beyond], np.clip(ratios, -0.5, 1.5)[beyond], "rv", clip_on=False)
+    if np.any(beyond):  # Marks that are not clipped, and none of them, would break the layout.
+        axes[2].plot(places[beyond], np.clip(ratios, -0.5, 1.5)[beyond], "rv", clip_on=False)
     axes[2].set(ylabel="reduction ratio", ylim=(-0.5, 1.5))
 
     if "cg_iterations" in columns:

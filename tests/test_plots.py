@@ -43,6 +43,16 @@ def test_ratios_beyond_the_panel_are_marked_at_its_edge():
     np.testing.assert_array_equal(marks.get_ydata(), [-0.5, 1.5])
 
 
+def test_panels_are_of_one_height_also_where_no_ratio_is_beyond():
+    records = [
+        {**record, "reduction_ratio": ratio} for record, ratio in zip(RECORDS, [0.5, np.nan, 0.9, 1.0], strict=True)
+    ]
+    figure = plots.plot_updates(records)
+    figure.draw_without_rendering()
+    heights = [panel.get_position().height for panel in figure.axes]
+    assert min(heights) > 0.1 and max(heights) < 1.2 * min(heights)
+
+
 def test_a_history_is_drawn_with_the_loss_of_validation(tmp_path):
     history = keras.callbacks.History()
     history.history = {
