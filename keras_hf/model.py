@@ -287,7 +287,10 @@ class HFModel(keras.Model):
                 else:
                     # Else the last execution of an epoch would run into the next one.
                     steps_per_epoch = None
-                x, y, sample_weight, batch_size = arrays.repeated(x, y, sample_weight, seed, times), None, None, None
+                # Growing parts are of any length in any case.
+                is_of_any_length = self.optimizer.growing_batch is not None
+                x = arrays.repeated(x, y, sample_weight, seed, times, is_of_any_length)
+                y = sample_weight = batch_size = None
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True, and warns of its own default.
         self._advice.cases_come_as(source)

@@ -86,11 +86,11 @@ def test_the_loss_logged_is_that_before_the_update():
 
 
 def test_arrays_without_batch_size_are_one_batch_and_with_it_several():
-    x, y = cases(300)
+    x, y = cases(520)
     model = compiled()
     fit(model, x, y)
     assert int(model.optimizer.iterations) == 1
-    fit(model, x, y, batch_size=200)
+    fit(model, x, y, batch_size=260)
     assert int(model.optimizer.iterations) == 3
     fit(model, x, y, validation_split=0.1)
     assert int(model.optimizer.iterations) == 4
@@ -154,7 +154,7 @@ def test_no_retrace_for_damping_or_a_ragged_last_batch():
 def test_no_retrace_for_another_number_of_cases_another_fit_or_evaluate():
     CountingModel.num_traces = 0
     model = CountingModel(network())
-    model.compile(optimizer=HessianFree(damping=0.1, max_cg_iterations=3), loss="mse")
+    model.compile(optimizer=HessianFree(damping=0.1, solver=ConjugateGradient(max_iterations=3)), loss="mse")
     fit(model, *cases(300))
     fit(model, *cases(300))
     model.evaluate(*cases(100), verbose=0)
@@ -168,7 +168,7 @@ def test_no_retrace_for_another_number_of_cases_another_fit_or_evaluate():
 
 def test_more_cases_than_a_piece_holds_are_all_in_the_products_of_an_update_traced_for_fewer(float64):
     x, y = cases(300)
-    arguments = {"damping": 0.1, "seed": 0, "max_cg_iterations": 8, "micro_batch_size": 100, "growing_batch": None}
+    arguments = {"damping": 0.1, "seed": 0, "max_iterations": 8, "micro_batch_size": 100, "growing_batch": None}
     reference, model = compiled(**arguments), compiled(**arguments)
     fit(model, x[:90], y[:90])
     model.set_weights(reference.get_weights())
