@@ -166,6 +166,7 @@ def test_no_retrace_for_another_number_of_cases_another_fit_or_evaluate():
     assert CountingModel.num_traces == 1
 
 
+@pytest.mark.slow
 def test_more_cases_than_a_piece_holds_are_all_in_the_products_of_an_update_traced_for_fewer(float64):
     x, y = cases(300)
     arguments = {"damping": 0.1, "seed": 0, "max_iterations": 8, "micro_batch_size": 100, "growing_batch": None}

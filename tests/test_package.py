@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_version_is_everywhere_the_same():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    changed = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    changed = re.search(r"^## (\d.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert cited[1] == changed[1] == keras_hf.__version__
 
 

@@ -289,6 +289,7 @@ def test_compiled_products_of_a_random_network_are_kept_or_refused():
                 fit(model, inputs().astype("float32"), TARGETS)
 
 
+@pytest.mark.slow
 def test_what_xla_cannot_compile_is_said_with_the_cure(float64):
     # XLA has no second derivative of max pooling in float64.
     network = keras.Sequential(

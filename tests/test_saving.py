@@ -52,6 +52,7 @@ def test_three_updates_and_three_are_six_in_a_process_of_their_own(six_updates, 
             assert_same(list(arrays.values()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["executions of two steps", "two replicas"])
 def test_a_run_brought_back_sees_its_cases_in_the_order_of_the_seed_that_was_saved(tmp_path, way):
     two_replicas = way == "two replicas"
