@@ -82,7 +82,7 @@ def test_the_first_update_finds_the_damping_and_the_second_goes_on_from_it(as_it
 
 @pytest.mark.slow
 def test_a_damping_that_is_given_stays_what_it_is():
-    history, model = run(1.0, damping=0.5, preconditioner=EmpiricalFisherDiagonal())
+    history, model = run(1.0, damping=0.5, solver=ConjugateGradient(EmpiricalFisherDiagonal()))
     assert history["damping"][0] == 0.5 and float(model.optimizer.curvature_scale) > 0
 
 
