@@ -12,7 +12,7 @@ from keras_hf.part import Part
 
 
 class LocalModel:
-    """The objective at the start of an update, as a solver sees it. What costs something is made when it is first asked for.
+    """The objective at the start of an update, as a solver sees it.
 
     Args:
         objective: `objective.Objective`.
