@@ -17,7 +17,7 @@ from benchmarks.product_cost import small_cnn
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, HFModel
-from keras_hf.fixed_network import Data
+from keras_hf.problem.fixed_network import Data
 
 WAYS = {
     "double backward": GaussNewton(DoubleBackward()),

@@ -18,8 +18,8 @@ from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
-from keras_hf.fixed_network import Data
-from keras_hf.stopping import StoppingRule
+from keras_hf.problem.fixed_network import Data
+from keras_hf.solvers.stopping import StoppingRule
 
 PRODUCTS = {
     "Gauss-Newton, double backward": GaussNewton(DoubleBackward()),

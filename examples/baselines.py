@@ -25,9 +25,9 @@ from keras_hf import (
     ResidualTolerance,
     recipe_of_2010,
 )
-from keras_hf.files import replacing
+from keras_hf.common.files import replacing
 from keras_hf.recorder import update_cost
-from keras_hf.search import Taken, walk_back
+from keras_hf.solvers.search import Taken, walk_back
 
 STEPS_PER_EXECUTION = 10  # The work between calls would otherwise double the time of a step of a small network.
 

@@ -8,32 +8,32 @@ if _keras.backend.backend() != "tensorflow":
         f"Received: backend={_keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
     )
 
-from keras_hf.batching import GrowingBatch as GrowingBatch
-from keras_hf.cg import CGResult as CGResult
-from keras_hf.cg import CGStop as CGStop
-from keras_hf.cg import conjugate_gradient as conjugate_gradient
-from keras_hf.curvature import EmpiricalFisher as EmpiricalFisher
-from keras_hf.curvature import FiniteDifferenceHessian as FiniteDifferenceHessian
-from keras_hf.curvature import GaussNewton as GaussNewton
-from keras_hf.curvature import Hessian as Hessian
 from keras_hf.damping import ConstantDamping as ConstantDamping
 from keras_hf.damping import DampingCallback as DampingCallback
 from keras_hf.damping import LevenbergMarquardt as LevenbergMarquardt
 from keras_hf.initializers import SparseNormal as SparseNormal
-from keras_hf.kronecker import KroneckerFactored as KroneckerFactored
-from keras_hf.linearization import DoubleBackward as DoubleBackward
-from keras_hf.linearization import ForwardAccumulation as ForwardAccumulation
-from keras_hf.loss_function import LossFunction as LossFunction
 from keras_hf.model import HFModel as HFModel
-from keras_hf.nystrom import Nystrom as Nystrom
 from keras_hf.optimizer import HessianFree as HessianFree
-from keras_hf.preconditioners import EmpiricalFisherDiagonal as EmpiricalFisherDiagonal
-from keras_hf.preconditioners import Identity as Identity
+from keras_hf.problem.batching import GrowingBatch as GrowingBatch
+from keras_hf.problem.curvature import EmpiricalFisher as EmpiricalFisher
+from keras_hf.problem.curvature import FiniteDifferenceHessian as FiniteDifferenceHessian
+from keras_hf.problem.curvature import GaussNewton as GaussNewton
+from keras_hf.problem.curvature import Hessian as Hessian
+from keras_hf.problem.linearization import DoubleBackward as DoubleBackward
+from keras_hf.problem.linearization import ForwardAccumulation as ForwardAccumulation
+from keras_hf.problem.loss_function import LossFunction as LossFunction
 from keras_hf.recorder import UpdateRecorder as UpdateRecorder
 from keras_hf.recorder import read_updates as read_updates
-from keras_hf.stopping import RelativeProgress as RelativeProgress
-from keras_hf.stopping import ResidualTolerance as ResidualTolerance
-from keras_hf.truncated_cg import ConjugateGradient as ConjugateGradient
-from keras_hf.truncated_cg import recipe_of_2010 as recipe_of_2010
+from keras_hf.solvers.cg import CGResult as CGResult
+from keras_hf.solvers.cg import CGStop as CGStop
+from keras_hf.solvers.cg import conjugate_gradient as conjugate_gradient
+from keras_hf.solvers.kronecker import KroneckerFactored as KroneckerFactored
+from keras_hf.solvers.nystrom import Nystrom as Nystrom
+from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal as EmpiricalFisherDiagonal
+from keras_hf.solvers.preconditioners import Identity as Identity
+from keras_hf.solvers.stopping import RelativeProgress as RelativeProgress
+from keras_hf.solvers.stopping import ResidualTolerance as ResidualTolerance
+from keras_hf.solvers.truncated_cg import ConjugateGradient as ConjugateGradient
+from keras_hf.solvers.truncated_cg import recipe_of_2010 as recipe_of_2010
 
 __version__ = "0.1.0"

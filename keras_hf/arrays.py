@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import batching
+from keras_hf.problem import batching
 
 
 def is_arrays(x):

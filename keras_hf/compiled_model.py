@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_hf import checks, keras_private
-from keras_hf.fixed_network import Task
-from keras_hf.linearization import without_fused_kernels
-from keras_hf.loss_terms import WholeLoss, recorded_terms
-from keras_hf.structure import second_derivatives_explained, trace_structure
+from keras_hf.common import checks, keras_private
+from keras_hf.problem.fixed_network import Task
+from keras_hf.problem.linearization import without_fused_kernels
+from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
+from keras_hf.problem.structure import second_derivatives_explained, trace_structure
 
 _logger = logging.getLogger("keras_hf")
 

@@ -4,7 +4,7 @@ import math
 
 import keras
 
-from keras_hf.checks import count, finite, positive
+from keras_hf.common.checks import count, finite, positive
 from keras_hf.scale import damping_limits
 
 

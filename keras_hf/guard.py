@@ -5,7 +5,7 @@ import re
 
 import tensorflow as tf
 
-from keras_hf.linearization import ForwardAccumulation
+from keras_hf.problem.linearization import ForwardAccumulation
 
 # How the data of an epoch end, which is no error.
 END_OF_DATA = (StopIteration, tf.errors.OutOfRangeError)

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_hf.checks import count, positive
+from keras_hf.common.checks import count, positive
 
 
 @keras.saving.register_keras_serializable(package="keras_hf")

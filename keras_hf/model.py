@@ -10,21 +10,23 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, batching, checks, compiled_model, files, guard, keras_private
+from keras_hf import arrays, compiled_model, guard
 from keras_hf.advice import Advice
-from keras_hf.curvature import EmpiricalFisher, GaussNewton
+from keras_hf.common import checks, files, keras_private
+from keras_hf.common.part import if_finite
+from keras_hf.common.replaced import replaced
 from keras_hf.damping import DampingCallback
-from keras_hf.fixed_network import Data, FixedNetwork
-from keras_hf.linearization import ForwardAccumulation
-from keras_hf.local_objective import LocalCases
-from keras_hf.loss_function import LossFunction
-from keras_hf.objective import Objective
 from keras_hf.optimizer import HessianFree
-from keras_hf.part import if_finite
+from keras_hf.problem import batching
+from keras_hf.problem.curvature import EmpiricalFisher, GaussNewton
+from keras_hf.problem.fixed_network import Data, FixedNetwork
+from keras_hf.problem.linearization import ForwardAccumulation
+from keras_hf.problem.local_objective import LocalCases
+from keras_hf.problem.loss_function import LossFunction
+from keras_hf.problem.objective import Objective
+from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
+from keras_hf.problem.structure import second_derivatives_explained
 from keras_hf.product_check import judged, other_linearization, product_errors
-from keras_hf.replaced import replaced
-from keras_hf.replicas import across_replicas, of_each_replica, replica_number
-from keras_hf.structure import second_derivatives_explained
 from keras_hf.update import hf_update
 
 

@@ -7,14 +7,14 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_hf.batching import GrowingBatch
-from keras_hf.checks import count, finite, integer, part
+from keras_hf.common.checks import count, finite, integer, part
+from keras_hf.common.vectors import vector_dtype
 from keras_hf.convergence import Convergence
-from keras_hf.curvature import Curvature, GaussNewton
-from keras_hf.solver import Solver
-from keras_hf.truncated_cg import ConjugateGradient
+from keras_hf.problem.batching import GrowingBatch
+from keras_hf.problem.curvature import Curvature, GaussNewton
+from keras_hf.solvers.solver import Solver
+from keras_hf.solvers.truncated_cg import ConjugateGradient
 from keras_hf.update import UpdateState
-from keras_hf.vectors import vector_dtype
 
 _PARTS = ("solver", "curvature", "growing_batch")
 # Arguments of the solver, which users look for here.

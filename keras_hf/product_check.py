@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.linearization import DoubleBackward, ForwardAccumulation
-from keras_hf.vectors import dot
+from keras_hf.common.vectors import dot
+from keras_hf.problem.linearization import DoubleBackward, ForwardAccumulation
 
 
 class ProductCheck(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_hf.files import replacing
+from keras_hf.common.files import replacing
 
 
 class UpdateRecorder(keras.callbacks.Callback):

@@ -6,7 +6,7 @@ A loss that is multiplied by a constant has its gradient and its curvature multi
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.vectors import dot
+from keras_hf.common.vectors import dot
 
 # The first damping, as a share of the scale. Measured (benchmarks/first_damping.py): on shallow networks the loss after 30 updates differs little
 # from 1e-4 to 1; on a deep autoencoder it is the smaller the larger the share, and what too small a start spoils stays spoiled.

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_hf.common.vectors import dot
 from keras_hf.convergence import Convergence, rounding_of
 from keras_hf.scale import curvature_scale, first_damping
-from keras_hf.solver import LocalModel
-from keras_hf.vectors import dot
+from keras_hf.solvers.solver import LocalModel
 
 
 class UpdateState(NamedTuple):

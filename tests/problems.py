@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel
 from keras_hf.convergence import Convergence
-from keras_hf.fixed_network import Data
+from keras_hf.problem.fixed_network import Data
 from keras_hf.update import UpdateState
 
 NUM_CASES = 15

@@ -21,8 +21,8 @@ from keras import layers
 from problems import compiled, jacobian, model_data, with_objective
 
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton
-from keras_hf.curvature import Curvature
-from keras_hf.fixed_network import Data
+from keras_hf.problem.curvature import Curvature
+from keras_hf.problem.fixed_network import Data
 
 NUM_CASES = 4
 # Sums of a dozen terms, whose rounding is 1e-16 of them in float64 and 1e-7 in float32: what is wrong is wrong in the first digits.

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf import GrowingBatch, batching
+from keras_hf import GrowingBatch
+from keras_hf.problem import batching
 
 # Cases, chunk, piece: fitting and not, larger than there is, one, and none.
 DIVISIONS = [

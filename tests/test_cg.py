@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.cg import CGStop, conjugate_gradient
-from keras_hf.stopping import RelativeProgress, ResidualTolerance, StoppingRule
+from keras_hf.solvers.cg import CGStop, conjugate_gradient
+from keras_hf.solvers.stopping import RelativeProgress, ResidualTolerance, StoppingRule
 
 # Preconditioners as callables (matrix, vector) -> M^-1 r. A new one stands here.
 PRECONDITIONERS = {

@@ -8,7 +8,7 @@ from keras import layers
 
 from keras_hf import DoubleBackward, FiniteDifferenceHessian, ForwardAccumulation, GaussNewton, HessianFree, HFModel
 from keras_hf.compiled_model import checked, loss_name, overrides_compute_loss, task_of, trace
-from keras_hf.fixed_network import Data
+from keras_hf.problem.fixed_network import Data
 
 X, Y = tf.ones([4, 3]), tf.ones([4, 2])
 

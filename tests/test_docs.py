@@ -16,7 +16,7 @@ from problems import Problem, inputs, make_model, model_data, with_objective
 
 from docs import api
 from keras_hf import GaussNewton
-from keras_hf.solver import LocalModel
+from keras_hf.solvers.solver import LocalModel
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}

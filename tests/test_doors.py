@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, Identity, LevenbergMarquardt, checks
+from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, Identity, LevenbergMarquardt
+from keras_hf.common import checks
 
 
 def network(*first):

@@ -1,6 +1,6 @@
 import pytest
 
-from keras_hf.files import replacing
+from keras_hf.common.files import replacing
 
 
 def names(folder):

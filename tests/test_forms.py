@@ -9,8 +9,9 @@ import tensorflow as tf
 from keras import layers
 from problems import hessian_free, loss_derivatives, model_data, with_objective
 
-from keras_hf import EmpiricalFisherDiagonal, GaussNewton, HFModel, Identity, LevenbergMarquardt, batching, structure
+from keras_hf import EmpiricalFisherDiagonal, GaussNewton, HFModel, Identity, LevenbergMarquardt
 from keras_hf.arrays import repeated
+from keras_hf.problem import batching, structure
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
 

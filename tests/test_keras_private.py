@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, KroneckerFactored, keras_private
+from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, KroneckerFactored
+from keras_hf.common import keras_private
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
 Y = np.ones([4, 2], "float32")

@@ -14,9 +14,9 @@ from keras_hf import (
     GaussNewton,
     HessianFree,
     KroneckerFactored,
-    kronecker,
 )
-from keras_hf.capture import kernel_and_bias
+from keras_hf.problem.capture import kernel_and_bias
+from keras_hf.solvers import kronecker
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.loss_terms import LossTerm, WholeLoss, recorded_terms
+from keras_hf.problem.loss_terms import LossTerm, WholeLoss, recorded_terms
 
 BY_WEIGHT = "mean_with_sample_weight"
 

@@ -12,7 +12,7 @@ from keras import layers
 from problems import hessian_free
 
 from keras_hf import ConjugateGradient, ConstantDamping, GaussNewton, HessianFree, HFModel, Identity, LevenbergMarquardt
-from keras_hf.curvature import Curvature
+from keras_hf.problem.curvature import Curvature
 
 LOGS = {
     "loss",

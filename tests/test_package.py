@@ -1,5 +1,6 @@
 """What is installed: one version, a wheel whose metadata are right, and the README's example out of it."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -26,6 +27,32 @@ def test_public_names_are_documented():
     assert [name for name in names if not getattr(keras_hf, name).__doc__] == []
 
 
+# From the ground up; `keras_hf` stands for the front.
+FLOORS = ["common", "problem", "solvers", "keras_hf"]
+
+
+def _floor(path):
+    return path.parent.name
+
+
+def _imports(path):
+    """The rooms that a room imports, as paths."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "keras_hf":
+            parts = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            files = [ROOT.joinpath(*part.split(".")).with_suffix(".py") for part in parts]
+            yield from (file for file in files if file.exists())
+
+
+def test_imports_point_downwards():
+    rooms = [path for path in (ROOT / "keras_hf").rglob("*.py") if path.name != "__init__.py"]
+    imports = [(room, imported) for room in rooms for imported in _imports(room)]
+    assert len(imports) > 100
+    upwards = [pair for pair in imports if FLOORS.index(_floor(pair[1])) > FLOORS.index(_floor(pair[0]))]
+    assert upwards == []
+    assert [room for room, imported in imports if imported.name == "model.py"] == []
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
@@ -41,7 +68,7 @@ def test_the_wheel_is_pure_and_holds_the_package_alone(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         metadata = file.read(f"keras_hf-{keras_hf.__version__}.dist-info/METADATA").decode()
-    modules = {f"keras_hf/{path.name}" for path in (ROOT / "keras_hf").glob("*.py")} | {"keras_hf/py.typed"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_hf").rglob("*.py")} | {"keras_hf/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert "Requires-Dist: tensorflow>=" in metadata and "Requires-Dist: keras>=" in metadata
     checked = subprocess.run(

@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras import layers
 
 from keras_hf import ConjugateGradient, ConstantDamping, GrowingBatch, HessianFree, HFModel, KroneckerFactored
-from keras_hf.part import Part
-from keras_hf.preconditioners import Preconditioner
+from keras_hf.common.part import Part
+from keras_hf.solvers.preconditioners import Preconditioner
 
 
 @keras.saving.register_keras_serializable("tests")

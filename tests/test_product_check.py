@@ -21,7 +21,7 @@ from keras_hf import (
     LevenbergMarquardt,
     structure,
 )
-from keras_hf.fixed_network import Data
+from keras_hf.problem.fixed_network import Data
 
 TARGETS = np.random.default_rng(3).normal(size=(15, 3))
 IMAGES = np.random.default_rng(3).normal(size=(15, 4, 4, 2)).astype("float32")

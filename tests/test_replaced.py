@@ -6,7 +6,7 @@ import problems
 import pytest
 
 from keras_hf import ConjugateGradient, HessianFree, Identity, LevenbergMarquardt
-from keras_hf.replaced import replaced
+from keras_hf.common.replaced import replaced
 
 
 class Owner:

@@ -18,7 +18,7 @@ from keras_hf import (
     UpdateRecorder,
     read_updates,
 )
-from keras_hf.fixed_network import Data
+from keras_hf.problem.fixed_network import Data
 
 
 def cases(num_cases):

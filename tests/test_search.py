@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.search import backtrack, line_search
+from keras_hf.solvers.search import backtrack, line_search
 
 NAN, INF = np.nan, np.inf
 

@@ -8,9 +8,9 @@ from problems import compiled, inputs, make_model, model_data, update_state, wit
 
 from examples.baselines import LastIterate, WholeStep
 from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, GaussNewton, HessianFree, LevenbergMarquardt
-from keras_hf.curvature import Curvature
-from keras_hf.solver import LocalModel
-from keras_hf.stopping import StoppingRule
+from keras_hf.problem.curvature import Curvature
+from keras_hf.solvers.solver import LocalModel
+from keras_hf.solvers.stopping import StoppingRule
 from keras_hf.update import hf_update
 
 # A new solver stands here, with a damping that it starts well from.

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.stopping import RelativeProgress, ResidualTolerance, StoppingRule
+from keras_hf.solvers.stopping import RelativeProgress, ResidualTolerance, StoppingRule
 
 # A new rule stands here, with settings other than its defaults.
 RULES = [RelativeProgress(tolerance=0.125), ResidualTolerance(rtol=0.3), ResidualTolerance(rtol=None)]

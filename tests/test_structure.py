@@ -9,7 +9,7 @@ from problems import compiled, dense_matrix, flat, inputs, make_model, model_dat
 
 from examples.autoencoder import cross_entropy
 from keras_hf import GaussNewton
-from keras_hf.fixed_network import Data
+from keras_hf.problem.fixed_network import Data
 
 
 def structure_of(network, loss, x, y, x_shape=None):

@@ -15,7 +15,7 @@ from keras_hf import (
     Identity,
     ResidualTolerance,
 )
-from keras_hf.preconditioners import Preconditioner
+from keras_hf.solvers.preconditioners import Preconditioner
 from keras_hf.update import hf_update
 
 pytestmark = pytest.mark.usefixtures("float64")

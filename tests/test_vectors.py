@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.vectors import assign, dot, inner_product, num_weights, pack, unpack, vector_dtype
+from keras_hf.common.vectors import assign, dot, inner_product, num_weights, pack, unpack, vector_dtype
 
 # None, one, and around the 256 products that are summed in their own dtype.
 SIZES = [0, 1, 255, 256, 257, 512, 1000]

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.capture import squared_gradients
-from keras_hf.linearization import DoubleBackward, dense
-from keras_hf.piece import PieceFunction, Totals
-from keras_hf.replicas import replica_number
-from keras_hf.vectors import inner_product, num_weights, pack, unpack
+from keras_hf.common.vectors import inner_product, num_weights, pack, unpack
+from keras_hf.problem.capture import squared_gradients
+from keras_hf.problem.linearization import DoubleBackward, dense
+from keras_hf.problem.piece import PieceFunction, Totals
+from keras_hf.problem.replicas import replica_number
 
 
 class Pass(NamedTuple):

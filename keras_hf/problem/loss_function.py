@@ -6,13 +6,13 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.batching import divide
-from keras_hf.fixed_network import FixedNetwork
-from keras_hf.local_objective import LocalCases
-from keras_hf.objective import Objective
-from keras_hf.replicas import across_replicas, replica_number
-from keras_hf.structure import second_derivatives_explained
-from keras_hf.vectors import assign, num_weights, pack, unpack, vector_dtype
+from keras_hf.common.vectors import assign, num_weights, pack, unpack, vector_dtype
+from keras_hf.problem.batching import divide
+from keras_hf.problem.fixed_network import FixedNetwork
+from keras_hf.problem.local_objective import LocalCases
+from keras_hf.problem.objective import Objective
+from keras_hf.problem.replicas import across_replicas, replica_number
+from keras_hf.problem.structure import second_derivatives_explained
 
 
 class LossFunction:

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.capture import (
+from keras_hf.common.checks import count
+from keras_hf.common.vectors import num_weights, vector_dtype
+from keras_hf.problem.capture import (
     at_least_float32,
     has_tokens,
     is_capturable,
@@ -20,11 +22,9 @@ from keras_hf.capture import (
     recorded_uses,
     second_moments,
 )
-from keras_hf.checks import count
-from keras_hf.curvature import loss_hessian
-from keras_hf.linearization import dense
-from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
-from keras_hf.vectors import num_weights, vector_dtype
+from keras_hf.problem.curvature import loss_hessian
+from keras_hf.problem.linearization import dense
+from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
 
 # Size of the outputs' last axis up to which H is formed column by column; above, only its diagonal. Columns cost passes through the loss only.
 _MAX_COLUMNS = 32

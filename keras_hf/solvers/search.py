@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.vectors import dot
+from keras_hf.common.vectors import dot
 
 # Sufficient decrease, shortening and the number of cuts after which the step is rejected.
 _ARMIJO, _SHORTEN, _MAX_CUTS = 1e-2, 0.8, 60

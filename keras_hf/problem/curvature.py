@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.checks import part
-from keras_hf.linearization import Linearization, choose_linearization, dense
-from keras_hf.part import Part
-from keras_hf.vectors import inner_product
+from keras_hf.common.checks import part
+from keras_hf.common.part import Part
+from keras_hf.common.vectors import inner_product
+from keras_hf.problem.linearization import Linearization, choose_linearization, dense
 
 
 class Curvature(Part):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.part import Part
+from keras_hf.common.part import Part
 
 
 class LocalModel:

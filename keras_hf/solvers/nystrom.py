@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.checks import count
-from keras_hf.preconditioners import Preconditioner, due, never_made
-from keras_hf.vectors import num_weights, vector_dtype
+from keras_hf.common.checks import count
+from keras_hf.common.vectors import num_weights, vector_dtype
+from keras_hf.solvers.preconditioners import Preconditioner, due, never_made
 
 
 @keras.saving.register_keras_serializable("keras_hf")

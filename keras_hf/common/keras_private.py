@@ -6,7 +6,7 @@ private method that `HFModel` overrides, `_maybe_symbolic_build`.
 
 import contextlib
 
-from keras_hf.replaced import replaced
+from keras_hf.common.replaced import replaced
 
 # Of layers and tensors.
 

@@ -6,9 +6,9 @@ alone (regularizers), packs and unpacks the flat vector, and assigns candidate w
 
 import tensorflow as tf
 
-from keras_hf import batch_statistics
-from keras_hf.local_objective import LocalObjective
-from keras_hf.vectors import assign, num_weights, pack, unpack
+from keras_hf.common.vectors import assign, num_weights, pack, unpack
+from keras_hf.problem import batch_statistics
+from keras_hf.problem.local_objective import LocalObjective
 
 
 class Product:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.checks import count, finite, positive
-from keras_hf.part import Part
+from keras_hf.common.checks import count, finite, positive
+from keras_hf.common.part import Part
 
 # Twice as many still fit in an int32.
 _LARGEST_SIZE = 2**29

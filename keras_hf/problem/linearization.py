@@ -12,9 +12,9 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.checks import flag
-from keras_hf.part import Part
-from keras_hf.replaced import replaced
+from keras_hf.common.checks import flag
+from keras_hf.common.part import Part
+from keras_hf.common.replaced import replaced
 
 # Where XLA's fusing of elementwise operations outweighs its slower matrix products on CPUs, and a case is work enough to pay for seconds of
 # compiling: `benchmarks/linearization_choice.py`.

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.capture import is_capturable, recorded_uses
-from keras_hf.keras_private import logits as logits_of
+from keras_hf.common.keras_private import logits as logits_of
+from keras_hf.problem.capture import is_capturable, recorded_uses
 
 # Bytes that a kept linearization holds for one byte that the forward pass and the loss compute: 1.6 to 1.8 measured on dense autoencoders.
 _KEPT_PER_BYTE = 2

@@ -6,15 +6,15 @@ Martens (2010), sections 4.4 to 4.8.
 import keras
 import tensorflow as tf
 
-from keras_hf.cg import CGResult, CGStop, conjugate_gradient
-from keras_hf.checks import count, finite, part
-from keras_hf.kronecker import KroneckerFactored
-from keras_hf.part import if_finite
-from keras_hf.preconditioners import EmpiricalFisherDiagonal, Preconditioner
-from keras_hf.search import walk_back
-from keras_hf.solver import Path, Solver
-from keras_hf.stopping import RelativeProgress, StoppingRule
-from keras_hf.vectors import num_weights, vector_dtype
+from keras_hf.common.checks import count, finite, part
+from keras_hf.common.part import if_finite
+from keras_hf.common.vectors import num_weights, vector_dtype
+from keras_hf.solvers.cg import CGResult, CGStop, conjugate_gradient
+from keras_hf.solvers.kronecker import KroneckerFactored
+from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner
+from keras_hf.solvers.search import walk_back
+from keras_hf.solvers.solver import Path, Solver
+from keras_hf.solvers.stopping import RelativeProgress, StoppingRule
 
 
 @keras.saving.register_keras_serializable("keras_hf")

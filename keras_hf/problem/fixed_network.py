@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.batch_statistics import Statistics
-from keras_hf.capture import constant_statistics, own_statistics
-from keras_hf.replicas import replica_number
-from keras_hf.vectors import vector_dtype
+from keras_hf.common.vectors import vector_dtype
+from keras_hf.problem.batch_statistics import Statistics
+from keras_hf.problem.capture import constant_statistics, own_statistics
+from keras_hf.problem.replicas import replica_number
 
 
 class Task(NamedTuple):

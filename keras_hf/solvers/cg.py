@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.checks import count
-from keras_hf.stopping import RelativeProgress
-from keras_hf.vectors import dot
+from keras_hf.common.checks import count
+from keras_hf.common.vectors import dot
+from keras_hf.solvers.stopping import RelativeProgress
 
 
 class CGStop(enum.IntEnum):

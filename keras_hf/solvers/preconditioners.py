@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
-from keras_hf.checks import positive
-from keras_hf.part import Part
+from keras_hf.common.checks import positive
+from keras_hf.common.part import Part
 
 
 class Preconditioner(Part):

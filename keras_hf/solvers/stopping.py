@@ -6,8 +6,8 @@ A rule receives the iteration, the values of the quadratic so far and two norms,
 import keras
 import tensorflow as tf
 
-from keras_hf.checks import positive
-from keras_hf.part import Part
+from keras_hf.common.checks import positive
+from keras_hf.common.part import Part
 
 
 class StoppingRule(Part):

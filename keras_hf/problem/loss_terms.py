@@ -9,8 +9,8 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from keras_hf import checks, keras_private
-from keras_hf.replaced import replaced
+from keras_hf.common import checks, keras_private
+from keras_hf.common.replaced import replaced
 
 _MEANS = ("sum_over_batch_size", "mean")
 

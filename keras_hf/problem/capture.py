@@ -16,8 +16,8 @@ import re
 import keras
 import tensorflow as tf
 
-from keras_hf.linearization import dense
-from keras_hf.replaced import replaced
+from keras_hf.common.replaced import replaced
+from keras_hf.problem.linearization import dense
 
 # Floats in the largest temporary of a block of cases.
 _BLOCK_FLOATS = 2**22

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.linearization import dense
-from keras_hf.vectors import assign
+from keras_hf.common.vectors import assign
+from keras_hf.problem.linearization import dense
 
 
 class Totals(NamedTuple):
