@@ -17,8 +17,8 @@ from keras_hf import (
     HFModel,
     Identity,
     LevenbergMarquardt,
-    batching,
 )
+from keras_hf.problem import batching
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
 

@@ -19,8 +19,8 @@ from keras_hf import (
     Nystrom,
     ResidualTolerance,
     conjugate_gradient,
-    nystrom,
 )
+from keras_hf.solvers import nystrom
 from keras_hf.update import hf_update
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -19,8 +19,8 @@ from keras_hf import (
     HessianFree,
     HFModel,
     LevenbergMarquardt,
-    structure,
 )
+from keras_hf.problem import structure
 from keras_hf.problem.fixed_network import Data
 
 TARGETS = np.random.default_rng(3).normal(size=(15, 3))
