@@ -74,6 +74,7 @@ def task_of(model, whole_loss):
         ],
         update_metrics=lambda data, y_pred: update_metrics(model, data, y_pred),
         variables=[variable.value for variable in trainable],
+        weights=trainable,
         constraints=[variable.constraint for variable in trainable],
         states=[variable for variable in model.non_trainable_variables if id(variable) not in seeds],
         seeds=list(seeds.values()),
@@ -82,13 +83,14 @@ def task_of(model, whole_loss):
     )
 
 
-def trace(task, data, curvature, num_replicas, name):
+def trace(task, data, curvature, solver, num_replicas, name):
     """Traces a task once, and finds out early, and says, how products are formed.
 
     Args:
         task: `fixed_network.Task`.
         data: `objective.Data`, of which only types and shapes are used.
         curvature: `curvature.Curvature`.
+        solver: `solver.Solver`.
         num_replicas: Integer.
         name: String, the network's name.
 
@@ -101,6 +103,7 @@ def trace(task, data, curvature, num_replicas, name):
     with second_derivatives_explained({}):
         structure = trace_structure(task, data)
     checks.has_loss(structure.combinations or structure.has_added_loss)
+    solver.require(structure)
     fitted = curvature.fitted_to(structure, num_replicas)
     if fitted.linearization is not None:
         _logger.info(

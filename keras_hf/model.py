@@ -577,8 +577,9 @@ class HFModel(keras.Model):
     def _task(self, data):
         """Returns the `Task` and its `Structure`, and keeps what its trace chose."""
         task = compiled_model.task_of(self, self._whole_loss)
-        curvature, replicas = self.optimizer.curvature, self.distribute_strategy.num_replicas_in_sync
-        structure, choice = compiled_model.trace(task, data, curvature, replicas, self.network.name)
+        optimizer, replicas = self.optimizer, self.distribute_strategy.num_replicas_in_sync
+        curvature = optimizer.curvature
+        structure, choice = compiled_model.trace(task, data, curvature, optimizer.solver, replicas, self.network.name)
         self._keep("_choice", choice)
         if isinstance(curvature, GaussNewton) and structure.combinations and not structure.has_curvature:
             self._advice.no_curvature()

@@ -7,6 +7,7 @@ import warnings
 import keras
 import tensorflow as tf
 
+from keras_hf.common import checks
 from keras_hf.common.checks import count, finite, integer, part
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.convergence import Convergence
@@ -112,6 +113,14 @@ class HessianFree(keras.optimizers.Optimizer):
         self.solver = part("solver", ConjugateGradient() if solver is None else solver, Solver, "ConjugateGradient()")
         if growing_batch is not None:
             part("growing_batch", growing_batch, GrowingBatch, "GrowingBatch()")
+        if self.solver.uses_all_cases:
+            growing_batch = None if growing_batch is _GROWING else growing_batch
+            checks.all_cases(self.solver, growing_batch, curvature_batch_size)
+            if type(self.curvature) is not GaussNewton:
+                raise ValueError(
+                    f"`{type(self.solver).__name__}` factorizes the Gauss-Newton matrix. Received: curvature={self.curvature!r}. Leave it out, or "
+                    "use `ConjugateGradient()`."
+                )
         self.growing_batch = growing_batch
         self.curvature_batch_size = count("curvature_batch_size", curvature_batch_size, optional=True)
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)

@@ -102,7 +102,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     gradient, gradient_norm = at_start.gradient, tf.sqrt(dot(at_start.gradient, at_start.gradient))
     curvature, curvature_state = curvature.prepared(objective, state.curvature)
     # One linearization, for everybody who needs products.
-    linearize = functools.cache(lambda: objective.product(curvature))
+    linearize = functools.cache(lambda: solver.linearize(objective, curvature))
     scale, found_damping = _scale_and_damping(objective, linearize, gradient, state)
     # Where there is none, there is no step either.
     damping = tf.where(tf.math.is_nan(found_damping), tf.ones_like(found_damping), found_damping)

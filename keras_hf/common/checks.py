@@ -74,6 +74,15 @@ def part(name, value, base, example):
     return value
 
 
+def all_cases(solver, growing_batch, curvature_batch_size):
+    """Raises if a solver that uses all cases in every update is to use a part of them."""
+    for name, value in {"growing_batch": growing_batch, "curvature_batch_size": curvature_batch_size}.items():
+        if value is not None:
+            raise ValueError(
+                f"`{type(solver).__name__}` uses all cases of the batch in every update. Received: {name}={value!r}. Leave it out."
+            )
+
+
 def num_cases(x, y=None, sample_weight=None):
     """Returns the number of cases in nests of arrays, or raises if it is 0, or not the same in all arrays."""
     found = {}

@@ -27,6 +27,12 @@ def unpack(vector, variables):
     return [tf.cast(tf.reshape(part, v.shape), v.dtype) for part, v in zip(parts, variables, strict=True)]
 
 
+def unpack_rows(vectors, variables):
+    """Cuts flat vectors, the rows of `(k, n)`, into tensors `(k, *shape)`, typed as `variables`."""
+    parts = tf.split(vectors, [variable.shape.num_elements() for variable in variables], axis=1)
+    return [tf.cast(tf.reshape(part, [-1, *v.shape]), v.dtype) for part, v in zip(parts, variables, strict=True)]
+
+
 def assign(variables, values):
     """Gives variables the values of a list of tensors."""
     for variable, value in zip(variables, values, strict=True):

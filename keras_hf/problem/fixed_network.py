@@ -25,6 +25,7 @@ class Task(NamedTuple):
         regularizers: List of `(tf.Variable, callable variable -> scalar)`, the losses that depend on one weight alone.
         update_metrics: Callable `(data, y_pred)`, called once per piece with its outputs before the update.
         variables: List of `tf.Variable`, the trainable weights.
+        weights: List of `keras.Variable`, the same as Keras knows them.
         constraints: List, for every variable its Keras constraint, a callable that projects a value, or `None`.
         states: List of `keras.Variable`, the non-trainable values that a forward pass may change, seeds apart.
         seeds: List of `keras.Variable`, the states of the network's seed generators.
@@ -37,6 +38,7 @@ class Task(NamedTuple):
     regularizers: list
     update_metrics: Callable
     variables: list
+    weights: list
     constraints: list
     states: list
     seeds: list
@@ -116,7 +118,7 @@ class FixedNetwork:
         self.task, self.structure, self.update_number = task, structure, update_number
         self.dtype = vector_dtype(task.variables)
 
-    def evaluate(self, data, number, statistics=(), measured=None):
+    def evaluate(self, data, number, statistics=(), measured=None, weights=None):
         """Runs the network on a piece.
 
         Args:
@@ -124,13 +126,15 @@ class FixedNetwork:
             number: int32 scalar, the piece's number, which its random numbers depend on.
             statistics: Pairs of a moving statistic of BatchNormalization and the value it has, as a constant, instead of the piece's.
             measured: List of BatchNormalization layers whose own statistics are among the states; by default `measured_normalizations`.
+            weights: List of tensors, the values of the trainable weights in this pass; `None` = those that they have.
 
         Returns:
             An `Evaluation`.
         """
         measured = self.structure.measured_normalizations if measured is None else measured
         frozen = constant_statistics(self.structure.batch_normalizations) if statistics else own_statistics(measured)
-        with self.fixed_state(number, statistics) as scope, frozen:
+        values = [*statistics, *(zip(self.task.weights, weights, strict=True) if weights is not None else ())]
+        with self.fixed_state(number, values) as scope, frozen:
             y_pred = self.task.network(data.x)
         states = [scope.get_current_value(state) for state in self.structure.states]
         added = tf.add_n([tf.cast(loss, self.dtype) for loss in scope.losses]) if scope.losses else None

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_hf.common.vectors import inner_product, num_weights, pack, unpack
 from keras_hf.problem.capture import squared_gradients
+from keras_hf.problem.jacobian import LocalRows, compiles_rows
 from keras_hf.problem.linearization import DoubleBackward, dense
 from keras_hf.problem.piece import PieceFunction, Totals
 from keras_hf.problem.replicas import replica_number
@@ -148,11 +149,31 @@ class LocalObjective:
         start = tf.stack([tf.cast(self._regularization(), tf.float64), 0.0, 0.0])
         return _over_pieces(0, self.pieces.num_pieces, add_piece, start)
 
+    def regularizations(self, candidates):
+        """This replica's shares of the regularizers' loss at several weights, float64 `(k,)`.
+
+        Args:
+            candidates: List of tensors `(k, *weight's shape)`.
+        """
+        places = {id(variable): place for place, variable in enumerate(self._task.variables)}
+        total = tf.zeros([tf.shape(candidates[0])[0]], tf.float64)
+        for variable, regularizer in self._task.regularizers:
+            of_one = lambda value, regularizer=regularizer: tf.cast(regularizer(value), tf.float64)  # noqa: E731
+            total += tf.map_fn(of_one, candidates[places[id(variable)]], fn_output_signature=tf.float64)
+        return tf.cast(self._regularization_share(), tf.float64) * total
+
+    def rows(self):
+        """The `jacobian.LocalRows` of all cases."""
+        piece = PieceFunction(self._network, self._totals, self._cases.data, tf.constant(0), of_chunk=False)
+        return LocalRows(piece, self._dtype, compiles_rows(self._structure) and self._num_replicas == 1)
+
+    def _regularization_share(self):
+        return tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas
+
     def _regularization(self):
         """This replica's share of the regularizers' loss: none of a batch without cases, which is nothing to go by."""
         losses = [tf.cast(regularizer(variable), self._dtype) for variable, regularizer in self._task.regularizers]
-        share = tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas
-        return share * tf.add_n(losses) if losses else tf.zeros([], self._dtype)
+        return self._regularization_share() * tf.add_n(losses) if losses else tf.zeros([], self._dtype)
 
     def regularization_product(self):
         """Gives `v -> Rv` on flat vectors, this replica's share of the regularizers' second derivative R."""

@@ -4,9 +4,12 @@ Each replica holds a `LocalObjective`, its own cases worked through in pieces; t
 alone (regularizers), packs and unpacks the flat vector, and assigns candidate weights and restores them. It knows no damping and no CG.
 """
 
+import functools
+
+import keras
 import tensorflow as tf
 
-from keras_hf.common.vectors import assign, num_weights, pack, unpack
+from keras_hf.common.vectors import assign, num_weights, pack, unpack, unpack_rows
 from keras_hf.problem import batch_statistics
 from keras_hf.problem.local_objective import LocalObjective
 
@@ -35,6 +38,57 @@ class Product:
         if sides is None:
             return None
         return tf.stack([tf.math.divide_no_nan(tf.abs(left - right), size) for left, right, size in sides])
+
+
+class Rows:
+    """The weighted Jacobian B of all replicas; see `jacobian`. Vectors of rows are divided among replicas as the cases are.
+
+    Args:
+        replicas: `replicas.Replicas`.
+        parts: The `jacobian.LocalRows` of every replica, as `replicas` holds them.
+    """
+
+    def __init__(self, replicas, parts):
+        self._replicas, self._parts = replicas, parts
+
+    @property
+    def jacobian(self):
+        """B, `(rows, n)`; `None` on several replicas, or where it is too large to be kept."""
+        return self._parts.jacobian if self._replicas.count == 1 else None
+
+    @property
+    def residuals(self):
+        """s, `(rows,)` on each replica, with `B's` the gradient of the compiled loss."""
+        return self._replicas.run(lambda part: part.residuals, self._parts)
+
+    def gram(self):
+        """Returns `B'B`, `(n, n)`."""
+        return self._replicas.sum(lambda part: part.gram(), self._parts)
+
+    def pull(self, u):
+        """Returns `B'u`, `(n,)`."""
+        return self._replicas.sum(lambda part, u: part.pull(u), self._parts, u)
+
+    def plus_push(self, u, v):
+        """Returns `u + Bv`, `(rows,)` on each replica."""
+        return self._replicas.run(lambda part, u, v: u + part.push(v), self._parts, u, v)
+
+    def tangent_error(self, v):
+        """Returns by how much Bv and the outputs' forward derivative along v differ, relative to them, a scalar. Cost: about two forward passes."""
+        squares = self._replicas.sum(lambda part, v: part.tangent_squares(v), self._parts, v)
+        return tf.sqrt(tf.math.divide_no_nan(*squares))
+
+    def norm(self, u):
+        """Returns the norm of `(rows,)`, a scalar."""
+        return tf.sqrt(self._replicas.sum(lambda u: tf.reduce_sum(u**2), u))
+
+    def second(self, v):
+        """Returns `L'f_vv`, `(rows,)` on each replica: the second directional derivative of the outputs along v."""
+        return self._replicas.run(lambda part, v: part.second(v), self._parts, v)
+
+    def losses(self, candidates):
+        """Returns the compiled loss at several weights, a list of tensors `(k, *shape)`: float64 `(k,)`."""
+        return self._replicas.sum(lambda part, candidates: part.losses(candidates), self._parts, candidates)
 
 
 class Objective:
@@ -195,6 +249,44 @@ class Objective:
         """
         curvature = curvature.fitted_to(self._structure, self._replicas.count)
         return Product(self._replicas, self._replicas.run(lambda part: part.product(curvature), self._parts))
+
+    @functools.cached_property
+    def rows(self):
+        """The `Rows` of the batch at the start. Cost: one vectorised gradient per case and output."""
+        return Rows(self._replicas, self._replicas.run(lambda part: part.rows(), self._parts))
+
+    def losses_at(self, steps):
+        """Returns the losses over the batch at start + each of several steps, `(k, n)`: float64 `(k,)`. For networks that have `rows`.
+
+        Cost: k forward passes, vectorised. The weights stay as they are.
+        """
+        candidates = unpack_rows(self._start_vector + steps, self._task.variables)
+        if any(self._task.constraints):
+            candidates = tf.map_fn(self._project, candidates)
+        regularizations = self._replicas.sum(lambda part, c: part.regularizations(c), self._parts, candidates)
+        return self.rows.losses(candidates) + regularizations
+
+    @property
+    def has_regularization(self):
+        """Whether a weight has a regularizer."""
+        return bool(self._task.regularizers)
+
+    @property
+    def has_diagonal_regularization(self):
+        """Whether the second derivative of the regularizers is known to be diagonal."""
+        kinds = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+        return all(isinstance(regularizer, kinds) for _, regularizer in self._task.regularizers)
+
+    def regularization_matrix(self):
+        """Returns the regularizers' second derivative, `(n, n)`, or `None` without any. Cost: n products of the regularizers."""
+        if not self._task.regularizers:
+            return None
+        identity = tf.eye(self.num_weights, dtype=self.dtype)
+
+        def matrix(part):
+            return tf.vectorized_map(part.regularization_product(), identity)
+
+        return self._replicas.sum(matrix, self._parts)
 
     @property
     def rounding(self):

@@ -49,9 +49,13 @@ class PieceFunction:
         self._network, self._totals, self._data, self._number, self._of_chunk = network, totals, data, number, of_chunk
         self._statistics = statistics
 
-    def forward(self):
-        """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics."""
-        return self._network.evaluate(self._data, self._number, self._statistics)
+    def forward(self, weights=None):
+        """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics.
+
+        Args:
+            weights: List of tensors, the weights of this pass; `None` = those of the variables. With them the pass can be vectorised over weights.
+        """
+        return self._network.evaluate(self._data, self._number, self._statistics, weights=weights)
 
     def cases(self, indices):
         """Returns the function of the piece's cases at `indices`, int32 `(k,)`, alone."""
@@ -78,6 +82,11 @@ class PieceFunction:
     def is_vectorizable(self):
         """Whether TensorFlow vectorises the network over cases."""
         return self._network.structure.is_vectorizable
+
+    @property
+    def static_num_cases(self):
+        """Number of cases where it is known before they come, else `None`."""
+        return self._data.static_num_cases
 
     @property
     def floats_per_case(self):

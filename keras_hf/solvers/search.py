@@ -111,6 +111,32 @@ def walk_back(loss_at, candidates, loss, gradient):
     return Taken(chosen.row, candidate, chosen.loss, found.step_size, found.loss, chosen.losses, found.num_cuts)
 
 
+def least_loss(losses_at, loss_at, candidates, loss, gradient):
+    """Searches a path by looking at all of its candidates at once: the one of least loss is taken, if it is less than the loss at the start.
+
+    Args:
+        losses_at: Callable `(k, n) -> float64 (k,)`, the losses after several steps.
+        loss_at, candidates, loss, gradient: As in `walk_back`; of these, candidates and loss are used.
+
+    Returns:
+        A `Taken`.
+    """
+    del loss_at, gradient
+    losses = losses_at(candidates)
+    compared = _or_infinity(losses)
+    row = tf.argmin(compared, output_type=tf.int32)
+    accepted = tf.math.is_finite(loss) & (compared[row] < loss)
+    return Taken(
+        row,
+        candidates[row],
+        losses[row],
+        tf.where(accepted, tf.ones([], tf.float64), 0.0),
+        tf.where(accepted, losses[row], loss),
+        losses,
+        tf.constant(0),
+    )
+
+
 def line_search(loss_at, step, loss, loss_at_step, slope):
     """Shortens a step until the loss satisfies Armijo's condition.
 

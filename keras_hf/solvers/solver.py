@@ -51,7 +51,33 @@ class Path(NamedTuple):
 
 
 class Solver(Part):
-    """What a solver promises: immutable settings, and a path for every update. Subclasses implement `solve`."""
+    """What a solver promises: immutable settings, and a path for every update. Subclasses implement `solve`.
+
+    Attributes:
+        uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
+    """
+
+    uses_all_cases = False
+
+    def require(self, structure):
+        """Raises where the solver would be wrong for a network.
+
+        Args:
+            structure: `structure.Structure` of the traced network.
+
+        Raises:
+            ValueError: If it would.
+        """
+        del structure
+
+    def linearize(self, objective, curvature):
+        """Returns the product `v -> Gv` by which the solver's steps, the scale of the curvature and the reduction ratio are judged.
+
+        Args:
+            objective: `objective.Objective`.
+            curvature: `curvature.Curvature`.
+        """
+        return objective.product(curvature)
 
     def solve(self, model, damping, state):
         """Finds candidate steps of `q(p) = g'p + p'(G + damping I)p / 2`.

@@ -1,0 +1,232 @@
+"""The weighted Jacobian of one replica's cases, and what else an exact Gauss-Newton step needs of the outputs.
+
+With J the Jacobian of the network's outputs and `H = LL'` the second derivative of the loss with respect to them, one block per case, the rows are
+`B = L'J`, so that `B'B` is the Gauss-Newton matrix. With r the gradient of the loss with respect to the outputs and `s = L^+ r`, `B's` is the gradient
+of the loss, as far as r lies in the range of H: all of it for squares and for cross-entropies.
+"""
+
+import tensorflow as tf
+
+from keras_hf.problem.linearization import dense
+
+from keras_hf.common.vectors import pack, unpack
+
+# Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
+_BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27
+
+
+def compiles_rows(structure):
+    """Whether XLA compiles what is made of one case's outputs: many small operations, which it joins.
+
+    Args:
+        structure: `structure.Structure`.
+    """
+    return structure.is_vectorizable and structure.is_fusible and not structure.nesting_ops
+
+
+class LocalRows:
+    """The rows of one replica, `(rows, n)`. A Jacobian that would be too large is formed anew, block by block, wherever it is needed.
+
+    Args:
+        piece: `piece.PieceFunction` of all cases of the replica. Each case must have outputs of its own: no layer may mix cases.
+        dtype: Of flat vectors.
+        jit_compile: Whether XLA compiles the passes.
+    """
+
+    def __init__(self, piece, dtype, jit_compile):
+        self._piece, self._dtype, self._variables = piece, dtype, piece.variables
+        self._jit_compile = jit_compile
+        self._num_weights = sum(variable.shape.num_elements() for variable in piece.variables)
+        self._roots, self.residuals = self._compiled(self._roots_and_residuals)()
+        num_cases, size = piece.static_num_cases, self._roots.shape[1]
+        per_case = size * max(self._num_weights, piece.floats_per_case)
+        self._block = max(1, _BLOCK_FLOATS // per_case)
+        is_kept = num_cases is not None and num_cases * size * self._num_weights <= _KEPT_FLOATS
+        self._rows_of = self._compiled(self._rows_of_cases)
+        # The whole Jacobian, or `None` where it is not kept.
+        self.jacobian = self._in_blocks(self._rows_of) if is_kept else None
+
+    def gram(self):
+        """Returns `B'B`, `(n, n)`."""
+        return self._sum_of(lambda rows, _: tf.matmul(rows, rows, transpose_a=True), [self._num_weights] * 2)
+
+    def pull(self, u):
+        """Returns `B'u`, `(n,)`, of u `(rows,)`."""
+        return self._sum_of(lambda rows, u: tf.linalg.matvec(rows, u, transpose_a=True), [self._num_weights], u)
+
+    def push(self, v):
+        """Returns `Bv`, `(rows,)`, of v `(n,)`."""
+        if self.jacobian is not None:
+            return tf.linalg.matvec(self.jacobian, v)
+        return self._in_blocks(lambda indices: tf.linalg.matvec(self._rows_of(indices), v))
+
+    def second(self, v):
+        """Returns `L'f_vv`, `(rows,)`: f_vv is the second directional derivative of the outputs along v, `(n,)`.
+
+        By two nested forward derivatives, exact. Cost: about four forward passes.
+        """
+        return self._in_blocks(self._compiled(self._second_of_cases), v)
+
+    def tangent_squares(self, v):
+        """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
+        by_rows, forward = self.push(v), self._in_blocks(self._compiled(self._tangents_of_cases), v)
+        return tf.reduce_sum((by_rows - forward) ** 2), tf.reduce_sum(by_rows**2)
+
+    def losses(self, candidates):
+        """Returns the replica's shares of the compiled loss at several weights, float64 `(k,)`, vectorised; the weights stay as they are.
+
+        Args:
+            candidates: List of tensors `(k, *weight's shape)`.
+        """
+        num_candidates = candidates[0].shape[0]  # static: an arc has so many places
+        block = max(1, _BLOCK_FLOATS // max(self._piece.floats_per_case, 1))
+
+        def of_cases(indices, *candidates):
+            cases = self._piece.cases(indices)
+            of_weights = lambda weights: cases.accurate_share(cases.forward(list(weights)))  # noqa: E731
+            return self._mapped(of_weights, tuple(candidates), tf.float64)
+
+        compiled = self._compiled(of_cases)
+        num_cases = self._piece.static_num_cases
+        if num_cases is not None and num_cases * num_candidates <= block:
+            return compiled(tf.range(num_cases), *candidates)
+
+        def add_block(start, total):
+            stop = tf.minimum(start + max(1, block // num_candidates), self._piece.num_cases)
+            return stop, total + compiled(tf.range(start, stop), *candidates)
+
+        start = tf.constant(0), tf.zeros([num_candidates], tf.float64)
+        return tf.while_loop(lambda start, _: start < self._piece.num_cases, add_block, start, parallel_iterations=1)[1]
+
+    def _mapped(self, function, args, dtype):
+        """Applies a function to every row of nested tensors: vectorised where TensorFlow can."""
+        if self._piece.is_vectorizable:
+            return tf.vectorized_map(function, args)
+        return tf.map_fn(function, args, fn_output_signature=dtype, parallel_iterations=1)
+
+    def _sum_of(self, function, shape, u=None):
+        """The sum over blocks of `function(rows, u)`; u is cut as the rows are."""
+        if self.jacobian is not None:
+            return function(self.jacobian, u)
+        size = self._roots.shape[1]
+
+        def add_block(start, total):
+            stop = tf.minimum(start + self._block, self._piece.num_cases)
+            part = None if u is None else u[start * size : stop * size]
+            return stop, total + function(self._rows_of(tf.range(start, stop)), part)
+
+        _, total = tf.while_loop(
+            lambda start, _: start < self._piece.num_cases,
+            add_block,
+            (tf.constant(0), tf.zeros(shape, self._dtype)),
+            parallel_iterations=1,
+        )
+        return total
+
+    def _in_blocks(self, function, *args):
+        """Calls `function(indices of cases, *args)` for blocks of cases and joins what comes, whose first axis is the rows."""
+        num_cases = self._piece.static_num_cases
+        if num_cases is not None and num_cases <= self._block:
+            return function(tf.range(num_cases), *args)
+        num_blocks = (self._piece.num_cases + self._block - 1) // self._block
+
+        def add_block(number, parts):
+            start = number * self._block
+            indices = tf.range(start, tf.minimum(start + self._block, self._piece.num_cases))
+            return number + 1, parts.write(number, function(indices, *args))
+
+        _, parts = tf.while_loop(
+            lambda number, _: number < num_blocks,
+            add_block,
+            (tf.constant(0), tf.TensorArray(self._dtype, num_blocks, infer_shape=False)),
+            parallel_iterations=1,
+        )
+        return parts.concat()
+
+    def _compiled(self, function):
+        return tf.function(function, autograph=False, jit_compile=True) if self._jit_compile else function
+
+    def _flat(self, outputs):
+        """Outputs, a list of tensors of cases, as `(cases, k)`."""
+        sizes = [output.shape[1:].num_elements() for output in outputs]
+        flat = [tf.reshape(output, [-1, size]) for output, size in zip(outputs, sizes, strict=True)]
+        return tf.cast(tf.concat(flat, 1), self._dtype)
+
+    def _roots_and_residuals(self):
+        """L of every case, `(cases, k, k)`, and `s = L^+ r`, `(cases * k,)`."""
+        piece, evaluation = self._piece, self._piece.forward()
+        outputs = evaluation.outputs
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(outputs)
+            with tf.GradientTape() as inner:
+                inner.watch(outputs)
+                loss = piece.loss(evaluation)
+            gradients = dense(inner.gradient(loss, outputs), outputs)
+        slopes = self._flat(gradients)
+        size = slopes.shape[1]
+
+        def image(u):
+            """H times the same u, `(k,)`, in every case: `(cases, k)`."""
+            parts = tf.split(u, [output.shape[1:].num_elements() for output in outputs])
+            u = [
+                tf.cast(tf.broadcast_to(tf.reshape(part, [1, *output.shape[1:]]), tf.shape(output)), output.dtype)
+                for part, output in zip(parts, outputs, strict=True)
+            ]
+            return self._flat(dense(outer.gradient(gradients, outputs, output_gradients=u), outputs))
+
+        if piece.hessian_is_diagonal or size == 1:
+            values = image(tf.ones([size], self._dtype))
+            # A loss that is not convex there (a negative second derivative) has no root: the rows are those of its convex part.
+            root = tf.sqrt(tf.maximum(values, 0))
+            return tf.linalg.diag(root), tf.reshape(tf.math.divide_no_nan(slopes, root), [-1])
+        hessians = tf.transpose(tf.stack([image(u) for u in tf.eye(size, dtype=self._dtype)]), [1, 0, 2])
+        values, vectors = tf.linalg.eigh((hessians + tf.linalg.matrix_transpose(hessians)) / 2)
+        rounding = size * self._dtype.as_numpy_dtype(2) ** (-52 if self._dtype == tf.float64 else -23)
+        root = tf.sqrt(tf.where(values > rounding * values[:, -1:], values, tf.zeros_like(values)))
+        residuals = tf.math.divide_no_nan(tf.linalg.matvec(vectors, slopes, transpose_a=True), root)
+        return vectors * root[:, None], tf.reshape(residuals, [-1])
+
+    def _rows_of_cases(self, indices):
+        """The rows of some cases, `(cases * k, n)`: one vectorised gradient per case and output."""
+        size = self._roots.shape[1]
+
+        def of_case(args):
+            index, root = args
+            with tf.GradientTape(persistent=size > 1) as tape:
+                outputs = self._flat(self._piece.cases(index[None]).forward().outputs)[0]
+
+            def row(u):
+                gradients = tape.gradient(outputs, self._variables, output_gradients=u)
+                return pack(dense(gradients, self._variables), self._dtype)
+
+            return row(root[:, 0])[None] if size == 1 else tf.vectorized_map(row, tf.transpose(root))
+
+        rows = self._mapped(of_case, (indices, tf.gather(self._roots, indices)), self._dtype)
+        return tf.reshape(rows, [-1, self._num_weights])
+
+    def _tangents_of_cases(self, indices, v):
+        """`L'(Jv)` of some cases, `(cases * k,)`."""
+        return self._weighted(indices, self._derivative(self._outputs_of(indices), v))
+
+    def _second_of_cases(self, indices, v):
+        """`L'f_vv` of some cases, `(cases * k,)`."""
+        outputs = self._outputs_of(indices)
+        slopes = lambda weights: self._derivative(outputs, v, weights)  # noqa: E731
+        return self._weighted(indices, self._derivative(slopes, v))
+
+    def _outputs_of(self, indices):
+        """Outputs of some cases as a function of the weights, a list of tensors: `(cases, k)`."""
+        cases = self._piece.cases(indices)
+        return lambda weights: self._flat(cases.forward(weights).outputs)
+
+    def _derivative(self, function, v, weights=None):
+        """The derivative along v of a function of the weights; `None` = at those that the variables have."""
+        weights = [tf.convert_to_tensor(variable) for variable in self._variables] if weights is None else weights
+        with tf.autodiff.ForwardAccumulator(weights, unpack(v, self._variables)) as accumulator:
+            value = function(weights)
+        return dense([accumulator.jvp(value)], [value])[0]
+
+    def _weighted(self, indices, derivatives):
+        """`L'u` of some cases, `(cases * k,)`, of u `(cases, k)`."""
+        roots = tf.gather(self._roots, indices)
+        return tf.reshape(tf.linalg.matvec(roots, derivatives, transpose_a=True), [-1])
