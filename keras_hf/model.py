@@ -1,4 +1,4 @@
-"""HFModel: the Keras room. Unpacks the batch, owns the weights, fills the logs."""
+"""HFModel: the interface to Keras. Unpacks the batch, owns the weights, fills the logs."""
 
 import contextlib
 import functools
@@ -34,50 +34,51 @@ from keras_hf.update import hf_update
 class HFModel(keras.Model):
     """Trains a Keras model by Hessian-free optimization.
 
-    One batch of `fit` is one update. `network` stays an ordinary Keras model whose weights this one shares; what `fit`, `evaluate`, `predict`,
-    `compile` and callbacks mean is what they mean in Keras, with these exceptions, each because Keras' default would be a trap:
+    One batch of `fit` is one update. `network` stays an ordinary Keras model that shares its weights with this one. `fit`, `evaluate`, `predict`,
+    `compile` and callbacks work as in Keras, with these exceptions, where Keras' default would be a trap:
 
     - `fit` on arrays without `batch_size` takes all training cases as one batch; validation keeps batches of 32.
     - An update uses a part of its batch, which grows, unless `HessianFree(growing_batch=None)`; loss and metrics in the logs are of the cases used.
-    - A batch of all cases has a fixed order, permuted once by the optimizer's seed (`shuffle=True`) or as given: curvature chunks stay the same.
-    - `compile` without an optimizer means `HessianFree()`.
+    - A batch of all cases has a fixed order, permuted once by the optimizer's seed (`shuffle=True`) or as given, so that curvature chunks do not
+      change.
+    - `compile` without an optimizer uses `HessianFree()`.
     - The moving statistics of BatchNormalization are those of the cases used, at the weights after the update, instead of averages over updates.
 
-    Logs of an update, beside the loss (before the update, Keras' running mean) and the metrics (before the update):
+    Logs of an update, in addition to the loss (before the update, Keras' running mean) and the metrics (before the update):
 
     | key | meaning |
     | --- | --- |
     | `damping` | the damping that the update used |
-    | `reduction_ratio` | actual over predicted reduction; minus infinity where the loss rose, NaN where nothing could be measured |
-    | `step_size` | share of the solver's candidate that was taken; 0 = the step was rejected and the weights are as before |
+    | `reduction_ratio` | actual over predicted reduction; minus infinity if the loss rose, NaN if nothing could be measured |
+    | `step_size` | the step relative to the solver's candidate; 0 = the step was rejected and the weights are unchanged |
     | `gradient_norm` | norm of the gradient before the update |
-    | `num_cases` | cases that the update used: those of the batch, or of its growing part |
-    | `converged` | 1 if no step lowers the loss by more than rounding: the solver rests until gradient or damping change |
+    | `num_cases` | number of cases that the update used: those of the batch, or of its growing part |
+    | `converged` | 1 if no step lowers the loss by more than rounding: the solver pauses until gradient or damping change |
 
-    The solver adds its own; those of `ConjugateGradient`:
+    The solver adds its own entries; those of `ConjugateGradient` are:
 
     | key | meaning |
     | --- | --- |
     | `cg_iterations` | CG iterations run |
-    | `cg_step` | number of the iterate that was taken |
+    | `cg_step` | number of the iterate taken |
     | `cg_stop` | why CG stopped: a `CGStop` |
     | `negative_curvature` | 1 if CG met negative curvature |
 
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
-    The first update of a compiled model computes its loss twice and its step's curvature two ways. Where they differ by more than rounding (a network
-    that is another function in every call, a second derivative that TensorFlow has wrong), the update raises, and every value is as before. Weights
-    with constraints are projected before the first update, should they violate them, and in every step that is tried.
+    The first update of a compiled model computes its loss twice and its step's curvature in two ways. If they differ by more than rounding (a network
+    that is a different function in every call, a second derivative that is wrong in TensorFlow), the update raises an error and leaves every value
+    unchanged. Weights with constraints are projected before the first update if they violate them, and in every step that is tried.
 
-    `last_trace` holds how the last update came by its step, a dict of tensors; `UpdateRecorder` writes it to a file. `save` and
-    `save_weights` keep the file that they replace until the new one is complete.
+    `last_trace` records how the last update found its step, a dict of tensors; `UpdateRecorder` writes it to a file. `save` and `save_weights` keep
+    the file that they replace until the new one is complete.
 
     Args:
         network: `keras.Model`: Sequential, functional or subclassed, built or not.
         name: Name of this model.
 
     Raises:
-        TypeError: If `network` is no `keras.Model`.
+        TypeError: If `network` is not a `keras.Model`.
 
     Example:
 
@@ -96,9 +97,9 @@ class HFModel(keras.Model):
             )
         super().__init__(name=name, **kwargs)
         self.network = network
-        self._choice = None  # `compiled_model.Choice`, of the last trace
+        self._choice = None  # the `compiled_model.Choice` of the last trace
         self._advice = Advice()
-        # Cases of a batch at most in the `fit` that runs, where that is known; and what the traced update is right for.
+        # The largest number of cases of a batch: in the running `fit`, if known; and the number that the traced update supports.
         self._most_cases, self._most_cases_traced = None, math.inf
         self.last_trace = None
         if network.built:
@@ -110,7 +111,7 @@ class HFModel(keras.Model):
                     stacklevel=2,
                 )
 
-    # The network, as a Keras model sees it.
+    # The network as a Keras model.
 
     def call(self, inputs, training=None, mask=None):
         """Calls the network."""
@@ -126,24 +127,24 @@ class HFModel(keras.Model):
         self.network.summary(*args, **kwargs)
 
     def export(self, *args, **kwargs):
-        """Exports the network alone, as `keras.Model.export` does: what is served needs neither this package nor the optimizer."""
+        """Exports the network alone, as `keras.Model.export` does: serving needs neither this package nor the optimizer."""
         return self.network.export(*args, **kwargs)
 
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
-        """Saves the model and what training goes on from; arguments as `keras.Model.save`. A file is replaced only by a complete one."""
+        """Saves the model and the state of training; arguments as `keras.Model.save`. A file is replaced only by a complete one."""
         with _saved_file(filepath, overwrite) as path:
             super().save(path, overwrite, zipped, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
-        """Saves weights and what training goes on from; arguments as `keras.Model.save_weights`. A file is replaced only by a complete one."""
+        """Saves the weights and the state of training; arguments as `keras.Model.save_weights`. A file is replaced only by a complete one."""
         with _saved_file(filepath, overwrite and max_shard_size is None) as path:
             super().save_weights(path, overwrite, max_shard_size)
 
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
-        """Loads what `save_weights` saved; arguments as `keras.Model.load_weights`. A file that does not fit leaves every value as it was.
+        """Loads a file of `save_weights`; arguments as `keras.Model.load_weights`. A file that does not fit leaves every value unchanged.
 
         Raises:
-            ValueError: If the file holds other weights than this model has.
+            ValueError: If the weights in the file are not those of this model.
         """
         try:
             with guard.values_kept_on_error(self._values()):
@@ -162,11 +163,11 @@ class HFModel(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Makes the model from what `get_config` returned."""
+        """Creates the model from the result of `get_config`."""
         network = keras.saving.deserialize_keras_object(config["network"], custom_objects)
         return cls(network, name=config["name"])
 
-    # Training, as a Keras user calls it.
+    # Training, the methods that a user calls.
 
     def compile(self, optimizer=None, loss=None, *args, **kwargs):
         """Configures training; arguments as `keras.Model.compile`.
@@ -178,8 +179,8 @@ class HFModel(keras.Model):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: If the optimizer is no `HessianFree`, or one built for other weights, if `jit_compile` is true, or if a trainable weight is no
-                real floating-point number.
+            ValueError: If the optimizer is not a `HessianFree` or was built for other weights, if `jit_compile` is true, or if a trainable weight is
+                not a real floating-point number.
         """
         optimizer = HessianFree() if optimizer is None else optimizer
         if not isinstance(optimizer, HessianFree):
@@ -200,9 +201,9 @@ class HFModel(keras.Model):
                 f"Received: jit_compile={kwargs['jit_compile']!r}. Leave `jit_compile` out: the update is one `tf.function` already."
             )
         kwargs["jit_compile"] = False
-        # A scaled loss would scale the damping; CG, in float32 or more, needs none.
+        # A scaled loss would scale the damping; CG runs in float32 or float64 and needs no loss scaling.
         kwargs["auto_scale_loss"] = False
-        # By these names Keras finds the loss and metrics of an output in a dict.
+        # Keras finds the loss and metrics of an output in a dict by these names.
         self.output_names = getattr(self.network, "output_names", None)
         optimizer.find_layers = lambda: keras_private.all_layers(self.network)
         super().compile(optimizer, loss, *args, **kwargs)
@@ -214,7 +215,7 @@ class HFModel(keras.Model):
             self._build_optimizer()
 
     def compile_from_config(self, config):
-        """Compiles as the model that was saved, and makes the optimizer's variables, so that their values can be loaded."""
+        """Compiles as the saved model was compiled, and creates the optimizer's variables, so that their values can be loaded."""
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def fit(
@@ -236,21 +237,21 @@ class HFModel(keras.Model):
         validation_batch_size=None,
         validation_freq=1,
     ):
-        """Trains the network. Arguments mean what they mean in `keras.Model.fit`, but for these.
+        """Trains the network. Arguments are those of `keras.Model.fit`, except for these.
 
-        - `batch_size`: cases of an update's gradient; for arrays, `None` means all of them, or as many as make `steps_per_epoch` batches. Where one
-          batch holds all cases, `steps_per_epoch` updates are made on it.
-        - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not anew in every epoch.
-        - `validation_batch_size`: 32 where `None` and one batch holds all cases.
-        - `callbacks`: among them belongs a `DampingCallback`, such as `LevenbergMarquardt()`. It is called before the others, so that what they save
-          is the damping of the next update.
+        - `batch_size`: number of cases per batch; for arrays, `None` means all of them, or as many as make `steps_per_epoch` batches. If one batch
+          holds all cases, an epoch makes `steps_per_epoch` updates on it.
+        - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not again in every epoch.
+        - `validation_batch_size`: defaults to 32 if one batch holds all cases.
+        - `callbacks`: include a `DampingCallback`, such as `LevenbergMarquardt()`. It is called before the others, so that they save the damping of
+          the next update.
 
         Returns:
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: If the model is not compiled, if there are no cases, if arrays have different numbers of cases, or if `batch_size` is no
-                count.
+            ValueError: If the model is not compiled, if there are no cases, if arrays have different numbers of cases, or if `batch_size` is not a
+                positive integer.
         """
         keras_private.require_compiled(self, "fit")
         if x is None:
@@ -271,7 +272,7 @@ class HFModel(keras.Model):
             num_cases = checks.num_cases(x, y, sample_weight)
             compiled_model.require_targets(self, y)
             if validation_split and validation_data is None:
-                # As Keras splits: the last cases are for validation.
+                # As in Keras, the last cases are for validation.
                 num_cases = checks.split(num_cases, validation_split)
             if batch_size is None:
                 batch_size = max(1, math.ceil(num_cases / (steps_per_epoch or 1)))
@@ -287,14 +288,14 @@ class HFModel(keras.Model):
                 if self.distribute_strategy.num_replicas_in_sync == self.steps_per_execution == 1:
                     times = None
                 else:
-                    # Else the last execution of an epoch would run into the next one.
+                    # Otherwise the last execution of an epoch would run into the next epoch.
                     steps_per_epoch = None
-                # Growing parts are of any length in any case.
+                # The growing part changes its length anyway.
                 is_of_any_length = self.optimizer.growing_batch is not None
                 x = arrays.repeated(x, y, sample_weight, seed, times, is_of_any_length)
                 y = sample_weight = batch_size = None
         elif isinstance(x, tf.data.Dataset):
-            shuffle = False  # Keras ignores True, and warns of its own default.
+            shuffle = False  # Keras ignores True and warns about its own default.
         self._advice.cases_come_as(source)
         with self._batches_of_at_most(most_cases):
             return super().fit(
@@ -317,7 +318,7 @@ class HFModel(keras.Model):
             )
 
     def make_train_function(self, force=False):
-        """Makes `train_function` as Keras does; a step that raises leaves every value as it was before."""
+        """Creates `train_function` as Keras does; a step that raises an error leaves every value unchanged."""
         is_right = (self._most_cases or math.inf) <= self._most_cases_traced
         if self.train_function is not None and is_right and not force:
             return
@@ -326,7 +327,7 @@ class HFModel(keras.Model):
         step = self.train_function
 
         def train_function(iterator):
-            # `.numpy()`, since the variables of replicas are no numbers.
+            # `.numpy()`: `float` does not accept the variables of replicas.
             checks.current_damping(
                 float(self.optimizer.damping.numpy()),
                 is_to_be_found=float(self.optimizer.curvature_scale.numpy()) == 0,
@@ -349,7 +350,7 @@ class HFModel(keras.Model):
         self.train_function = train_function
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
-        """Makes one update on these cases; arguments as `keras.Model.train_on_batch`."""
+        """Performs one update on these cases; arguments as `keras.Model.train_on_batch`."""
         keras_private.require_compiled(self, "train_on_batch")
         self._advise_on_changed_weights()
         if arrays.is_arrays(x):
@@ -357,7 +358,7 @@ class HFModel(keras.Model):
         return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
 
     def train_step(self, data):
-        """Makes one update; see the class. Called by Keras, in replica context."""
+        """Performs one update; see the class. Keras calls it in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
         lengths_are_equal = checks.equal_lengths(data.x, data.y, data.sample_weight)
         unseen, update = None, self._update
@@ -376,7 +377,7 @@ class HFModel(keras.Model):
 
     @contextlib.contextmanager
     def _batches_of_at_most(self, num_cases):
-        """Says, while it is open, how many cases a batch holds at most: an update that is traced then need not be ready for several pieces."""
+        """Context in which a batch has at most `num_cases`: an update traced in it may not need to support several pieces."""
         self._most_cases = num_cases
         try:
             yield
@@ -384,11 +385,11 @@ class HFModel(keras.Model):
             self._most_cases = None
 
     def check_products(self, x, y=None, sample_weight=None):
-        """Checks, on these cases, what must hold of right products `v -> Gv`, and prints a report.
+        """Checks the products `v -> Gv` on these cases and prints a report.
 
-        Adjointness `u'(Jv) = (J'u)'v`, symmetry, linearity, non-negativity (of Gauss-Newton products), the other linearization where it is right, and
-        whether two calls of the network agree. The cure for what fails stands beside it. For a new kind of layer or loss, before a long run. Cost:
-        about ten products.
+        It checks adjointness `u'(Jv) = (J'u)'v`, symmetry, linearity, non-negativity (of Gauss-Newton products), agreement with the other
+        linearization where that is right, and whether two calls of the network agree. A failed check comes with its cure. Use it for a new kind of
+        layer or loss, before a long run. Cost: about ten products.
 
         Args:
             x: Inputs, as in `fit`, arrays; a few hundred cases are enough.
@@ -443,7 +444,7 @@ class HFModel(keras.Model):
         return report
 
     def objective(self, x, y=None, sample_weight=None):
-        """Gives the loss that `fit` minimises, on these cases, as functions of one flat vector of all trainable weights, for SciPy and the like.
+        """Returns the loss that `fit` minimises, on these cases, as functions of one flat vector of all trainable weights, for SciPy and the like.
 
         Args:
             x: Inputs, as in `fit`, arrays.
@@ -468,7 +469,7 @@ class HFModel(keras.Model):
         return LossFunction(data, variables, self._task, self.optimizer, self.distribute_strategy, guarded)
 
     def _cases(self, method, x, y, sample_weight):
-        """Returns arrays as `Data`, after which the model is built; `method` is what the user called."""
+        """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""
         keras_private.require_compiled(self, method)
         checks.num_cases(x, y, sample_weight)
         compiled_model.require_targets(self, y)
@@ -478,24 +479,24 @@ class HFModel(keras.Model):
         return data
 
     def _values(self):
-        """The `tf.Variable`s, in a list, of weights and optimizer."""
-        # Keras makes the attribute in `compile`.
+        """Returns the list of `tf.Variable`s of the weights and the optimizer."""
+        # Keras creates the attribute in `compile`.
         optimizer = getattr(self, "optimizer", None)
         return [variable.value for variable in (*self.variables, *(optimizer.variables if optimizer else ()))]
 
-    # What an update needs of Keras.
+    # What an update needs from Keras.
 
-    # True inside `_whole_loss` alone.
+    # True only inside `_whole_loss`.
     _regularizers_apart = False
 
     @property
     def losses(self):
         """Losses added in `call`, by activity regularizers and by weight regularizers."""
-        # An update takes them apart: they have no part in the loss of a piece.
+        # An update adds them separately: they are not in the compiled loss of a piece.
         return [] if self._regularizers_apart else super().losses
 
     def _whole_loss(self, data, y_pred):
-        """What an overridden `compute_loss` gives, without the regularizers and the added losses."""
+        """Returns the result of an overridden `compute_loss`, without the regularizers and the added losses."""
         with replaced((self, "_regularizers_apart", True)):
             return keras_private.call_compute_loss(self, data.x, data.y, y_pred, data.sample_weight)
 
@@ -505,7 +506,7 @@ class HFModel(keras.Model):
         Args:
             data: `Data`, the cases of the objective.
             function: Callable; where there are unseen cases, their objective is its third argument.
-            most_cases: Integer, cases at most, where that is known and their number not.
+            most_cases: Integer, an upper bound of the number of cases, where only that is known.
             unseen: `Data`, cases that the update does not use, or `None`.
         """
         optimizer = self.optimizer
@@ -515,11 +516,11 @@ class HFModel(keras.Model):
         if "unknown" in structure.combinations:
             piece_size, chunk_size = None, None
         bounds = [bound for bound in (chunk_size, data.static_num_cases, most_cases) if bound is not None]
-        # Not known where the size of pieces follows from lengths at run time: products then are traced for several, too.
+        # Unknown if the size of pieces depends on lengths at run time: products are then traced for several pieces.
         one_piece = piece_size is None or (not tf.is_tensor(piece_size) and bool(bounds) and piece_size >= min(bounds))
         structure = structure._replace(chunk_is_one_piece=one_piece)
         if one_piece and piece_size is not None and most_cases is not None and piece_size < (chunk_size or math.inf):
-            # Another `fit` may bring more.
+            # Another `fit` may use more cases.
             self._most_cases_traced = piece_size
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
         share = None
@@ -541,7 +542,7 @@ class HFModel(keras.Model):
             return across_replicas(across, *cases)
 
     def _update(self, objective, structure, unseen=None, num_cases=None):
-        """Computes one update of a batch of `num_cases`, applies it and returns its logs."""
+        """Computes one update on a batch of `num_cases`, applies it and returns its logs."""
         optimizer = self.optimizer
 
         def trial(step):
@@ -556,7 +557,7 @@ class HFModel(keras.Model):
             optimizer.solver,
             optimizer.state(),
             unseen=None if unseen is None else trial,
-            # What double backward gets wrong is wrong in the first update; forward accumulation is watched in every one.
+            # An error of double backward shows in the first update; forward accumulation is checked in every update.
             check=tf.convert_to_tensor(self._is_first_update)
             | isinstance(self._choice.linearization, ForwardAccumulation),
         )
@@ -575,7 +576,7 @@ class HFModel(keras.Model):
         return logs
 
     def _task(self, data):
-        """Returns the `Task` and its `Structure`, and keeps what its trace chose."""
+        """Returns the `Task` and its `Structure`, and keeps the `Choice` made by the trace."""
         task = compiled_model.task_of(self, self._whole_loss)
         optimizer, replicas = self.optimizer, self.distribute_strategy.num_replicas_in_sync
         curvature = optimizer.curvature
@@ -588,7 +589,7 @@ class HFModel(keras.Model):
         return task, structure
 
     def _keep(self, name, value):
-        """Sets an attribute past Keras' tracking: it is no part of what is saved."""
+        """Sets an attribute without Keras' tracking, so that it is not saved."""
         object.__setattr__(self, name, value)
 
     def _update_logs(self, objective, result):
@@ -598,7 +599,7 @@ class HFModel(keras.Model):
             "reduction_ratio": result.reduction_ratio,
             "step_size": result.step_size,
             "gradient_norm": result.gradient_norm,
-            # For `train_function`, which takes them out, as it does the trace.
+            # For `train_function`, which removes them, as it removes the trace.
             "product_error": result.product_error,
             "repeat_error": result.repeat_error,
         }
@@ -617,7 +618,7 @@ class HFModel(keras.Model):
         }
 
     def _apply(self, objective, structure, result):
-        """Moves weights and states; a rejected step leaves them bit-equal."""
+        """Assigns weights and states; a rejected step leaves them bit-equal."""
         accepted = result.step_size > 0
         for variable, old, new in zip(
             self.trainable_variables, objective.start(), objective.candidate(result.step), strict=True
@@ -628,9 +629,10 @@ class HFModel(keras.Model):
         states = tf.cond(accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before)
         for state, new in zip(structure.states, states, strict=True):
             state.value.assign(new)
-        # Half as many after every update: cases of long ago tell ever less of those that come.
+        # Halved after every update: old cases say less and less about new ones.
         next_cases = tf.maximum(num_cases, num_before / 2)
-        # Of a rejected step, too: it is about the weights, which stay. But numbers that are not finite would outlive the cases they came from.
+        # Kept after a rejected step too, since it describes the unchanged weights. Values that are not finite are not: they would outlast the cases
+        # that caused them.
         before, after = self.optimizer.state(), result.state
         kept = {name: if_finite(getattr(after, name), getattr(before, name)) for name in ("solver", "curvature")}
         self.optimizer.assign_state(after._replace(statistics_cases=tf.where(accepted, next_cases, num_before), **kept))
@@ -641,8 +643,8 @@ class HFModel(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        # Keras builds from a first batch only under a strategy. Without it a first fit traces twice, and a network without an input shape has no
-        # weights when the optimizer asks for them.
+        # Keras builds from the first batch only under a strategy. Without it the first fit would trace twice, and a network without an input shape
+        # would have no weights when the optimizer asks for them.
         if iterator is not None:
             data_batch = keras_private.batch_spec(iterator)
 
@@ -658,10 +660,10 @@ class HFModel(keras.Model):
         with self.distribute_strategy.scope():
             keras_private.symbolic_build(self, data_batch)
 
-    # What the user is advised of.
+    # Advice to the user.
 
     def _advise_on_changed_weights(self):
-        """What is trained was settled by `compile`, as in Keras."""
+        """Warns if the trainable weights have changed since `compile`, which fixes them, as in Keras."""
         if self.optimizer.built:
             known, now = (
                 {id(v): v.path for v in weights}
@@ -681,7 +683,7 @@ class HFModel(keras.Model):
 
 @contextlib.contextmanager
 def _saved_file(filepath, overwrite):
-    """Gives the path to save to: `filepath` itself where there is no file, or where Keras is to ask before it overwrites one."""
+    """Context that gives the path to save to: `filepath` itself if no file exists, or if Keras must ask before it overwrites one."""
     if not overwrite or not isinstance(filepath, (str, os.PathLike)) or not os.path.isfile(filepath):
         yield filepath
         return

@@ -1,4 +1,4 @@
-"""HessianFree: the hyperparameters of the method and the state that lives between updates, as a Keras optimizer."""
+"""HessianFree: the hyperparameters of the method and the state between updates, as a Keras optimizer."""
 
 import math
 import random
@@ -18,14 +18,14 @@ from keras_hf.solvers.truncated_cg import ConjugateGradient
 from keras_hf.update import UpdateState
 
 _PARTS = ("solver", "curvature", "growing_batch")
-# Arguments of the solver, which users look for here.
+# Arguments of the solver that users may pass here by mistake.
 _SOLVER_ARGUMENTS = {
     "preconditioner": "preconditioner",
     "stopping": "stopping",
     "max_cg_iterations": "max_iterations",
     "warm_start_decay": "warm_start_decay",
 }
-# The default; `None` is a choice of its own here.
+# The default of `growing_batch`; `None` means all of the batch.
 _GROWING = GrowingBatch()
 
 
@@ -33,43 +33,44 @@ _GROWING = GrowingBatch()
 class HessianFree(keras.optimizers.Optimizer):
     """Hessian-free optimization, for `HFModel.compile`.
 
-    Every update takes the quadratic model
+    Every update forms the quadratic model
 
         q(p) = g'p + p'(G + damping I)p / 2
 
-    of the loss, whose curvature G is seen only through products with vectors; a solver makes candidate steps of it, and the true loss picks the one
-    that the weights move by. The optimizer holds settings and state; `HFModel` makes the update, and a damping callback such as `LevenbergMarquardt`
+    of the loss, whose curvature G is used only through products with vectors. A solver computes candidate steps from it, and the true loss decides
+    which one is taken. The optimizer holds settings and state; `HFModel` performs the update, and a damping callback such as `LevenbergMarquardt`
     adapts the damping to how well q predicted the loss. There is no learning rate.
 
-    The defaults are those that reach a given loss soonest on deep networks (docs/faster.md). The recipe of Martens (2010) is
+    The defaults reach a given loss soonest on deep networks (docs/faster.md). The recipe of Martens (2010) is
 
         HessianFree(damping=45.0, solver=recipe_of_2010(), growing_batch=None)
 
     with `LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)`.
 
-    A number for `damping` is in the scale of the loss. Keras means losses over the last axis where the literature sums: Martens' 45 on a loss summed
-    over 784 pixels is 45/784 on Keras' mean.
+    `damping` has the scale of the loss. Keras averages losses over the last axis where the literature sums: Martens' 45 for a loss summed over 784
+    pixels is 45/784 for Keras' mean.
 
     Args:
         damping: Float >= 0, the coefficient of the identity at the start of training, in the scale of the loss. `None` (default): the first update
-            finds it, as a tenth of the curvature along the gradient, `g'Gg / g'g`; the scale of the loss does not matter then. Once built,
-            `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has found it.
-        solver: How steps come from the quadratic model: `ConjugateGradient()` (default), with its preconditioner, stopping rule and limit.
+            sets it to a tenth of the curvature along the gradient, `g'Gg / g'g`, so that the scale of the loss does not matter. Once built,
+            `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has set it.
+        solver: Computes steps from the quadratic model: `ConjugateGradient()` (default), with its preconditioner, stopping rule and limit.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
-        growing_batch: `GrowingBatch` (default), updates on a part of the batch that grows, or `None`, updates on all of it.
-        curvature_batch_size: Integer >= 1, the cases of the batch that products are formed on, one chunk of the batch after the other; `None` = all.
-            Thousands, as a rule: curvature of too few cases is fitted by CG and not by the loss. Split among replicas.
-        micro_batch_size: Integer >= 1, the cases that are worked on at a time on each replica. Memory, not results, depends on it (unless layers look
-            across cases, as BatchNormalization does). Products are fastest where the chunk is one such piece, whose linearization is then kept;
-            further pieces are linearized anew in every product. `None` = the chunk's size, or as many as keep that piece within about 2 GiB,
-            estimated from what the network, loops included, writes per case. Where lengths are known at run time only, as of `(None, 64)` sequences,
-            the longest of the batch counts for all, and the first update is traced longer, for several pieces; a number spares that.
-        seed: Integer in [0, 2^31 - 1], of the order of cases and chunks. `None` draws one, which is saved, in files of weights, too.
+        growing_batch: `GrowingBatch` (default): an update uses a part of the batch, which grows. `None`: an update uses all of it.
+        curvature_batch_size: Integer >= 1, the number of cases that products are formed on: one chunk of the batch per update, in turn. `None` =
+            all. Usually thousands: with too few, CG fits the curvature of the chunk and not that of the loss. Split among replicas.
+        micro_batch_size: Integer >= 1, the number of cases processed at a time on each replica. It changes memory, not results (unless layers combine
+            cases, as BatchNormalization does). Products are fastest if the chunk is one such piece, whose linearization is then kept; further
+            pieces are linearized again in every product. `None` = the chunk's size, or as many cases as keep that piece within about 2 GiB, estimated
+            from what the network, loops included, writes per case. If lengths are known only at run time, as for sequences of shape `(None, 64)`, the
+            longest of the batch counts for all, and tracing the first update takes longer, since several pieces must be possible; a number avoids
+            that.
+        seed: Integer in [0, 2^31 - 1], the seed of the order of cases and chunks. `None` draws one, which is saved, also in files of weights.
         name: Name of the optimizer.
 
     Raises:
-        ValueError: If a number is out of its range, or a first-order argument of Keras came (`learning_rate`, `clipnorm`, ...).
-        TypeError: If a part is no object of its kind.
+        ValueError: If a number is out of its range, or an argument is a first-order one of Keras (`learning_rate`, `clipnorm`, ...).
+        TypeError: If a part has the wrong type.
 
     Example:
 
@@ -104,7 +105,7 @@ class HessianFree(keras.optimizers.Optimizer):
                 f"Received: {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}. "
                 "Leave them out; to be more careful raise `damping`."
             )
-        # Fixed at 1: TensorBoard and other callbacks look at it.
+        # Fixed at 1: TensorBoard and other callbacks read it.
         super().__init__(learning_rate=1.0, name=name)
         self._initial_damping = None if damping is None else finite("damping", damping, minimum=0)
         self.curvature = part(
@@ -126,28 +127,28 @@ class HessianFree(keras.optimizers.Optimizer):
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
         # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
         self._initial_seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
-        # All layers of the network, which `HFModel` tells: Keras builds optimizers, some before there are layers, from variables alone.
+        # Returns all layers of the network; set by `HFModel`, because Keras builds optimizers from variables alone, sometimes before layers exist.
         self.find_layers = list
         self._seed = None
-        # `UpdateState` of variables.
+        # An `UpdateState` of variables.
         self._state = None
 
     @property
     def damping(self):
         """The damping: a scalar `keras.Variable` once built, the initial value before.
 
-        NaN, or `None` before, where the first update is to find it.
+        If the first update is to derive it, it is `None` before the optimizer is built, then NaN until that update.
         """
         return self._initial_damping if self._state is None else self._state.damping
 
     @property
     def curvature_scale(self):
-        """The scale of the curvature, which the first update finds: a scalar `keras.Variable`, 0 before; `None` before it is built."""
+        """The scale of the curvature: a scalar `keras.Variable`, 0 until the first update computes it; `None` before the optimizer is built."""
         return None if self._state is None else self._state.scale
 
     @property
     def learning_rate(self):
-        """1, for callbacks that look at it. Assigning another warns, and changes nothing."""
+        """Always 1, for callbacks that read it. Assigning another value warns and has no effect."""
         return keras.optimizers.Optimizer.learning_rate.fget(self)
 
     @learning_rate.setter
@@ -162,12 +163,12 @@ class HessianFree(keras.optimizers.Optimizer):
     def seed(self):
         """The seed of the order of cases and chunks: a scalar `keras.Variable` once built, an integer before.
 
-        A variable, so that files of weights bring it back, too.
+        It is a variable so that files of weights hold it too.
         """
         return self._initial_seed if self._seed is None else self._seed
 
     def build(self, variables):
-        """Makes the state: the damping, the seed, and what solver, curvature and growing batch remember.
+        """Creates the state: the damping, the seed, and the states of solver, curvature and growing batch.
 
         Args:
             variables: List of `keras.Variable`, the trainable weights.
@@ -177,7 +178,7 @@ class HessianFree(keras.optimizers.Optimizer):
         super().build(variables)
         values, layers = [variable.value for variable in variables], self.find_layers()
         dtype = vector_dtype(values)
-        # Not through keras.initializers.Constant, which takes numbers through float32.
+        # Not by keras.initializers.Constant, which rounds numbers to float32.
         damping = math.nan if self._initial_damping is None else self._initial_damping
         number = lambda value: tf.constant(value, dtype)  # noqa: E731
         initial = UpdateState(
@@ -193,7 +194,7 @@ class HessianFree(keras.optimizers.Optimizer):
         self._seed = self._variables_of("seed", tf.constant(self._initial_seed, tf.int32))
 
     def _variables_of(self, name, nest):
-        """Makes a variable of every tensor of a nest, named by its place in it."""
+        """Creates a variable for every tensor of a nest, named by its position in the nest."""
         if isinstance(nest, dict):
             return {key: self._variables_of(f"{name}_{key}".lstrip("_"), value) for key, value in nest.items()}
         if isinstance(nest, tuple):
@@ -207,15 +208,15 @@ class HessianFree(keras.optimizers.Optimizer):
         )
 
     def state(self):
-        """Returns what an update goes on from, an `update.UpdateState` of tensors."""
+        """Returns the state of the optimizer, an `update.UpdateState` of tensors."""
         return _values(self._state)
 
     def assign_state(self, state):
-        """Sets what an update goes on from, an `update.UpdateState` of tensors."""
+        """Sets the state of the optimizer from an `update.UpdateState` of tensors."""
         _assign(self._state, state)
 
     def apply(self, grads, trainable_variables=None):
-        """Refuses: an update needs products with the curvature, which a list of gradients does not give.
+        """Raises an error: an update needs products with the curvature, not only gradients.
 
         Raises:
             ValueError: Always.
@@ -242,7 +243,7 @@ class HessianFree(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Makes the optimizer from what `get_config` returned."""
+        """Creates the optimizer from the result of `get_config`."""
         parts = {
             name: keras.saving.deserialize_keras_object(config[name], custom_objects)
             for name in _PARTS
@@ -252,7 +253,7 @@ class HessianFree(keras.optimizers.Optimizer):
 
 
 def _values(nest):
-    """The values of a nest of variables, as plain dicts and named tuples: Keras keeps dicts of variables as its own kind."""
+    """Returns the values of a nest of variables, as plain dicts and named tuples: Keras wraps dicts of variables in a class of its own."""
     if isinstance(nest, dict):
         return {name: _values(value) for name, value in nest.items()}
     if isinstance(nest, tuple):

@@ -1,6 +1,6 @@
 """One Hessian-free update, in the order of Martens (2010): gradient, the solver's path, the search along it, reduction ratio.
 
-Knows a solver by what every solver promises, and no Keras.
+Depends on the `Solver` interface only, not on Keras.
 """
 
 import functools
@@ -15,16 +15,17 @@ from keras_hf.solvers.solver import LocalModel
 
 
 class UpdateState(NamedTuple):
-    """All that lives between updates: a nest of tensors, handed in and handed back, which the optimizer saves.
+    """The state between updates: a nest of tensors that an update takes and returns, and that the optimizer saves.
 
     Attributes:
-        damping: Scalar >= 0 of the weights' dtype; NaN = the first update finds it.
-        scale: Scalar of the weights' dtype, the curvature's; 0 = the first update finds it. See `scale.curvature_scale`.
-        convergence: `Convergence`, the memory of updates at rounding.
-        solver: Nest of tensors, what the solver remembers.
-        curvature: Dict of tensors, what the curvature remembers.
-        growing_batch: Dict of tensors, what the growing batch remembers; an update hands it on as it came.
-        statistics_cases: Scalar of the weights' dtype, how many cases the statistics of BatchNormalization stand for; handed on as it came.
+        damping: Scalar >= 0 of the weights' dtype; NaN = the first update derives it.
+        scale: Scalar of the weights' dtype, the scale of the curvature; 0 = the first update computes it. See `scale.curvature_scale`.
+        convergence: `Convergence`, the record of updates at rounding.
+        solver: Nest of tensors, the solver's state.
+        curvature: Dict of tensors, the curvature's state.
+        growing_batch: Dict of tensors, the growing batch's state; `hf_update` returns it unchanged.
+        statistics_cases: Scalar of the weights' dtype, the number of cases behind the statistics of BatchNormalization; `hf_update` returns it
+            unchanged.
     """
 
     damping: tf.Tensor
@@ -37,26 +38,26 @@ class UpdateState(NamedTuple):
 
 
 class UpdateResult(NamedTuple):
-    """What one update found; nothing is assigned yet.
+    """The result of one update, before anything is assigned.
 
     Attributes:
-        step: Tensor `(n,)`, by which the weights move; zero where the step is rejected.
-        step_size: float64 scalar, the share of the solver's candidate that the step is; 0 where it is rejected.
+        step: Tensor `(n,)`, the change of the weights; zero if the step is rejected.
+        step_size: float64 scalar, the step relative to the solver's candidate; 0 if it is rejected.
         loss: float64 scalar, before the update.
         gradient_norm: float64 scalar.
-        damping: Scalar, the damping of this update; NaN where none can be found yet, since the gradient is zero or not finite.
+        damping: Scalar, the damping of this update; NaN if it cannot be derived yet, because the gradient is zero or not finite.
         reduction_ratio: float64 scalar, actual over predicted reduction of the chunk's loss at the candidate, damping excluded from the prediction.
-            Minus infinity where the chunk's loss rose or is not finite at the candidate. NaN where the update says nothing about the damping: the
-            gradient is zero, loss or gradient are not finite at the start, or the change of the loss is too small to be told from rounding.
-        actual_reduction: float64 scalar, what the loss falls by in the step.
-        unseen: What `unseen` gave of the step; `None` without it.
+            Minus infinity if the chunk's loss rose or is not finite at the candidate. NaN if the update gives no information about the damping: the
+            gradient is zero, loss or gradient are not finite at the start, or the change of the loss cannot be distinguished from rounding.
+        actual_reduction: float64 scalar, the decrease of the loss in the step.
+        unseen: The result of `unseen(step)`; `None` without it.
         state: `UpdateState`, for the next update.
-        network_states: List of tensors, the network's states after the pass at the start.
-        product_error: float64 scalar, how far the products of the first piece are from `v'Gv = (Jv)'H(Jv)` and J from being the transpose of J',
-            where that was checked; else 0.
-        repeat_error: float64 scalar, by how much of itself the loss differed when computed again, where that was checked; else 0.
-        logs: Dict of scalars, the solver's own.
-        trace: Dict of tensors, how the step was found: `losses` `(k,)` of the candidates, `num_cuts`, `num_products`, and what the solver adds.
+        network_states: List of tensors, the network's states after the forward pass at the start.
+        product_error: float64 scalar, the larger relative error of the first piece's products in `v'Gv = (Jv)'H(Jv)` and `u'(Jv) = (J'u)'v`; 0 if
+            not checked.
+        repeat_error: float64 scalar, the relative difference of the loss when computed a second time; 0 if not checked.
+        logs: Dict of scalars, the solver's entries in the logs.
+        trace: Dict of tensors, how the step was found: `losses` `(k,)` of the candidates, `num_cuts`, `num_products`, and the solver's entries.
     """
 
     step: tf.Tensor
@@ -78,22 +79,22 @@ class UpdateResult(NamedTuple):
 def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     """Computes one update.
 
-    The solver makes a path of candidates from the quadratic model `q(p) = g'p + p'(G + damping I)p / 2`, a search picks the step from it by the
-    loss on all cases, and the reduction ratio says how well the model predicted. Cost: one gradient, what solver and search spend, and one product
-    for the ratio; one product more in the update that finds the scale of the curvature. Where the run has converged to rounding, hardly more than
-    the gradient.
+    The solver computes a path of candidates from the quadratic model `q(p) = g'p + p'(G + damping I)p / 2`, a search picks the step from the path by
+    the loss on all cases, and the reduction ratio measures how well the model predicted the loss. Cost: one gradient, the cost of solver and search,
+    and one product for the ratio; one more product in the update that computes the scale of the curvature. Once the run has converged to rounding:
+    little more than the gradient.
 
     Args:
         objective: `objective.Objective`.
         curvature: `curvature.Curvature`.
         solver: `solver.Solver`.
         state: `UpdateState`.
-        unseen: Callable `(n,) -> nest of tensors`, what a step does to cases that the update does not use, or `None`.
-        check: Bool scalar, whether to compute the loss at the start a second time, and the chosen step's curvature another way, and to compare.
-            Cost: about three gradients.
+        unseen: Callable `(n,) -> nest of tensors`, the effect of a step on cases that the update does not use, or `None`.
+        check: Bool scalar, whether to verify the loss at the start by computing it a second time, and the products on the chosen step by their
+            identities. Cost: about three gradients.
 
     Returns:
-        An `UpdateResult`. Its step is rejected, too, where products or a repeated loss are off by more than rounding.
+        An `UpdateResult`. Its step is also rejected if these checks find an error larger than rounding.
 
     References:
         Martens (2010), *Deep learning via Hessian-free optimization*, algorithm 2 and section 4.
@@ -101,10 +102,10 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     at_start = objective.loss_and_gradient()
     gradient, gradient_norm = at_start.gradient, tf.sqrt(dot(at_start.gradient, at_start.gradient))
     curvature, curvature_state = curvature.prepared(objective, state.curvature)
-    # One linearization, for everybody who needs products.
+    # One linearization, shared by all that need products.
     linearize = functools.cache(lambda: solver.linearize(objective, curvature))
     scale, found_damping = _scale_and_damping(objective, linearize, gradient, state)
-    # Where there is none, there is no step either.
+    # Without a damping the gradient is zero or not finite, so that there is no step either; any number serves.
     damping = tf.where(tf.math.is_nan(found_damping), tf.ones_like(found_damping), found_damping)
     norm = tf.cast(gradient_norm, damping.dtype)
     is_at_rest = state.convergence.still_holds(norm, damping)
@@ -113,7 +114,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 
-    # The ratio is judged on the chunk, whose curvature the solver has seen, at step size 1, without the damping: Martens' released code.
+    # As in Martens' released code, the ratio is that of the chunk, whose curvature the solver used, at step size 1 and without damping.
     product = linearize()
     image = product(taken.candidate)
     predicted_reduction = -(dot(gradient, taken.candidate) + 0.5 * dot(taken.candidate, image))
@@ -135,7 +136,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     step_size = tf.where(wrong, tf.zeros([], tf.float64), taken.step_size)
     accepted = step_size > 0
     step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
-    # Not 0 times a candidate that is not finite.
+    # 0 times a candidate that is not finite would be NaN.
     step = tf.where(accepted, step, tf.zeros_like(step))
     reduction = at_start.loss - taken.loss
     return UpdateResult(
@@ -161,7 +162,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         trace={
             "losses": taken.losses,
             "num_cuts": taken.num_cuts,
-            # One more for the ratio.
+            # Plus one for the ratio.
             "num_products": path.num_products + 1,
             **path.trace,
         },
@@ -169,8 +170,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
 
 
 def _scale_and_damping(objective, linearize, gradient, state):
-    """The scale of the curvature and the damping of this update: those of the state or, where it has none, found now; NaN if that cannot be."""
-    # One after the other: a graph would run gradient and linearization at once, and hold the activations of both.
+    """Returns the scale of the curvature and the damping: those of the state, or else computed now; the damping is NaN if that is impossible."""
+    # In sequence: the graph would otherwise run gradient and linearization in parallel and hold the activations of both.
     with tf.control_dependencies([gradient]):
         product = linearize()
     scale = tf.cond(
@@ -182,19 +183,19 @@ def _scale_and_damping(objective, linearize, gradient, state):
 
 
 def _product_error(product, step):
-    """By how much the products contradict themselves; 0 for a curvature that is not made of a J."""
+    """Returns the larger relative error of `product.errors(step)`; 0 for a curvature without a Jacobian J."""
     errors = product.errors(step)
     return tf.zeros([], tf.float64) if errors is None else tf.reduce_max(errors)
 
 
 def _repeat_error(objective, loss):
-    """How much of itself the loss at the start differs by from a second one."""
+    """Returns the relative difference between the loss at the start and the same loss computed again."""
     again = objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))
     return tf.math.divide_no_nan(tf.abs(again - loss), tf.maximum(tf.abs(loss), tf.abs(again)))
 
 
 def _reduction_ratio(actual, predicted, is_measured):
-    """The quotient; minus infinity where the loss rose or is not finite, NaN where nothing was measured."""
+    """Returns actual over predicted; minus infinity if the loss rose or is not finite, NaN if nothing was measured."""
     fell = actual >= 0
     ratio = tf.where(fell, actual / predicted, tf.constant(-float("inf"), tf.float64))
     return tf.where(is_measured, ratio, tf.constant(float("nan"), tf.float64))

@@ -1,4 +1,4 @@
-"""Chooses a step by the true loss: which iterate of CG, and how far along it. Knows only `loss_at(step)` and numbers.
+"""Chooses a step by the true loss: which iterate of CG, and its step size. Depends only on `loss_at(step)` and numbers.
 
 Martens (2010), section 4.6, and Nocedal & Wright (2006), section 3.1; the constants are those of Martens' released code.
 """
@@ -9,12 +9,12 @@ import tensorflow as tf
 
 from keras_hf.common.vectors import dot
 
-# Sufficient decrease, shortening and the number of cuts after which the step is rejected.
+# The constant of sufficient decrease, the factor of each cut, and the number of cuts after which the step is rejected.
 _ARMIJO, _SHORTEN, _MAX_CUTS = 1e-2, 0.8, 60
 
 
 class Backtrack(NamedTuple):
-    """The iterate chosen, its row and its loss (float64), and the losses `(k,)` of all iterates, NaN where none was computed."""
+    """The row of the chosen iterate, its loss (float64), and the losses `(k,)` of all iterates, NaN where not computed."""
 
     row: tf.Tensor
     loss: tf.Tensor
@@ -22,7 +22,7 @@ class Backtrack(NamedTuple):
 
 
 class LineSearch(NamedTuple):
-    """The step size chosen (0 = rejected), the loss there (float64) and the number of cuts."""
+    """The chosen step size (0 = rejected), the loss there (float64) and the number of cuts."""
 
     step_size: tf.Tensor
     loss: tf.Tensor
@@ -38,8 +38,8 @@ class Taken(NamedTuple):
         candidate_loss: float64 scalar, the loss at the candidate itself.
         step_size: float64 scalar, 0 = rejected.
         loss: float64 scalar, the loss at the new weights; the loss at the start if the step is rejected.
-        losses: float64 `(k,)`, the losses of the candidates, NaN where none was computed.
-        num_cuts: int32 scalar, how often the step was shortened.
+        losses: float64 `(k,)`, the losses of the candidates, NaN where not computed.
+        num_cuts: int32 scalar, the number of times that the step was shortened.
     """
 
     row: tf.Tensor
@@ -52,15 +52,15 @@ class Taken(NamedTuple):
 
 
 def _or_infinity(loss):
-    """A loss that is not finite counts as a rise."""
+    """Replaces a loss that is not finite by infinity, so that it counts as a rise."""
     return tf.where(tf.math.is_finite(loss), loss, tf.constant(float("inf"), loss.dtype))
 
 
 def backtrack(loss_at, iterates):
     """Walks back from the last iterate while the loss does not rise.
 
-    Later iterates of CG fit the curvature of a subset of the data; the loss on all of it tells which iterates went too far. A tie goes to the earlier
-    iterate. Cost: one loss per iterate tried, at least two if there are two.
+    Later iterates of CG fit the curvature of a subset of the data; the loss on all data shows which iterates went too far. Of two equal losses the
+    earlier iterate wins. Cost: one loss per iterate tried, at least two if there are two or more.
 
     Args:
         loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
@@ -79,7 +79,7 @@ def backtrack(loss_at, iterates):
         at_row = loss_at(iterates[row])
         earlier = _or_infinity(at_row)
         no_worse = earlier <= loss
-        # -2 ends the loop: the loss rose.
+        # The loss rose: -2 ends the loop.
         return (
             tf.where(no_worse, row - 1, -2),
             tf.where(no_worse, row, chosen),
@@ -149,7 +149,7 @@ def line_search(loss_at, step, loss, loss_at_step, slope):
         step: Tensor `(n,)`.
         loss: float64 scalar, the loss at step size 0.
         loss_at_step: float64 scalar, the loss at step size 1.
-        slope: float64 scalar, the gradient's inner product with `step`.
+        slope: float64 scalar, the inner product of the gradient and `step`.
 
     Returns:
         A `LineSearch`.

@@ -1,6 +1,6 @@
-"""What a solver promises: from the quadratic model at the start of an update to a path of candidate steps, from which a search picks one.
+"""The interface of solvers: from the quadratic model at the start of an update to a path of candidate steps, from which a search picks one.
 
-Knows vectors, callables and one scalar: no Keras, no data, no rule of the damping. What a solver is, `truncated_cg.py` shows.
+A solver works on vectors, callables and one scalar. It knows nothing about Keras, the data or the damping rule. For an example see `truncated_cg.py`.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from keras_hf.common.part import Part
 
 
 class LocalModel:
-    """The objective at the start of an update, as a solver sees it.
+    """The objective at the start of an update, as passed to a solver.
 
     Args:
         objective: `objective.Objective`.
-        linearize: Callable without arguments that gives the update's product; see below.
-        gradient: Tensor `(n,)`. At rest, where no step can be measured, it is zero: every solver's answer is then to stay.
+        linearize: Callable without arguments that returns the update's product; see below.
+        gradient: Tensor `(n,)`. Zero once the run has converged to rounding, so that every solver returns a zero step.
 
     Attributes:
-        objective: As above; preconditioners look into it.
+        objective: As above; preconditioners use it.
         gradient: As above.
-        linearize: Returns the product `v -> Gv` on vectors `(n,)` or rows `(k, n)`, undamped; see `Objective.product`. Call it outside of branches
-            and loops.
+        linearize: Returns the undamped product `v -> Gv` on vectors `(n,)` or rows `(k, n)`; see `Objective.product`. Call it outside branches and
+            loops.
     """
 
     def __init__(self, objective, linearize, gradient):
@@ -31,14 +31,14 @@ class LocalModel:
 
 
 class Path(NamedTuple):
-    """What a solver gives: candidates, and what follows from the one that is taken.
+    """What a solver returns: candidate steps, how to search them, and functions of the result.
 
     Attributes:
         candidates: Tensor `(k, n)`, k >= 1, in order.
         search: Callable `(loss_at, candidates, loss, gradient) -> Taken`, such as `search.walk_back`.
-        logs: Callable from the row taken, int32 scalar, to a dict of scalars, the solver's part of the logs.
-        next_state: Callable from the step that the weights made, `(n,)`, zero where it was rejected, to the solver's next state.
-        num_products: int32 scalar, the products spent.
+        logs: Callable from the row taken (int32 scalar) to a dict of scalars, the solver's entries in the logs.
+        next_state: Callable from the step applied to the weights, `(n,)`, zero if it was rejected, to the solver's next state.
+        num_products: int32 scalar, the number of products used.
         trace: Dict of tensors, for a recorder.
     """
 
@@ -51,7 +51,7 @@ class Path(NamedTuple):
 
 
 class Solver(Part):
-    """What a solver promises: immutable settings, and a path for every update. Subclasses implement `solve`.
+    """Base class of solvers: immutable settings, and a path for every update. Subclasses implement `solve`.
 
     Attributes:
         uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
@@ -82,12 +82,12 @@ class Solver(Part):
     def solve(self, model, damping, state):
         """Finds candidate steps of `q(p) = g'p + p'(G + damping I)p / 2`.
 
-        Called in cross-replica context inside a `tf.function`: loops are `tf.while_loop`.
+        Called in cross-replica context inside a `tf.function`: write loops as `tf.while_loop`.
 
         Args:
             model: `LocalModel`.
             damping: Scalar >= 0 of the weights' dtype.
-            state: Nest of tensors, what the update before left; see `Part.initial_state`.
+            state: Nest of tensors, the state after the previous update; see `Part.initial_state`.
 
         Returns:
             A `Path`.

@@ -1,4 +1,4 @@
-"""The solver of the talk: conjugate gradients from the last solution, cut short, and a walk back over their iterates by the true loss.
+"""The solver of the talk: truncated, warm-started conjugate gradients, and backtracking over their iterates by the true loss.
 
 Martens (2010), sections 4.4 to 4.8.
 """
@@ -21,26 +21,26 @@ from keras_hf.solvers.stopping import RelativeProgress, StoppingRule
 class ConjugateGradient(Solver):
     """Truncated conjugate gradients, the solver of Martens (2010).
 
-    Preconditioned CG on the damped product, from the decayed last iterate of the update before. Its kept iterates are the path: the search walks
-    back from the last while the loss on all cases does not rise, and shortens the step until that loss falls enough (Armijo). Iterates along which
-    the loss does not descend, which a warm start may leave, are no candidates; where all are such, CG runs once more, from zero.
+    Preconditioned CG on the damped product, started from the decayed last iterate of the previous update. The kept iterates are the path: the search
+    walks back from the last one while the loss on all cases does not rise, then shortens the step until that loss falls enough (Armijo). Iterates
+    along which the loss does not descend, which a warm start can produce, are not candidates; if none descends, CG runs once more, from zero.
 
-    The defaults are those that reach a given loss soonest on deep networks (docs/faster.md); `recipe_of_2010` has those of the paper.
+    The defaults reach a given loss soonest on deep networks (docs/faster.md); `recipe_of_2010` has those of the paper.
 
-    Logs: `cg_iterations` (run), `cg_step` (number of the iterate that was taken), `cg_stop` (a `CGStop`), `negative_curvature` (0 or 1).
+    Logs: `cg_iterations` (number run), `cg_step` (number of the iterate taken), `cg_stop` (a `CGStop`), `negative_curvature` (0 or 1).
 
-    Cost: one product an iteration and one for the start; the preconditioner; one loss for each iterate that the search looks at.
+    Cost: one product per iteration and one for the start; the preconditioner; one loss per iterate that the search tries.
 
     Args:
         preconditioner: `KroneckerFactored(interval=5)` (default), `EmpiricalFisherDiagonal()`, `Nystrom()` or `Identity()`.
         stopping: When CG may stop: `RelativeProgress(tolerance=1e-2)` (default) or `ResidualTolerance()`.
-        max_iterations: Integer >= 1, the limit of CG. It bounds the cost of an update, and how far CG may fit the curvature of a chunk.
-        warm_start_decay: Float in [0, 1]. CG starts at this share of its last iterate of the update before; 0 = from zero. The longer CG runs, the
-            more of it is worth keeping: 0.95 for hundreds of iterations; after 25, the same share overshoots.
+        max_iterations: Integer >= 1, the limit of CG iterations. It bounds the cost of an update, and how closely CG fits the curvature of a chunk.
+        warm_start_decay: Float in [0, 1]. CG starts at this multiple of the last iterate of the previous update; 0 = from zero. The longer CG runs,
+            the larger it should be: 0.95 suits hundreds of iterations, but overshoots after 25.
 
     Raises:
         ValueError: If a number is out of its range.
-        TypeError: If a part is not an object of its kind.
+        TypeError: If a part has the wrong type.
 
     References:
         Martens (2010), *Deep learning via Hessian-free optimization*, sections 4.4 to 4.8.
@@ -63,7 +63,7 @@ class ConjugateGradient(Solver):
 
     def solve(self, model, damping, state):
         gradient = model.gradient
-        # One after the other: a graph would run the passes at once, and hold the activations of all of them.
+        # In sequence: the graph would otherwise run these passes in parallel and hold the activations of all of them.
         with tf.control_dependencies([gradient, damping]):
             precondition, preconditioner_state = self.preconditioner.inverse(
                 model.objective, model.linearize, damping, state["preconditioner"]
@@ -80,7 +80,7 @@ class ConjugateGradient(Solver):
         decay = tf.constant(self.warm_start_decay, gradient.dtype)
         result, num_products = _again_from_zero(run, decay * state["warm_start"], gradient)
         downhill = _downhill(result, gradient)
-        # None: the search will find so, too, and reject.
+        # If none descends, all are kept: the line search then rejects the step.
         kept = tf.where(tf.reduce_any(downhill), downhill, tf.ones_like(downhill))
         numbers = tf.boolean_mask(result.iterate_numbers, kept)
         last = result.iterates[-1]
@@ -96,7 +96,7 @@ class ConjugateGradient(Solver):
         def next_state(step):
             moved = tf.reduce_any(step != 0)
             return {
-                # The last iterate, not the one taken: CG goes on from where it stopped. After a rejection it starts afresh.
+                # The last iterate, not the one taken: CG continues from where it stopped. After a rejection it starts from zero.
                 "warm_start": tf.where(moved, last, tf.zeros_like(last)),
                 "preconditioner": if_finite(preconditioner_state, state["preconditioner"]),
                 "stopping": self.stopping.next_state(state["stopping"], result),
@@ -130,12 +130,12 @@ class ConjugateGradient(Solver):
 
 
 def _downhill(result, gradient):
-    """For every kept iterate whether it descends to first order, bool `(k,)`; a slope that is no number does not."""
+    """Whether each kept iterate is a descent direction, bool `(k,)`; false if its slope is NaN."""
     return tf.linalg.matvec(result.iterates, gradient) < 0
 
 
 def _again_from_zero(run, start, gradient):
-    """Runs CG from a start, and once more from zero where no iterate descends: those from zero do. Returns a `CGResult` and the products spent."""
+    """Runs CG from `start`, and again from zero, where iterates always descend, if none does. Returns a `CGResult` and the number of products."""
     zero, none = tf.zeros_like(start), tf.constant(0)
     numbers = tf.zeros([0], tf.float64)
     nothing = CGResult(zero[None], none[None], numbers, none, none, numbers)
@@ -168,9 +168,9 @@ def _again_from_zero(run, start, gradient):
 
 
 def recipe_of_2010():
-    """Returns the solver of Martens (2010), part by part.
+    """Returns the solver of Martens (2010), with the parts and constants of the paper.
 
-    With it go `HessianFree(damping=45.0, solver=recipe_of_2010(), growing_batch=None)`, 45 being for a loss summed over outputs, and
+    Use it as `HessianFree(damping=45.0, solver=recipe_of_2010(), growing_batch=None)`, where 45 applies to a loss summed over outputs, together with
     `LevenbergMarquardt(low=0.25, high=0.75, factor=1.5)`.
 
     References:
