@@ -1,4 +1,4 @@
-"""The compiled Keras model as plain functions for the update, and what a trace of it chooses."""
+"""The compiled Keras model as plain functions for the update, and the choices made by tracing it."""
 
 import logging
 from typing import Any, NamedTuple
@@ -15,12 +15,12 @@ _logger = logging.getLogger("keras_hf")
 
 
 class Choice(NamedTuple):
-    """What a trace of the compiled model chose, and what its products are judged by.
+    """What a trace of the compiled model chose, and the tolerance that its products are checked with.
 
     Attributes:
-        curvature: `curvature.Curvature`, fitted to the network: its linearization is the one that products are formed by.
-        rounding: Float, what two ways to compute the same may differ by, relative to it.
-        suspects: List of strings, cures for layers whose second derivatives TensorFlow has wrong in some forms.
+        curvature: `curvature.Curvature`, fitted to the network: products are formed by its linearization.
+        rounding: Float, the relative difference allowed between two computations of the same number.
+        suspects: List of strings, cures for layers of which some forms have a wrong second derivative in TensorFlow.
     """
 
     curvature: Any
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 
 def require_targets(model, y):
-    """Raises if the compiled loss compares predictions with targets and there are none."""
+    """Raises an error if the compiled loss needs targets and there are none."""
     if y is None and keras_private.compiled_loss(model) is not None and not overrides_compute_loss(model):
         raise ValueError(f"`y` must hold what the loss {model.loss!r} compares predictions with. Received: y=None.")
 
@@ -44,10 +44,10 @@ def task_of(model, whole_loss):
 
     Args:
         model: `HFModel`, compiled.
-        whole_loss: Callable `(data, y_pred) -> scalar`, what an overridden `compute_loss` gives, without regularizers and added losses.
+        whole_loss: Callable `(data, y_pred) -> scalar`, the result of an overridden `compute_loss`, without regularizers and added losses.
 
     Raises:
-        ValueError: If there is no trainable weight, one that cannot be trained, or others than the optimizer was built for.
+        ValueError: If there is no trainable weight, if one cannot be trained, or if they are not those for which the optimizer was built.
     """
     trainable, optimizer = model.trainable_variables, model.optimizer
     if not trainable:
@@ -55,7 +55,7 @@ def task_of(model, whole_loss):
             "`HFModel` needs at least one trainable weight. Received: a network with none; set `layer.trainable = True`."
         )
     if optimizer.built:
-        # Another length of batches is traced anew, with what is trainable by then.
+        # Batches of another length cause a new trace, by when other weights may be trainable.
         checks.weights_of_optimizer(keras_private.optimized_weights(optimizer), trainable)
     checks.trainable_weights(trainable)
     layers = keras_private.all_layers(model.network)
@@ -84,11 +84,11 @@ def task_of(model, whole_loss):
 
 
 def trace(task, data, curvature, solver, num_replicas, name):
-    """Traces a task once, and finds out early, and says, how products are formed.
+    """Traces a task once, chooses how products are formed, and logs the choice.
 
     Args:
         task: `fixed_network.Task`.
-        data: `objective.Data`, of which only types and shapes are used.
+        data: `fixed_network.Data`, of which only types and shapes are used.
         curvature: `curvature.Curvature`.
         solver: `solver.Solver`.
         num_replicas: Integer.
@@ -98,7 +98,7 @@ def trace(task, data, curvature, solver, num_replicas, name):
         A `structure.Structure` and a `Choice`.
 
     Raises:
-        ValueError: If there is no loss, if the network draws random numbers that no update can hold fixed, or if the curvature is wrong for it.
+        ValueError: If there is no loss, if the network draws random numbers that cannot be held fixed, or if the curvature is wrong for it.
     """
     with second_derivatives_explained({}):
         structure = trace_structure(task, data)
@@ -118,15 +118,15 @@ def trace(task, data, curvature, solver, num_replicas, name):
 
 
 def overrides_compute_loss(model):
-    """Whether the class of a model has a `compute_loss` of its own."""
+    """Whether the class of a model overrides `compute_loss`."""
     return type(model).compute_loss is not keras.Model.compute_loss
 
 
 def loss_terms(model, whole_loss, data, y_pred):
-    """The terms of the compiled loss on these cases, a list; for the arguments see `task_of`."""
+    """Returns the list of terms of the compiled loss on these cases; for the arguments see `task_of`."""
     replicas = model.distribute_strategy.num_replicas_in_sync
     if overrides_compute_loss(model):
-        # Keras divides a loss of its own, and supposes one of the user's to be divided, by the number of replicas.
+        # Keras divides its own loss by the number of replicas, and expects the user's to be divided already.
         return [WholeLoss(lambda: replicas * whole_loss(data, y_pred))]
     compile_loss = keras_private.compiled_loss(model)
     if compile_loss is None:
@@ -142,21 +142,21 @@ def update_metrics(model, data, y_pred):
     """Adds cases to the model's metrics."""
     compile_loss = keras_private.compiled_loss(model)
     if compile_loss is not None and compile_loss.metrics:
-        # The loss of each output, which Keras tracks in the call.
+        # Keras tracks the loss of each output in this call.
         compile_loss(data.y, y_pred, data.sample_weight)
     model.compute_metrics(data.x, data.y, y_pred, data.sample_weight)
 
 
 def loss_name(loss):
-    """Returns the name of a loss as `compile` takes it; that of Keras' function for a string; what has none itself."""
+    """Returns the name of a loss as passed to `compile`: for a string, that of Keras' function; the loss itself if it has no name."""
     name = getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss
     return getattr(keras.losses.get(name), "__name__", name) if isinstance(loss, str) else name
 
 
 def checked(loss):
-    """Gives a loss that says what is wrong with the values of the user's function before Keras stumbles on them."""
+    """Returns a loss that checks the values of the user's function and explains errors that Keras would not."""
     if isinstance(loss, keras.losses.Loss):
-        # A loss that Keras calls in its own way has no values to look at.
+        # A loss with its own `__call__` has no values to check.
         return loss if type(loss).__call__ is not keras.losses.Loss.__call__ else CheckedLoss(loss)
     if not callable(loss) or isinstance(loss, type):
         return loss
@@ -169,7 +169,7 @@ def checked(loss):
 
 
 class CheckedLoss(keras.losses.Loss):
-    """A user's loss object behind the same check."""
+    """A user's loss object with the same check."""
 
     def __init__(self, loss):
         super().__init__(loss.name, loss.reduction, loss.dtype)

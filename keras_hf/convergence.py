@@ -1,8 +1,8 @@
-"""When a run is at rounding: no step changes the loss by more than its float type can tell. Knows numbers only.
+"""Detects convergence to rounding: no step changes the loss by more than its float type can resolve. Works on numbers only.
 
-A step that is predicted to lower the loss by less than the rounding of the loss, or that leaves the loss exactly as it was, tells nothing: neither
-the reduction ratio nor the line search can judge it. One such update may be due to a damping that is too large. Several, without a measurable
-decrease between them while the damping came down, mean that there is nothing left to gain in this float type.
+A step whose predicted reduction is below the rounding of the loss, or that leaves the loss exactly unchanged, cannot be judged by the reduction ratio
+or the line search. One such update may be due to a damping that is too large. Several, without a measurable decrease between them although the
+damping fell, mean that the loss cannot be lowered further in this float type.
 """
 
 from typing import NamedTuple
@@ -12,16 +12,16 @@ import tensorflow as tf
 
 # Updates at rounding, without a measurable decrease between them, after which the run has converged.
 _PATIENCE = 5
-# A gradient that is larger by this factor than those at rounding belongs to other cases or other weights: the run goes on.
+# A gradient larger than those at rounding by this factor belongs to other cases or other weights: the run continues.
 _WAKE_FACTOR = 2.0
 
 
 class Convergence(NamedTuple):
-    """What is remembered between updates; scalars of the weights' dtype.
+    """The record of updates at rounding, kept between updates; scalars of the weights' dtype.
 
     Attributes:
-        count: Updates at rounding since the loss last fell measurably.
-        gradient_norm: The largest norm of the gradient among them.
+        count: Number of updates at rounding since the last measurable decrease of the loss.
+        gradient_norm: The largest gradient norm of these updates.
         damping: The damping of the last of them.
     """
 
@@ -30,18 +30,18 @@ class Convergence(NamedTuple):
     damping: tf.Tensor
 
     def still_holds(self, gradient_norm, damping):
-        """Whether the run had converged and an update of this gradient norm and damping would find nothing new, a bool scalar."""
+        """Whether the run has converged and an update of this gradient norm and damping would change nothing, a bool scalar."""
         same = (damping == self.damping) & (gradient_norm <= _WAKE_FACTOR * self.gradient_norm)
         return (self.count >= _PATIENCE) & same
 
     def after(self, is_at_rounding, fell, gradient_norm, damping):
-        """Returns the memory after an update.
+        """Returns the record after an update.
 
         Args:
-            is_at_rounding: Bool scalar, whether the update's step was too small to be measured.
+            is_at_rounding: Bool scalar, whether the effect of the update's step was too small to be measured.
             fell: Bool scalar, whether the update lowered the loss by more than its rounding.
             gradient_norm: Scalar of the weights' dtype.
-            damping: Scalar of the weights' dtype, that of the update.
+            damping: Scalar of the weights' dtype, the damping of the update.
         """
         woken = (self.count >= _PATIENCE) & ~self.still_holds(gradient_norm, damping)
         reset = fell | woken | ~tf.math.is_finite(gradient_norm)
@@ -57,10 +57,10 @@ class Convergence(NamedTuple):
 
 
 def rounding_of(loss, dtype):
-    """What a change of a mean loss must exceed to be told from rounding: float64 scalar.
+    """Returns the change of a mean loss below which it cannot be distinguished from rounding, a float64 scalar.
 
     Args:
         loss: float64 scalar.
-        dtype: Float type that the losses of the cases are computed in.
+        dtype: Float type in which the losses of the cases are computed.
     """
     return float(np.finfo(dtype.as_numpy_dtype).eps) * tf.abs(loss)

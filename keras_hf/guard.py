@@ -1,4 +1,4 @@
-"""What surrounds an update: the arithmetic that it counts on, and errors that name the cure and leave every value as it was."""
+"""Context of an update: the arithmetic that it relies on, and errors that name the cure and leave every value unchanged."""
 
 import contextlib
 import re
@@ -7,17 +7,17 @@ import tensorflow as tf
 
 from keras_hf.problem.linearization import ForwardAccumulation
 
-# How the data of an epoch end, which is no error.
+# Exceptions at the end of an epoch's data, which are not errors.
 END_OF_DATA = (StopIteration, tf.errors.OutOfRangeError)
 
 
 @contextlib.contextmanager
 def unaltered_arithmetic():
-    """Keeps TensorFlow from computing something near what an update says.
+    """Context in which TensorFlow does not change the arithmetic of an update.
 
-    GPUs multiply float32 matrices in TF32, whose 10 bits CG's recurrences don't survive. The arithmetic optimizer makes one sum of several
-    additions, which becomes an accumulator where it expects memory to run short; in the loops of large networks creating that fails (2.21,
-    `AlreadyExistsError`). Without it an update takes as long.
+    GPUs multiply float32 matrices in TF32, whose 10 bits are too few for CG's recurrences. The arithmetic optimizer merges additions into one sum,
+    which becomes an accumulator if TensorFlow expects a shortage of memory; in the loops of large networks creating the accumulator fails (2.21,
+    `AlreadyExistsError`). An update takes equally long without this optimizer.
     """
     options = tf.config.optimizer.get_experimental_options()
     arithmetic = options.get("arithmetic_optimization", True)
@@ -33,7 +33,7 @@ def unaltered_arithmetic():
 
 @contextlib.contextmanager
 def values_kept(variables):
-    """Leaves variables as they were before it was opened.
+    """Context that restores variables at its end.
 
     Args:
         variables: List of `tf.Variable`.
@@ -47,11 +47,11 @@ def values_kept(variables):
 
 @contextlib.contextmanager
 def values_kept_on_error(variables, but=()):
-    """Leaves variables as they were before it was opened where it is left by an error.
+    """Context that restores variables if it ends with an error.
 
     Args:
         variables: List of `tf.Variable`.
-        but: Tuple of exceptions that are no errors here.
+        but: Tuple of exceptions that are not errors here.
     """
     before = [variable.read_value() for variable in variables]
     try:
@@ -70,11 +70,11 @@ def _put_back(variables, values):
 
 @contextlib.contextmanager
 def xla_explained(name, choice):
-    """Names the cure where XLA cannot compile the products that the user wanted compiled.
+    """Context in which an error of XLA while compiling products names the cure.
 
     Args:
         name: String, the network's name.
-        choice: Callable `() -> compiled_model.Choice` of the last trace, which may be made while this is open, or `None` before any.
+        choice: Callable that returns the `compiled_model.Choice` of the last trace, which may happen in this context, or `None` before any trace.
     """
     try:
         yield
@@ -90,17 +90,17 @@ def xla_explained(name, choice):
 
 
 def raise_if_wrong(name, choice, loss, product_error, repeat_error):
-    """Raises where an update was rejected because its numbers contradict each other.
+    """Raises an error if an update was rejected because its numbers are inconsistent.
 
     Args:
         name: String, the network's name.
         choice: `compiled_model.Choice`.
         loss: Float, the loss at the start.
-        product_error: Float, by how much of itself what must be equal of products differs.
-        repeat_error: Float, by how much of itself a repeated loss differs.
+        product_error: Float, the relative error of the products in their identities.
+        repeat_error: Float, the relative difference of a repeated loss.
 
     Raises:
-        ValueError: If one of them is more than rounding.
+        ValueError: If one of these errors is larger than rounding.
     """
     if repeat_error > choice.rounding:
         raise ValueError(
@@ -110,9 +110,9 @@ def raise_if_wrong(name, choice, loss, product_error, repeat_error):
         )
     if product_error > choice.rounding:
         raise ValueError(
-            f"The products of '{name}' by `{type(choice.linearization).__name__}` are wrong: what must be equal (v'Gv and "
-            f"(Jv)'H(Jv), or u'(Jv) and (J'u)'v) differs by {product_error:.2g} of itself. {_cure_for_products(choice)} "
-            "`HFModel.check_products` tells more."
+            f"The products of '{name}' by `{type(choice.linearization).__name__}` are wrong: v'Gv and (Jv)'H(Jv), or u'(Jv) and "
+            f"(J'u)'v, must be equal. Their relative difference is {product_error:.2g}. {_cure_for_products(choice)} "
+            "`HFModel.check_products` prints details."
         )
 
 

@@ -410,7 +410,7 @@ class HFModel(keras.Model):
         }
         if not isinstance(self.optimizer.curvature, (GaussNewton, EmpiricalFisher)):
             remarks["adjointness"] = "this curvature is not made of J"
-            remarks["negativity"] = "as it may be: a Hessian is indefinite away from a minimum"
+            remarks["negativity"] = "expected: a Hessian is indefinite away from a minimum"
 
         def errors(objective, structure):
             curvature = self._choice.curvature

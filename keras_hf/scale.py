@@ -1,6 +1,6 @@
-"""The scale of the curvature, found in the first update: what the first damping is a share of, and what its limits are relative to.
+"""The scale of the curvature, computed in the first update: the first damping is a fraction of it, and the limits of the damping are relative to it.
 
-A loss that is multiplied by a constant has its gradient and its curvature multiplied alike, and the same steps when the damping is multiplied, too.
+Multiplying the loss by a constant multiplies its gradient and its curvature alike; the steps are the same if the damping is multiplied too.
 """
 
 import numpy as np
@@ -8,15 +8,16 @@ import tensorflow as tf
 
 from keras_hf.common.vectors import dot
 
-# The first damping, as a share of the scale. Measured (benchmarks/first_damping.py): on shallow networks the loss after 30 updates differs little
-# from 1e-4 to 1; on a deep autoencoder it is the smaller the larger the share, and what too small a start spoils stays spoiled.
+# The first damping, as a fraction of the scale. Measured (benchmarks/first_damping.py): on shallow networks the loss after 30 updates differs little
+# between fractions of 1e-4 and 1; on a deep autoencoder larger fractions give a smaller loss, and later updates do not repair too small a start.
 _FIRST_SHARE = 0.1
 
 
 def curvature_scale(gradient, along_gradient, weights):
     """Returns the curvature along the gradient, `g'Gg / g'g`, a scalar > 0; 0 where the gradient is zero or not finite.
 
-    Where the loss has no curvature along it, the norm of the gradient over that of the weights, at which the first step is as long as the weights.
+    If the loss has no curvature along the gradient, the scale follows from the norm of the gradient over that of the weights, so that the first step
+    is as long as the weights.
 
     Args:
         gradient: Tensor `(n,)`, g.
@@ -33,17 +34,17 @@ def curvature_scale(gradient, along_gradient, weights):
 
 
 def first_damping(scale):
-    """Returns the damping of the first update, NaN where the scale is not known yet."""
+    """Returns the damping of the first update, NaN if the scale is not known yet."""
     unknown = tf.constant(float("nan"), scale.dtype)
     return tf.where(scale > 0, tf.constant(_FIRST_SHARE, scale.dtype) * scale, unknown)
 
 
 def damping_limits(scale, dtype):
-    """Returns the least and the greatest damping that a rule may assign, Python floats: beyond them it has no effect that rounding leaves.
+    """Returns the least and the greatest damping that a rule may assign, as Python floats.
 
-    Below the least, the damping is lost in the rounding of the curvature, and of what CG makes of it; above the greatest, steps are lost in that of
-    the weights. Limits keep a run from which nothing can be learned (a loss that is not finite, say) from moving the damping so far that it takes
-    hundreds of updates to come back.
+    Below the least, the damping is lost in the rounding of the curvature and of CG; above the greatest, steps are lost in that of the weights. The
+    limits keep a run without usable information (a loss that is not finite, for example) from moving the damping so far that it takes hundreds of
+    updates to return.
 
     Args:
         scale: Float, of the curvature.

@@ -1,16 +1,16 @@
-"""What every exchangeable part promises: immutable settings that serialise, and memory that somebody else keeps."""
+"""The interface of every exchangeable part: immutable settings that can be serialised, and a state that the optimizer keeps."""
 
 import tensorflow as tf
 
 
 class Part:
-    """Base of the parts handed to `HessianFree`. Subclasses with settings override `get_config`, those with memory `initial_state`."""
+    """Base class of the parts passed to `HessianFree`. Subclasses with settings override `get_config`, those with state `initial_state`."""
 
     def initial_state(self, variables, layers):
-        """Returns what this part remembers before the first update: a dict of tensors or of such dicts, whose shapes stay.
+        """Returns the state before the first update: a dict of tensors, or of such dicts, whose shapes do not change.
 
-        The optimizer makes variables of it, which are saved with it; an update passes their values in and hands the next ones back, whether its step
-        is taken or rejected. A state with floats that are not finite is not kept, nor that of an update that raises.
+        The optimizer creates variables for it and saves them. An update takes their values and returns the next ones, whether its step is taken or
+        rejected. A state with floats that are not finite is discarded, as is the state of an update that raises an error.
 
         Args:
             variables: List of tensors or variables, the trainable weights in the order of flat vectors.
@@ -25,12 +25,12 @@ class Part:
 
     @classmethod
     def from_config(cls, config):
-        """Makes the part from what `get_config` returned."""
+        """Creates the part from the result of `get_config`."""
         return cls(**config)
 
 
 def if_finite(new, old):
-    """Returns a state or, where numbers in it are not finite, all of the old one: nests of tensors."""
+    """Returns the new state, or all of the old one if any float of the new is not finite: nests of tensors."""
     floats = [tensor for tensor in tf.nest.flatten(new) if tensor.dtype.is_floating]
     is_finite = tf.reduce_all([True, *[tf.reduce_all(tf.math.is_finite(tensor)) for tensor in floats]])
     return tf.nest.map_structure(lambda new, old: tf.where(is_finite, new, old), new, old)

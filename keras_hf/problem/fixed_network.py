@@ -1,6 +1,6 @@
 """The network and its loss in one update: one fixed function of weights and cases.
 
-Every call of an update sees the same random numbers on a piece, batch statistics are the piece's own, and no state is changed.
+Within an update, every call on a piece uses the same random numbers, batch statistics are those of the piece, and no state is changed.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from keras_hf.problem.replicas import replica_number
 
 
 class Task(NamedTuple):
-    """What the Keras room hands over: the model as plain functions.
+    """The compiled Keras model as plain functions.
 
     Attributes:
         network: Callable `x -> y_pred`, the network in training mode.
@@ -26,8 +26,8 @@ class Task(NamedTuple):
         update_metrics: Callable `(data, y_pred)`, called once per piece with its outputs before the update.
         variables: List of `tf.Variable`, the trainable weights.
         weights: List of `keras.Variable`, the same as Keras knows them.
-        constraints: List, for every variable its Keras constraint, a callable that projects a value, or `None`.
-        states: List of `keras.Variable`, the non-trainable values that a forward pass may change, seeds apart.
+        constraints: List, the Keras constraint of every variable, a callable that projects a value, or `None`.
+        states: List of `keras.Variable`, the non-trainable values that a forward pass may change, except seeds.
         seeds: List of `keras.Variable`, the states of the network's seed generators.
         seed: int32 scalar `keras.Variable`, the optimizer's seed.
         layers: List of `keras.Layer`, all layers of the network.
@@ -47,7 +47,7 @@ class Task(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Cases as Keras hands them over: nests of tensors whose first axis is the case, or `None`."""
+    """Cases as Keras passes them: nests of tensors whose first axis is the case, or `None`."""
 
     x: Any
     y: Any
@@ -65,7 +65,7 @@ class Data(NamedTuple):
         return tf.shape(self._first_leaf)[0]
 
     def num_nonfinite_cases(self):
-        """Returns how many cases hold a number that is not finite, in inputs, targets or weights: an int32 scalar."""
+        """Returns the number of cases with a value that is not finite in inputs, targets or weights: an int32 scalar."""
         leaves = [leaf for leaf in keras.tree.flatten(tuple(self)) if leaf is not None and leaf.dtype.is_floating]
         bad = tf.zeros([self.num_cases], tf.bool)
         for leaf in leaves:
@@ -74,7 +74,7 @@ class Data(NamedTuple):
 
     @property
     def static_num_cases(self):
-        """Number of cases where it is known before they come, else `None`."""
+        """Number of cases if it is known at tracing, else `None`."""
         return self._first_leaf.shape[0]
 
     @property
@@ -87,11 +87,11 @@ class Evaluation(NamedTuple):
 
     Attributes:
         data: `Data`, the piece's cases.
-        y_pred: The network's outputs, as Keras gives them.
-        outputs: List of tensors, those that the loss is cut at: logits or entries of `y_pred`.
+        y_pred: The network's outputs, as Keras returns them.
+        outputs: List of tensors, the tensors at which the loss is cut from the network: logits or entries of `y_pred`.
         added_loss: Scalar, the sum of the losses added in `call` and by activity regularizers, or `None`.
-        states: List of tensors, what the pass would make of `Structure.states`; but of BatchNormalization the statistics of its inputs themselves,
-            not the moving averages of them.
+        states: List of tensors, the values of `Structure.states` after the pass; for BatchNormalization the statistics of its inputs, not the moving
+            averages of these.
     """
 
     data: Data
@@ -102,16 +102,16 @@ class Evaluation(NamedTuple):
 
 
 class FixedNetwork:
-    """The network as it is in one update, on one replica.
+    """The network as one fixed function in an update, on one replica.
 
     Args:
         task: `Task`.
-        structure: `structure.Structure`, what the traced network told.
-        update_number: int32 scalar, which the random numbers of an update are derived from.
+        structure: `structure.Structure` of the traced network.
+        update_number: int32 scalar, from which the random numbers of an update are derived.
 
     Attributes:
         task, structure, update_number: As above.
-        dtype: The type of flat vectors.
+        dtype: The dtype of flat vectors.
     """
 
     def __init__(self, task, structure, update_number):
@@ -123,9 +123,10 @@ class FixedNetwork:
 
         Args:
             data: `Data`, the piece's cases.
-            number: int32 scalar, the piece's number, which its random numbers depend on.
-            statistics: Pairs of a moving statistic of BatchNormalization and the value it has, as a constant, instead of the piece's.
-            measured: List of BatchNormalization layers whose own statistics are among the states; by default `measured_normalizations`.
+            number: int32 scalar, the piece's number, on which its random numbers depend.
+            statistics: Pairs of a moving statistic of BatchNormalization and the constant that replaces the piece's own.
+            measured: List of BatchNormalization layers whose statistics on the piece are returned among the states; by default
+                `measured_normalizations`.
             weights: List of tensors, the values of the trainable weights in this pass; `None` = those that they have.
 
         Returns:
@@ -141,7 +142,7 @@ class FixedNetwork:
         return Evaluation(data, y_pred, self.structure.cut(y_pred), added, states)
 
     def batch_statistics(self, data, number):
-        """The statistics that BatchNormalization layers take of a piece, as pairs of a moving statistic and its tensor. Cost: one forward pass."""
+        """Returns the statistics of BatchNormalization layers on a piece, as pairs of a moving statistic and a tensor. Cost: one forward pass."""
         layers = self.structure.batch_normalizations
         if not layers:
             return []
@@ -150,7 +151,7 @@ class FixedNetwork:
         return [(state, new) for state, new in zip(self.structure.states, states, strict=True) if id(state) in moving]
 
     def statistics(self, num_cases, states):
-        """Finds the `Statistics` of so many cases among the states of an `Evaluation`."""
+        """Returns the `Statistics` of `num_cases` from the states of an `Evaluation`."""
         means, variances = (
             [tf.cast(states[place], self.dtype) for place in places]
             for places in list(zip(*self.structure.statistics, strict=True)) or [[], []]
@@ -158,15 +159,15 @@ class FixedNetwork:
         return Statistics(tf.cast(num_cases, self.dtype), means, variances)
 
     def no_statistics(self):
-        """The `Statistics` of no case."""
+        """Returns the `Statistics` of zero cases."""
         return self.statistics(0, [tf.zeros(state.shape, self.dtype) for state in self.structure.states])
 
     def fixed_state(self, number, values=()):
-        """A scope in which piece `number` sees the same random numbers at every call of an update, and no state is changed.
+        """Returns a scope in which piece `number` gets the same random numbers in every call of an update, and no state is changed.
 
-        A seed generator's state is a seed and a counter of its calls, which no file of Keras holds. The optimizer's seed, which is saved, takes its
-        place, moved by the update's number and the generator's place in the network, by multipliers (Knuth's and another) that keep neighbouring
-        seeds apart; the piece's and the replica's numbers are the counter's upper bits, which leaves 2^12 calls within one pass.
+        The state of a seed generator is a seed and a counter of its calls, which Keras does not save. The optimizer's seed, which is saved, replaces
+        the seed, shifted by the update's number and by the generator's position in the network, times multipliers (Knuth's and another) that separate
+        neighbouring seeds. The numbers of the piece and the replica are the counter's upper bits, which leaves 2^12 calls within one pass.
         """
         if not self.task.seeds:
             return keras.StatelessScope(state_mapping=list(values), collect_losses=True)

@@ -1,7 +1,8 @@
-"""Directional derivatives of a network on one piece of data: `Jv`, `J'u` and what is made of them.
+"""Directional derivatives of a network on one piece of data: `Jv`, `J'u` and the curvature-vector products formed from them.
 
-Two ways, both exact. Forward accumulation re-runs the forward pass in every product; double backward runs it once and keeps it. Pearlmutter
-(1994) for Hessian products, Schraudolph (2002) for Gauss-Newton ones; forward mode from two backward ones: `Jv` is the derivative of `<J'u, v>` in u.
+There are two ways, both exact. Forward accumulation re-runs the forward pass in every product; double backward runs it once and keeps it. Hessian
+products follow Pearlmutter (1994), Gauss-Newton products Schraudolph (2002). Two backward passes replace forward mode: `Jv` is the derivative of
+`<J'u, v>` in u.
 """
 
 import contextlib
@@ -16,19 +17,19 @@ from keras_hf.common.checks import flag
 from keras_hf.common.part import Part
 from keras_hf.common.replaced import replaced
 
-# Where XLA's fusing of elementwise operations outweighs its slower matrix products on CPUs, and a case is work enough to pay for seconds of
-# compiling: `benchmarks/linearization_choice.py`.
+# Below this intensity XLA's fusion of elementwise operations outweighs its slower matrix products on CPUs; above this number of bytes the work per
+# case repays seconds of compilation. Measured by `benchmarks/linearization_choice.py`.
 _JIT_MAX_INTENSITY, _JIT_MIN_BYTES_PER_CASE = 40.0, 2**16
 
 
 class Linearized(NamedTuple):
-    """A curvature on one piece of data, at the weights. Called, it is the product.
+    """The linearized curvature on one piece of data, at the current weights. Calling it computes the product.
 
     Attributes:
         product: Callable `v -> Gv`, on lists of tensors shaped as the weights.
-        factors: Callable `() -> (v -> Jv, u -> Hu, u -> J'u)`, what a matrix `J'HJ` is made of, without XLA: products are held against these. They
-            share what the product keeps, if it keeps anything. `None` for a matrix made otherwise.
-        added: Callable `v -> Av`, what the product holds beside `J'HJ`, or `None`.
+        factors: Callable `() -> (v -> Jv, u -> Hu, u -> J'u)`, the factors of a matrix `J'HJ`, without XLA, against which products are checked. They
+            use the tapes that the product keeps, if any. `None` for a matrix of another form.
+        added: Callable `v -> Av`, the part of the product besides `J'HJ`, or `None`.
     """
 
     product: Callable
@@ -48,21 +49,21 @@ class Linearization(Part):
     """A way to differentiate twice. Immutable settings.
 
     Args:
-        jit_compile: Whether XLA compiles the products. Faster where a network is made of many small elementwise operations; each size of a piece is
-            compiled anew, for seconds.
+        jit_compile: Whether XLA compiles the products. Faster for networks of many small elementwise operations. Every size of piece is compiled
+            separately, which takes seconds.
 
     Raises:
-        ValueError: If `jit_compile` is no bool.
+        ValueError: If `jit_compile` is not a bool.
     """
 
     def __init__(self, jit_compile=False):
         self.jit_compile = flag("jit_compile", jit_compile)
 
     def gauss_newton(self, forward, hessian_at, variables):
-        """Gives `v -> J'H(Jv)`.
+        """Returns `v -> J'H(Jv)`.
 
         Args:
-            forward: Callable `() -> (outputs, rest)`: one forward pass; `outputs` is the list of tensors that J is the derivative of.
+            forward: Callable `() -> (outputs, rest)`: one forward pass; `outputs` is the list of tensors whose derivative is J.
             hessian_at: Callable `(outputs, rest) -> (u -> Hu)`, on lists shaped as `outputs`.
             variables: List of `tf.Variable`.
 
@@ -72,17 +73,17 @@ class Linearization(Part):
         raise NotImplementedError
 
     def hessian(self, loss, variables):
-        """Gives `v -> (second derivative of the scalar loss()) v`, on lists shaped as `variables`."""
+        """Returns `v -> (second derivative of the scalar loss()) v`, on lists shaped as `variables`."""
         raise NotImplementedError
 
     def fitted_to(self, structure):
-        """Returns this way as it is right for a network, or raises.
+        """Returns this linearization adapted to a network.
 
         Args:
-            structure: `structure.Structure`, what the traced network told.
+            structure: `structure.Structure` of the traced network.
 
         Raises:
-            ValueError: If it would be wrong for the network.
+            ValueError: If its products would be wrong for the network.
         """
         if self.jit_compile and structure.is_random and self._recomputes(structure):
             raise ValueError(
@@ -101,16 +102,16 @@ class Linearization(Part):
 
 @keras.saving.register_keras_serializable("keras_hf")
 class DoubleBackward(Linearization):
-    """Reverse over reverse: right for everything that has a right second derivative in TensorFlow.
+    """Reverse over reverse mode: right for everything whose second derivative is right in TensorFlow.
 
-    The tapes are built once, at the call, and every product is two backward passes through what they keep: about 1.2 gradients, and about twice the
-    activations of one gradient held as long as the products are wanted.
+    The tapes are built once, when the network is linearized, and every product is two backward passes through them. Cost: about 1.2 gradients per
+    product, and memory of about twice the activations of one gradient while the products are in use.
 
     Args:
         jit_compile: See `Linearization`.
     """
 
-    # XLA takes no TensorLists from outside, in which loops keep their activations: there the forward pass is part of what is compiled.
+    # Loops keep their activations in TensorLists, which XLA cannot take as inputs: for loops the forward pass is compiled with the product.
     _keeps_under_jit = True
 
     def fitted_to(self, structure):
@@ -153,9 +154,9 @@ class DoubleBackward(Linearization):
 class ForwardAccumulation(Linearization):
     """`tf.autodiff.ForwardAccumulator` for `Jv`, a `tf.GradientTape` for `J'u`, in one forward pass per product.
 
-    Memory stays near that of one gradient. Wrong, in silence, where a variable is read inside a nested function, loop or branch (recurrent layers
-    without `unroll`, grouped convolutions, `tf.cond`): such a network is refused, and an update whose products break the identity
-    `v'Gv = (Jv)'H(Jv)` is rejected.
+    Memory stays close to that of one gradient. TensorFlow's accumulator silently gives wrong results if a variable is read inside a nested function,
+    loop or branch (recurrent layers without `unroll`, grouped convolutions, `tf.cond`). Such a network is refused, and an update whose products
+    violate `v'Gv = (Jv)'H(Jv)` is rejected.
 
     Args:
         jit_compile: See `Linearization`.
@@ -208,7 +209,7 @@ class ForwardAccumulation(Linearization):
 
 
 def _transposed_twice(forward, variables):
-    """Runs the forward pass once; gives outputs, the rest, `v -> Jv`, the derivative of `<J'u, v>` in u, and `u -> J'u`."""
+    """Runs the forward pass once; returns outputs, the rest, `v -> Jv` (as the derivative of `<J'u, v>` in u) and `u -> J'u`."""
     with tf.GradientTape(persistent=True) as tape:
         outputs, rest = forward()
 
@@ -216,7 +217,7 @@ def _transposed_twice(forward, variables):
         return dense(tape.gradient(outputs, variables, output_gradients=u), variables)
 
     cotangents = [tf.zeros_like(output) for output in outputs]
-    # The forward pass has no part in a derivative in u: recorded here, too, its loops would take seconds more to trace.
+    # Only u is watched: the derivative in u does not involve the forward pass, and recording its loops here would add seconds of tracing.
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as transposing:
         transposing.watch(cotangents)
         pulled_back = pull_back(cotangents)
@@ -228,14 +229,14 @@ def _transposed_twice(forward, variables):
 
 
 def choose_linearization(structure, num_replicas):
-    """Returns the fastest right way for a network, by measured rule.
+    """Returns the fastest right linearization for a network, by a measured rule.
 
-    Double backward with kept tapes is right wherever there is a second derivative, and nowhere measured slower than forward accumulation. XLA pays on
-    CPUs where elementwise operations outweigh matrix products, and nothing in the network is known to be slow or missing there.
+    Double backward with kept tapes is right wherever a second derivative exists, and was nowhere measured slower than forward accumulation. XLA is
+    faster on CPUs if elementwise operations outweigh matrix products and the network has no operation known to be slow or missing in XLA.
 
     Args:
         structure: `structure.Structure`.
-        num_replicas: Integer; XLA's functions read the variables of one device only.
+        num_replicas: Integer; functions compiled by XLA read the variables of one device only.
     """
     pays = structure.arithmetic_intensity < _JIT_MAX_INTENSITY and structure.bytes_per_case >= _JIT_MIN_BYTES_PER_CASE
     # Not measured on GPUs, so not chosen there.
@@ -245,7 +246,7 @@ def choose_linearization(structure, num_replicas):
 
 @contextlib.contextmanager
 def without_fused_kernels(layers):
-    """Makes recurrent layers run without cuDNN's fused kernels, which have no second derivative, while it is open."""
+    """Context in which recurrent layers run without cuDNN's fused kernels, which have no second derivative."""
     with replaced(*[(layer, "use_cudnn", False) for layer in layers if hasattr(layer, "use_cudnn")]):
         yield
 
@@ -255,7 +256,7 @@ def _jit(product):
 
 
 def dense(gradients, sources):
-    """Gradients as tensors of their sources' shapes: zeros for None, sparse ones made dense, lost static shapes restored."""
+    """Returns gradients as dense tensors of their sources' shapes: zeros for `None`, sparse ones converted, lost static shapes restored."""
 
     def of(gradient, source):
         if gradient is None:

@@ -1,4 +1,4 @@
-"""The objective on one replica's cases, worked through in pieces: shares of sums that `objective` takes over all replicas."""
+"""The objective on one replica's cases, processed in pieces: one replica's terms of the sums that `objective` takes over all replicas."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from keras_hf.problem.replicas import replica_number
 class Pass(NamedTuple):
     """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
 
-    Losses and gradients are sums of shares. So are states that are floats, the mean over cases of what pieces make of them; of other states
-    (counts, flags) there is no mean, and the first piece's are taken. Statistics of BatchNormalization are those of all cases together.
+    Losses and gradients are sums over pieces. So are floating-point states: they are the mean over cases of the states after each piece. Other states
+    (counts, flags) have no mean, and the first piece's are taken. Statistics of BatchNormalization are those of all cases together.
     """
 
     loss: tf.Tensor
@@ -26,7 +26,7 @@ class Pass(NamedTuple):
 
 
 class LocalCases:
-    """One replica's cases and how they are divided. Lives in replica context.
+    """One replica's cases and their division into pieces. Used in replica context.
 
     Args:
         network: `fixed_network.FixedNetwork`.
@@ -43,7 +43,7 @@ class LocalCases:
         return self.data.take(self.pieces.indices(number))
 
     def counts(self):
-        """This replica's parts of `Totals`. Cost: a forward pass where an output's mask must be known, as far as the mask needs one."""
+        """Returns this replica's terms of `Totals`. Cost: if an output's mask must be known, the part of a forward pass that computes it."""
         num_cases, chunk_size = (tf.cast(n, self.dtype) for n in (self.pieces.num_cases, self.pieces.chunk_size))
         combinations = self.network.structure.combinations
         of_batch = of_chunk = tf.zeros([len(combinations)], self.dtype)
@@ -65,7 +65,7 @@ class LocalCases:
 
 
 class LocalObjective:
-    """The objective on one replica's cases, as shares of sums over all replicas. Lives in replica context.
+    """The objective on one replica's cases, as terms of sums over all replicas. Used in replica context.
 
     Args:
         cases: `LocalCases`.
@@ -79,7 +79,7 @@ class LocalObjective:
         self._task, self._structure, self._dtype = cases.network.task, cases.network.structure, cases.network.dtype
 
     def num_nonfinite_cases(self):
-        """This replica's cases that hold a number that is not finite, a scalar."""
+        """Returns the number of this replica's cases with a value that is not finite, a scalar."""
         return tf.cast(self._cases.data.num_nonfinite_cases(), self._dtype)
 
     def _piece(self, number, of_chunk):
@@ -87,7 +87,7 @@ class LocalObjective:
         return PieceFunction(self._network, self._totals, self._cases.of_piece(number), number, of_chunk)
 
     def gradient_pass(self):
-        """A `Pass` and its `batch_statistics.Statistics` over all pieces; on the way, metrics of the outputs. Cost: one gradient."""
+        """Returns a `Pass` and its `batch_statistics.Statistics` over all pieces, and updates the metrics. Cost: one gradient."""
         task = self._task
 
         def add_piece(number, sums):
@@ -116,7 +116,7 @@ class LocalObjective:
         return _over_pieces(0, self.pieces.num_pieces, add_piece, (start, self._network.no_statistics()))
 
     def statistics(self):
-        """The `batch_statistics.Statistics` over all pieces at the weights as they are. Cost: one forward pass."""
+        """Returns the `batch_statistics.Statistics` over all pieces at the current weights. Cost: one forward pass."""
 
         def add_piece(number, statistics):
             data = self._cases.of_piece(number)
@@ -126,7 +126,7 @@ class LocalObjective:
         return _over_pieces(0, self.pieces.num_pieces, add_piece, self._network.no_statistics())
 
     def loss(self, of_chunk):
-        """This replica's share of the loss over the chunk, or over the batch: float64 scalar. Cost: one forward pass."""
+        """Returns this replica's share of the loss over the chunk, or over the batch: float64 scalar. Cost: one forward pass."""
 
         def add_piece(number, total):
             piece = self._piece(number, of_chunk)
@@ -136,9 +136,9 @@ class LocalObjective:
         return _over_pieces(0, last, add_piece, tf.cast(self._regularization(), tf.float64))
 
     def sums_over_cases(self):
-        """This replica's share of the loss, what its cases add to it without their signs, and the squares of that: sums, float64 `(3,)`.
+        """Returns this replica's share of the loss, and the sums of the absolute values and of the squares of its cases' shares.
 
-        Cost: one forward pass.
+        Float64 `(3,)`. Cost: one forward pass.
         """
 
         def add_piece(number, total):
@@ -171,22 +171,22 @@ class LocalObjective:
         return tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas
 
     def _regularization(self):
-        """This replica's share of the regularizers' loss: none of a batch without cases, which is nothing to go by."""
+        """Returns this replica's share of the regularizers' loss; 0 for a batch without cases, which gives no information."""
         losses = [tf.cast(regularizer(variable), self._dtype) for variable, regularizer in self._task.regularizers]
         return self._regularization_share() * tf.add_n(losses) if losses else tf.zeros([], self._dtype)
 
     def regularization_product(self):
-        """Gives `v -> Rv` on flat vectors, this replica's share of the regularizers' second derivative R."""
+        """Returns `v -> Rv` on flat vectors, this replica's share of the regularizers' second derivative R."""
         if not self._task.regularizers:
             return tf.zeros_like
         product = DoubleBackward().hessian(self._regularization, self._task.variables)
         return lambda v: pack(product(unpack(v, self._task.variables)), self._dtype)
 
     def product(self, curvature):
-        """Gives `v -> Gv` on flat vectors or rows of them, this replica's share over the chunk, regularizers included.
+        """Returns `v -> Gv` on flat vectors or rows of them, this replica's share over the chunk, regularizers included.
 
-        The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized anew in every product, so that memory is
-        bounded by one piece's.
+        The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized again in every product, so that memory is
+        bounded by that of one piece.
         """
         piece = self._piece(tf.constant(0), of_chunk=True)
         first = curvature.linearize(piece)
@@ -207,13 +207,13 @@ class LocalObjective:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
             return (size / piece.loss_scale) * total + _by_rows(regularization, v)
 
-        # Checked on the kept piece: another linearization would take seconds to trace.
+        # The kept piece is checked: another linearization would take seconds to trace.
         return _LocalProduct(product, lambda v: self._sides(first, v))
 
     def _of_cases(self, sums):
-        """Returns what the first piece of the chunk gave, a nest of tensors; zeros where it holds no case, as on a replica that got none.
+        """Returns the results of the chunk's first piece, a nest of tensors; zeros if the piece is empty, as on a replica without cases.
 
-        The mean over no case, which BatchNormalization takes, is no number, and would be none in a sum over replicas.
+        The mean over zero cases, which BatchNormalization takes, is NaN, and would make a sum over replicas NaN.
         """
         if self._num_replicas == 1:
             return sums
@@ -222,9 +222,9 @@ class LocalObjective:
         )
 
     def _size(self, v):
-        """What a vector, or each row of some, is divided by before it goes through the network.
+        """Returns the divisor of a vector, or of each row, before it is passed through the network.
 
-        1, but for float16, where CG's small vectors would be zeros.
+        1, except for float16, where CG's small vectors would become zero.
         """
         if not self._structure.is_float16:
             return tf.ones([], self._dtype)
@@ -232,10 +232,11 @@ class LocalObjective:
         return tf.where(largest > 0, largest, tf.ones_like(largest))
 
     def _sides(self, linearized, v):
-        """Both sides of `v'Gv = (Jv)'H(Jv)` and of `u'(Jv) = (J'u)'v` on a piece, u random, and the sizes of what they sum.
+        """Computes `v'Gv = (Jv)'H(Jv)` and, for a random u, `u'(Jv) = (J'u)'v` on a piece.
 
         Returns:
-            List of triples of float64 scalars; `None` for a curvature without J.
+            For each identity a triple of float64 scalars: left side, right side, and the size that their difference is relative to. `None` for a
+            curvature without J.
         """
         if getattr(linearized, "factors", None) is None:
             return None
@@ -245,7 +246,7 @@ class LocalObjective:
         left, right = inner_product(v, image), inner_product(tangents, hessian(tangents))
         if linearized.added is not None:
             right += inner_product(v, linearized.added(v))
-        # The last term: where curvature of both signs cancels, rounding is not small beside what is left.
+        # The last term: if positive and negative curvature cancel, rounding is not small compared with the remainder.
         size = tf.abs(left) + tf.abs(right) + 1e-4 * tf.sqrt(inner_product(v, v) * inner_product(image, image))
         identity = left, right, size
         u = [
@@ -253,12 +254,12 @@ class LocalObjective:
             for seed, tangent in enumerate(tangents)
         ]
         left, right = inner_product(u, tangents), inner_product(pull_back(u), v)
-        # Where tangents are lost altogether their size is zero, and the right side tells.
+        # If all tangents are lost, their size is zero, and the right side shows the error.
         size = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
         return self._of_cases([identity, (left, right, size)])
 
     def sum_over_chunk(self, function, num_cases):
-        """This replica's part of `Objective.sum_over_chunk`."""
+        """Returns this replica's term of `Objective.sum_over_chunk`."""
         pieces = self.pieces
         if num_cases is not None:
             most = -(-num_cases // self._num_replicas)
@@ -266,7 +267,7 @@ class LocalObjective:
 
         def of_piece(number):
             indices = pieces.indices(number)
-            # The number of the piece is no part of it: results must not depend on the size of pieces.
+            # Not the number of the piece: results must not depend on the size of pieces.
             seeds = [
                 indices,
                 tf.fill(tf.shape(indices), self._network.update_number),
@@ -282,9 +283,9 @@ class LocalObjective:
         return _over_pieces(1, pieces.num_chunk_pieces, add_piece, total)
 
     def squared_gradients(self, skipped=()):
-        """This replica's share of the mean over cases of the squared gradient of a case's loss, `(n,)`. Cost: about two gradients.
+        """Returns this replica's share of the mean over cases of the squared gradient of a case's loss, `(n,)`. Cost: about two gradients.
 
-        With f the sum of shares c_i of the cases, it is `N * sum_i (dc_i)^2`: for a mean over N cases, the mean of the cases' squared gradients.
+        If the loss is the sum of the cases' shares c_i, this is `N * sum_i (dc_i)^2`: for a mean over N cases, the mean of their squared gradients.
         """
 
         def add_piece(number, total):
@@ -297,14 +298,14 @@ class LocalObjective:
 
 
 class _LocalProduct(NamedTuple):
-    """One replica's share of a product `v -> Gv`, and the sides of what must hold of it; see `LocalObjective`."""
+    """One replica's share of a product `v -> Gv`, and the sides of its identities; see `LocalObjective`."""
 
     product: Callable
     sides: Callable
 
 
 def _over_pieces(first, stop, add_piece, sums):
-    """Runs `sums = add_piece(number, sums)` for the pieces first..stop-1, one after the other: memory is one piece's."""
+    """Runs `sums = add_piece(number, sums)` for the pieces first..stop-1 in sequence: memory is that of one piece."""
     _, sums = tf.while_loop(
         lambda number, _: number < stop,
         lambda number, sums: (number + 1, add_piece(number, sums)),
@@ -315,5 +316,5 @@ def _over_pieces(first, stop, add_piece, sums):
 
 
 def _by_rows(function, v):
-    """Applies `(n,) -> (n,)` to a vector, or to every row of `(k, n)`, one after the other: memory is one row's."""
+    """Applies `(n,) -> (n,)` to a vector, or to every row of `(k, n)` in sequence: memory is that of one row."""
     return function(v) if v.shape.rank == 1 else tf.map_fn(function, v, parallel_iterations=1)

@@ -1,7 +1,7 @@
 """The objective: network and loss on given cases as functions of one flat vector of all trainable weights `(n,)`.
 
-Each replica holds a `LocalObjective`, its own cases worked through in pieces; the `Objective` adds over replicas, adds what concerns the weights
-alone (regularizers), packs and unpacks the flat vector, and assigns candidate weights and restores them. It knows no damping and no CG.
+Each replica holds a `LocalObjective`, which processes its own cases in pieces. The `Objective` sums over replicas, packs and unpacks the flat vector,
+and assigns candidate weights and restores them. It knows nothing about damping or CG.
 """
 
 import functools
@@ -15,7 +15,7 @@ from keras_hf.problem.local_objective import LocalObjective
 
 
 class Product:
-    """A product over all replicas. Called, it is `v -> Gv`; see `Objective.product`.
+    """A product over all replicas. Calling it computes `v -> Gv`; see `Objective.product`.
 
     Args:
         replicas: `replicas.Replicas`.
@@ -29,10 +29,10 @@ class Product:
         return self._replicas.sum(lambda part, v: part.product(v), self._parts, v)
 
     def errors(self, v):
-        """Returns by how much `v'Gv = (Jv)'H(Jv)` and, for a random u, `u'(Jv) = (J'u)'v` fail, relative to both sides; `None` without a J.
+        """Returns the relative errors of `v'Gv = (Jv)'H(Jv)` and, for a random u, of `u'(Jv) = (J'u)'v`; `None` without a Jacobian J.
 
-        On the first piece of every replica. Where TensorFlow's second derivatives are wrong, or tangents are lost, J and J' are not each other's
-        transposes, and both do not hold. Float64 `(2,)`. Cost: two products.
+        Float64 `(2,)`, on the first piece of every replica. If a second derivative of TensorFlow is wrong or tangents are lost, J and J' are not
+        transposes of each other, and neither identity holds. Cost: two products.
         """
         sides = self._replicas.sum(lambda part, v: part.sides(v), self._parts, v)
         if sides is None:
@@ -92,16 +92,16 @@ class Rows:
 
 
 class Objective:
-    """The objective over all replicas and cases: what an update minimises. Lives in cross-replica context.
+    """The objective over all replicas and cases, which an update minimises. Used in cross-replica context.
 
-    While it exists the weights are at their start, but for the duration of a `loss_at` or of a product by differences. Weights with constraints are
-    projected: those of every candidate, so that what the loss is looked up at is what the weights become, and the start where it violates them.
+    While it is in use, the weights are at their start, except during `loss_at` and during a product by differences. Weights with constraints are
+    projected: those of every candidate, so that the loss is evaluated at the weights that the update assigns, and the start if it violates them.
 
     Args:
         replicas: `replicas.Replicas`.
         cases: The `LocalCases` of every replica, as `replicas` holds them.
-        network: `FixedNetwork`, that of any replica.
-        chunk_is_batch: Whether the curvature chunk is all of the batch.
+        network: `FixedNetwork` of any replica.
+        chunk_is_batch: Whether the curvature chunk is the whole batch.
     """
 
     def __init__(self, replicas, cases, network, chunk_is_batch):
@@ -117,7 +117,7 @@ class Objective:
             ]
             assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
-        # Backtracking, line search and checks call the same function: the graph, which takes seconds to make, then holds the loss once.
+        # Backtracking, line search and checks call the same function, so that the graph, which takes seconds to build, contains the loss once.
         self._losses = {}
         self.totals = replicas.sum(lambda cases: cases.counts(), cases)
         self._parts = replicas.run(
@@ -132,7 +132,7 @@ class Objective:
         others = [i for i, state in enumerate(states) if not state.dtype.is_floating]
         passes, statistics = found
         total = self._replicas.sum(lambda local: local._replace(states=[local.states[i] for i in means]), passes)
-        # Not of a replica without cases, which has made no pass.
+        # The first replica with cases: others have made no pass.
         first = self._replicas.first(
             [states[i] for i in others],
             lambda part, local: (part.pieces.num_cases > 0, [local.states[i] for i in others]),
@@ -147,15 +147,15 @@ class Objective:
         return total._replace(states=self._with_statistics(states, statistics))
 
     def next_states(self, states, num_before):
-        """Returns the network's states at the end of an update, those of BatchNormalization fitting the weights as they are by then.
+        """Returns the network's states after an update; the statistics of BatchNormalization are those at the new weights.
 
-        Moving averages would need thousands of steps, and the weights move far in one. So statistics are taken afresh of the cases used, at the new
-        weights. Of a few cases alone (the rest of an epoch) they would be poor: in as far as there were more before, those are kept, moved by what
-        the step changed on the few.
+        Moving averages would need thousands of steps, and the weights move far in one. Statistics are therefore computed again on the cases used, at
+        the new weights. Those of only a few cases (the rest of an epoch) would be poor: old statistics of more cases are kept in part, shifted by
+        the change on the few cases.
 
         Args:
-            states: List of tensors, what `loss_and_gradient` returned.
-            num_before: Scalar, the number of cases that the network's statistics stand for.
+            states: List of tensors, the states from `loss_and_gradient`.
+            num_before: Scalar, the number of cases behind the network's statistics.
 
         Returns:
             List of tensors. Cost: one forward pass, none in networks without BatchNormalization.
@@ -175,7 +175,7 @@ class Objective:
         return new
 
     def _with_statistics(self, states, statistics):
-        """Returns states with the statistics of all replicas, from the `Statistics` of each."""
+        """Returns the states with BatchNormalization's statistics over all replicas, combined from the `Statistics` of each."""
         places = self._structure.statistics
         if not places:
             return states
@@ -187,7 +187,7 @@ class Objective:
         return states
 
     def loss_at(self, step):
-        """Returns the loss over the batch at start + step, float64. The weights are as before afterwards. Cost: one forward pass."""
+        """Returns the loss over the batch at start + step, float64, and restores the weights. Cost: one forward pass."""
         return self._loss_at(step, of_chunk=False)
 
     def chunk_loss_at(self, step):
@@ -195,9 +195,9 @@ class Objective:
         return self._loss_at(step, of_chunk=True)
 
     def loss_and_variation_at(self, step):
-        """Returns the loss over the batch at start + step, and the squared coefficient of variation of what cases add to it, regularizers apart.
+        """Returns the loss over the batch at start + step, and the squared coefficient of variation of its cases' absolute losses.
 
-        Float64 scalars. Cost: one forward pass.
+        Float64 scalars; the variation leaves out regularizers. Cost: one forward pass.
         """
         loss, size, squares = tf.unstack(self._at(step, lambda part: part.sums_over_cases()))
         num_cases = tf.cast(self.totals.num_cases, tf.float64)
@@ -218,7 +218,7 @@ class Objective:
         return self._at(step, lambda part: part.loss(of_chunk))
 
     def _at(self, step, function):
-        """The sum over replicas of `function(part)` at start + step."""
+        """Returns the sum over replicas of `function(part)` at start + step."""
         assign(self._task.variables, self.candidate(step))
         values = self._replicas.sum(function, self._parts)
         assign(self._task.variables, self._start)
@@ -238,14 +238,14 @@ class Objective:
         return self._start_vector
 
     def num_nonfinite_cases(self):
-        """Returns how many cases of the batch hold a number that is not finite, an int32 scalar."""
+        """Returns the number of cases of the batch with a value that is not finite, an int32 scalar."""
         return tf.cast(self._replicas.sum(lambda part: part.num_nonfinite_cases(), self._parts), tf.int32)
 
     def product(self, curvature):
-        """Gives `v -> Gv`, the product over the chunk at the start, regularizers' second derivatives included.
+        """Returns `v -> Gv`, the product over the chunk at the start, including the second derivatives of regularizers.
 
-        On a vector `(n,)`, or on every row of `(k, n)`, for which the pieces after the first are linearized once. Rows come
-        one after the other: on a CPU, vectorised products took up to 3.7 times as long, and a third less at best.
+        It applies to a vector `(n,)` or to every row of `(k, n)`; for all rows together, pieces after the first are linearized once. Rows are
+        processed in sequence: on a CPU, vectorised products took up to 3.7 times as long, and a third less at best.
         """
         curvature = curvature.fitted_to(self._structure, self._replicas.count)
         return Product(self._replicas, self._replicas.run(lambda part: part.product(curvature), self._parts))
@@ -290,7 +290,7 @@ class Objective:
 
     @property
     def rounding(self):
-        """What two ways to compute the same may differ by, relative to it: Python float."""
+        """The relative difference allowed between two computations of the same number: a Python float."""
         return self._structure.rounding
 
     @property
@@ -300,29 +300,29 @@ class Objective:
 
     @property
     def captured(self):
-        """The layers whose inputs and pre-activations tell their gradients, a list of `keras.Layer`."""
+        """The layers whose gradients are computed from their inputs and pre-activations, a list of `keras.Layer`."""
         return self._structure.captured
 
     def sum_over_chunk(self, function, num_cases=None):
         """Returns a sum over pieces of the chunk, and over all replicas.
 
         Args:
-            function: Callable `(piece, seeds) -> nest of tensors`, of a `PieceFunction` with batch statistics held constant and of int32
-                `(cases, 3)`: three numbers for each of its cases that no other case and no other update has, whatever the pieces.
-            num_cases: Integer, of so many of the chunk's cases at most; `None` = of all.
+            function: Callable `(piece, seeds) -> nest of tensors`. `piece` is a `PieceFunction` with batch statistics held constant; `seeds`, int32
+                `(cases, 3)`, holds three numbers per case that are unique to the case and the update and do not depend on the pieces.
+            num_cases: Integer, the largest number of the chunk's cases to use; `None` = all.
         """
         return self._replicas.sum(lambda part: part.sum_over_chunk(function, num_cases), self._parts)
 
     def squared_gradients(self, skipped=()):
-        """Returns the mean over the batch's cases of the squared gradient of a case's loss, `(n,)`; regularizers outside.
+        """Returns the mean over the batch's cases of the squared gradient of a case's loss, `(n,)`, without regularizers.
 
         Args:
-            skipped: List of captured layers whose weights get zeros, at no cost.
+            skipped: List of captured layers whose entries are zero, at no cost.
         """
         return self._replicas.sum(lambda part: part.squared_gradients(skipped), self._parts)
 
     def regularization_diagonal(self):
-        """Returns the diagonal of the regularizers' second derivative, `(n,)`, where it is diagonal, as for L2; never negative."""
+        """Returns the diagonal of the regularizers' second derivative, `(n,)`, if that is diagonal, as for L2; never negative."""
         ones = tf.ones([self.num_weights], self.dtype)
         return tf.maximum(self._replicas.sum(lambda part: part.regularization_product()(ones), self._parts), 0.0)
 
@@ -334,6 +334,6 @@ class Objective:
 
 
 def _where_violated(projected, value):
-    """The projection where it is not the value itself to rounding: Keras' norms divide by a norm and a small number more."""
+    """Returns the projection if it differs from the value by more than rounding: Keras' norm constraints add a small number to the divisor."""
     size = tf.reduce_max(tf.abs(value))
     return tf.where(tf.reduce_any(tf.abs(projected - value) > 1e-5 * size), projected, value)

@@ -1,4 +1,4 @@
-"""One piece of data as a function of the weights: what a curvature linearizes and a preconditioner looks into."""
+"""One piece of data as a function of the weights, which curvatures linearize and preconditioners inspect."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from keras_hf.problem.linearization import dense
 
 
 class Totals(NamedTuple):
-    """Over all replicas, of the batch and of the chunk: numbers of cases, and denominators of the loss terms `(terms,)`; in the weights' dtype."""
+    """Numbers of cases and denominators of the loss terms `(terms,)`, of batch and chunk, over all replicas; in the weights' dtype."""
 
     num_cases: tf.Tensor
     denominators: tf.Tensor
@@ -18,24 +18,24 @@ class Totals(NamedTuple):
 
 
 class PieceFunction:
-    """One piece of data as a function of the weights: what a curvature linearizes and a preconditioner looks into.
+    """One piece of data as a function of the weights, which curvatures linearize and preconditioners inspect.
 
     Args:
         network: `FixedNetwork`.
         totals: `Totals`.
         data: `Data`, its cases.
         number: int32 scalar, the piece's number.
-        of_chunk: Whether it enters the mean over the curvature chunk, or that over the batch.
+        of_chunk: Whether the piece is part of the mean over the curvature chunk, or of that over the batch.
         statistics: See `FixedNetwork.evaluate`.
 
     Attributes:
         variables: List of `tf.Variable`.
         has_added_loss: Whether the network adds losses of its own.
         num_cases: int32 scalar.
-        all_cases: Scalar, the cases of the chunk or of the batch, those of other pieces and replicas among them.
-        share: Scalar, the piece's part of all cases.
-        loss_scale: Scalar, by which `loss`, `added_loss` and their derivatives are larger than the piece's shares, as in mixed-precision training:
-            what is made of them is divided by it. 1, but for float16, whose range the derivatives of a mean would leave: the number of all cases.
+        all_cases: Scalar, the number of cases of the chunk or the batch, including other pieces and replicas.
+        share: Scalar, the piece's fraction of all cases.
+        loss_scale: Scalar, the factor by which `loss`, `added_loss` and their derivatives exceed the piece's shares, as in mixed-precision training;
+            results are divided by it. 1, except for float16, whose range the derivatives of a mean would leave: there, the number of all cases.
     """
 
     def __init__(self, network, totals, data, number, of_chunk, statistics=()):
@@ -58,29 +58,29 @@ class PieceFunction:
         return self._network.evaluate(self._data, self._number, self._statistics, weights=weights)
 
     def cases(self, indices):
-        """Returns the function of the piece's cases at `indices`, int32 `(k,)`, alone."""
+        """Returns the function of only the piece's cases at `indices`, int32 `(k,)`."""
         return self._of(self._data.take(indices), self._statistics)
 
     def cases_apart(self):
-        """Returns the piece with its batch statistics held constant, so that each case has a gradient of its own."""
+        """Returns the piece with its batch statistics held constant, so that each case has its own gradient."""
         return self._of(self._data, self._network.batch_statistics(self._data, self._number))
 
     def _of(self, data, statistics):
         return PieceFunction(self._network, self._totals, data, self._number, self._of_chunk, statistics)
 
     def signs(self, salt):
-        """Returns a random sign for every case, float32 `(cases,)`, others in another update or with another int32 `salt`."""
+        """Returns a random sign per case, float32 `(cases,)`; the signs depend on the update and on the int32 `salt`."""
         seed = tf.stack([self._network.update_number, 65536 * self._number + salt])
         return 2.0 * tf.cast(tf.random.stateless_uniform([self.num_cases], seed) < 0.5, tf.float32) - 1.0
 
     @property
     def hessian_is_diagonal(self):
-        """Whether the second derivative of `loss` in the outputs is."""
+        """Whether the second derivative of `loss` with respect to the outputs is diagonal."""
         return self._network.structure.is_entrywise
 
     @property
     def is_vectorizable(self):
-        """Whether TensorFlow vectorises the network over cases."""
+        """Whether TensorFlow can vectorise the network over cases."""
         return self._network.structure.is_vectorizable
 
     @property
@@ -90,7 +90,7 @@ class PieceFunction:
 
     @property
     def floats_per_case(self):
-        """Floats that a gradient of one case computes, about: an integer, or an int64 scalar where lengths are known at run time only."""
+        """About how many floats a gradient of one case computes: an integer, or an int64 scalar if lengths are known only at run time."""
         return self._network.structure.bytes_of(self._data) // 4
 
     def loss(self, evaluation):
@@ -115,7 +115,7 @@ class PieceFunction:
         return dense(tape.gradient(loss, self.variables), self.variables), evaluation
 
     def gradient_at(self, weights):
-        """Returns the gradient of `whole_loss` at other weights, a list of tensors. The weights are as before afterwards. Cost: one gradient."""
+        """Returns the gradient of `whole_loss` at other weights, a list of tensors, and restores the weights. Cost: one gradient."""
         before = [tf.convert_to_tensor(variable) for variable in self.variables]
         assign(self.variables, weights)
         gradient, _ = self.gradient()
@@ -128,7 +128,7 @@ class PieceFunction:
         return loss + tf.cast(self.share * evaluation.added_loss, tf.float64) if self.has_added_loss else loss
 
     def case_shares(self, evaluation):
-        """What each case adds to the whole loss, float64 `(cases,)`; the same of every case where only their sum is known."""
+        """Each case's share of the whole loss, float64 `(cases,)`; equal for all cases if only their sum is known."""
         evenly = lambda sum_: tf.fill([self.num_cases], tf.cast(sum_, tf.float64) / tf.cast(self.num_cases, tf.float64))  # noqa: E731
 
         def shares(term):
@@ -139,7 +139,7 @@ class PieceFunction:
         return of_terms + evenly(self.share * evaluation.added_loss) if self.has_added_loss else of_terms
 
     def _sum_of_terms(self, evaluation, value_of, dtype, shape=()):
-        """The sum of the terms of the compiled loss, each by its denominator's part of the denominator of all."""
+        """Returns the sum of the terms of the compiled loss, each scaled by its fraction of the total denominator."""
         network, totals = self._network, self._totals
         scaled = [tf.zeros(shape, dtype)]
         with network.fixed_state(self._number):
@@ -147,7 +147,7 @@ class PieceFunction:
             for i, (term, combination) in enumerate(zip(terms, network.structure.combinations, strict=True)):
                 value = value_of(term)
                 if combination == "sum":
-                    # A sum over the chunk stands for the sum over the batch.
+                    # The sum over the chunk estimates the sum over the batch.
                     scale = totals.num_cases / totals.chunk_cases if self._of_chunk else 1.0
                 elif combination == "data":
                     denominators = totals.chunk_denominators if self._of_chunk else totals.denominators
