@@ -55,14 +55,14 @@ class Outcome(NamedTuple):
     match: str = ""
 
 
-RIGHT = Outcome("right", "The product is that of the dense matrix.")
+RIGHT = Outcome("right", "The product equals that of the dense matrix.")
 FLAT = Outcome("no curvature", "The loss has no second derivative, the product is zero, and the package warns.")
 WRONG = Outcome("**wrong**", "The product is not that of the dense matrix.")
 REJECTED = Outcome(
     "rejected",
-    "TensorFlow's second derivative is wrong: the first update of `fit` sees it, leaves the weights as they were, and raises an error that says so.",
+    "TensorFlow's second derivative is wrong: the first update of `fit` detects it, leaves the weights unchanged, and raises an error that says so.",
 )
-NOT_A_NUMBER = Outcome("NaN, rejected", "TensorFlow's second derivative is no number; `fit` rejects the step.")
+NOT_A_NUMBER = Outcome("NaN, rejected", "TensorFlow's second derivative is NaN; `fit` rejects the step.")
 NESTED = Outcome(
     "refused",
     "`ForwardAccumulation` refuses nested functions, loops and branches, in which it loses tangents.",
@@ -71,7 +71,7 @@ NESTED = Outcome(
 )
 REDRAWS = Outcome(
     "refused: random",
-    "What re-runs the forward pass under XLA would draw other random numbers.",
+    "The forward pass would be re-run under XLA, which draws other random numbers.",
     ValueError,
     "re-runs the forward pass of this network under XLA",
 )
@@ -82,9 +82,9 @@ NO_SECOND = Outcome(
     "has no second derivative",
 )
 NO_XLA = Outcome(
-    "not under XLA", "XLA cannot compile it, in TensorFlow's words.", Exception, "XLA|[Tt]ensor ?[Ll]ist|compile"
+    "not under XLA", "XLA cannot compile it; the error is TensorFlow's.", Exception, "XLA|[Tt]ensor ?[Ll]ist|compile"
 )
-UNEXPLAINED = Outcome("TensorFlow's error", "TensorFlow's own error, which names no cure.", Exception, "")
+UNEXPLAINED = Outcome("TensorFlow's error", "TensorFlow's own error, which does not name a cure.", Exception, "")
 OUTCOMES = [RIGHT, FLAT, NESTED, REDRAWS, NO_SECOND, NO_XLA, UNEXPLAINED, NOT_A_NUMBER, REJECTED, WRONG]
 
 
@@ -417,14 +417,14 @@ def of_layers():
         (3,),
         "ActivityRegularization",
         lambda: layers.ActivityRegularization(l2=0.1),
-        note="Enters with its exact Hessian.",
+        note="Its exact Hessian is used.",
         is_indefinite=True,
     )
     on(
         (3,),
         "Dense, activity_regularizer",
         lambda: layers.Dense(3, "tanh", activity_regularizer=keras.regularizers.L2(0.1)),
-        note="Enters with its exact Hessian.",
+        note="Its exact Hessian is used.",
         is_indefinite=True,
     )
     for dropout in (layers.Dropout, layers.AlphaDropout, layers.GaussianDropout, layers.GaussianNoise):
@@ -528,7 +528,7 @@ def of_layers():
     )
     row("MelSpectrogram", mel_spectrogram, (4,), dtype="float32", is_slow=True)
     inside((3,), "Pipeline", lambda: layers.Pipeline([layers.Rescaling(0.5), layers.Rescaling(2.0, 0.1)]))
-    front = {"note": "In front of the weights.", "ways": (AUTOMATIC,), "is_slow": True}
+    front = {"note": "Comes before all weights.", "ways": (AUTOMATIC,), "is_slow": True}
     on(
         (3,),
         "Discretization",
@@ -597,10 +597,10 @@ IMAGES = {
 
 # Classes without a row, each by the reason.
 OUTSIDE = {
-    "AugMix": "is another function in every trace, by Python's `random`: for the data's pipeline",
-    "FlaxLayer": "holds another framework's network",
-    "JaxLayer": "holds another framework's network",
-    "TorchModuleWrapper": "holds another framework's network",
+    "AugMix": "is a different function in every trace, because it uses Python's `random`; apply it in the data pipeline",
+    "FlaxLayer": "holds a network of another framework",
+    "JaxLayer": "holds a network of another framework",
+    "TorchModuleWrapper": "holds a network of another framework",
     "MaxNumBoundingBoxes": "preprocessing of bounding boxes, outside the network",
 }
 
@@ -1461,7 +1461,7 @@ def document(measured):
         for row in rows:
             outcomes, is_indefinite = measured[row.name]
             notes = [row.note] if row.note else []
-            notes += ["In float32, for lack of a float64 kernel."] if row.dtype == "float32" else []
+            notes += ["In float32: there is no float64 kernel."] if row.dtype == "float32" else []
             notes += ["Indefinite."] if is_indefinite else []
             parts.append(
                 f"| {row.name} | {' | '.join(outcomes[way].name if way in outcomes else '' for way in WAYS)} | {' '.join(notes)} |"
@@ -1481,13 +1481,13 @@ def by_the_table():
 
 HEAD = """# What works with which layer and loss
 
-Products of the Gauss-Newton matrix of small networks, a few dozen weights each, held against dense matrices in float64.
-Keras {keras}, TensorFlow {tensorflow}, CPUs. It is the table of `tests/support.py`, which the slow tests hold against what they measure.
+Gauss-Newton products of small networks (a few dozen weights each), compared with dense matrices in float64.
+Keras {keras}, TensorFlow {tensorflow}, CPUs. This is the table of `tests/support.py`; the slow tests measure every cell again.
 
-The columns are the ways to differentiate: `GaussNewton()`, which chooses by itself, then `GaussNewton(DoubleBackward())` and so on; XLA is
+The columns are the ways to differentiate: `GaussNewton()`, which chooses automatically, then `GaussNewton(DoubleBackward())` and so on; XLA means
 `jit_compile=True`. A row is a layer of Keras, or a variant of one, in a network with dense layers and the mean squared error; a construct that a
-layer uses; or a loss. *Indefinite*: the loss is not convex in the network's outputs, and the matrix not positive semi-definite. A
-blank: not measured.
+layer uses; or a loss. *Indefinite*: the loss is not convex in the network's outputs, and the matrix is not positive semi-definite. A blank cell
+was not measured.
 """
 
 
