@@ -25,7 +25,7 @@ Methods that only Keras calls (`build`, `call`, `get_config` and the like) are l
 # Headings and what stands under them; a new public name goes into one of them. Names are attributes of keras_hf.
 SECTIONS = {
     "Model and optimizer": ["HFModel", "HessianFree", "LossFunction"],
-    "Damping rules": ["LevenbergMarquardt", "ConstantDamping", "DampingCallback"],
+    "Damping rules": ["LevenbergMarquardt", "ArcStepDamping", "ConstantDamping", "DampingCallback"],
     "Cases of an update": ["GrowingBatch"],
     "Curvatures": [
         "GaussNewton",
@@ -35,7 +35,7 @@ SECTIONS = {
         "DoubleBackward",
         "ForwardAccumulation",
     ],
-    "Solvers": ["ConjugateGradient", "recipe_of_2010"],
+    "Solvers": ["ConjugateGradient", "DirectSolver", "recipe_of_2010"],
     "Preconditioners": ["KroneckerFactored", "EmpiricalFisherDiagonal", "Nystrom", "Identity"],
     "Stopping rules of conjugate gradients": ["RelativeProgress", "ResidualTolerance"],
     "Conjugate gradients": ["conjugate_gradient", "CGResult", "CGStop"],

@@ -89,6 +89,51 @@ class ConstantDamping(DampingCallback):
         return damping
 
 
+class ArcStepDamping(DampingCallback):
+    """Damping by how far along the arc the step was taken, for solvers that search along one, such as `DirectSolver`.
+
+    With t the place on the arc, 1 at its end and 0 where the step was rejected:
+
+        t < low:    damping *= factor
+        t >= high:  damping /= factor
+
+    A short step means that the model is not valid as far as the damped step goes; the reduction ratio does not show it, since it is near 1 for every
+    short step. Small dampings pay on ill-conditioned problems: along the damped arc all modes shrink at the same rate, the flat ones, which carry the
+    error, too. A higher band (0.1 and 0.4, with factor 2.5) is faster early and stalls late.
+
+    If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
+
+    Args:
+        low: Float in (0, 1), the place below which the damping is raised.
+        high: Float in (`low`, 1], the place from which it is lowered.
+        factor: Float > 1, by which the damping is multiplied or divided.
+        min_damping: Float >= 0, the smallest damping.
+        max_damping: Float > 0, the largest damping.
+
+    Raises:
+        ValueError: If an argument is out of its range; see also `DampingCallback`.
+    """
+
+    def __init__(self, low=0.02, high=0.2, factor=10.0, min_damping=0.0, max_damping=math.inf):
+        super().__init__(min_damping, max_damping)
+        self.low, self.high, self.factor = positive("low", low), positive("high", high), positive("factor", factor)
+        if not self.low < self.high <= 1:
+            raise ValueError(f"`low` must be less than `high`, and `high` at most 1. Received: low={low}, high={high}.")
+        if self.factor <= 1:
+            raise ValueError(f"`factor` must be > 1. Received: factor={factor}.")
+
+    def next_damping(self, damping, logs):
+        if "arc_step" not in logs:
+            raise ValueError(
+                "`ArcStepDamping` needs a solver that searches along an arc, such as `DirectSolver()`. Received: logs without `arc_step`. Use "
+                "`LevenbergMarquardt()`."
+            )
+        place = logs["arc_step"] if logs["step_size"] else 0.0
+        if not _can_learn(logs) or self.low <= place < self.high:
+            return damping
+        return damping / self.factor if place >= self.high else damping * self.factor
+
+
 class LevenbergMarquardt(DampingCallback):
     """Martens' Levenberg-Marquardt rule.
 
@@ -99,7 +144,7 @@ class LevenbergMarquardt(DampingCallback):
 
     The ratio is NaN where nothing could be measured. If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
     Otherwise the step was so short that its effect was lost in rounding, and the damping is lowered. A damping of 0 stays 0, since multiplication
-    cannot raise it. The defaults find the scale of the damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens
+    cannot raise it. With `DirectSolver`, the place on the arc is what counts, and the rule is that of `ArcStepDamping()`. The defaults find the scale of the damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens
     uses `high=0.75` and `factor=1.5`.
 
     Args:
@@ -128,11 +173,14 @@ class LevenbergMarquardt(DampingCallback):
             raise ValueError(f"`factor` must be > 1. Received: factor={factor}.")
 
     def next_damping(self, damping, logs):
+        if "arc_step" in logs:
+            return ArcStepDamping().next_damping(damping, logs)
         ratio = logs["reduction_ratio"]
         if logs["gradient_norm"] == 0:
             return damping
         if math.isnan(ratio):
-            return damping / self.factor if _was_too_short(logs) else damping
+            # Where the update could measure something with a longer step, the effect of this one was lost in rounding.
+            return damping / self.factor if _can_learn(logs) else damping
         if ratio > self.high:
             return damping / self.factor
         if ratio >= self.low:
@@ -144,6 +192,6 @@ class LevenbergMarquardt(DampingCallback):
             super().on_train_batch_end(batch, logs)
 
 
-def _was_too_short(logs):
-    """Whether the ratio is NaN because the effect of the step was lost in rounding; with less damping it can be measured."""
-    return math.isfinite(logs["gradient_norm"]) and not logs.get("converged")
+def _can_learn(logs):
+    """Whether another damping may give a better step: the gradient is finite and not zero, and the run has not converged."""
+    return math.isfinite(logs["gradient_norm"]) and logs["gradient_norm"] > 0 and not logs.get("converged")

@@ -118,7 +118,8 @@ class HFModel(keras.Model):
         arguments = {}
         if keras_private.takes_training(self.network):
             arguments["training"] = training
-        if mask is not None:
+        # Of several inputs Keras hands over a mask for each, `None` where there is none.
+        if any(leaf is not None for leaf in keras.tree.flatten(mask)):
             arguments["mask"] = mask
         return self.network(inputs, **arguments)
 

@@ -116,8 +116,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
 
     # As in Martens' released code, the ratio is that of the chunk, whose curvature the solver used, at step size 1 and without damping.
     product = linearize()
-    image = product(taken.candidate)
-    predicted_reduction = -(dot(gradient, taken.candidate) + 0.5 * dot(taken.candidate, image))
+    model_step = taken.candidate if path.model_steps is None else path.model_steps[taken.row]
+    predicted_reduction = -(dot(gradient, model_step) + 0.5 * dot(model_step, product(model_step)))
     if objective.chunk_is_batch:
         actual_reduction = at_start.loss - taken.candidate_loss
     else:
@@ -129,7 +129,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
 
     product_error, repeat_error = tf.cond(
         tf.convert_to_tensor(check),
-        lambda: (_product_error(product, taken.candidate), _repeat_error(objective, at_start.loss)),
+        lambda: (_product_error(product, model_step), _repeat_error(objective, at_start.loss)),
         lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
     )
     wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)

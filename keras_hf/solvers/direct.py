@@ -101,6 +101,8 @@ class DirectSolver(Solver):
             next_state=lambda step: state,
             num_products=tf.constant(0),
             trace={"arc": arc},
+            # Along the arc the residuals change as they would in the linear model along v: the acceleration undoes what the outputs' curvature adds.
+            model_steps=arc[:, None] * direction,
         )
 
     def get_config(self):

@@ -40,6 +40,8 @@ class Path(NamedTuple):
         next_state: Callable from the step applied to the weights, `(n,)`, zero if it was rejected, to the solver's next state.
         num_products: int32 scalar, the number of products used.
         trace: Dict of tensors, for a recorder.
+        model_steps: Tensor `(k, n)`, the steps of the quadratic model that the candidates of a curved path stand for: the reduction ratio compares
+            the loss at a candidate with what the model predicts for its step. `None` = the candidates themselves.
     """
 
     candidates: tf.Tensor
@@ -48,6 +50,7 @@ class Path(NamedTuple):
     next_state: Callable
     num_products: tf.Tensor
     trace: dict
+    model_steps: tf.Tensor | None = None
 
 
 class Solver(Part):
