@@ -144,8 +144,8 @@ class LevenbergMarquardt(DampingCallback):
 
     The ratio is NaN where nothing could be measured. If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
     Otherwise the step was so short that its effect was lost in rounding, and the damping is lowered. A damping of 0 stays 0, since multiplication
-    cannot raise it. With `DirectSolver`, the place on the arc is what counts, and the rule is that of `ArcStepDamping()`. The defaults find the scale of the damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens
-    uses `high=0.75` and `factor=1.5`.
+    cannot raise it. With `DirectSolver`, the place on the arc is what counts, and the rule is that of `ArcStepDamping()`. The defaults find the
+    scale of the damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens uses `high=0.75` and `factor=1.5`.
 
     Args:
         low: Float, the ratio below which the damping is raised: the model predicted too much.

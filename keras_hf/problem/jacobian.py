@@ -1,8 +1,8 @@
 """The weighted Jacobian of one replica's cases, and what else an exact Gauss-Newton step needs of the outputs.
 
 With J the Jacobian of the network's outputs and `H = LL'` the second derivative of the loss with respect to them, one block per case, the rows are
-`B = L'J`, so that `B'B` is the Gauss-Newton matrix. With r the gradient of the loss with respect to the outputs and `s = L^+ r`, `B's` is the gradient
-of the loss, as far as r lies in the range of H: all of it for squares and for cross-entropies.
+`B = L'J`, so that `B'B` is the Gauss-Newton matrix. With r the gradient of the loss with respect to the outputs and `s = L^+ r`, `B's` is the
+gradient of the loss if r lies in the range of H, as it does for squares and for cross-entropies.
 """
 
 import tensorflow as tf

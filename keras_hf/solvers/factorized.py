@@ -21,8 +21,8 @@ def primal_solver(rows, gram, damping, added=None):
         added: Tensor `(n, n)`, R, symmetric and positive semi-definite, or `None`.
 
     Returns:
-        Callable `(u, h) -> x` of u `(rows,)` and h `(n,)` or `None`. Cost: n^3 / 3 once, then 4 n^2 and two products with B and B' per call; where the
-        damping is lost in the rounding of B'B, 2 rows n^2 more once.
+        Callable `(u, h) -> x` of u `(rows,)` and h `(n,)` or `None`. Cost: n^3 / 3 once, then 4 n^2 and two products with B and B' per call. Where
+        the damping is lost in the rounding of B'B, 2 rows n^2 more once.
     """
     identity = tf.eye(gram.shape[0], dtype=gram.dtype)
     beside = damping * identity if added is None else added + damping * identity

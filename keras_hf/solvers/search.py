@@ -116,7 +116,10 @@ def least_loss(losses_at, loss_at, candidates, loss, gradient):
 
     Args:
         losses_at: Callable `(k, n) -> float64 (k,)`, the losses after several steps.
-        loss_at, candidates, loss, gradient: As in `walk_back`; of these, candidates and loss are used.
+        loss_at: Not used, as every search gets it.
+        candidates: Tensor `(k, n)`, k >= 1.
+        loss: float64 scalar, the loss at the start.
+        gradient: Not used.
 
     Returns:
         A `Taken`.

@@ -1,0 +1,231 @@
+"""Physics-informed networks: residuals of equations, conditions and data, each at its own points, as one Keras model with one loss.
+
+Raissi, Perdikaris & Karniadakis (2019), *Physics-informed neural networks*. Names follow DeepXDE (Lu et al., 2021).
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_hf.common.checks import count, positive
+
+
+def derivatives(u, points, coordinates, *wanted):
+    """Returns the value and partial derivatives of a function at points.
+
+    By nested gradient tapes: correct inside the second derivatives of training. The gradient of a common prefix is computed once: "u_xx" and "u_xy"
+    share that of "u_x". Cost: one backward pass per prefix and output.
+
+    Args:
+        u: Callable `(N, d) -> (N, k)`, such as a Keras model; row by row.
+        points: Tensor `(N, d)`.
+        coordinates: String of d different letters, the names of the columns: "tx".
+        *wanted: Strings: "u" is the value, "u_t" a first and "u_xx" a second derivative, and so on to any order.
+
+    Returns:
+        List of tensors `(N, k)`, one for each of `wanted`; the tensor itself if there is one.
+
+    Raises:
+        ValueError: If a name is not made of "u", "_" and letters of `coordinates`, or if `coordinates` does not fit the points.
+
+    Example:
+
+    >>> x = tf.constant([[1.0, 2.0]])
+    >>> u_x, u_xy = derivatives(lambda p: p[:, :1] ** 2 * p[:, 1:], x, "xy", "u_x", "u_xy")
+    >>> float(u_x), float(u_xy)
+    (4.0, 2.0)
+    """
+    if points.shape.rank != 2 or len(set(coordinates)) != len(coordinates) or points.shape[1] != len(coordinates):
+        raise ValueError(
+            "`coordinates` must be one letter for each column of `points`, all different. "
+            f"Received: coordinates={coordinates!r}, points of shape {tuple(points.shape)}."
+        )
+    orders = [_order(name, coordinates) for name in wanted]
+    needed = {tuple(order[:length]) for order in orders for length in range(len(order) + 1)}
+    found = _up_to(u, points, max(map(len, needed), default=0), needed)
+    values = [found[order] for order in orders]
+    return values[0] if len(values) == 1 else values
+
+
+def _order(name, coordinates):
+    """The columns that a name such as "u_xx" differentiates by, in a fixed order: derivatives commute."""
+    head, _, letters = name.partition("_")
+    if head != "u" or not set(letters) <= set(coordinates) or (name != "u" and not letters):
+        raise ValueError(
+            f"Derivatives are named 'u', 'u_x', 'u_xx', ..., with letters of coordinates={coordinates!r}. Received: {name!r}."
+        )
+    return tuple(sorted(coordinates.index(letter) for letter in letters))
+
+
+def _up_to(u, points, order, needed):
+    """All needed derivatives up to an order, a dict from columns to tensors `(N, k)`."""
+    if order == 0:
+        return {(): u(points)}
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(points)
+        found = _up_to(u, points, order - 1, needed)
+    gradients = {}
+    for columns in sorted(columns for columns in needed if len(columns) == order):
+        prefix = columns[:-1]
+        if prefix not in gradients:
+            gradients[prefix] = _gradient_by_output(tape, found[prefix], points)
+        found[columns] = gradients[prefix][:, :, columns[-1]]
+    return found
+
+
+def _gradient_by_output(tape, values, points):
+    """The gradient of every column of `values`, `(N, k, d)`."""
+    num_outputs = values.shape[1]
+    ones = tf.ones_like(values)
+    cotangents = [ones] if num_outputs == 1 else [ones * row for row in tf.eye(num_outputs, dtype=values.dtype)]
+    found = [tape.gradient(values, points, output_gradients=u) for u in cotangents]
+    return tf.stack([tf.zeros_like(points) if gradient is None else gradient for gradient in found], 1)
+
+
+@keras.saving.register_keras_serializable("keras_hf")
+class PINN(keras.Model):
+    """The residuals of a physics-informed network, as a Keras model to train with `HFModel` and the loss "mse".
+
+    A *term* is a function `(u, points) -> residual`, of the solution u, a callable `(N, d) -> (N, k)`, and points `(N, d)`; its residual is `(N, m)`
+    or `(N,)`. Equations, boundary and initial conditions and data are terms alike. Each has points of its own:
+
+        pinn = PINN(network, {"equation": equation, "boundary": boundary})
+        model = HFModel(pinn)
+        model.compile(optimizer=HessianFree(), loss="mse")
+        x, y, sample_weight = pinn.cases({"equation": inner, "boundary": on_the_boundary}, weights={"boundary": 4.0})
+        model.fit(x, y, sample_weight=sample_weight, epochs=500, callbacks=[LevenbergMarquardt()])
+
+    The loss is then `sum over terms of weight * mean of squared residuals`, the mean over the term's points and over its m components.
+
+    Every term is evaluated at every point, and masked: cases are independent of each other and of how many there are of each term.
+
+    Use float64: `keras.config.set_floatx("float64")` before the network is made. Residuals are second derivatives, and float32 is a failure mode of
+    its own.
+
+    Args:
+        network: Keras model, `(N, d') -> (N, k)`.
+        terms: Dict from names to callables `(u, points) -> residual`.
+        features: Callable `(N, d) -> (N, d')`, what the network gets in place of the points, such as `[cos x, sin x]` for a periodic solution; `None`
+            = the points.
+        transform: Callable `(points, output) -> (N, k)`, the solution made of the network's output: a hard constraint, such as
+            `lambda x, u: x * (1 - x) * u` for zero at 0 and 1; `None` = the output.
+        external_trainable_variables: List of `keras.Variable`, unknown coefficients of an inverse problem that the terms use.
+
+    Raises:
+        ValueError: If there is no term.
+
+    References:
+        Raissi, Perdikaris & Karniadakis (2019), *Physics-informed neural networks*.
+    """
+
+    def __init__(
+        self, network, terms, features=None, transform=None, external_trainable_variables=(), name="pinn", **kwargs
+    ):
+        super().__init__(name=name, **kwargs)
+        if not terms:
+            raise ValueError("`terms` must hold at least one residual. Received: none.")
+        self.network, self.terms = network, dict(terms)
+        self._features, self._transform = features, transform
+        self.external_trainable_variables = list(external_trainable_variables)
+        for variable in self.external_trainable_variables:
+            self._track_variable(variable)
+        self._num_residuals = None
+
+    def solution(self, points):
+        """Returns the solution at points, `(N, d) -> (N, k)`, features and transform included."""
+        points = tf.convert_to_tensor(points, keras.config.floatx()) if not tf.is_tensor(points) else points
+        output = self.network(points if self._features is None else self._features(points))
+        return output if self._transform is None else self._transform(points, output)
+
+    def call(self, inputs):
+        points, term = inputs["points"], inputs["term"]
+        found = [_as_matrix(residual(self.solution, points)) for residual in self.terms.values()]
+        sizes = [residual.shape[1] for residual in found]
+        masks = tf.one_hot(tf.reshape(tf.cast(term, tf.int32), [-1]), len(found), dtype=found[0].dtype)
+        padded = [tf.pad(residual, [[0, 0], [0, max(sizes) - residual.shape[1]]]) for residual in found]
+        return tf.add_n([masks[:, i : i + 1] * residual for i, residual in enumerate(padded)])
+
+    def cases(self, points, weights=None):
+        """Returns inputs, targets and weights for `fit`, `evaluate` and `validation_data`.
+
+        Args:
+            points: Dict from names of terms to points, arrays `(N_i, d)`, or to pairs `(points, values)`, with values `(N_i,)` or `(N_i, m)` that the
+                term is to have instead of zero.
+            weights: Dict from names to the weights of terms, positive floats; 1 where none is given.
+
+        Returns:
+            `x`, a dict of arrays; `y` `(N, m)`; `sample_weight` `(N,)`.
+
+        Raises:
+            ValueError: If a name is not that of a term, or if points do not have the shape `(N_i, d)`.
+        """
+        weights = weights or {}
+        for name in [*points, *weights]:
+            if name not in self.terms:
+                raise ValueError(
+                    f"Points and weights are given by the names of terms: {', '.join(self.terms)}. Received: {name!r}."
+                )
+        dtype = keras.config.floatx()
+        groups = []
+        for name, given in points.items():
+            where, values = given if isinstance(given, tuple) else (given, None)
+            where = np.asarray(where, dtype)
+            if where.ndim != 2 or not len(where):
+                raise ValueError(
+                    f"The points of a term must be an array (N, d), N >= 1. Received: shape={where.shape} for {name!r}."
+                )
+            groups.append((name, where, values, positive(f"weights[{name!r}]", weights.get(name, 1.0))))
+        sizes = self._sizes(groups[0][1][:1])
+        total, largest = sum(len(where) for _, where, _, _ in groups), max(sizes.values())
+        parts = []
+        for name, where, values, weight in groups:
+            target = np.zeros((len(where), largest), dtype)
+            if values is not None:
+                target[:, : sizes[name]] = np.reshape(values, (len(where), sizes[name]))
+            # Keras' mean is over all cases and over the components of the largest residual.
+            share = weight * total / len(where) * largest / sizes[name]
+            number = np.full((len(where), 1), list(self.terms).index(name), "int32")
+            parts.append((where, number, target, np.full(len(where), share, dtype)))
+        where, number, target, share = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return {"points": where, "term": number}, target, share
+
+    def redrawn(self, draw, weights=None, every=1):
+        """Returns a `tf.data.Dataset` of batches of points that are drawn anew; give `fit` the number of updates as `steps_per_epoch` or `epochs`.
+
+        Args:
+            draw: Callable without arguments that returns what `cases` takes; always with the same numbers of points.
+            weights: See `cases`.
+            every: Integer >= 1: new points every so many updates.
+        """
+        count("every", every)
+        as_tuple = lambda: self.cases(draw(), weights)  # noqa: E731
+        first = as_tuple()
+        signature = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), first)
+
+        def batches():
+            batch = first
+            while True:
+                for _ in range(every):
+                    yield batch
+                batch = as_tuple()
+
+        return tf.data.Dataset.from_generator(batches, output_signature=signature)
+
+    def _sizes(self, point):
+        """Components of every term's residual, a dict."""
+        if self._num_residuals is None:
+            found = {name: _as_matrix(term(self.solution, tf.constant(point))) for name, term in self.terms.items()}
+            self._num_residuals = {name: residual.shape[1] for name, residual in found.items()}
+        return self._num_residuals
+
+    def get_config(self):
+        """Raises: terms are functions, which no file holds."""
+        raise NotImplementedError(
+            "The terms of a `PINN` are functions, which no file holds. Save the network, `pinn.network.save(...)`, or weights and training state, "
+            "`model.save_weights(...)`."
+        )
+
+
+def _as_matrix(residual):
+    """A residual as `(N, m)`."""
+    return residual if residual.shape.rank == 2 else residual[:, None]
