@@ -143,7 +143,18 @@ class LocalRows:
         return parts.concat()
 
     def _compiled(self, function):
-        return tf.function(function, autograph=False, jit_compile=True) if self._jit_compile else function
+        """Returns the function, compiled by XLA where that is wanted.
+
+        It is traced before, outside of XLA's context: inside, gradients of `tf.concat` and `tf.slice` are made of operations without a gradient.
+        """
+        if not self._jit_compile or tf.executing_eagerly():
+            return function
+
+        def compiled(*args):
+            traced = tf.function(function, autograph=False).get_concrete_function(*args)
+            return tf.function(lambda *args: traced(*args), autograph=False, jit_compile=True)(*args)
+
+        return compiled
 
     def _flat(self, outputs):
         """Outputs, a list of tensors of cases, as `(cases, k)`."""

@@ -38,12 +38,14 @@ _BATCHED_PRODUCTS = frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", 
 _PRODUCTS = _BATCHED_PRODUCTS | {"MatMul"}
 _FUSIBLE = frozenset(
     "Add AddN AddV2 BiasAdd Cast Elu Erf Erfc Exp Expm1 LeakyRelu Log Log1p LogSoftmax Max Maximum Mean Min Minimum Mul Neg Pow RealDiv Reciprocal "
-    "Relu Relu6 Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Cos Softmax Softplus Sqrt Square SquaredDifference Sub Sum Tanh".split()
+    "Relu Relu6 Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Cos Softmax Softplus Sqrt Square SquaredDifference Sub Sum Tanh "
+    # In derivatives with respect to the inputs, as in physics-informed networks.
+    "BiasAddGrad Cosh InvGrad ReciprocalGrad RsqrtGrad SigmoidGrad Sinh SoftplusGrad SqrtGrad TanhGrad".split()
 )
 _MOVING = frozenset(
-    "BroadcastTo ConcatV2 Const Equal ExpandDims Fill GatherV2 Greater GreaterEqual Identity Less LessEqual LogicalAnd LogicalNot "
-    "LogicalOr NoOp NotEqual Pack PadV2 Placeholder Prod Range Rank ReadVariableOp Reshape Shape Slice Split SplitV Squeeze "
-    "StopGradient StridedSlice Tile Transpose Unpack ZerosLike OnesLike".split()
+    "BroadcastGradientArgs BroadcastTo ConcatOffset ConcatV2 Const Equal ExpandDims Fill GatherV2 Greater GreaterEqual Identity Less "
+    "LessEqual LogicalAnd LogicalNot LogicalOr NoOp NotEqual OneHot Pack Pad PadV2 Placeholder Prod Range Rank ReadVariableOp Reshape "
+    "Shape Slice Split SplitV Squeeze StopGradient StridedSlice StridedSliceGrad Tile Transpose Unpack ZerosLike OnesLike".split()
 )
 
 
