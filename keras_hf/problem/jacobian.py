@@ -189,7 +189,7 @@ class LocalRows:
             # A loss that is not convex there (a negative second derivative) has no root: the rows are those of its convex part.
             root = tf.sqrt(tf.maximum(values, 0))
             return tf.linalg.diag(root), tf.reshape(tf.math.divide_no_nan(slopes, root), [-1])
-        hessians = tf.transpose(tf.stack([image(u) for u in tf.eye(size, dtype=self._dtype)]), [1, 0, 2])
+        hessians = tf.transpose(tf.stack([image(u) for u in tf.unstack(tf.eye(size, dtype=self._dtype))]), [1, 0, 2])
         values, vectors = tf.linalg.eigh((hessians + tf.linalg.matrix_transpose(hessians)) / 2)
         rounding = size * self._dtype.as_numpy_dtype(2) ** (-52 if self._dtype == tf.float64 else -23)
         root = tf.sqrt(tf.where(values > rounding * values[:, -1:], values, tf.zeros_like(values)))

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import flag
-from keras_hf.solvers.factorized import dual_solver, primal_solver
+from keras_hf.solvers.factorized import dual_solver, least_damping, primal_solver
 from keras_hf.solvers.search import least_loss
 from keras_hf.solvers.solver import Path, Solver
 
@@ -147,8 +147,7 @@ class _System:
         """Returns the step `-(G + damping I)^-1 gradient`, and what gives the acceleration of a step."""
         rows, rounding = self._rows, float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
         moves = tf.cast(tf.reduce_any(gradient != 0), gradient.dtype)
-        # A damping of 0 is as good as one, and has a finite inverse.
-        damping = tf.maximum(damping, rounding**2 * self._size)
+        damping = tf.maximum(damping, least_damping(self._size, gradient.dtype))
         if self._is_dual:
             solve = dual_solver(rows.jacobian, damping, self._added)
         else:

@@ -1,13 +1,16 @@
 """Solves `(B'B + R + damping I) x = -(B'u + h)` exactly, in the primal form (n by n) or in the dual one (rows by rows).
 
 B is a weighted Jacobian `(rows, n)`, R the second derivative of what concerns the weights alone. Knows matrices and vectors only. Golub & Van Loan
-(2013), sections 5.3 and 6.1; Bjorck (1996), *Numerical methods for least squares problems*, section 6.6, on corrected seminormal equations.
+(2013), sections 5.3 and 6.1; Bjorck (1996), *Numerical methods for least squares problems*, section 6.6, on corrected seminormal equations;
+Fukaya et al. (2020), *Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices*.
 """
 
 import numpy as np
 import tensorflow as tf
 
-# Below this share of the largest diagonal entry, times the rounding of the float type, a damping is lost in the rounding of B'B: B is factorized.
+# A Gram matrix has a Cholesky factor in its float type if it is shifted by so many roundings of its trace.
+_SHIFT = 10.0
+# Where the damping is less than so many shifts, B'B alone gives too few digits of the step.
 _LOST = 100.0
 
 
@@ -22,16 +25,12 @@ def primal_solver(rows, gram, damping, added=None):
 
     Returns:
         Callable `(u, h) -> x` of u `(rows,)` and h `(n,)` or `None`. Cost: n^3 / 3 once, then 4 n^2 and two products with B and B' per call. Where
-        the damping is lost in the rounding of B'B, 2 rows n^2 more once.
+        the damping is lost in the rounding of B'B, 3 rows n^2 more once.
     """
     identity = tf.eye(gram.shape[0], dtype=gram.dtype)
     beside = damping * identity if added is None else added + damping * identity
 
-    def tall():
-        root = tf.sqrt(damping) * identity if added is None else tf.linalg.adjoint(tf.linalg.cholesky(beside))
-        return tf.concat([rows.jacobian, root], 0)
-
-    factor = _factor(gram + beside, tall if rows.jacobian is not None else None, gram, damping)
+    factor = _factor(gram, beside, damping, rows.jacobian)
 
     def apply(x):
         return damping * x if added is None else tf.linalg.matvec(beside, x)
@@ -64,10 +63,7 @@ def dual_solver(jacobian, damping, added=None):
     gram = tf.matmul(weighted, jacobian, transpose_b=True)
     identity = tf.eye(jacobian.shape[0], dtype=gram.dtype)
 
-    def tall():
-        return tf.concat([tf.transpose(jacobian * tf.sqrt(share)), tf.sqrt(shift) * identity], 0)
-
-    factor = _factor(gram + shift * identity, tall, gram, shift)
+    factor = _factor(gram, shift * identity, shift, tf.transpose(jacobian * tf.sqrt(share)))
 
     def solve(u, h=None):
         right = u if h is None else u - tf.linalg.matvec(jacobian, inverse * h)
@@ -80,17 +76,31 @@ def dual_solver(jacobian, damping, added=None):
     return solve
 
 
-def _factor(matrix, tall, gram, damping):
-    """A lower factor F with FF' the matrix: Cholesky's or, where the damping is lost in the rounding of the Gram matrix, that of a tall one."""
-    if tall is None:
-        return tf.linalg.cholesky(matrix)
+def least_damping(size, dtype):
+    """Returns the damping below which solutions lose their digits, for a system whose `B'B` has the trace `size`: a scalar."""
+    return float(np.finfo(dtype.as_numpy_dtype).eps) ** 1.25 * size
+
+
+def _factor(gram, beside, damping, jacobian):
+    """A lower factor F with `FF' = gram + beside`, where gram is `jacobian' jacobian` and beside is at least the damping.
+
+    Cholesky's. Where the damping is lost in the rounding of the Gram matrix, that of a shifted one serves to orthogonalize the Jacobian nearly, and
+    Cholesky's factor of what is left makes it exact, as a QR factorization would: in multiplications of matrices alone, four times as fast.
+    """
     rounding = float(np.finfo(gram.dtype.as_numpy_dtype).eps)
-    lost = damping < _LOST * rounding * tf.reduce_max(tf.linalg.diag_part(gram))
-    return tf.cond(
-        lost,
-        lambda: tf.linalg.adjoint(tf.linalg.qr(tall())[1]),
-        lambda: tf.linalg.cholesky(matrix),
-    )
+    shift = _SHIFT * rounding * tf.linalg.trace(gram)
+    if jacobian is None:
+        return tf.linalg.cholesky(gram + beside)
+    identity = tf.eye(gram.shape[0], dtype=gram.dtype)
+
+    def twice():
+        first = tf.linalg.cholesky(gram + beside + shift * identity)
+        orthogonal = tf.linalg.triangular_solve(first, tf.transpose(jacobian))
+        left = tf.linalg.triangular_solve(first, beside)
+        left = tf.linalg.triangular_solve(first, tf.transpose(left))
+        return tf.matmul(first, tf.linalg.cholesky(tf.matmul(orthogonal, orthogonal, transpose_b=True) + left))
+
+    return tf.cond(damping < _LOST * shift, twice, lambda: tf.linalg.cholesky(gram + beside))
 
 
 def _apply_inverse(factor, vector):
