@@ -1,17 +1,22 @@
 """The compiled Keras model as plain functions for the update, and the choices made by tracing it."""
 
 import logging
+import math
 from typing import Any, NamedTuple
 
 import keras
 
-from keras_hf.common import checks, keras_private
+from keras_hf.common import checks, keras_private, vectors
 from keras_hf.problem.fixed_network import Task
 from keras_hf.problem.linearization import without_fused_kernels
 from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
 from keras_hf.problem.structure import second_derivatives_explained, trace_structure
+from keras_hf.solvers.direct import DirectSolver
 
 _logger = logging.getLogger("keras_hf")
+
+# Where forming and factorizing the system takes about a second on two cores, and its Jacobian half a GiB.
+_MOST_OPERATIONS, _MOST_FLOATS = 2e10, 2**26
 
 
 class Choice(NamedTuple):
@@ -105,7 +110,9 @@ def trace(task, data, curvature, solver, num_replicas, name):
     checks.has_loss(structure.combinations or structure.has_added_loss)
     solver.require(structure)
     fitted = curvature.fitted_to(structure, num_replicas)
-    if fitted.linearization is not None:
+    if solver.uses_all_cases:
+        _logger.info("Steps for '%s': by %s on all cases.", name, type(solver).__name__)
+    elif fitted.linearization is not None:
         _logger.info(
             "Products for '%s': %s by %s(jit_compile=%s)%s.",
             name,
@@ -115,6 +122,35 @@ def trace(task, data, curvature, solver, num_replicas, name):
             "" if curvature.linearization else ", chosen for the network",
         )
     return structure, Choice(fitted, structure.rounding, structure.suspects)
+
+
+def exact_solver_pays(model, data, num_cases):
+    """Whether `DirectSolver` can train a compiled model and is the better choice for it, by measured rule.
+
+    It is better where digits count: on squared losses in float64, if the system is small. On classifiers its steps are no better than those of
+    conjugate gradients.
+
+    Args:
+        model: `HFModel`, compiled and built.
+        data: `fixed_network.Data`, a few cases, of which only types and shapes are used.
+        num_cases: Integer, of an update.
+    """
+    num_weights = vectors.num_weights([variable.value for variable in model.trainable_variables])
+    outputs = [leaf for leaf in keras.tree.flatten(data.y) if leaf is not None]
+    num_rows = num_cases * sum(math.prod(leaf.shape[1:]) for leaf in outputs)
+    is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= _MOST_OPERATIONS
+    is_precise = all(variable.dtype == "float64" for variable in model.trainable_variables)
+    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
+    is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)
+    if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_precise and is_squared):
+        return False
+    with second_derivatives_explained({}):
+        structure = trace_structure(task_of(model, None), data)
+    try:
+        DirectSolver().require(structure)
+    except ValueError:
+        return False
+    return structure.is_vectorizable
 
 
 def overrides_compute_loss(model):

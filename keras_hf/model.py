@@ -27,6 +27,7 @@ from keras_hf.problem.objective import Objective
 from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
 from keras_hf.problem.structure import second_derivatives_explained
 from keras_hf.product_check import judged, other_linearization, product_errors
+from keras_hf.solvers.direct import DirectSolver
 from keras_hf.update import hf_update
 
 
@@ -102,6 +103,8 @@ class HFModel(keras.Model):
         # The largest number of cases of a batch: in the running `fit`, if known; and the number that the traced update supports.
         self._most_cases, self._most_cases_traced = None, math.inf
         self.last_trace = None
+        # What was chosen where the optimizer leaves the choice of the solver to the model; `None` = the optimizer's.
+        self._chosen_solver = None
         if network.built:
             self.built = True
         for method in ("train_step", "compute_loss"):
@@ -206,6 +209,7 @@ class HFModel(keras.Model):
         kwargs["auto_scale_loss"] = False
         # Keras finds the loss and metrics of an output in a dict by these names.
         self.output_names = getattr(self.network, "output_names", None)
+        self._keep("_chosen_solver", None)
         optimizer.find_layers = lambda: keras_private.all_layers(self.network)
         super().compile(optimizer, loss, *args, **kwargs)
         compile_loss = keras_private.compiled_loss(self)
@@ -292,11 +296,15 @@ class HFModel(keras.Model):
                     # Otherwise the last execution of an epoch would run into the next epoch.
                     steps_per_epoch = None
                 # The growing part changes its length anyway.
-                is_of_any_length = self.optimizer.growing_batch is not None
+                few = keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[:1], (x, y, sample_weight))
+                self._choose_solver(few, num_cases)
+                is_of_any_length = self._growing_batch is not None
                 x = arrays.repeated(x, y, sample_weight, seed, times, is_of_any_length)
                 y = sample_weight = batch_size = None
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True and warns about its own default.
+        if source is not None:
+            self._choose_solver(None, 0)
         self._advice.cases_come_as(source)
         with self._batches_of_at_most(most_cases):
             return super().fit(
@@ -317,6 +325,33 @@ class HFModel(keras.Model):
                 validation_batch_size=validation_batch_size,
                 validation_freq=validation_freq,
             )
+
+    @property
+    def _solver(self):
+        """The solver in use."""
+        return self._chosen_solver or self.optimizer.solver
+
+    @property
+    def _growing_batch(self):
+        """The growing batch in use, `None` where every update uses all cases."""
+        return None if self._solver.uses_all_cases else self.optimizer.growing_batch
+
+    def _choose_solver(self, few, num_cases):
+        """Chooses the solver where the optimizer leaves that to the model.
+
+        Args:
+            few: `(x, y, sample_weight)` of a few cases, if all of them come as one batch; else `None`.
+            num_cases: Integer, the number of all cases.
+        """
+        if not self.optimizer.chooses_solver:
+            return
+        chosen = None
+        if few is not None and self.distribute_strategy.num_replicas_in_sync == 1:
+            data = self._built_for(*few)
+            chosen = DirectSolver() if compiled_model.exact_solver_pays(self, data, num_cases) else None
+        if (chosen is None) != (self._chosen_solver is None):
+            self.train_function = None
+            self._keep("_chosen_solver", chosen)
 
     def make_train_function(self, force=False):
         """Creates `train_function` as Keras does; a step that raises an error leaves every value unchanged."""
@@ -363,12 +398,10 @@ class HFModel(keras.Model):
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
         lengths_are_equal = checks.equal_lengths(data.x, data.y, data.sample_weight)
         unseen, update = None, self._update
-        if self.optimizer.growing_batch is not None:
+        if self._growing_batch is not None:
             counts = of_each_replica(data.num_cases)
             update = functools.partial(update, num_cases=tf.reduce_sum(counts))
-            selection = self.optimizer.growing_batch.select(
-                self.optimizer.state().growing_batch, counts, replica_number()
-            )
+            selection = self._growing_batch.select(self.optimizer.state().growing_batch, counts, replica_number())
             with tf.control_dependencies(lengths_are_equal):
                 data, unseen = data.take(selection.used), data.take(selection.unseen)
         logs = self._with_objective(data, update, self._most_cases, unseen)
@@ -474,6 +507,10 @@ class HFModel(keras.Model):
         keras_private.require_compiled(self, method)
         checks.num_cases(x, y, sample_weight)
         compiled_model.require_targets(self, y)
+        return self._built_for(x, y, sample_weight)
+
+    def _built_for(self, x, y, sample_weight):
+        """Returns the `Data` of arrays, and makes the network's weights where they are not made yet."""
         to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
         data = Data(*keras.tree.map_structure(to_tensor, (x, y, sample_weight)))
         self._maybe_symbolic_build(data_batch=tuple(data))
@@ -555,7 +592,7 @@ class HFModel(keras.Model):
         result = hf_update(
             objective,
             optimizer.curvature,
-            optimizer.solver,
+            self._solver,
             optimizer.state(),
             unseen=None if unseen is None else trial,
             # An error of double backward shows in the first update; forward accumulation is checked in every update.
@@ -581,7 +618,7 @@ class HFModel(keras.Model):
         task = compiled_model.task_of(self, self._whole_loss)
         optimizer, replicas = self.optimizer, self.distribute_strategy.num_replicas_in_sync
         curvature = optimizer.curvature
-        structure, choice = compiled_model.trace(task, data, curvature, optimizer.solver, replicas, self.network.name)
+        structure, choice = compiled_model.trace(task, data, curvature, self._solver, replicas, self.network.name)
         self._keep("_choice", choice)
         if isinstance(curvature, GaussNewton) and structure.combinations and not structure.has_curvature:
             self._advice.no_curvature()
@@ -675,7 +712,7 @@ class HFModel(keras.Model):
             )
 
     def _advise_after_update(self, logs, num_nonfinite):
-        optimizer, growing_batch = self.optimizer, self.optimizer.growing_batch
+        optimizer, growing_batch = self.optimizer, self._growing_batch
         self._advice.small_batch(logs, growing_batch.initial_size if growing_batch else None)
         if isinstance(optimizer.curvature, GaussNewton):
             self._advice.negative_curvature(logs)

@@ -54,7 +54,9 @@ class HessianFree(keras.optimizers.Optimizer):
         damping: Float >= 0, the coefficient of the identity at the start of training, in the scale of the loss. `None` (default): the first update
             sets it to a tenth of the curvature along the gradient, `g'Gg / g'g`, so that the scale of the loss does not matter. Once built,
             `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has set it.
-        solver: Computes steps from the quadratic model: `ConjugateGradient()` (default), with its preconditioner, stopping rule and limit.
+        solver: Computes steps from the quadratic model: `ConjugateGradient()`, or `DirectSolver()` for small networks to high precision. `None`
+            (default) takes `DirectSolver()` where it was measured to be better: a float64 network, the squared loss, all cases in one batch, and
+            a system that takes at most about a second to factorize; else `ConjugateGradient()`. The choice is logged at INFO.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
         growing_batch: `GrowingBatch` (default): an update uses a part of the batch, which grows. `None`: an update uses all of it.
         curvature_batch_size: Integer >= 1, the number of cases that products are formed on: one chunk of the batch per update, in turn. `None` =
@@ -111,9 +113,15 @@ class HessianFree(keras.optimizers.Optimizer):
         self.curvature = part(
             "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
         )
+        # Whether `HFModel` may take another solver, where that one keeps nothing between updates and is the better one.
+        self.chooses_solver = solver is None
         self.solver = part("solver", ConjugateGradient() if solver is None else solver, Solver, "ConjugateGradient()")
         if growing_batch is not None:
             part("growing_batch", growing_batch, GrowingBatch, "GrowingBatch()")
+        # Whatever is asked for besides the defaults, which files hold, too, excludes solvers that use all cases or factorize the Gauss-Newton matrix.
+        has_defaults = type(self.curvature) is GaussNewton and self.curvature.linearization is None
+        has_defaults &= growing_batch is None or growing_batch.get_config() == _GROWING.get_config()
+        self.chooses_solver &= has_defaults and curvature_batch_size is None
         if self.solver.uses_all_cases:
             growing_batch = None if growing_batch is _GROWING else growing_batch
             checks.all_cases(self.solver, growing_batch, curvature_batch_size)
@@ -235,7 +243,7 @@ class HessianFree(keras.optimizers.Optimizer):
             "seed": self._initial_seed if self._seed is None else int(self._seed.numpy()),
             "name": self.name,
         }
-        parts = {name: getattr(self, name) for name in _PARTS}
+        parts = {name: getattr(self, name) for name in _PARTS if not (name == "solver" and self.chooses_solver)}
         return {
             **config,
             **{name: part and keras.saving.serialize_keras_object(part) for name, part in parts.items()},

@@ -77,7 +77,9 @@ def _gradient_by_output(tape, values, points):
     """The gradient of every column of `values`, `(N, k, d)`."""
     num_outputs = values.shape[1]
     ones = tf.ones_like(values)
-    cotangents = [ones] if num_outputs == 1 else [ones * row for row in tf.unstack(tf.eye(num_outputs, dtype=values.dtype))]
+    cotangents = (
+        [ones] if num_outputs == 1 else [ones * row for row in tf.unstack(tf.eye(num_outputs, dtype=values.dtype))]
+    )
     found = [tape.gradient(values, points, output_gradients=u) for u in cotangents]
     return tf.stack([tf.zeros_like(points) if gradient is None else gradient for gradient in found], 1)
 
