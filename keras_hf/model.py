@@ -327,14 +327,14 @@ class HFModel(keras.Model):
             )
 
     @property
-    def _solver(self):
-        """The solver in use."""
+    def solver(self):
+        """The solver in use: the optimizer's, or the one that was chosen for the network and the data."""
         return self._chosen_solver or self.optimizer.solver
 
     @property
     def _growing_batch(self):
         """The growing batch in use, `None` where every update uses all cases."""
-        return None if self._solver.uses_all_cases else self.optimizer.growing_batch
+        return None if self.solver.uses_all_cases else self.optimizer.growing_batch
 
     def _choose_solver(self, few, num_cases):
         """Chooses the solver where the optimizer leaves that to the model.
@@ -592,7 +592,7 @@ class HFModel(keras.Model):
         result = hf_update(
             objective,
             optimizer.curvature,
-            self._solver,
+            self.solver,
             optimizer.state(),
             unseen=None if unseen is None else trial,
             # An error of double backward shows in the first update; forward accumulation is checked in every update.
@@ -618,7 +618,7 @@ class HFModel(keras.Model):
         task = compiled_model.task_of(self, self._whole_loss)
         optimizer, replicas = self.optimizer, self.distribute_strategy.num_replicas_in_sync
         curvature = optimizer.curvature
-        structure, choice = compiled_model.trace(task, data, curvature, self._solver, replicas, self.network.name)
+        structure, choice = compiled_model.trace(task, data, curvature, self.solver, replicas, self.network.name)
         self._keep("_choice", choice)
         if isinstance(curvature, GaussNewton) and structure.combinations and not structure.has_curvature:
             self._advice.no_curvature()

@@ -243,7 +243,9 @@ class HessianFree(keras.optimizers.Optimizer):
             "seed": self._initial_seed if self._seed is None else int(self._seed.numpy()),
             "name": self.name,
         }
-        parts = {name: getattr(self, name) for name in _PARTS if not (name == "solver" and self.chooses_solver)}
+        parts = {name: getattr(self, name) for name in _PARTS}
+        if self.chooses_solver:
+            parts["solver"] = None
         return {
             **config,
             **{name: part and keras.saving.serialize_keras_object(part) for name, part in parts.items()},

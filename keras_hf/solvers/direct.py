@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import flag
-from keras_hf.solvers.factorized import dual_solver, least_damping, primal_solver
+from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
 from keras_hf.solvers.search import least_loss
 from keras_hf.solvers.solver import Path, Solver
 
@@ -54,6 +54,7 @@ class DirectSolver(Solver):
         (2023), *Achieving high accuracy with PINNs via energy natural gradient descent*, for the search over powers of 2.
     """
 
+    least_damping_power = LEAST_DAMPING_POWER
     uses_all_cases = True
 
     def __init__(self, acceleration=True):
@@ -147,7 +148,7 @@ class _System:
         """Returns the step `-(G + damping I)^-1 gradient`, and what gives the acceleration of a step."""
         rows, rounding = self._rows, float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
         moves = tf.cast(tf.reduce_any(gradient != 0), gradient.dtype)
-        damping = tf.maximum(damping, least_damping(self._size, gradient.dtype))
+        damping = tf.maximum(damping, rounding**LEAST_DAMPING_POWER * self._size)
         if self._is_dual:
             solve = dual_solver(rows.jacobian, damping, self._added)
         else:

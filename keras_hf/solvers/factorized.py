@@ -8,6 +8,8 @@ Fukaya et al. (2020), *Shifted Cholesky QR for computing the QR factorization of
 import numpy as np
 import tensorflow as tf
 
+# Below this power of the rounding, relative to the trace of B'B, a damping leaves no digits of the step.
+LEAST_DAMPING_POWER = 1.25
 # A Gram matrix has a Cholesky factor in its float type if it is shifted by so many roundings of its trace.
 _SHIFT = 10.0
 # Where the damping is less than so many shifts, B'B alone gives too few digits of the step.
@@ -74,11 +76,6 @@ def dual_solver(jacobian, damping, added=None):
         return x if h is None else x - inverse * h
 
     return solve
-
-
-def least_damping(size, dtype):
-    """Returns the damping below which solutions lose their digits, for a system whose `B'B` has the trace `size`: a scalar."""
-    return float(np.finfo(dtype.as_numpy_dtype).eps) ** 1.25 * size
 
 
 def _factor(gram, beside, damping, jacobian):

@@ -57,9 +57,12 @@ class Solver(Part):
     """Base class of solvers: immutable settings, and a path for every update. Subclasses implement `solve`.
 
     Attributes:
+        least_damping_power: Float. Dampings below `eps^least_damping_power` of the curvature's scale change nothing but rounding, with eps the
+            machine epsilon of the weights' float type.
         uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
     """
 
+    least_damping_power = 2.0
     uses_all_cases = False
 
     def require(self, structure):
