@@ -36,7 +36,9 @@ class LocalRows:
         self._piece, self._dtype, self._variables = piece, dtype, piece.variables
         self._jit_compile = jit_compile
         self._num_weights = sum(variable.shape.num_elements() for variable in piece.variables)
-        self._roots, self.residuals = self._compiled(self._roots_and_residuals)()
+        # Not by XLA where eigenvectors are needed: its own stop at a relative accuracy of about 1e-9.
+        roots = self._compiled(self._roots_and_residuals) if piece.hessian_is_diagonal else self._roots_and_residuals
+        self._roots, self.residuals = roots()
         num_cases, size = piece.static_num_cases, self._roots.shape[1]
         per_case = size * max(self._num_weights, piece.floats_per_case)
         self._block = max(1, _BLOCK_FLOATS // per_case)
@@ -190,6 +192,9 @@ class LocalRows:
             root = tf.sqrt(tf.maximum(values, 0))
             return tf.linalg.diag(root), tf.reshape(tf.math.divide_no_nan(slopes, root), [-1])
         hessians = tf.transpose(tf.stack([image(u) for u in tf.unstack(tf.eye(size, dtype=self._dtype))]), [1, 0, 2])
+        # TensorFlow refuses eigenvectors of what is not finite; the gradient of such a case stays.
+        is_finite = tf.reduce_all(tf.math.is_finite(hessians), [1, 2], keepdims=True)
+        hessians = tf.where(is_finite, hessians, tf.zeros_like(hessians))
         values, vectors = tf.linalg.eigh((hessians + tf.linalg.matrix_transpose(hessians)) / 2)
         rounding = size * self._dtype.as_numpy_dtype(2) ** (-52 if self._dtype == tf.float64 else -23)
         root = tf.sqrt(tf.where(values > rounding * values[:, -1:], values, tf.zeros_like(values)))
