@@ -45,7 +45,7 @@ class LocalRows:
         is_kept = num_cases is not None and num_cases * size * self._num_weights <= _KEPT_FLOATS
         self._rows_of = self._compiled(self._rows_of_cases)
         # The whole Jacobian, or `None` where it is not kept.
-        self.jacobian = self._in_blocks(self._rows_of) if is_kept else None
+        self.jacobian = self._in_blocks(self._rows_of, row_shape=[self._num_weights]) if is_kept else None
 
     def gram(self):
         """Returns `B'B`, `(n, n)`."""
@@ -124,7 +124,7 @@ class LocalRows:
         )
         return total
 
-    def _in_blocks(self, function, *args):
+    def _in_blocks(self, function, *args, row_shape=()):
         """Calls `function(indices of cases, *args)` for blocks of cases and joins what comes, whose first axis is the rows."""
         num_cases = self._piece.static_num_cases
         if num_cases is not None and num_cases <= self._block:
@@ -142,7 +142,8 @@ class LocalRows:
             (tf.constant(0), tf.TensorArray(self._dtype, num_blocks, infer_shape=False)),
             parallel_iterations=1,
         )
-        return parts.concat()
+        num_rows = None if num_cases is None else num_cases * self._roots.shape[1]
+        return tf.ensure_shape(parts.concat(), [num_rows, *row_shape])
 
     def _compiled(self, function):
         """Returns the function, compiled by XLA where that is wanted.
