@@ -7,7 +7,14 @@ import tensorflow as tf
 from problems import compiled, inputs, make_model, model_data, update_state, with_objective
 
 from examples.baselines import LastIterate, WholeStep
-from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, GaussNewton, HessianFree, LevenbergMarquardt
+from keras_hf import (
+    ConjugateGradient,
+    DirectSolver,
+    EmpiricalFisherDiagonal,
+    GaussNewton,
+    HessianFree,
+    LevenbergMarquardt,
+)
 from keras_hf.problem.curvature import Curvature
 from keras_hf.solvers.solver import LocalModel
 from keras_hf.solvers.stopping import StoppingRule
@@ -18,6 +25,7 @@ SOLVERS = {
     "ConjugateGradient": (ConjugateGradient(EmpiricalFisherDiagonal(), max_iterations=12), 0.3),
     "LastIterate": (LastIterate(EmpiricalFisherDiagonal(), max_iterations=12), 0.3),
     "WholeStep": (WholeStep(EmpiricalFisherDiagonal(), max_iterations=12), 3.0),
+    "DirectSolver": (DirectSolver(acceleration=False), 0.3),
 }
 over_solvers = pytest.mark.parametrize("solver, damping", SOLVERS.values(), ids=SOLVERS)
 
@@ -55,7 +63,8 @@ def test_an_update_lowers_the_loss_and_hands_on_a_state_of_the_same_form(solver,
             assert before.shape == after.shape and before.dtype == after.dtype
     # The objective did not move: nor does what is predicted of it depend on anything but the state.
     assert second.loss == first.loss
-    assert first.trace["num_products"] >= 2
+    # That of the ratio, and what the solver needs.
+    assert first.trace["num_products"] >= 1
     assert all(np.ndim(value) == 0 for value in first.logs.values())
 
 
@@ -66,7 +75,9 @@ def test_at_rest_the_step_is_zero(solver, damping):
 
     def compute(objective):
         local = LocalModel(
-            objective, lambda: objective.product(GaussNewton()), tf.zeros([objective.num_weights], tf.float64)
+            objective,
+            lambda: solver.linearize(objective, GaussNewton()),
+            tf.zeros([objective.num_weights], tf.float64),
         )
         path = solver.solve(local, tf.constant(damping, tf.float64), solver.initial_state(objective.variables, []))
         return path.candidates, path.num_products

@@ -1,0 +1,263 @@
+"""What physics-informed networks promise: exact derivatives, the loss of the formula, and updates that lower it."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from problems import dense_matrix, model_data, with_objective
+from support import precision
+
+from keras_hf import DirectSolver, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf.pinn import PINN, derivatives
+
+POINTS = np.random.default_rng(0).uniform(0.2, 0.8, size=(7, 2))
+
+
+# Derivatives.
+
+
+def polynomials(p):
+    """x^3 y^2 and x y^4."""
+    x, y = p[:, :1], p[:, 1:2]
+    return tf.concat([x**3 * y**2, x * y**4], 1)
+
+
+X, Y = POINTS[:, 0], POINTS[:, 1]
+EXACT = {
+    "u": (X**3 * Y**2, X * Y**4),
+    "u_x": (3 * X**2 * Y**2, Y**4),
+    "u_y": (2 * X**3 * Y, 4 * X * Y**3),
+    "u_xx": (6 * X * Y**2, 0 * X),
+    "u_xy": (6 * X**2 * Y, 4 * Y**3),
+    "u_yx": (6 * X**2 * Y, 4 * Y**3),
+    "u_xyy": (6 * X**2, 12 * Y**2),
+    "u_xxxy": (12 * Y, 0 * X),
+    "u_yyyy": (0 * X, 24 * X),
+    "u_xxxyy": (12 + 0 * X, 0 * X),
+}
+
+
+@pytest.mark.parametrize("mode", [lambda f: f, tf.function(autograph=False)], ids=["eager", "compiled"])
+def test_derivatives_of_polynomials_are_exact_to_any_order(mode):
+    found = mode(lambda p: derivatives(polynomials, p, "xy", *EXACT))(tf.constant(POINTS))
+    for name, values in zip(EXACT, found, strict=True):
+        np.testing.assert_allclose(values, np.stack(EXACT[name], 1), rtol=1e-13, atol=1e-14, err_msg=name)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_one_derivative_alone_is_the_tensor_itself(name):
+    found = derivatives(polynomials, tf.constant(POINTS), "xy", name)
+    np.testing.assert_allclose(found, np.stack(EXACT[name], 1), rtol=1e-13, atol=1e-14)
+
+
+def test_letters_name_columns_in_the_order_of_coordinates():
+    swapped = derivatives(lambda p: polynomials(p[:, ::-1]), tf.constant(POINTS[:, ::-1]), "yx", *EXACT)
+    for name, values in zip(EXACT, swapped, strict=True):
+        np.testing.assert_allclose(values, np.stack(EXACT[name], 1), rtol=1e-13, atol=1e-14, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["v", "v_x", "u_z", "u_", "u_x_y", "ux", "", "_x"])
+def test_names_of_no_derivative_are_refused(name):
+    with pytest.raises(ValueError, match=f"Derivatives are named 'u', 'u_x'.*coordinates='xy'. Received: '{name}'"):
+        derivatives(polynomials, tf.constant(POINTS), "xy", name)
+
+
+@pytest.mark.parametrize("coordinates", ["x", "xyz", "xx", ""])
+def test_coordinates_that_do_not_fit_the_points_are_refused(coordinates):
+    message = rf"one letter for each column.*Received: coordinates='{coordinates}', points of shape \(7, 2\)"
+    with pytest.raises(ValueError, match=message):
+        derivatives(polynomials, tf.constant(POINTS), coordinates, "u")
+
+
+# The model.
+
+
+def poisson(u, points):
+    """A residual of one component."""
+    u_xx, u_yy = derivatives(u, points, "xy", "u_xx", "u_yy")
+    return u_xx + u_yy + 1.0
+
+
+def gradient(u, points):
+    """A residual of two components."""
+    return tf.concat(derivatives(u, points, "xy", "u_x", "u_y"), 1)
+
+
+def value(u, points):
+    """A residual without an axis of components."""
+    return u(points)[:, 0]
+
+
+TERMS = {"equation": poisson, "slope": gradient, "data": value}
+INNER, SIDE, SOME = POINTS[:4], POINTS[4:6] + 1, POINTS[6:] - 1
+GIVEN = {"equation": INNER, "slope": (SIDE, np.array([[1.0, 2.0], [3.0, 4.0]])), "data": (SOME, np.array([0.5]))}
+WEIGHTS = {"slope": 4.0, "data": 0.25}
+
+
+def made(terms=TERMS, width=3, inputs=2, **arguments):
+    keras.utils.set_random_seed(3)
+    network = keras.Sequential([keras.Input((inputs,)), layers.Dense(width, "tanh"), layers.Dense(1)])
+    pinn = PINN(network, terms, **arguments)
+    model = HFModel(pinn)
+    model.compile(HessianFree(solver=DirectSolver(), seed=0), "mse")
+    return pinn, model
+
+
+def residuals(pinn):
+    """Residuals of the terms of `GIVEN`, each at its own points, minus what they are to be."""
+    at = lambda name, points: TERMS[name](pinn.solution, tf.constant(points)).numpy()  # noqa: E731
+    return {
+        "equation": at("equation", INNER),
+        "slope": at("slope", SIDE) - GIVEN["slope"][1],
+        "data": at("data", SOME) - GIVEN["data"][1],
+    }
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Twenty updates of a model of three terms: the model, its cases, the loss before by the formula, and the history."""
+    with precision("float64"):
+        pinn, model = made()
+        cases = pinn.cases(GIVEN, WEIGHTS)
+        before = sum(WEIGHTS.get(name, 1.0) * np.mean(r**2) for name, r in residuals(pinn).items())
+        x, y, sample_weight = cases
+        arguments = {"sample_weight": sample_weight, "callbacks": [LevenbergMarquardt()], "verbose": 0}
+        history = model.fit(x, y, epochs=20, **arguments).history
+        return pinn, model, cases, before, history
+
+
+def test_the_loss_is_the_weighted_sum_of_the_terms_means(trained):
+    _, _, _, before, history = trained
+    assert history["loss"][0] == pytest.approx(before, rel=1e-12)
+
+
+def test_fit_lowers_the_loss(trained, float64):
+    pinn, model, (x, y, sample_weight), before, history = trained
+    after = sum(WEIGHTS.get(name, 1.0) * np.mean(r**2) for name, r in residuals(pinn).items())
+    assert after < 1e-3 * before
+    assert model.evaluate(x, y, sample_weight=sample_weight, verbose=0) == pytest.approx(after, rel=1e-9)
+
+
+def test_cases_of_one_term_are_independent_of_the_others(trained, float64):
+    pinn, *_ = trained
+    x, y, _ = pinn.cases(GIVEN)
+    together = pinn(x).numpy()
+    np.testing.assert_allclose(together[:4, :1], residuals(pinn)["equation"], rtol=1e-12)
+    assert not together[:4, 1].any() and not together[6:, 1].any()
+    alone = pinn.cases({"slope": GIVEN["slope"]})
+    np.testing.assert_allclose(pinn(alone[0]).numpy(), together[4:6], rtol=1e-12)
+    np.testing.assert_array_equal(alone[1], y[4:6])
+
+
+def test_rows_through_derivatives_of_the_network_equal_differences(float64):
+    pinn, model = made({"equation": poisson, "data": value}, width=2)
+    x, y, sample_weight = pinn.cases({"equation": INNER, "data": SOME})
+    data = model_data(model, x, y, sample_weight)
+    found, exact = with_objective(
+        model,
+        data,
+        lambda o: (o.rows.gram(), dense_matrix(o.product(GaussNewton()), o.num_weights)),
+    )
+    start, columns, width = model.get_weights(), [], 1e-5
+    for place, weight in enumerate(start):
+        for i in range(weight.size):
+            ends = []
+            for side in (width, -width):
+                moved = [w.copy() for w in start]
+                moved[place].flat[i] += side
+                model.set_weights(moved)
+                ends.append(model(x).numpy()[:, 0])
+            columns.append((ends[0] - ends[1]) / (2 * width))
+    model.set_weights(start)
+    j = np.stack(columns, 1)
+    expected = j.T @ (2 / len(y) * sample_weight[:, None] * j)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-13 * np.abs(expected).max())
+    # The third derivative times the width's square, and rounding over the width.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+
+
+def test_a_hard_constraint_and_features_make_the_solution(float64):
+    features = lambda p: tf.concat([tf.sin(p), tf.cos(p)], 1)  # noqa: E731
+    pinn, _ = made(inputs=4, features=features, transform=lambda p, u: p[:, :1] * (1 - p[:, :1]) * u)
+    points = tf.constant(POINTS)
+    expected = X[:, None] * (1 - X[:, None]) * pinn.network(features(points)).numpy()
+    np.testing.assert_allclose(pinn.solution(POINTS), expected, rtol=1e-12)
+    # Zero at 0 and 1, and periodic but for the factor.
+    border = np.array([[0.0, 0.3], [1.0, 0.3]])
+    assert not pinn.solution(border).numpy().any()
+    x, *_ = pinn.cases({"equation": INNER})
+    np.testing.assert_allclose(pinn(x).numpy()[:, :1], poisson(pinn.solution, tf.constant(INNER)), rtol=1e-12)
+
+
+def test_an_unknown_coefficient_is_found(float64):
+    rate = keras.Variable(0.2, dtype="float64", name="rate")
+    decay = lambda u, p: derivatives(u, p, "t", "u_t") + rate * u(p)  # noqa: E731
+    pinn, model = made({"equation": decay, "data": value}, width=6, inputs=1, external_trainable_variables=[rate])
+    t = np.linspace(0, 1, 15)[:, None]
+    assert any(variable is rate for variable in model.trainable_variables)
+    x, y, sample_weight = pinn.cases({"equation": t, "data": (t, np.exp(-1.5 * t[:, 0]))})
+    history = model.fit(
+        x, y, sample_weight=sample_weight, epochs=40, callbacks=[LevenbergMarquardt()], verbose=0
+    ).history
+    assert history["loss"][-1] < 1e-8 and float(rate) == pytest.approx(1.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_points_are_drawn_anew_in_every_so_many_updates(every, float64):
+    pinn, _ = made()
+    rng, drawn = np.random.default_rng(0), []
+
+    def draw():
+        drawn.append(rng.uniform(size=(5, 2)))
+        return {"equation": drawn[-1], "slope": GIVEN["slope"]}
+
+    batches = list(pinn.redrawn(draw, WEIGHTS, every).take(7))
+    for number, (x, y, sample_weight) in enumerate(batches):
+        np.testing.assert_array_equal(x["points"][:5], drawn[number // every])
+        assert x["term"].shape == (7, 1) and y.shape == (7, 2) and sample_weight.shape == (7,)
+    assert not np.array_equal(drawn[0], drawn[1])
+    expected = pinn.cases({"equation": drawn[0], "slope": GIVEN["slope"]}, WEIGHTS)
+    for one, other in zip(keras.tree.flatten(batches[0]), keras.tree.flatten(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_fit_takes_points_that_are_drawn_anew(float64):
+    pinn, model = made({"equation": poisson}, transform=lambda p, u: p[:, :1] * (1 - p[:, :1]) * u)
+    rng = np.random.default_rng(0)
+    batches = pinn.redrawn(lambda: {"equation": rng.uniform(size=(60, 2))}, every=2)
+    history = model.fit(batches, steps_per_epoch=1, epochs=20, verbose=0, callbacks=[LevenbergMarquardt()]).history
+    assert history["loss"][-1] < 0.05 * history["loss"][0]
+    assert history["num_cases"] == [60] * 20
+
+
+@pytest.mark.parametrize(
+    "given, weights, message",
+    [
+        ({"edge": INNER}, None, "by the names of terms: equation, slope, data. Received: 'edge'"),
+        ({"equation": INNER}, {"edge": 1.0}, "by the names of terms: equation, slope, data. Received: 'edge'"),
+        ({"equation": X}, None, r"must be an array \(N, d\), N >= 1. Received: shape=\(7,\) for 'equation'"),
+        ({"equation": POINTS[:0]}, None, r"must be an array \(N, d\), N >= 1. Received: shape=\(0, 2\) for 'equation'"),
+        ({"equation": INNER}, {"equation": 0}, r"`weights\['equation'\]` must be a finite number > 0"),
+    ],
+)
+def test_points_and_weights_that_fit_no_term_are_refused(given, weights, message, float64):
+    with pytest.raises(ValueError, match=message):
+        made()[0].cases(given, weights)
+
+
+def test_no_terms_and_updates_of_no_points_are_refused():
+    with pytest.raises(ValueError, match="`terms` must hold at least one residual. Received: none"):
+        PINN(keras.Sequential([layers.Dense(1)]), {})
+    with pytest.raises(ValueError, match="`every` must be an integer >= 1. Received: every=0"):
+        made()[0].redrawn(lambda: GIVEN, every=0)
+
+
+def test_a_file_of_functions_is_refused_with_what_can_be_saved(tmp_path):
+    pinn, model = made()
+    with pytest.raises(NotImplementedError, match=r"terms of a `PINN` are functions.*pinn.network.save\("):
+        pinn.get_config()
+    with pytest.raises(NotImplementedError, match="which no file holds"):
+        model.save(tmp_path / "run.keras")
+    assert not list(tmp_path.iterdir())
