@@ -39,6 +39,7 @@ SECTIONS = {
     "Preconditioners": ["KroneckerFactored", "EmpiricalFisherDiagonal", "Nystrom", "Identity"],
     "Stopping rules of conjugate gradients": ["RelativeProgress", "ResidualTolerance"],
     "Conjugate gradients": ["conjugate_gradient", "CGResult", "CGStop"],
+    "Physics-informed networks": ["pinn.PINN", "pinn.derivatives"],
     "Initialization": ["SparseNormal"],
     "Records and figures": ["UpdateRecorder", "read_updates", "recorder.update_cost", "plots.plot_updates"],
     "Bases of parts": [

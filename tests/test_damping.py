@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_hf import ConstantDamping, DampingCallback, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import ArcStepDamping, ConstantDamping, DampingCallback, HessianFree, HFModel, LevenbergMarquardt
 
 NAN, INF = math.nan, math.inf
 
@@ -155,6 +155,73 @@ def test_without_a_ratio_the_damping_falls_only_where_that_can_show_something(ou
     assert LevenbergMarquardt().next_damping(6.0, {**logs(NAN), **outcome}) == pytest.approx(expected)
 
 
+def arc_logs(place, step_size=1.0, **others):
+    """The logs of an update that searched along an arc; the ratio says the contrary of the place."""
+    ratio = 0.0 if place > 0.1 else 1.0
+    return {**logs(ratio), "arc_step": place, "step_size": step_size, **others}
+
+
+@pytest.mark.parametrize("rule", [ArcStepDamping(), LevenbergMarquardt(low=-9, high=9, factor=2)], ids=["arc", "ratio"])
+@pytest.mark.parametrize(
+    ("place", "step_size", "expected"),
+    [
+        (1.0, 1.0, 0.6),
+        (0.2, 1.0, 0.6),
+        (math.nextafter(0.2, 0), 1.0, 6.0),
+        (0.05, 1.0, 6.0),
+        (0.02, 1.0, 6.0),
+        (math.nextafter(0.02, 0), 1.0, 60.0),
+        (2.0**-10, 1.0, 60.0),
+        # A rejected step was none, wherever the least loss lay.
+        (1.0, 0.0, 60.0),
+        (0.05, 0.0, 60.0),
+    ],
+)
+def test_the_place_on_the_arc_moves_the_damping_under_either_rule(rule, place, step_size, expected):
+    assert rule.next_damping(6.0, arc_logs(place, step_size)) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("rule", [ArcStepDamping(), LevenbergMarquardt()], ids=["arc", "ratio"])
+@pytest.mark.parametrize("place", [1.0, 2.0**-10])
+@pytest.mark.parametrize(
+    "outcome", [{"gradient_norm": 0.0}, {"gradient_norm": NAN}, {"gradient_norm": INF}, {"converged": 1}]
+)
+def test_where_no_step_can_show_anything_the_place_on_the_arc_moves_nothing(rule, place, outcome):
+    assert rule.next_damping(6.0, arc_logs(place, **outcome)) == 6.0
+    assert rule.next_damping(6.0, arc_logs(place, converged=0)) != 6.0
+
+
+def test_arc_step_damping_uses_its_own_thresholds_factor_and_limits():
+    rule = ArcStepDamping(low=0.25, high=0.5, factor=4)
+    answers = {place: rule.next_damping(8.0, arc_logs(place)) for place in (0.125, 0.25, 0.5)}
+    assert answers == {0.125: 32.0, 0.25: 8.0, 0.5: 2.0}
+    assert damping_after(ArcStepDamping(min_damping=5.0), arc_logs(1.0)) == 5.0
+    assert damping_after(ArcStepDamping(max_damping=7.0), arc_logs(0.001)) == 7.0
+
+
+def test_arc_step_damping_without_an_arc_is_refused():
+    message = "`ArcStepDamping` needs a solver that searches along an arc.*logs without `arc_step`. Use `LevenbergMarq"
+    with pytest.raises(ValueError, match=message):
+        ArcStepDamping().next_damping(6.0, logs(1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"low": 0}, "`low` must be a finite number > 0. Received: low=0"),
+        ({"low": 0.2}, "`low` must be less than `high`, and `high` at most 1. Received: low=0.2, high=0.2"),
+        ({"high": 1.5}, "`high` at most 1. Received: low=0.02, high=1.5"),
+        ({"high": NAN}, "`high` must be a finite number > 0. Received: high=nan"),
+        ({"factor": 1}, "`factor` must be > 1. Received: factor=1"),
+        ({"factor": -2}, "`factor` must be a finite number > 0. Received: factor=-2"),
+        ({"min_damping": 2.0, "max_damping": 1.0}, "`min_damping` must not exceed `max_damping`"),
+    ],
+)
+def test_bad_arguments_of_arc_step_damping_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ArcStepDamping(**arguments)
+
+
 @pytest.mark.parametrize(("ratio", "limit"), [(-INF, 2.0**46), (1.0, 2.0**-46)])
 def test_damping_stays_within_what_rounding_leaves_of_the_scale(ratio, limit):
     model = linear_model()
@@ -263,7 +330,7 @@ def test_damping_follows_the_ratios_of_a_curved_loss():
     assert run.num_traces == 1
 
 
-@pytest.mark.parametrize("rule", [LevenbergMarquardt, ConstantDamping, Doubling])
+@pytest.mark.parametrize("rule", [LevenbergMarquardt, ArcStepDamping, ConstantDamping, Doubling])
 def test_a_model_without_hessian_free_is_refused(rule):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile(optimizer="sgd", loss="mse")

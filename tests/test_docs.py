@@ -86,7 +86,9 @@ def test_the_reference_is_what_the_docstrings_say():
 
 def test_every_public_name_is_in_the_reference(monkeypatch):
     monkeypatch.delitem(api.SECTIONS, "Damping rules")
-    with pytest.raises(ValueError, match="Missing: ConstantDamping, DampingCallback, LevenbergMarquardt"):
+    with pytest.raises(
+        ValueError, match="Missing: ArcStepDamping, ConstantDamping, DampingCallback, LevenbergMarquardt"
+    ):
         api.document()
 
 

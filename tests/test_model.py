@@ -128,6 +128,46 @@ def test_pieces_give_the_updates_of_the_whole(float64):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
 
 
+class Joining(keras.Model):
+    """Takes several inputs, and no mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(1)
+
+    def call(self, inputs):
+        return self.dense(keras.ops.concatenate(keras.tree.flatten(inputs), -1))
+
+
+class Masking(Joining):
+    """Takes a mask as well, and remembers it."""
+
+    def call(self, inputs, mask=None):
+        self.seen = mask
+        return super().call(inputs)
+
+
+@pytest.mark.parametrize("form", [lambda a, b: (a, b), lambda a, b: [a, b], lambda a, b: {"a": a, "b": b}])
+def test_a_subclassed_network_of_several_inputs_needs_no_mask(form):
+    x, y = cases(20)
+    model = HFModel(Joining())
+    x = form(x[:, :1], x[:, 1:])
+    np.testing.assert_array_equal(model(x), model.network(x))
+    model.compile(hessian_free(damping=0.1), "mse")
+    # Built from cases, as `fit` does.
+    assert np.isfinite(model.evaluate(x, y, verbose=0))
+
+
+def test_masks_of_several_inputs_reach_a_network_that_takes_them():
+    a, b = (keras.ops.ones((4, 3)) for _ in range(2))
+    mask = keras.ops.ones((4,), "bool")
+    model = HFModel(Masking())
+    model((a, b), mask=(mask, None))
+    assert model.network.seen[0] is mask and model.network.seen[1] is None
+    model((a, b))
+    assert all(leaf is None for leaf in keras.tree.flatten(model.network.seen))
+
+
 @pytest.mark.parametrize("mode", ["subclassed", "unbuilt", "functional"])
 def test_any_kind_of_network(mode):
     x = keras.Input((2,))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.solvers.search import backtrack, line_search
+from keras_hf.solvers.search import backtrack, least_loss, line_search
 
 NAN, INF = np.nan, np.inf
 
@@ -191,3 +191,43 @@ def test_steps_keep_their_dtype_and_numbers_are_float64():
     result, steps = search(lambda t: -t + 2 * t * t, slope=-1.0, dtype="float32")
     assert steps == [np.float32(0.8**i) for i in range(1, 5)]
     assert result.step_size.dtype == result.loss.dtype == tf.float64
+
+
+@pytest.mark.parametrize("mode", [lambda f: f, tf.function(autograph=False)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("losses", "row"),
+    [
+        ([5.0, 3.0, 4.0, 6.0], 1),
+        # Wherever it lies, and of equals the first.
+        ([1.0, 5.0, 0.5, 6.0], 2),
+        ([3.0, 2.0, 2.0, 3.0], 1),
+        ([7.0], 0),
+        ([NAN, 5.0, -INF, INF], 1),
+    ],
+)
+def test_the_candidate_of_least_loss_is_taken_where_it_is_less_than_at_the_start(losses, row, mode):
+    candidates, gradient = tf.range(float(len(losses)))[:, None], tf.ones(1)
+
+    def refuse(step):
+        raise AssertionError("all candidates are looked at together")
+
+    for loss, accepted in ((10.0, True), (losses[row], False), (-20.0, False), (NAN, False), (INF, False)):
+        found = mode(
+            lambda steps, loss: least_loss(lambda steps: tf.constant(losses, tf.float64), refuse, steps, loss, gradient)
+        )(candidates, tf.constant(loss, tf.float64))
+        assert (found.row, found.candidate, found.candidate_loss, found.num_cuts) == (row, row, losses[row], 0)
+        assert found.step_size == float(accepted) and found.step_size.dtype == tf.float64
+        np.testing.assert_array_equal(found.loss, losses[row] if accepted else loss)
+        np.testing.assert_array_equal(found.losses, losses)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_losses_none_of_which_is_finite_take_no_candidate(bad):
+    found = least_loss(
+        lambda steps: tf.fill([3], tf.constant(bad, tf.float64)),
+        None,
+        tf.zeros([3, 2]),
+        tf.constant(1.0, tf.float64),
+        None,
+    )
+    assert (found.step_size, found.loss) == (0, 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.common.vectors import assign, dot, inner_product, num_weights, pack, unpack, vector_dtype
+from keras_hf.common.vectors import assign, dot, inner_product, num_weights, pack, unpack, unpack_rows, vector_dtype
 
 # None, one, and around the 256 products that are summed in their own dtype.
 SIZES = [0, 1, 255, 256, 257, 512, 1000]
@@ -21,6 +21,18 @@ def test_unpacking_what_was_packed_gives_the_tensors_back():
     for part, variable in zip(unpack(vector, variables), variables, strict=True):
         assert part.dtype == variable.dtype
         np.testing.assert_array_equal(part, variable)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_unpacking_rows_is_unpacking_each(num_rows):
+    variables = weights(tf.float32, tf.float64)
+    rows = tf.reshape(tf.range(12.0 * num_rows, dtype=tf.float64), [num_rows, 12])
+    together = unpack_rows(rows, variables)
+    assert [part.dtype for part in together] == [tf.float32, tf.float64]
+    for i, row in enumerate(rows):
+        for part, alone in zip(together, unpack(row, variables), strict=True):
+            assert part.shape == (num_rows, 3, 2)
+            np.testing.assert_array_equal(part[i], alone)
 
 
 @pytest.mark.parametrize("dtypes", [["float32"], ["float16", "bfloat16"], ["float32", "float64"]])
