@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import keras_hf
-from keras_hf import plots
+from keras_hf import pinn, plots
 
 PATH = Path(__file__).with_name("api.md")
 
@@ -107,14 +107,15 @@ def main():
 
 
 def _public_names():
-    """What `keras_hf` exports, and the functions of `keras_hf.plots`."""
+    """What `keras_hf` exports, and what `keras_hf.plots` and `keras_hf.pinn` define."""
     exports = {name for name, value in vars(keras_hf).items() if name[0] != "_" and not inspect.ismodule(value)}
-    figures = {
-        f"plots.{name}"
-        for name, value in vars(plots).items()
-        if name[0] != "_" and getattr(value, "__module__", None) == plots.__name__
+    beside = {
+        f"{module.__name__.rpartition('.')[-1]}.{name}"
+        for module in (plots, pinn)
+        for name, value in vars(module).items()
+        if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
     }
-    return exports | figures
+    return exports | beside
 
 
 def _full(name):

@@ -142,6 +142,10 @@ class Joining(keras.Model):
 class Masking(Joining):
     """Takes a mask as well, and remembers it."""
 
+    def __init__(self):
+        super().__init__()
+        self.supports_masking = True
+
     def call(self, inputs, mask=None):
         self.seen = mask
         return super().call(inputs)
