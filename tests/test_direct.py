@@ -270,6 +270,7 @@ def test_a_regularizer_that_is_not_convex_stops_no_run():
     assert history["loss"][-1] < 0.7 * history["loss"][0]
 
 
+@pytest.mark.slow
 def test_constraints_hold_for_every_candidate(float64):
     model = small(kernel_constraint=keras.constraints.NonNeg())
     history = model.fit(X, Y, epochs=8, verbose=0, callbacks=[LevenbergMarquardt()]).history
@@ -278,6 +279,7 @@ def test_constraints_hold_for_every_candidate(float64):
     assert all(b <= a for a, b in zip(history["loss"], history["loss"][1:], strict=False))
 
 
+@pytest.mark.slow
 def test_a_saved_run_goes_on_bit_for_bit(float64, tmp_path):
     straight = small()
     fit = lambda model: model.fit(X, Y, epochs=2, verbose=0, callbacks=[LevenbergMarquardt()])  # noqa: E731

@@ -26,9 +26,7 @@ TOGETHER = {"Dice", "Tversky", "Loss, a function, scalar", "Circle", "Circle, a 
 QUICK = {
     "BinaryCrossentropy, from logits",
     "CategoricalCrossentropy, from softmax",
-    "SparseCategoricalCrossentropy, from logits",
     "BinaryFocalCrossentropy, from sigmoid",
-    "MeanSquaredError, sum, weighted",
     "MeanSquaredError, mean_with_sample_weight, weighted",
     "MeanSquaredError, sum_over_batch_size, masked",
     "Huber",

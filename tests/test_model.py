@@ -166,9 +166,9 @@ def test_masks_of_several_inputs_reach_a_network_that_takes_them():
     a, b = (keras.ops.ones((4, 3)) for _ in range(2))
     mask = keras.ops.ones((4,), "bool")
     model = HFModel(Masking())
-    model((a, b), mask=(mask, None))
+    model.call((a, b), mask=(mask, None))
     assert model.network.seen[0] is mask and model.network.seen[1] is None
-    model((a, b))
+    model.call((a, b), mask=(None, None))
     assert all(leaf is None for leaf in keras.tree.flatten(model.network.seen))
 
 
