@@ -713,7 +713,8 @@ class HFModel(keras.Model):
 
     def _advise_after_update(self, logs, num_nonfinite):
         optimizer, growing_batch = self.optimizer, self._growing_batch
-        self._advice.small_batch(logs, growing_batch.initial_size if growing_batch else None)
+        if not self.solver.uses_all_cases:
+            self._advice.small_batch(logs, growing_batch.initial_size if growing_batch else None)
         if isinstance(optimizer.curvature, GaussNewton):
             self._advice.negative_curvature(logs)
         self._advice.no_progress(logs, num_nonfinite, int(optimizer.iterations.numpy()), self.compute_dtype)

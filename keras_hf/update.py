@@ -6,6 +6,7 @@ Depends on the `Solver` interface only, not on Keras.
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.vectors import dot
@@ -125,6 +126,10 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         actual_reduction = objective.chunk_loss_at(nothing) - objective.chunk_loss_at(taken.candidate)
     rounding = rounding_of(at_start.loss, objective.dtype)
     is_at_rounding = (tf.abs(predicted_reduction) <= rounding) | (actual_reduction == 0)
+    # A step that the rounding of the weights hides, too: the loss then changes by whatever that rounding makes of it.
+    weights = objective.start_vector
+    step_rounding = float(np.finfo(objective.dtype.as_numpy_dtype).eps) ** 2 * dot(weights, weights)
+    is_at_rounding |= dot(taken.candidate, taken.candidate) <= step_rounding
     is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
 
     product_error, repeat_error = tf.cond(
