@@ -486,7 +486,8 @@ class HFModel(keras.Model):
             sample_weight: Weights of the cases, as in `fit`.
 
         Returns:
-            A `LossFunction`: `weights`, `loss_at(w)`, `loss_and_gradient(w)`, `product(w, v)` and `assign(w)`.
+            A `LossFunction`: `weights`, `loss_at(w)`, `loss_and_gradient(w)`, `product(w, v)` and `assign(w)`; for squared losses also
+            `residuals(w)` and `jacobian(w)`.
 
         Raises:
             ValueError: If the model is not compiled, if `x`, `y` and `sample_weight` are not arrays of the same number of cases, or if the loss needs

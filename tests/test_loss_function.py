@@ -9,6 +9,7 @@ from problems import compiled, hessian_free, inputs, loss_derivatives, make_mode
 from scipy import optimize
 
 from keras_hf import EmpiricalFisherDiagonal, GaussNewton, Hessian, HFModel
+from keras_hf.problem import jacobian
 
 
 def targets(size=3):
@@ -200,3 +201,126 @@ def test_cases_and_vectors_of_wrong_sizes_are_refused():
             call(f.weights[1:])
     with pytest.raises(ValueError, match=r"`v` must be a vector of shape \(27,\).*Received: shape=\(27, 1\)"):
         f.product(f.weights, f.weights[:, None])
+
+
+# For losses that are half a sum of squares: residuals and their Jacobian.
+
+
+def dense_residuals(model, w, x, y, sample_weight, l2):
+    """Residuals of "mse" by NumPy, of a 2-4-3 network of tanh, and their Jacobian by central differences."""
+
+    def residuals(w):
+        a, b, c, d = np.split(w, [8, 12, 24])
+        outputs = np.tanh(x @ a.reshape(2, 4) + b) @ c.reshape(4, 3) + d
+        root = np.sqrt(2 * (np.ones(15) if sample_weight is None else sample_weight) / 45)
+        rows = (root[:, None] * (outputs - y)).reshape(-1)
+        return np.concatenate([rows, np.sqrt(2 * l2) * a, np.sqrt(2 * l2) * d]) if l2 else rows
+
+    columns = [(residuals(w + 1e-5 * v) - residuals(w - 1e-5 * v)) / 2e-5 for v in np.eye(len(w))]
+    return residuals(w), np.stack(columns, 1)
+
+
+ZERO_WEIGHTS = np.where(np.arange(15) % 4, WEIGHTS, 0)
+SQUARES = {"plain": (None, 0), "weights": (WEIGHTS, 0), "regularizers, and weights of 0": (ZERO_WEIGHTS, 0.125)}
+
+
+@pytest.mark.parametrize(("sample_weight", "l2"), SQUARES.values(), ids=SQUARES.keys())
+def test_residuals_and_jacobian_equal_those_by_numpy(float64, sample_weight, l2):
+    model = make_model(regularizer=keras.regularizers.L2(l2) if l2 else None)
+    f, w = at(model, inputs(), targets(), sample_weight)
+    residuals, jacobian = f.residuals(w), f.jacobian(w)
+    expected, expected_jacobian = dense_residuals(model, w, inputs(), targets(), sample_weight, l2)
+    np.testing.assert_allclose(residuals, expected, rtol=1e-12, atol=1e-14)
+    # Central differences of second order: their error is 1e-10.
+    np.testing.assert_allclose(jacobian, expected_jacobian, rtol=1e-8, atol=1e-9)
+    loss, gradient = f.loss_and_gradient(w)
+    assert residuals @ residuals / 2 == pytest.approx(loss, rel=1e-12)
+    np.testing.assert_allclose(jacobian.T @ residuals, gradient, rtol=1e-9, atol=1e-13)
+    assert residuals.dtype == jacobian.dtype == np.float64
+
+
+def test_residuals_of_two_outputs_with_loss_weights(float64):
+    x = keras.Input((2,))
+    h = layers.Dense(3, "tanh")(x)
+    network = keras.Model(x, [layers.Dense(1)(h), layers.Dense(2)(h)])
+    model = compiled(network, ["mse", "mse"], loss_weights=[1.0, 0.1])
+    f, w = at(model, inputs(), [targets(1), targets(2)])
+    residuals = f.residuals(w)
+    loss, gradient = f.loss_and_gradient(w)
+    assert residuals.shape == (45,) and residuals @ residuals / 2 == pytest.approx(loss, rel=1e-12)
+    np.testing.assert_allclose(f.jacobian(w).T @ residuals, gradient, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["trf", "lm"])
+def test_least_squares_finds_the_minimum(float64, method):
+    # A linear network with L2: the minimum by the normal equations.
+    model = compiled(keras.Sequential([keras.Input((2,)), layers.Dense(3, kernel_regularizer="l2", use_bias=False)]))
+    f, w = at(model, inputs(), targets())
+    found = optimize.least_squares(f.residuals, w, f.jacobian, method=method, xtol=1e-12, ftol=1e-12, gtol=1e-12)
+    x = inputs()
+    expected = np.linalg.solve(x.T @ x / 45 + 0.01 * np.eye(2), x.T @ targets() / 45)
+    np.testing.assert_allclose(found.x.reshape(2, 3), expected, rtol=1e-7)
+    assert found.cost == pytest.approx(f.loss_at(found.x), rel=1e-12)
+
+
+@pytest.mark.parametrize("floatx", ["float32", "float64"])
+def test_a_perfect_fit_has_residuals_of_rounding(floatx, request):
+    if floatx == "float64":
+        request.getfixturevalue("float64")
+    model = compiled(keras.Sequential([keras.Input((2,)), layers.Dense(20, "tanh"), layers.Dense(3)]))
+    x = inputs().astype(floatx)
+    f = model.objective(x, model(x).numpy())
+    assert np.abs(f.residuals(f.weights)).max() < 10 * np.finfo(floatx).eps
+
+
+def test_residuals_may_be_other_than_finite(float64):
+    # `least_squares` takes a shorter step then.
+    f, w = at(make_model(), inputs(), targets())
+    assert f.loss_at(w * 1e200) == np.inf and np.abs(f.residuals(w * 1e200)).max() > 1e190
+    assert np.isnan(f.residuals(w * np.nan)).all()
+
+
+NO_SQUARES = {
+    "binary_crossentropy": lambda: make_model("sigmoid", "binary_crossentropy"),
+    "huber": lambda: make_model(loss=keras.losses.Huber(delta=0.1)),
+    "log_cosh": lambda: make_model(loss="log_cosh"),
+}
+
+
+@pytest.mark.parametrize("make", NO_SQUARES.values(), ids=NO_SQUARES.keys())
+def test_losses_without_squares_have_no_residuals(float64, make):
+    f, w = at(make(), inputs(), (targets() > 0).astype("float64"))
+    with pytest.raises(
+        ValueError, match=r"half a sum of squares, such as 'mse'.*Received: a loss of .*`loss_and_gradient` and"
+    ):
+        f.residuals(w)
+
+
+@pytest.mark.parametrize("method", ["residuals", "jacobian"])
+def test_models_without_rows_have_no_residuals(float64, method):
+    for model, message in (
+        (hessian_model(layers.BatchNormalization()), "with BatchNormalization.*use LayerNormalization"),
+        (hessian_model(layers.Dropout(0.5)), "with random layers, such as Dropout"),
+        (hessian_model(layers.ActivityRegularization(l2=0.1)), "with losses added in `call`"),
+        (make_model(regularizer=keras.regularizers.L1(0.1)), r"Received: regularizer=.*Use `keras.regularizers.L2`"),
+    ):
+        f = model.objective(inputs(), targets())
+        with pytest.raises(ValueError, match=message):
+            getattr(f, method)(f.weights)
+
+
+def test_a_jacobian_that_is_too_large_says_so(float64, monkeypatch):
+    monkeypatch.setattr(jacobian, "_KEPT_FLOATS", 45 * 27 - 1)
+    f = make_model().objective(inputs(), targets())
+    with pytest.raises(ValueError, match="formed up to 1 GiB.*Received: more, with 27 weights. Use fewer cases"):
+        f.jacobian(f.weights)
+    # Residuals need none.
+    assert f.residuals(f.weights).shape == (45,)
+
+
+def test_residuals_are_of_one_replica():
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = make_model()
+    f = model.objective(inputs(), targets())
+    with pytest.raises(ValueError, match="on one replica. Received: a strategy with 2"):
+        f.residuals(f.weights)

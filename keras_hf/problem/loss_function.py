@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -13,6 +14,9 @@ from keras_hf.problem.local_objective import LocalCases
 from keras_hf.problem.objective import Objective
 from keras_hf.problem.replicas import across_replicas, replica_number
 from keras_hf.problem.structure import second_derivatives_explained
+
+# By how much half the sum of squared residuals and the loss may differ, relative to them.
+_RTOL = {tf.float32: 1e-3, tf.float64: 1e-6}
 
 
 class LossFunction:
@@ -28,6 +32,9 @@ class LossFunction:
     layers such as `Dropout` draw the same numbers in every call, and BatchNormalization normalizes by the statistics of the cases (where memory calls
     for several pieces, by those of each piece: see `HessianFree(micro_batch_size=...)`). `growing_batch`, `curvature_batch_size` and constraints are
     for `fit` alone: all cases count, and weights are taken as they are.
+
+    For a loss that is half a sum of squares, such as "mse", `residuals` and `jacobian` are what `scipy.optimize.least_squares` asks for:
+    `least_squares(f.residuals, f.weights, f.jacobian)`. Use float64 there.
 
     Each method is one compiled function, traced at its first call. Each but `assign` leaves all values of the model as they were. Nothing is kept
     between calls: a product makes the linearization at its weights anew.
@@ -58,6 +65,13 @@ class LossFunction:
             lambda objective: objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))
         )
         self._product = self._compiled(lambda objective, v: objective.product(curvature)(v))
+        self._residuals = self._compiled(
+            lambda objective: (
+                _residuals(objective),
+                objective.loss_at(tf.zeros([objective.num_weights], objective.dtype)),
+            )
+        )
+        self._jacobian = self._compiled(_jacobian)
 
     @property
     def weights(self):
@@ -114,6 +128,83 @@ class LossFunction:
         with self._at(w):
             return self._product(v).numpy().astype("float64")
 
+    def residuals(self, w):
+        """Returns the weighted residuals s at `w`, float64 `(rows,)`, with `s's / 2` the loss: `fun` of `scipy.optimize.least_squares`.
+
+        A row for every case and entry of the outputs, and one for every weight with an L2 regularizer. For "mse" with its mean over N cases of k
+        entries the rows are `sqrt(2 c / (N k)) (y_pred - y)`, c being the sample weight; for `L2(c)` they are `sqrt(2 c) w`.
+
+        Cost: a few forward passes.
+
+        Args:
+            w: Array `(n,)`.
+
+        Raises:
+            ValueError: If `w` is not such a vector, if the loss is not half a sum of squares, or if the network has no rows of single cases (see
+                `DirectSolver`).
+        """
+        self._require_rows()
+        with self._at(w):
+            residuals, loss = self._residuals()
+        residuals = residuals.numpy().astype("float64")
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._require_squares(w, np.sum(residuals**2) / 2, float(loss))
+        return residuals
+
+    def jacobian(self, w):
+        """Returns the Jacobian of `residuals` at `w`, float64 `(rows, n)`: `jac` of `scipy.optimize.least_squares`.
+
+        Cost: one vectorised gradient per case and entry of the outputs. Memory: at most 1 GiB.
+
+        Args:
+            w: Array `(n,)`.
+
+        Raises:
+            ValueError: As `residuals`, and if the Jacobian is larger.
+        """
+        self._require_rows()
+        with self._at(w):
+            return self._jacobian().numpy().astype("float64")
+
+    def _require_rows(self):
+        """Raises an error if the network has no rows of single cases, or a regularizer is not a sum of squares."""
+        task, structure = self._task()
+        for what, cure in structure.without_rows:
+            raise ValueError(
+                f"Residuals need the derivative of every case's own outputs in full precision. Received: a network with {what}. "
+                f"Use `loss_and_gradient`, or {cure}."
+            )
+        if self._strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "Residuals are computed on one replica. "
+                f"Received: a strategy with {self._strategy.num_replicas_in_sync}. Make the model outside of its scope."
+            )
+        for _, regularizer in task.regularizers:
+            is_squares = isinstance(regularizer, keras.regularizers.L2) or (
+                isinstance(regularizer, keras.regularizers.L1L2) and float(regularizer.l1) == 0
+            )
+            if not is_squares:
+                raise ValueError(
+                    f"Residuals need regularizers that are sums of squares. Received: regularizer={regularizer!r}. Use `keras.regularizers.L2`, "
+                    "or minimise with `loss_and_gradient`."
+                )
+
+    def _require_squares(self, w, half, loss):
+        """Raises an error if half the sum of squared residuals is not the loss; for numbers that are not finite, nothing can be said."""
+        dtype = vector_dtype(self._variables)
+        if not abs(half - loss) > _RTOL[dtype] * max(half, loss):
+            return
+        # Close to a perfect fit both are rounding: then weights changed by rounding give another loss.
+        change = 10 * float(np.finfo(dtype.as_numpy_dtype).eps) / _RTOL[dtype]
+        w = np.asarray(w, "float64")
+        other = self.loss_at(w * (1 + change * (-1.0) ** np.arange(len(w))))
+        if abs(np.sqrt(max(other, 0)) - np.sqrt(max(loss, 0))) < np.sqrt(max(half, loss)) / 2:
+            raise ValueError(
+                "Residuals need a loss that is half a sum of squares, such as 'mse', with weights that are not negative. "
+                f"Received: a loss of {loss:.6g} where half the sum of squares is {half:.6g}. Minimise it with `loss_and_gradient` and "
+                "`scipy.optimize.minimize`, or with `DirectSolver`."
+            )
+
     @contextlib.contextmanager
     def _at(self, w):
         """Gives the model the weights `w` while it is open, in the state in which an update computes."""
@@ -164,3 +255,38 @@ class LossFunction:
                 lambda replicas, cases: function(Objective(replicas, cases, fixed, chunk_is_batch=True)),
                 LocalCases(fixed, data, pieces),
             )
+
+
+def _residuals(objective):
+    """The rows' residuals and those of L2 regularizers, `(rows,)`."""
+    residuals = objective.rows.residuals
+    if not objective.has_regularization:
+        return residuals
+    places, roots = _regularizer_rows(objective)
+    return tf.concat([residuals, roots * tf.gather(objective.start_vector, places)], 0)
+
+
+def _jacobian(objective):
+    """The derivative of `_residuals`, `(rows, n)`."""
+    jacobian = objective.rows.jacobian
+    if jacobian is None:
+        raise ValueError(
+            "The Jacobian is formed up to 1 GiB, 2^27 numbers of rows times weights. "
+            f"Received: more, with {objective.num_weights} weights. Use fewer cases, or minimise with `loss_and_gradient` and `product`."
+        )
+    if not objective.has_regularization:
+        return jacobian
+    places, roots = _regularizer_rows(objective)
+    return tf.concat([jacobian, roots[:, None] * tf.one_hot(places, objective.num_weights, dtype=jacobian.dtype)], 0)
+
+
+def _regularizer_rows(objective):
+    """The places of weights with a regularizer in flat vectors, and the roots of its second derivative: `(k,)` each."""
+    places, start = [], 0
+    for variable in objective.variables:
+        size = variable.shape.num_elements()
+        if any(variable is regularized for regularized in objective.regularized):
+            places.append(np.arange(start, start + size))
+        start += size
+    places = np.concatenate(places)
+    return places, tf.sqrt(tf.gather(objective.regularization_diagonal(), places))

@@ -272,6 +272,11 @@ class Objective:
         return bool(self._task.regularizers)
 
     @property
+    def regularized(self):
+        """The weights that have a regularizer, a list of `tf.Variable`."""
+        return [variable for variable, _ in self._task.regularizers]
+
+    @property
     def has_diagonal_regularization(self):
         """Whether the second derivative of the regularizers is known to be diagonal."""
         kinds = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)

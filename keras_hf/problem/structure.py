@@ -143,6 +143,19 @@ class Structure(NamedTuple):
         ]
 
     @property
+    def without_rows(self):
+        """Why the network has no Jacobian with rows of single cases, and the cure: a list of pairs of strings, empty if it has."""
+        found = (
+            (self.batch_normalizations, "BatchNormalization", "use LayerNormalization"),
+            (self.is_random, "random layers, such as Dropout", "leave them out"),
+            (self.has_added_loss, "losses added in `call`", "add them to the outputs and the compiled loss"),
+            ("unknown" in self.combinations, "a loss of the whole batch", "use a loss with one value per case"),
+            (self.is_float16 or "bfloat16" in self.float_types, "16-bit arithmetic", "use float64"),
+            (self.unknown_axes, "axes of unknown length", "give the input its shape"),
+        )
+        return [(what, cure) for is_there, what, cure in found if is_there]
+
+    @property
     def suspects(self):
         """Cures, in a list, for layers whose second derivatives TensorFlow has wrong in some forms."""
         return [
