@@ -24,7 +24,7 @@ Methods that only Keras calls (`build`, `call`, `get_config` and the like) are l
 
 # Headings and what stands under them; a new public name goes into one of them. Names are attributes of keras_hf.
 SECTIONS = {
-    "Model and optimizer": ["HFModel", "HessianFree", "LossFunction"],
+    "Model and optimizer": ["HFModel", "HessianFree", "LossFunction", "ParameterCovariance"],
     "Damping rules": ["LevenbergMarquardt", "ArcStepDamping", "ConstantDamping", "DampingCallback"],
     "Cases of an update": ["GrowingBatch"],
     "Curvatures": [

@@ -8,6 +8,7 @@ if _keras.backend.backend() != "tensorflow":
         f"Received: backend={_keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
     )
 
+from keras_hf.covariance import ParameterCovariance as ParameterCovariance
 from keras_hf.damping import ArcStepDamping as ArcStepDamping
 from keras_hf.damping import ConstantDamping as ConstantDamping
 from keras_hf.damping import DampingCallback as DampingCallback

@@ -10,11 +10,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, compiled_model, guard
+from keras_hf import arrays, compiled_model, covariance, guard
 from keras_hf.advice import Advice
 from keras_hf.common import checks, files, keras_private
 from keras_hf.common.part import if_finite
 from keras_hf.common.replaced import replaced
+from keras_hf.common.vectors import vector_dtype
 from keras_hf.damping import DampingCallback
 from keras_hf.optimizer import HessianFree
 from keras_hf.problem import batching
@@ -502,6 +503,65 @@ class HFModel(keras.Model):
 
         variables = [variable.value for variable in self.trainable_variables]
         return LossFunction(data, variables, self._task, self.optimizer, self.distribute_strategy, guarded)
+
+    def parameter_covariance(self, x, y, sample_weight=None, absolute_sigma=False):
+        """Returns the covariance of the trained weights, as `scipy.optimize.curve_fit` does: `pcov` and the standard errors.
+
+        For least squares ("mse"), at the minimum of the loss on these cases. With J the Jacobian of the outputs, W the sample weights, r the
+        differences of outputs and targets, and M of them where the weight is not 0,
+
+            matrix = (J'WJ)^-1 r'Wr / (M - n)
+
+        the covariance of estimates from other noise of the same size, where the model is linear within a few standard errors. Weights that the data
+        do not determine have an infinite covariance, with a warning. Use float64.
+
+        Cost: the Jacobian, and `rows n^2` multiplications.
+
+        Args:
+            x: Inputs, as in `fit`, arrays.
+            y: Targets, as in `fit`.
+            sample_weight: Weights of the cases, proportional to `1 / sigma^2`, sigma being the standard deviation of a target.
+            absolute_sigma: Whether sample weights are `1 / sigma^2`, and not only proportional to it: then `matrix = (J'WJ)^-1`.
+
+        Returns:
+            A `ParameterCovariance`: `matrix` and `standard_errors`.
+
+        Raises:
+            ValueError: As `LossFunction.residuals`; if a weight has a regularizer, if there are more than 5,000 trainable weights, or if
+                `absolute_sigma` is not a bool or the loss does not tell sigma.
+
+        Example:
+
+        >>> x = np.linspace(-1, 1, 64)[:, None]
+        >>> y = 2 * x + np.random.default_rng(0).normal(size=x.shape)
+        >>> model = HFModel(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
+        >>> model.compile(HessianFree(solver=DirectSolver()), loss="mse")
+        >>> history = model.fit(x, y, epochs=9, callbacks=[LevenbergMarquardt()], verbose=0)
+        >>> model.parameter_covariance(x, y).matrix.shape
+        (2, 2)
+        """
+        absolute_sigma = checks.flag("absolute_sigma", absolute_sigma)
+        f, variables = self.objective(x, y, sample_weight), self.trainable_variables
+        w = f.weights
+        covariance.require_few_weights(len(w))
+        if regularized := [variable.path for variable in variables if variable.regularizer is not None]:
+            raise ValueError(
+                "`parameter_covariance` is that of least squares without regularizers, which bias the weights. "
+                f"Received: regularizers of {', '.join(regularized)}. Leave them out."
+            )
+        residuals, jacobian = f.residuals(w), f.jacobian(w)
+        is_empty = (residuals == 0) & ~jacobian.any(axis=1)
+        num_residuals, variance = len(residuals), None
+        if is_empty.any() or absolute_sigma:
+            # Of outputs that exceed their targets by 1: what multiplies differences in the rows.
+            targets = keras.tree.map_structure(lambda output: output - 1, self.predict(x, verbose=0))
+            roots = self.objective(x, targets, sample_weight).residuals(w)
+            num_residuals = np.count_nonzero(roots)
+            if absolute_sigma:
+                variance = covariance.residual_scale(roots, sample_weight)
+        dtype = vector_dtype([variable.value for variable in variables]).as_numpy_dtype
+        matrix = covariance.covariance(w, jacobian, residuals, variance, num_residuals, dtype)
+        return covariance.ParameterCovariance(matrix, covariance.by_weight(np.diag(matrix), variables))
 
     def _cases(self, method, x, y, sample_weight):
         """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""
