@@ -148,11 +148,14 @@ class Advice:
                 "weights (units of ReLU that are all off, zero initialization) or for targets that are fitted exactly.",
             )
         elif int(logs["converged"]) and "zero gradient" not in self._given:
+            cure = "Stop here"
+            if dtype != "float64":
+                cure += ', or go on in float64 (`keras.config.set_dtype_policy("float64")` and `keras.config.set_floatx("float64")` before the '
+                cure += "network is made)"
             self.warn_once(
                 "converged",
                 f"Training has converged to rounding: no step lowers the loss by more than {dtype} can tell. `converged` in the logs is "
-                "1 from here on, and updates leave conjugate gradients out. Stop here, or go on in float64 "
-                '(`keras.config.set_dtype_policy("float64")` and `keras.config.set_floatx("float64")` before the network is made).',
+                f"1 from here on, and updates leave the solver out. {cure}.",
             )
         elif self._num_rejected == _MANY_REJECTIONS:
             self.warn_once(

@@ -110,6 +110,14 @@ def test_a_rejected_step_is_explained(advice, found, num_nonfinite, num_updates,
         advice.no_progress(logs(**found), num_nonfinite, num_updates, "float32")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cure"), [("float32", "Stop here, or go on in float64"), ("float64", r"Stop here\.$")]
+)
+def test_convergence_sends_to_float64_what_is_not_there_yet(advice, dtype, cure):
+    with pytest.warns(UserWarning, match=f"more than {dtype} can tell.*updates leave the solver out. {cure}"):
+        advice.no_progress(logs(converged=1), 0, 9, dtype)
+
+
 def test_a_zero_gradient_is_not_called_convergence(advice):
     with pytest.warns(UserWarning, match="zero") as record:
         for number in (1, 2):
