@@ -45,8 +45,13 @@ def test_code_runs_as_printed(name, tmp_path, monkeypatch):
     assert blocks(name)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for code in blocks(name):
-        run(name, code, namespace)
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    try:
+        for code in blocks(name):
+            run(name, code, namespace)
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
 
 
 def test_pages_without_code_have_none():
