@@ -11,7 +11,6 @@ from keras_hf.problem.fixed_network import Task
 from keras_hf.problem.linearization import without_fused_kernels
 from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
 from keras_hf.problem.structure import second_derivatives_explained, trace_structure
-from keras_hf.solvers.direct import DirectSolver
 
 _logger = logging.getLogger("keras_hf")
 
@@ -146,11 +145,7 @@ def exact_solver_pays(model, data, num_cases):
         return False
     with second_derivatives_explained({}):
         structure = trace_structure(task_of(model, None), data)
-    try:
-        DirectSolver().require(structure)
-    except ValueError:
-        return False
-    return structure.is_vectorizable
+    return structure.is_vectorizable and not structure.without_rows
 
 
 def overrides_compute_loss(model):

@@ -61,19 +61,11 @@ class DirectSolver(Solver):
         self.acceleration = flag("acceleration", acceleration)
 
     def require(self, structure):
-        for found, what, cure in (
-            (structure.batch_normalizations, "BatchNormalization", "use LayerNormalization"),
-            (structure.is_random, "random layers, such as Dropout", "leave them out"),
-            (structure.has_added_loss, "losses added in `call`", "add them to the outputs and the compiled loss"),
-            ("unknown" in structure.combinations, "a loss of the whole batch", "use a loss with one value per case"),
-            (structure.is_float16 or "bfloat16" in structure.float_types, "16-bit arithmetic", "use float64"),
-            (structure.unknown_axes, "axes of unknown length", "give the input its shape"),
-        ):
-            if found:
-                raise ValueError(
-                    f"`DirectSolver` needs the derivative of every case's own outputs in full precision. Received: a network with {what}. "
-                    f"Use `ConjugateGradient()`, or {cure}."
-                )
+        for what, cure in structure.without_rows:
+            raise ValueError(
+                f"`DirectSolver` needs the derivative of every case's own outputs in full precision. Received: a network with {what}. "
+                f"Use `ConjugateGradient()`, or {cure}."
+            )
 
     def linearize(self, objective, curvature):
         del curvature
