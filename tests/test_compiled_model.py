@@ -6,7 +6,15 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf import DoubleBackward, FiniteDifferenceHessian, ForwardAccumulation, GaussNewton, HessianFree, HFModel
+from keras_hf import (
+    ConjugateGradient,
+    DoubleBackward,
+    FiniteDifferenceHessian,
+    ForwardAccumulation,
+    GaussNewton,
+    HessianFree,
+    HFModel,
+)
 from keras_hf.compiled_model import checked, loss_name, overrides_compute_loss, task_of, trace
 from keras_hf.problem.fixed_network import Data
 
@@ -28,7 +36,7 @@ def compiled(*stack, model=HFModel, loss="mse"):
 
 def traced(model, curvature):
     task = task_of(model, model._whole_loss)
-    return trace(task, Data(X, Y, None), curvature, 1, "of mine")
+    return trace(task, Data(X, Y, None), curvature, ConjugateGradient(), 1, "of mine")
 
 
 @pytest.mark.parametrize(
