@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.common.vectors import assign, dot, inner_product, num_weights, pack, unpack, unpack_rows, vector_dtype
+from keras_hf.common.vectors import (
+    assign,
+    dot,
+    gram,
+    inner_product,
+    num_weights,
+    pack,
+    unpack,
+    unpack_rows,
+    vector_dtype,
+)
 
 # None, one, and around the 256 products that are summed in their own dtype.
 SIZES = [0, 1, 255, 256, 257, 512, 1000]
@@ -102,3 +112,10 @@ def test_dot_passes_on_what_is_not_finite(place, mode):
     assert total(np.inf) == np.inf
     assert total(-np.inf) == -np.inf
     assert np.isnan(total(np.inf, -np.inf))
+
+
+@pytest.mark.parametrize("num_columns", [5, 383, 384, 500])
+def test_the_gram_matrix_by_strips_is_the_product_of_all(num_columns):
+    matrix = np.random.default_rng(0).normal(size=(20, num_columns))
+    found = gram(tf.constant(matrix)).numpy()
+    np.testing.assert_allclose(found, matrix.T @ matrix, atol=1e-13)

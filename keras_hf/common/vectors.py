@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+# Columns of a strip of a Gram matrix.
+_STRIP = 128
 # Products of an inner product that are summed in their own dtype.
 _BLOCK = 256
 
@@ -52,3 +54,16 @@ def inner_product(a, b):
     """Sum of the inner products of two lists of tensors, a float64 scalar."""
     products = [tf.reduce_sum(tf.cast(s, tf.float64) * tf.cast(t, tf.float64)) for s, t in zip(a, b, strict=True)]
     return tf.add_n([tf.zeros([], tf.float64), *products])
+
+
+def gram(matrix):
+    """Returns `B'B`, `(n, n)`, of B `(m, n)`, n static. Of large ones only the upper half is multiplied, strip by strip."""
+    num_columns = matrix.shape[1]
+    if num_columns < 3 * _STRIP:
+        return tf.matmul(matrix, matrix, transpose_a=True)
+    strips = [
+        tf.pad(tf.matmul(matrix[:, i : i + _STRIP], matrix[:, i:], transpose_a=True), [[0, 0], [i, 0]])
+        for i in range(0, num_columns, _STRIP)
+    ]
+    upper = tf.linalg.band_part(tf.concat(strips, 0), 0, -1)
+    return upper + tf.transpose(upper) - tf.linalg.diag(tf.linalg.diag_part(upper))

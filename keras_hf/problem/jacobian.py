@@ -7,7 +7,7 @@ gradient of the loss if r lies in the range of H, as it does for squares and for
 
 import tensorflow as tf
 
-from keras_hf.common.vectors import pack, unpack
+from keras_hf.common.vectors import gram, pack, unpack
 from keras_hf.problem.linearization import dense
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
@@ -49,7 +49,7 @@ class LocalRows:
 
     def gram(self):
         """Returns `B'B`, `(n, n)`."""
-        return self._sum_of(lambda rows, _: tf.matmul(rows, rows, transpose_a=True), [self._num_weights] * 2)
+        return self._sum_of(lambda rows, _: gram(rows), [self._num_weights] * 2)
 
     def pull(self, u):
         """Returns `B'u`, `(n,)`, of u `(rows,)`."""

@@ -8,6 +8,8 @@ Fukaya et al. (2020), *Shifted Cholesky QR for computing the QR factorization of
 import numpy as np
 import tensorflow as tf
 
+from keras_hf.common.vectors import gram
+
 # Below this power of the rounding, relative to the trace of B'B, a damping leaves no digits of the step.
 LEAST_DAMPING_POWER = 1.25
 # A Gram matrix has a Cholesky factor in its float type if it is shifted by so many roundings of its trace.
@@ -16,12 +18,12 @@ _SHIFT = 10.0
 _LOST = 100.0
 
 
-def primal_solver(rows, gram, damping, added=None):
+def primal_solver(rows, product, damping, added=None):
     """Factorizes the n by n system.
 
     Args:
         rows: What B can do: `jacobian` (`(rows, n)` or `None`), `pull(u)` = B'u, `plus_push(u, v)` = u + Bv.
-        gram: Tensor `(n, n)`, B'B.
+        product: Tensor `(n, n)`, B'B.
         damping: Scalar > 0.
         added: Tensor `(n, n)`, R, symmetric and positive semi-definite, or `None`.
 
@@ -29,10 +31,10 @@ def primal_solver(rows, gram, damping, added=None):
         Callable `(u, h) -> x` of u `(rows,)` and h `(n,)` or `None`. Cost: n^3 / 3 once, then 4 n^2 and two products with B and B' per call. Where
         the damping is lost in the rounding of B'B, 3 rows n^2 more once.
     """
-    identity = tf.eye(gram.shape[0], dtype=gram.dtype)
+    identity = tf.eye(product.shape[0], dtype=product.dtype)
     beside = damping * identity if added is None else added + damping * identity
 
-    factor = _factor(gram, beside, damping, rows.jacobian)
+    factor = _factor(product, beside, damping, rows.jacobian)
 
     def apply(x):
         return damping * x if added is None else tf.linalg.matvec(beside, x)
@@ -62,10 +64,10 @@ def dual_solver(jacobian, damping, added=None):
     # Divided by the largest: then nothing overflows however small the damping is.
     share, shift = inverse / largest, 1 / largest
     weighted = jacobian * share
-    gram = tf.matmul(weighted, jacobian, transpose_b=True)
-    identity = tf.eye(jacobian.shape[0], dtype=gram.dtype)
+    tall = tf.transpose(jacobian * tf.sqrt(share))
+    identity = tf.eye(jacobian.shape[0], dtype=jacobian.dtype)
 
-    factor = _factor(gram, shift * identity, shift, tf.transpose(jacobian * tf.sqrt(share)))
+    factor = _factor(gram(tall), shift * identity, shift, tall)
 
     def solve(u, h=None):
         right = u if h is None else u - tf.linalg.matvec(jacobian, inverse * h)
@@ -78,26 +80,26 @@ def dual_solver(jacobian, damping, added=None):
     return solve
 
 
-def _factor(gram, beside, damping, jacobian):
-    """A lower factor F with `FF' = gram + beside`, where gram is `jacobian' jacobian` and beside is at least the damping.
+def _factor(product, beside, damping, jacobian):
+    """A lower factor F with `FF' = product + beside`, where the product is `jacobian' jacobian` and beside is at least the damping.
 
     Cholesky's. Where the damping is lost in the rounding of the Gram matrix, that of a shifted one serves to orthogonalize the Jacobian nearly, and
     Cholesky's factor of what is left makes it exact, as a QR factorization would: in multiplications of matrices alone, four times as fast.
     """
-    rounding = float(np.finfo(gram.dtype.as_numpy_dtype).eps)
-    shift = _SHIFT * rounding * tf.linalg.trace(gram)
+    rounding = float(np.finfo(product.dtype.as_numpy_dtype).eps)
+    shift = _SHIFT * rounding * tf.linalg.trace(product)
     if jacobian is None:
-        return tf.linalg.cholesky(gram + beside)
-    identity = tf.eye(gram.shape[0], dtype=gram.dtype)
+        return tf.linalg.cholesky(product + beside)
+    identity = tf.eye(product.shape[0], dtype=product.dtype)
 
     def twice():
-        first = tf.linalg.cholesky(gram + beside + shift * identity)
+        first = tf.linalg.cholesky(product + beside + shift * identity)
         orthogonal = tf.linalg.triangular_solve(first, tf.transpose(jacobian))
         left = tf.linalg.triangular_solve(first, beside)
         left = tf.linalg.triangular_solve(first, tf.transpose(left))
-        return tf.matmul(first, tf.linalg.cholesky(tf.matmul(orthogonal, orthogonal, transpose_b=True) + left))
+        return tf.matmul(first, tf.linalg.cholesky(gram(tf.transpose(orthogonal)) + left))
 
-    return tf.cond(damping < _LOST * shift, twice, lambda: tf.linalg.cholesky(gram + beside))
+    return tf.cond(damping < _LOST * shift, twice, lambda: tf.linalg.cholesky(product + beside))
 
 
 def _apply_inverse(factor, vector):
