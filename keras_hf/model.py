@@ -211,8 +211,8 @@ class HFModel(keras.Model):
         # Keras finds the loss and metrics of an output in a dict by these names.
         self.output_names = getattr(self.network, "output_names", None)
         self._keep("_chosen_solver", None)
-        optimizer.find_layers = lambda: keras_private.all_layers(self.network)
         super().compile(optimizer, loss, *args, **kwargs)
+        self._hand_layers_to_optimizer()
         compile_loss = keras_private.compiled_loss(self)
         if compile_loss is not None:
             keras_private.set_losses(compile_loss, keras.tree.map_structure(compiled_model.checked, loss))
@@ -269,7 +269,6 @@ class HFModel(keras.Model):
             self._advice.no_damping_rule()
         if isinstance(callbacks, (list, tuple)):
             callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, DampingCallback))
-        self._advise_on_changed_weights()
         source = "dataset" if isinstance(x, tf.data.Dataset) else "batches"
         most_cases = None
         if arrays.is_arrays(x):
@@ -356,6 +355,7 @@ class HFModel(keras.Model):
 
     def make_train_function(self, force=False):
         """Creates `train_function` as Keras does; a step that raises an error leaves every value unchanged."""
+        self._check_optimized_weights()
         is_right = (self._most_cases or math.inf) <= self._most_cases_traced
         if self.train_function is not None and is_right and not force:
             return
@@ -389,7 +389,6 @@ class HFModel(keras.Model):
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Performs one update on these cases; arguments as `keras.Model.train_on_batch`."""
         keras_private.require_compiled(self, "train_on_batch")
-        self._advise_on_changed_weights()
         if arrays.is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
         return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
@@ -741,6 +740,10 @@ class HFModel(keras.Model):
         with self.distribute_strategy.scope():
             self.optimizer.build(self.trainable_variables)
 
+    def _hand_layers_to_optimizer(self):
+        # Before each call that may build the optimizer: until it is built, it may be compiled into several models.
+        self.optimizer.find_layers = lambda: keras_private.all_layers(self.network)
+
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Keras builds from the first batch only under a strategy. Without it the first fit would trace twice, and a network without an input shape
         # would have no weights when the optimizer asks for them.
@@ -756,18 +759,20 @@ class HFModel(keras.Model):
             )
 
         data_batch = keras.tree.map_structure(spec, data_batch)
+        self._hand_layers_to_optimizer()
         with self.distribute_strategy.scope():
             keras_private.symbolic_build(self, data_batch)
 
     # Advice to the user.
 
-    def _advise_on_changed_weights(self):
-        """Warns if the trainable weights have changed since `compile`, which fixes them, as in Keras."""
+    def _check_optimized_weights(self):
+        """Warns if the trainable weights have changed since `compile`, which fixes them, as in Keras; raises if they are another model's."""
         if self.optimizer.built:
-            known, now = (
-                {id(v): v.path for v in weights}
-                for weights in (keras_private.optimized_weights(self.optimizer), self.trainable_variables)
-            )
+            optimized = keras_private.optimized_weights(self.optimizer)
+            own = {id(weight) for weight in self.weights}
+            if not all(id(weight) in own for weight in optimized):
+                checks.weights_of_optimizer(optimized, self.trainable_variables)
+            known, now = ({id(v): v.path for v in weights} for weights in (optimized, self.trainable_variables))
             self._advice.changed_weights(
                 [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
             )

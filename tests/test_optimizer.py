@@ -16,6 +16,7 @@ from keras_hf import (
     HessianFree,
     HFModel,
     Identity,
+    LevenbergMarquardt,
     RelativeProgress,
     ResidualTolerance,
 )
@@ -312,6 +313,24 @@ def test_an_optimizer_of_other_weights_is_refused_at_compile():
         ):
             other.compile(optimizer, "mse")
     made(3).compile(HessianFree.from_config(optimizer.get_config()), "mse")
+
+
+def test_an_optimizer_of_two_models_without_weights_yet_belongs_to_the_first_that_trains():
+    def made(units):
+        return HFModel(keras.Sequential([keras.layers.Dense(units, "tanh"), keras.layers.Dense(1)]))
+
+    optimizer, first, second = HessianFree(), made(3), made(5)
+    first.compile(optimizer, "mse")
+    second.compile(optimizer, "mse")
+    x, rule = np.random.default_rng(0).normal(size=(30, 2)).astype("float32"), LevenbergMarquardt()
+    losses = first.fit(x, x[:, :1], epochs=5, callbacks=[rule], verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    for train in (
+        lambda: second.fit(x, x[:, :1], callbacks=[rule], verbose=0),
+        lambda: second.train_on_batch(x, x[:, :1]),
+    ):
+        with pytest.raises(ValueError, match="built for 4 weights.*a model with 4 trainable weights.*from_config"):
+            train()
 
 
 def test_an_optimizer_may_be_compiled_again_into_a_model_of_its_weights(tmp_path):
