@@ -157,7 +157,7 @@ class Advice:
                 f"Training has converged to rounding: no step lowers the loss by more than {dtype} can tell. `converged` in the logs is "
                 f"1 from here on, and updates leave the solver out. {cure}.",
             )
-        elif self._num_rejected == _MANY_REJECTIONS:
+        elif gradient_norm and self._num_rejected == _MANY_REJECTIONS:
             self.warn_once(
                 "rejections",
                 f"{_MANY_REJECTIONS} updates in a row were rejected: the loss rose along each step. With a damping rule such as "
