@@ -106,9 +106,15 @@ class Advice:
         elif 4 * num_cases < self._largest_batch:
             self.warn_once("remainder", f"{what}Others held up to {self._largest_batch}. {_NO_REMAINDER[self._source]}")
 
-    def negative_curvature(self, logs):
-        """Looks whether CG met negative curvature of a Gauss-Newton matrix, which of a convex loss has none."""
-        if int(logs.get("negative_curvature", 0)):
+    def negative_curvature(self, logs, rounding):
+        """Looks whether CG met negative curvature of a Gauss-Newton matrix, which of a convex loss has none.
+
+        Args:
+            logs: Dict, the logs of the update.
+            rounding: Float, the rounding error of the curvature along a vector of norm 1.
+        """
+        # CG met undamped curvature below `-damping`. If that is within rounding, the loss may be convex.
+        if int(logs.get("negative_curvature", 0)) and float(logs["damping"]) > rounding:
             self.warn_once(
                 "negative curvature",
                 "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "

@@ -25,11 +25,13 @@ class Choice(NamedTuple):
         curvature: `curvature.Curvature`, fitted to the network: products are formed by its linearization.
         rounding: Float, the relative difference allowed between two computations of the same number.
         suspects: List of strings, cures for layers of which some forms have a wrong second derivative in TensorFlow.
+        epsilon: Float, machine epsilon of the coarsest float type that the network computes in.
     """
 
     curvature: Any
     rounding: float
     suspects: list
+    epsilon: float
 
     @property
     def linearization(self):
@@ -120,7 +122,7 @@ def trace(task, data, curvature, solver, num_replicas, name):
             fitted.linearization.jit_compile,
             "" if curvature.linearization else ", chosen for the network",
         )
-    return structure, Choice(fitted, structure.rounding, structure.suspects)
+    return structure, Choice(fitted, structure.rounding, structure.suspects, structure.epsilon)
 
 
 def exact_solver_pays(model, data, num_cases):

@@ -6,7 +6,7 @@ from keras_hf.compiled_model import Choice
 
 
 def choice(linearization=None, suspects=()):
-    return Choice(GaussNewton(linearization=linearization or DoubleBackward()), 1e-3, list(suspects))
+    return Choice(GaussNewton(linearization=linearization or DoubleBackward()), 1e-3, list(suspects), 1e-7)
 
 
 def settings():

@@ -10,6 +10,7 @@ from keras import layers
 from problems import compiled, inputs, make_model
 
 from keras_hf import (
+    ConjugateGradient,
     DoubleBackward,
     EmpiricalFisher,
     FiniteDifferenceHessian,
@@ -18,7 +19,9 @@ from keras_hf import (
     Hessian,
     HessianFree,
     HFModel,
+    Identity,
     LevenbergMarquardt,
+    RelativeProgress,
 )
 from keras_hf.problem import structure
 from keras_hf.problem.fixed_network import Data
@@ -315,3 +318,18 @@ def test_negative_curvature_warns_once_with_the_alternative(float64):
         history = model.fit(inputs(), TARGETS, epochs=4, verbose=0, callbacks=[LevenbergMarquardt()]).history
     assert sum(history["negative_curvature"]) > 0
     assert len([w for w in record if "negative curvature" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Training has converged to rounding")
+def test_negative_curvature_that_rounding_makes_of_a_convex_loss_is_no_cause_to_warn():
+    x = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
+    layers = [keras.layers.Dense(8, "tanh"), keras.layers.Dense(3, "softmax")]
+    solver = ConjugateGradient(preconditioner=Identity(), stopping=RelativeProgress(1e-6), max_iterations=250)
+    model = compiled(
+        keras.Sequential([keras.Input((4,)), *layers]),
+        "sparse_categorical_crossentropy",
+        optimizer=HessianFree(seed=0, solver=solver, growing_batch=None),
+    )
+    # Labels that can be told apart: the loss goes to zero, and the damping below the rounding error of the products. A warning would be an error.
+    history = model.fit(x, x[:, :3].argmax(1), epochs=40, verbose=0, callbacks=[LevenbergMarquardt()]).history
+    assert sum(history["negative_curvature"]) > 0

@@ -49,6 +49,9 @@ _MOVING = frozenset(
 )
 
 
+# Machine epsilons; NumPy does not know bfloat16.
+_EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
+
 # A weight on its way into an operation.
 _SAME_VALUE = frozenset({"Cast", "ExpandDims", "Identity", "ReadVariableOp", "Reshape"})
 
@@ -173,6 +176,11 @@ class Structure(NamedTuple):
     def rounding(self):
         """What two ways to compute the same may differ by, relative to it: a float."""
         return 2e-2 if self.float_types & {"float16", "bfloat16"} else 1e-3
+
+    @property
+    def epsilon(self):
+        """Machine epsilon of the coarsest float type that the forward pass computes in: a float."""
+        return max((epsilon for name, epsilon in _EPSILONS.items() if name in self.float_types), default=0.0)
 
     @property
     def bytes_per_case(self):
