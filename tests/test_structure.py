@@ -95,6 +95,26 @@ def test_memory_per_case_is_the_same_whether_lengths_are_known_beforehand_or_not
     np.testing.assert_allclose(int(unknown.bytes_of(sequences(50))), known, rtol=0.15)
 
 
+def test_memory_of_a_dense_layer_on_sequences_counts_every_place():
+    def of(units):
+        network = network_of_sequences(layers.Dense(units), layers.GlobalAveragePooling1D())
+        return sequence_structure(network, 9).bytes_per_case
+
+    # At 9 places the product, which Keras forms with places among the cases, its reshape and the bias; and the mean over places.
+    assert of(107) - of(7) == 2 * 4 * 100 * (9 * 3 + 1)
+
+
+def test_memory_of_a_loss_that_reshapes_counts_every_class():
+    def of(classes):
+        network = keras.Sequential([keras.Input((5,)), layers.Dense(classes, "softmax")])
+        return structure_of(
+            network, "categorical_crossentropy", tf.zeros([4, 5]), tf.zeros([4, classes])
+        ).bytes_per_case
+
+    # Product, bias, softmax and target; of the loss, in shapes that the trace does not know, logits, targets and the gradient.
+    assert of(107) - of(7) == 2 * 4 * 100 * 7
+
+
 def test_memory_of_a_recurrent_layer_grows_with_every_step():
     short, long = (
         sequence_structure(network_of_sequences(layers.LSTM(5)), length).bytes_per_case for length in (10, 110)

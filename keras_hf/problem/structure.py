@@ -346,14 +346,15 @@ def _bytes_of_data(num_bytes, data):
 
 def _bytes_by_power(operations):
     """Bytes per case that a linearization of operations keeps: a `Counter`, power of the run-time length -> coefficient."""
-    num_bytes = collections.Counter()
+    num_bytes, entries = collections.Counter(), {}
     for operation in operations:
+        entries.update(_entries_of_outputs(operation, entries))
         functions = _functions_of(operation)
         for name, function in functions:
             # The condition of a loop keeps nothing.
             num_bytes.update(_bytes_inside(operation, function) if name != "cond" else {})
         for output in [] if functions else operation.outputs:
-            floats, power = _floats_per_case(output)
+            floats, power = entries.get(id(output), (0, 0)) if output.dtype.is_floating else (0, 0)
             num_bytes[power] += _KEPT_PER_BYTE * floats * output.dtype.size
     return num_bytes
 
@@ -404,16 +405,56 @@ def _as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def _floats_per_case(tensor):
-    """Entries of a float tensor per case, and how many axes of unknown length they are to be multiplied by; (0, 0) for what is no float of cases.
+def _entries_of_outputs(operation, entries):
+    """Entries per case of an operation's outputs, also where their first axis merges cases with places: a dict like `entries`.
+
+    Dense layers on sequences compute in `(cases * places, units)`, losses in shapes that the trace does not know. Then the shape alone shows too few
+    entries. A reshape keeps the number of entries; other operations have as many rows per case as their largest input.
+
+    Args:
+        operation: `tf.Operation`.
+        entries: Dict, id of a tensor -> pair as `_shape_per_case` returns it, for the tensors before this operation.
+    """
+    known = [(entries[id(tensor)], tensor) for tensor in operation.inputs if entries.get(id(tensor), (0, 0))[0]]
+    (largest, largest_power), source = max(known, key=lambda found: found[0][::-1], default=((0, 0), None))
+    found = {}
+    for output in operation.outputs:
+        size, power = _shape_per_case(output)
+        if source is not None and size:
+            # Rows per case: a factor, and the power of the run-time length.
+            row, row_power = _row(operation, source, output)
+            factor, more = largest / row, largest_power - row_power
+            # Reductions of lost shapes have no size that the trace tells, nor have reshapes that split rows.
+            if power + more >= 0 and (more or factor > 1):
+                size, power = round(factor * size), power + more
+        found[id(output)] = size, power
+    return found
+
+
+def _row(operation, source, output):
+    """Entries of a row of an operation's largest input, and the power of the run-time length: a pair as `_shape_per_case` returns it."""
+    if operation.type == "MatMul" and source is operation.inputs[0]:
+        inner = operation.inputs[1].shape[1 if operation.get_attr("transpose_b") else 0]
+        if inner is not None:
+            return inner, 0
+    return _shape_per_case(output if operation.type == "Reshape" else source)
+
+
+def _shape_per_case(tensor):
+    """Entries of a tensor per case by its shape, and how many axes of unknown length they are to be multiplied by; (0, 0) without an axis of cases.
 
     One axis of unknown length is that of the cases, mostly the first, but the second where recurrent layers put time first.
     """
     shape = tensor.shape
-    if not tensor.dtype.is_floating or not shape.rank or shape.is_fully_defined():
+    if not shape.rank or shape.is_fully_defined():
         return 0, 0
     known = [length for length in shape if length is not None]
     return math.prod(known), shape.rank - len(known) - 1
+
+
+def _floats_per_case(tensor):
+    """The same of a float tensor; (0, 0) for other types."""
+    return _shape_per_case(tensor) if tensor.dtype.is_floating else (0, 0)
 
 
 def _layers_of_ops(operations, layers):
