@@ -270,14 +270,11 @@ def fit_trust_region(network, loss, x, y, recorder, initial_radius=1.0):
 
 
 def fit_by_scipy(method, options, network, loss, x, y, recorder, uses_products=False):
-    """Trains by a method of scipy on the whole training set until `recorder` ends it, or no step is found.
-
-    Where it finds no step, as line searches fail to at the precision of float32, it starts again without memory, and so
-    does a run that goes on with an earlier one.
+    """Trains by a method of scipy on the whole training set; see `minimize_by_scipy`.
 
     Args:
         method: String, as `scipy.optimize.minimize` takes it.
-        options: Dict of the method's options; limits and tolerances are set to never end it.
+        options: Dict of the method's options.
         network: Keras model, built.
         loss: Callable `(y_true, y_pred) -> (N,)`, the loss of each case.
         x: Array `(N, ...)`, the training cases.
@@ -287,15 +284,33 @@ def fit_by_scipy(method, options, network, loss, x, y, recorder, uses_products=F
     """
     recorder.begin(network.trainable_variables)
     function = LossAndGradient(network, loss, x, y)
+    minimize_by_scipy(method, options, function, len(x), recorder, uses_products)
+
+
+def minimize_by_scipy(method, options, function, num_cases, recorder, uses_products=False):
+    """Trains by a method of scipy until `recorder`, which has begun, ends it, or no step is found.
+
+    Where it finds no step, as line searches fail to at the precision of float32, it starts again without memory, and so
+    does a run that goes on with an earlier one.
+
+    Args:
+        method: String, as `scipy.optimize.minimize` takes it.
+        options: Dict of the method's options; limits and tolerances are set to never end it.
+        function: A `LossAndGradient`, or what has its methods.
+        num_cases: Integer, the training cases.
+        recorder: A `Recorder`.
+        uses_products: Boolean, whether the method wants products with the Hessian.
+    """
     vector = function.vector()
     function(vector)
     if uses_products:
         function.hessian_product(vector, vector)
     updates, function.cost = int(recorder.rows[-1]["update"]), recorder.rows[-1].get("cost", 0)
-    recorder.after_update(updates, {"num_cases": len(x), "cost": function.cost})  # The compiled calls.
 
     def logs():
-        return {"num_cases": len(x), "cost": function.cost}
+        return {"num_cases": num_cases, "cost": function.cost}
+
+    recorder.after_update(updates, logs())  # The compiled calls.
 
     def product(vector, direction):
         # An update may take thousands.
@@ -483,15 +498,14 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         updates = int(self.model.optimizer.iterations)
-        self._count(logs)
-        totals = {"total_cg_iterations": self._total_cg_iterations, "cost": self._cost}
-        self.model.stop_training = self.after_update(updates, {**logs, **totals})
+        self.model.stop_training = self.after_update(updates, {**logs, **self.totals(logs)})
 
-    def _count(self, logs):
-        """Adds up CG iterations and what Hessian-free updates cost."""
+    def totals(self, logs):
+        """Returns a dict of what is added up over updates: CG iterations and what Hessian-free updates cost."""
         self._total_cg_iterations += int(logs["cg_iterations"])
         cost = update_cost(self.model.last_trace, int(logs["num_cases"]), self.model.optimizer.curvature_batch_size)
         self._cost += cost / len(self.x_train)
+        return {"total_cg_iterations": self._total_cg_iterations, "cost": self._cost}
 
     def begin(self, variables):
         """Writes the first row, or goes on where an earlier run of the same paths was cut short.

@@ -1,0 +1,311 @@
+"""Physics-informed networks by exact Gauss-Newton steps and, for the same time from the same weights, by Adam, L-BFGS and SciPy's least squares.
+
+Run from the root of the repository:
+
+    python -m examples.pinn --problem poisson
+    python -m examples.pinn --problem burgers --seconds 300 --methods hf
+    python -m examples.pinn --problem poisson --methods
+
+`examples/pinn_problems.py` holds the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with `LevenbergMarquardt()`; `adam` is the best,
+by the loss in the end, of the rates of `--rates`, each of which gets the whole time and decays along a cosine; `adam+lbfgs` is L-BFGS after the
+best of them, which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the trust-region method of `scipy.optimize.least_squares`.
+
+A run writes `PROBLEM/METHOD-seedSEED.csv` as it goes. A row has the seconds of training (the clock stands still while errors are measured, and while
+functions are compiled, in the first update), the loss, and the error: the relative L2 error at points that are not trained on. In the end all files
+of the problem and seed, those of earlier runs too, are tabled and drawn: without methods nothing else is done.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from scipy import optimize
+
+from examples import pinn_problems as problems
+from examples.baselines import Recorder, minimize_by_scipy
+from examples.tables import read_rows
+from keras_hf import DirectSolver, HessianFree, HFModel, LevenbergMarquardt
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+METHODS = ("hf", "adam", "lbfgs", "adam+lbfgs", "least-squares")
+RESULTS = Path("runs", "pinn")
+# Adam's steps in one call: the work between calls would otherwise be as long as a step.
+STEPS_PER_EXECUTION = 20
+# Of the time of "adam+lbfgs".
+ADAM_SHARE = 0.2
+STEPS_PER_EPOCH = 1000
+HF_LOGS = "damping", "arc_step", "acceleration", "step_size", "rejected"
+NUM_ROWS = 60
+
+
+def main(arguments=None):
+    """Trains with each method, prints a table and draws the figure.
+
+    Args:
+        arguments: List of strings, as on the command line; None takes those.
+    """
+    args = parse(arguments)
+    keras.config.set_floatx("float64")
+    folder = args.results / args.problem
+    folder.mkdir(parents=True, exist_ok=True)
+    for method in args.methods:
+        for rate in args.rates if method.startswith("adam") else [None]:
+            name = method if rate is None else f"{method}-{rate:g}"
+            print(f"\n{args.problem}, {name}: {args.seconds:g} seconds", flush=True)
+            path = folder / f"{name}-seed{args.seed}.csv"
+            train(problems.PROBLEMS[args.problem](), method, rate, path, args.seed, args.seconds, args.updates)
+    runs = best_runs(folder, args.seed)
+    print_table(runs)
+    path = folder / f"seed{args.seed}.png"
+    plot(problems.PROBLEMS[args.problem](), runs, path)
+    print(f"\nFigure: {path}")
+
+
+def parse(arguments):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", choices=problems.PROBLEMS, default="poisson")
+    parser.add_argument("--methods", choices=METHODS, nargs="*", default=METHODS, help=f"default: {' '.join(METHODS)}")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each method")
+    parser.add_argument("--updates", type=int, default=10**9, help="after which training ends even earlier")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and points")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates of Adam")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
+    return parser.parse_args(arguments)
+
+
+def train(problem, method, rate, path, seed, seconds, max_updates=10**9):
+    """Trains a network by a method, for a given time, and writes the file and, beside it, what the figure shows of the solution.
+
+    Args:
+        problem: A `pinn_problems.Problem`, whose coefficients are trained from what they are.
+        method: String, one of `METHODS`.
+        rate: Float, the learning rate of Adam; None for methods without.
+        path: Path of the CSV file.
+        seed: Integer, of weights and points.
+        seconds: Float, of training.
+        max_updates: Integer, after which training ends even earlier.
+
+    Returns:
+        The `ErrorRecorder`.
+    """
+    pinn = problems.build(problem, seed)
+    x, y, sample_weight = problems.training_cases(problem, pinn, seed)
+    model = HFModel(pinn)
+    model.compile(HessianFree(solver=DirectSolver(), seed=seed), "mse")
+    objective = model.objective(x, y, sample_weight)
+    recorder = ErrorRecorder(problem, pinn, objective, path, seconds, max_updates, HF_LOGS if method == "hf" else ())
+    if method == "hf":
+        fit(model, [LevenbergMarquardt(), recorder], x=x, y=y, sample_weight=sample_weight, batch_size=len(y))
+    elif method == "least-squares":
+        fit_least_squares(objective, recorder)
+    else:
+        function = FlatFunction(objective)
+        if method == "adam+lbfgs":
+            function(function.vector())  # Compiled before the clock starts.
+        recorder.begin(pinn.variables)
+        if method.startswith("adam"):
+            fit_adam(pinn, (x, y, sample_weight), rate, recorder, 1.0 if method == "adam" else ADAM_SHARE)
+        if method.endswith("lbfgs"):
+            options = {"maxcor": 50, "maxfun": 10**9, "ftol": 0.0}
+            minimize_by_scipy("L-BFGS-B", options, function, len(y), recorder)
+    np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
+    return recorder
+
+
+def fit(model, callbacks, **arguments):
+    """Calls a model's `fit` until one of the callbacks stops it."""
+    model.fit(**arguments, steps_per_epoch=STEPS_PER_EPOCH, epochs=10**9, callbacks=callbacks, verbose=0)
+
+
+def fit_adam(pinn, cases, rate, recorder, share):
+    """Trains by Keras' Adam, on all cases at once.
+
+    Args:
+        pinn: A `PINN`.
+        cases: Inputs, targets and weights.
+        rate: Float, the learning rate at the start; it falls along a cosine, or stays where Adam is only the beginning.
+        recorder: An `ErrorRecorder`, which has begun.
+        share: Float in (0, 1], that of the recorder's time.
+    """
+    optimizer = keras.optimizers.Adam(rate)
+
+    def after_steps(batch, logs):
+        if share == 1:
+            optimizer.learning_rate = rate * recorder.cosine
+        is_over = recorder.after_update(int(optimizer.iterations), logs)
+        pinn.stop_training = is_over or recorder.seconds >= share * recorder.max_seconds
+
+    pinn.compile(optimizer, "mse", steps_per_execution=STEPS_PER_EXECUTION)
+    fit(
+        pinn,
+        [keras.callbacks.LambdaCallback(on_train_batch_end=after_steps)],
+        x=tf.data.Dataset.from_tensors(cases).repeat(),
+    )
+    recorder.finish(int(optimizer.iterations), {})
+
+
+class FlatFunction:
+    """A `keras_hf.LossFunction` as `minimize_by_scipy` calls it.
+
+    Args:
+        objective: A `LossFunction`.
+    """
+
+    def __init__(self, objective):
+        self.vector, self.assign = lambda: objective.weights, objective.assign
+        self._objective, self.cost = objective, 0
+
+    def __call__(self, vector):
+        """Returns the loss, a float, and the gradient, `(n,)`, at `vector`, `(n,)`."""
+        self.cost += 1
+        return self._objective.loss_and_gradient(vector)
+
+
+def fit_least_squares(objective, recorder):
+    """Trains by the trust-region method of `scipy.optimize.least_squares`, until `recorder` ends it or no step is found.
+
+    Args:
+        objective: A `keras_hf.LossFunction`.
+        recorder: An `ErrorRecorder`.
+    """
+    recorder.begin([])
+    start = objective.weights
+    for function in (objective.residuals, objective.jacobian):
+        function(start)  # Compiled before the clock starts.
+    updates = 0
+    recorder.after_update(updates, {})
+
+    def after_iteration(intermediate_result):
+        nonlocal updates
+        updates += 1
+        objective.assign(intermediate_result.x)
+        if recorder.after_update(updates, {}):
+            raise StopIteration
+
+    # SciPy wants one tolerance above rounding.
+    tolerances = {"ftol": None, "xtol": 3e-16, "gtol": None, "max_nfev": 10**9}
+    optimize.least_squares(objective.residuals, start, objective.jacobian, callback=after_iteration, **tolerances)
+    recorder.finish(updates, {})
+
+
+class ErrorRecorder(Recorder):
+    """Records loss and error against time, shows them in Keras' progress bar, and ends training when the time is up or it has converged.
+
+    Args:
+        problem: A `pinn_problems.Problem`.
+        pinn: The `PINN` that is trained.
+        objective: Its `LossFunction` on the training cases.
+        path: Path of the CSV file.
+        max_seconds: Float, the time of training.
+        max_updates: Integer, the updates after which training ends even if time is left.
+        log_names: Strings, training logs to put into each row; among them may be `rejected`, the number of rejected steps so far.
+    """
+
+    def __init__(self, problem, pinn, objective, path, max_seconds, max_updates, log_names=()):
+        super().__init__(pinn, None, None, path, max_seconds, max_updates, max_seconds / NUM_ROWS, log_names)
+        self._problem, self._objective = problem, objective
+        self._points, self._values = problems.test_cases(problem)
+        self._bar = keras.utils.Progbar(math.ceil(max_seconds), stateful_metrics=["update", "loss", "error"])
+        self._num_rejected = 0
+
+    def totals(self, logs):
+        self._num_rejected += int(logs["step_size"] == 0)
+        return {"rejected": self._num_rejected}
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, logs)
+        if logs["converged"]:
+            self.finish(int(self.model.optimizer.iterations), {**logs, "rejected": self._num_rejected})
+            self.model.stop_training = True
+
+    def errors(self):
+        coefficients = {
+            f"{name}_error": abs(float(variable.numpy()) - true) / abs(true)
+            for name, (variable, true) in self._problem.coefficients.items()
+        }
+        loss = self._objective.loss_at(self._objective.weights)
+        return {"loss": loss, "error": relative_error(self.network, self._points, self._values), **coefficients}
+
+    def after_update(self, updates, logs):
+        num_rows = len(self.rows)
+        is_over = super().after_update(updates, logs)
+        if is_over or len(self.rows) > num_rows:
+            row = self.rows[-1]
+            values = [(name, row[name]) for name in ("update", "loss", "error")]
+            self._bar.update(min(math.ceil(row["seconds"]), self._bar.target), values, finalize=is_over)
+        return is_over
+
+
+def relative_error(pinn, points, values):
+    """Returns the L2 norm of the error over that of the solution, a float."""
+    return float(np.linalg.norm(pinn.solution(points).numpy() - values) / np.linalg.norm(values))
+
+
+def best_runs(folder, seed):
+    """Returns each method's run of least loss in the end: dict from names, with Adam's rate, to the paths of CSV files, in the order of methods."""
+    runs = {}
+    for method in METHODS:
+        paths = [*folder.glob(f"{method}-seed{seed}.csv"), *folder.glob(f"{method}-[0-9]*-seed{seed}.csv")]
+        if paths:
+            best = min(paths, key=_final_loss)
+            runs[best.stem.removesuffix(f"-seed{seed}")] = best
+    return runs
+
+
+def _final_loss(path):
+    loss = read_rows(path)[-1]["loss"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def print_table(runs):
+    """Prints what each method reached, as Markdown.
+
+    Args:
+        runs: Dict from names to paths of CSV files.
+    """
+    last = {name: read_rows(path)[-1] for name, path in runs.items()}
+    coefficients = [name for name in next(iter(last.values())) if name.endswith("_error")]
+    print("\n| " + " | ".join(["method", "seconds", "updates", "loss", "relative L2 error", *coefficients]) + " |")
+    print("| ---" * (5 + len(coefficients)) + " |")
+    for name, row in last.items():
+        errors = [f"{row[column]:.2e}" for column in ("loss", "error", *coefficients)]
+        print("| " + " | ".join([name, f"{row['seconds']:.1f}", f"{row['update']:.0f}", *errors]) + " |")
+
+
+def plot(problem, runs, path):
+    """Draws the solution of the method of least error, its error, and the error of every method against time.
+
+    Args:
+        problem: A `pinn_problems.Problem`.
+        runs: Dict from names to paths of CSV files.
+        path: Path of the PNG file.
+    """
+    courses = {name: read_rows(file) for name, file in runs.items()}
+    best = min(courses, key=lambda name: courses[name][-1]["error"])
+    with np.load(runs[best].with_suffix(".npz")) as arrays:
+        solution = arrays["solution"]
+    error = np.abs(solution - problems.solution_on_grid(problem))
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    extent = problem.low[0], problem.high[0], problem.low[1], problem.high[1]
+    for axes, title, values in ((panels[0], f"solution, {best}", solution), (panels[1], "absolute error", error)):
+        image = axes.imshow(values.reshape(problems.GRID).T, origin="lower", extent=extent, aspect="auto")
+        figure.colorbar(image, ax=axes)
+        axes.set(title=title, xlabel="first coordinate", ylabel="second coordinate")
+    for name, rows in courses.items():
+        panels[2].semilogy([row["seconds"] for row in rows], [row["error"] for row in rows], label=name)
+    panels[2].set(title="relative L2 error", xlabel="seconds of training")
+    panels[2].grid(alpha=0.3)
+    panels[2].legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
