@@ -164,13 +164,14 @@ def _batches_of_cases(num_cases, batch_size, rng):
 class LossAndGradient:
     """Loss on the whole training set, penalties included, and its gradient as functions of one flat vector, for scipy.
 
-    Computed in float32, in pieces so that memory is bounded; added up and handed over in float64. Cost: one gradient.
+    Computed in the type of the weights, in pieces so that memory is bounded; added up and handed over in float64. Cost: one
+    gradient.
 
     Args:
         network: Keras model, built. Each call leaves it with the weights called for.
         loss: Callable `(y_true, y_pred) -> (N,)`, the loss of each case.
-        x: Array `(N, ...)`, the training cases.
-        y: Array `(N, ...)`, their targets.
+        x: Array `(N, ...)`, the training cases, or a structure of arrays.
+        y: Array `(N, ...)`, their targets, or a structure of arrays.
         piece_size: Integer, cases worked on at a time.
 
     Attributes:
@@ -179,9 +180,10 @@ class LossAndGradient:
 
     def __init__(self, network, loss, x, y, piece_size=5000):
         self.weights = network.trainable_variables
+        num_cases = len(tf.nest.flatten(x)[0])
         self.pieces = [
-            (tf.constant(x[start : start + piece_size]), tf.constant(y[start : start + piece_size]))
-            for start in range(0, len(x), piece_size)
+            tf.nest.map_structure(lambda array, start=start: tf.constant(array[start : start + piece_size]), (x, y))
+            for start in range(0, num_cases, piece_size)
         ]
         self.cost = 0
         variables = [weight.value for weight in self.weights]
@@ -194,8 +196,8 @@ class LossAndGradient:
             with tf.GradientTape() as tape:
                 y_pred = network(x_piece, training=True)
                 # Each piece gets its share of the penalty.
-                share = x_piece.shape[0] / len(x)
-                value = tf.reduce_sum(loss(y_piece, y_pred)) / len(x) + share * sum(network.losses)
+                share = y_pred.shape[0] / num_cases
+                value = tf.reduce_sum(loss(y_piece, y_pred)) / num_cases + share * sum(network.losses)
             return value, derivative(tape, value)
 
         def product_of_piece(x_piece, y_piece, direction):
@@ -204,6 +206,13 @@ class LossAndGradient:
                 slope = tf.reduce_sum(gradient * direction)
             return derivative(tape, slope)
 
+        def assign(vector):
+            parts = tf.split(vector, [math.prod(variable.shape) for variable in variables])
+            for variable, part in zip(variables, parts, strict=True):
+                variable.assign(tf.reshape(part, variable.shape))
+
+        # One call, which takes a third of the time that the weights one by one take.
+        self._assign = tf.function(assign)
         self._of_piece, self._product_of_piece = (
             tf.function(function, jit_compile=True) for function in (of_piece, product_of_piece)
         )
@@ -226,7 +235,7 @@ class LossAndGradient:
         """
         self.cost += 2
         self.assign(vector)
-        direction = tf.constant(direction, "float32")
+        direction = tf.constant(direction, self.weights[0].dtype)
         return sum(self._product_of_piece(*piece, direction).numpy().astype("float64") for piece in self.pieces)
 
     def vector(self):
@@ -235,9 +244,7 @@ class LossAndGradient:
 
     def assign(self, vector):
         """Gives the network the weights `vector`, `(n,)`."""
-        ends = np.cumsum([math.prod(weight.shape) for weight in self.weights])
-        for weight, values in zip(self.weights, np.split(vector, ends[:-1]), strict=True):
-            weight.assign(values.reshape(weight.shape).astype("float32"))
+        self._assign(tf.constant(vector, self.weights[0].dtype))
 
 
 class TimeIsUp(Exception):

@@ -26,7 +26,7 @@ import tensorflow as tf
 from scipy import optimize
 
 from examples import pinn_problems as problems
-from examples.baselines import Recorder, minimize_by_scipy
+from examples.baselines import LossAndGradient, Recorder, minimize_by_scipy
 from examples.tables import read_rows
 from keras_hf import DirectSolver, HessianFree, HFModel, LevenbergMarquardt
 
@@ -106,7 +106,7 @@ def train(problem, method, rate, path, seed, seconds, max_updates=10**9):
     elif method == "least-squares":
         fit_least_squares(objective, recorder)
     else:
-        function = FlatFunction(objective)
+        function = LossAndGradient(pinn, weighted_squares, x, (y, sample_weight), piece_size=len(y))
         if method == "adam+lbfgs":
             function(function.vector())  # Compiled before the clock starts.
         recorder.begin(pinn.variables)
@@ -117,6 +117,12 @@ def train(problem, method, rate, path, seed, seconds, max_updates=10**9):
             minimize_by_scipy("L-BFGS-B", options, function, len(y), recorder)
     np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
     return recorder
+
+
+def weighted_squares(y_true, y_pred):
+    """Loss of each case, `(N,)`; `y_true` is a pair of targets and weights."""
+    targets, weights = y_true
+    return weights * tf.reduce_mean(tf.square(targets - y_pred), -1)
 
 
 def fit(model, callbacks, **arguments):
@@ -149,23 +155,6 @@ def fit_adam(pinn, cases, rate, recorder, share):
         x=tf.data.Dataset.from_tensors(cases).repeat(),
     )
     recorder.finish(int(optimizer.iterations), {})
-
-
-class FlatFunction:
-    """A `keras_hf.LossFunction` as `minimize_by_scipy` calls it.
-
-    Args:
-        objective: A `LossFunction`.
-    """
-
-    def __init__(self, objective):
-        self.vector, self.assign = lambda: objective.weights, objective.assign
-        self._objective, self.cost = objective, 0
-
-    def __call__(self, vector):
-        """Returns the loss, a float, and the gradient, `(n,)`, at `vector`, `(n,)`."""
-        self.cost += 1
-        return self._objective.loss_and_gradient(vector)
 
 
 def fit_least_squares(objective, recorder):
