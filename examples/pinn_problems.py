@@ -81,7 +81,7 @@ def build(problem, seed):
     Returns:
         A `PINN`.
     """
-    corner = np.array([problem.low])
+    corner = np.array([problem.low], "float64")
     inputs = corner.shape[1] if problem.features is None else problem.features(tf.constant(corner)).shape[1]
     initializer = keras.initializers.GlorotNormal(seed=keras.random.SeedGenerator(seed))
     network = keras.Sequential([keras.Input((inputs,))])

@@ -1,0 +1,197 @@
+"""What the physics-informed example promises: right problems and references, the same start for every method, and files that tell the course."""
+
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy.integrate import solve_ivp
+
+from examples import pinn
+from examples import pinn_problems as problems
+from examples.tables import read_rows, write_rows
+
+KNOWN = [name for name, make in problems.PROBLEMS.items() if make().exact]
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def toy(name):
+    """A problem with few points and a tiny network."""
+    problem = problems.PROBLEMS[name]()
+    terms = {name: term._replace(num_points=16) for name, term in problem.terms.items()}
+    return problem._replace(units=(4, 1), terms=terms)
+
+
+# Problems.
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_true_solution_satisfies_every_term(name):
+    problem = problems.PROBLEMS[name]()
+    for coefficient, true in problem.coefficients.values():
+        coefficient.assign(true)
+    for term, points in problems.training_points(problem, seed=0).items():
+        points, values = points if isinstance(points, tuple) else (points, 0.0)
+        residual = problem.terms[term].residual(problem.exact, tf.constant(points))
+        np.testing.assert_allclose(residual, np.broadcast_to(values, residual.shape), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_points_are_as_many_as_stated_and_in_the_domain(name):
+    problem = problems.PROBLEMS[name]()
+    for term, points in problems.training_points(problem, seed=0).items():
+        points = points[0] if isinstance(points, tuple) else points
+        assert points.shape == (problem.terms[term].num_points, len(problem.low))
+        assert np.all((points >= problem.low) & (points <= problem.high))
+
+
+def test_conditions_are_on_the_sides_where_they_hold():
+    points = problems.training_points(problems.heat(), seed=0)["conditions"]
+    counts = [np.sum(points[:, axis] == end) for axis, end in ((0, 0), (1, 0), (1, 1), (0, 1))]
+    # 30 on each side; the start shares its two corners with the sides, whose last points are corners at the end.
+    assert counts == [32, 31, 31, 2]
+    points = problems.training_points(problems.wave(), seed=0)
+    assert np.all(points["initial"][:, 0] == 0)
+    assert [np.sum(points["sides"][:, 1] == end) for end in (0, 1)] == [100, 100]
+    boundary = problems.training_points(problems.poisson5d(), seed=0)["boundary"]
+    assert [[np.sum(boundary[:, axis] == end) for end in (0, 1)] for axis in range(5)] == [[50, 50]] * 5
+
+
+@pytest.mark.parametrize("name", ["burgers", "helmholtz"])
+def test_hard_constraints_hold_for_any_network(name):
+    problem = problems.PROBLEMS[name]()
+    network = problems.build(problem, seed=0)
+    points = problems.grid_points(problem)
+    is_given = (np.abs(points[:, 1]) == 1) | (points[:, 0] == 0 if name == "burgers" else np.abs(points[:, 0]) == 1)
+    expected = -np.sin(np.pi * points[:, 1:]) * (points[:, :1] == 0) if name == "burgers" else np.zeros_like(points)
+    np.testing.assert_allclose(network.solution(points[is_given]), expected[is_given, :1], atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["convection", "reaction", "allen-cahn"])
+def test_features_make_the_solution_periodic(name):
+    problem = problems.PROBLEMS[name]()
+    network = problems.build(problem, seed=0)
+    ends = [np.array([[0.3, end]]) for end in (problem.low[1], problem.high[1])]
+    np.testing.assert_allclose(network.solution(ends[0]), network.solution(ends[1]), atol=1e-14)
+    assert abs(network.solution(ends[0] + [[0, 0.1]]) - network.solution(ends[0])) > 1e-6
+
+
+def test_a_seed_fixes_weights_and_points():
+    first, same, other = (problems.build(problems.wave(), seed).get_weights() for seed in (0, 0, 1))
+    for one, again in zip(first, same, strict=True):
+        np.testing.assert_array_equal(one, again)
+    assert np.any(first[0] != other[0])
+    first, same, other = (problems.training_points(problems.wave(), seed)["equation"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert np.any(first != other)
+
+
+# References.
+
+
+def test_slope_of_burgers_solution_is_the_published_one():
+    # Basdevant et al. (1986): 152.00516 at pi t = 1.6037, where it is greatest.
+    step = 1e-6
+    ends = burgers_at([[1.6037 / np.pi, -step], [1.6037 / np.pi, step]])
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(152.00516, rel=1e-6)
+
+
+def burgers_at(points, num_nodes=200):
+    return problems.burgers_solution(np.array(points), num_nodes)[:, 0]
+
+
+def test_burgers_solution_is_exact_to_rounding():
+    points = problems.grid_points(problems.burgers())
+    solution = burgers_at(points)
+    np.testing.assert_allclose(burgers_at(points, 100), solution, atol=1e-13)
+    np.testing.assert_allclose(solution[: problems.GRID[1]], -np.sin(np.pi * points[: problems.GRID[1], 1]), atol=1e-13)
+
+
+def test_allen_cahn_solution_converges():
+    solution = problems.allen_cahn_solution()
+    assert solution.shape == problems.GRID
+    np.testing.assert_allclose(problems.allen_cahn_solution(255 * 8, 5), solution, atol=3e-8)
+    x = np.linspace(-1, 1, 256)
+    np.testing.assert_allclose(solution[0], x**2 * np.cos(np.pi * x), atol=1e-14)
+    np.testing.assert_allclose(solution, solution[:, ::-1], atol=1e-9)  # It is even, as the start is.
+
+
+def test_allen_cahn_solution_is_that_of_finite_differences():
+    # On [0, 1], since it is even with the period 2; second order, with 8 points to a layer.
+    x = np.linspace(0, 1, 1 + 255 * 8)
+    step = x[1]
+
+    def rate(t, u):
+        second = np.diff(u, 2, prepend=u[1], append=u[-2]) / step**2
+        return 1e-4 * second + 5 * (u - u**3)
+
+    found = solve_ivp(rate, (0, 0.2), x**2 * np.cos(np.pi * x), "LSODA", [0.2], rtol=1e-8, atol=1e-8, lband=1, uband=1)
+    np.testing.assert_allclose(found.y[8::16, -1], problems.allen_cahn_solution()[20, 128:], atol=1e-4)
+
+
+# Training.
+
+
+def train(name, method, path, updates, rate=None):
+    return pinn.train(toy(name), method, rate, path, seed=0, seconds=60.0, max_updates=updates).rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_three_updates_lower_the_loss_of_every_problem(name, tmp_path):
+    path = tmp_path / "hf-seed0.csv"
+    rows = train(name, "hf", path, 3)
+    assert [row["update"] for row in rows][::3] == [0, 3]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(math.isfinite(row["error"]) for row in rows)
+    assert read_rows(path)[-1] == rows[-1]
+    with np.load(tmp_path / "hf-seed0.npz") as arrays:
+        assert arrays["solution"].shape == (math.prod(problems.GRID), 1)
+
+
+@pytest.mark.slow
+def test_every_other_method_starts_from_the_same_weights_and_lowers_the_loss(tmp_path):
+    starts = set()
+    for method in ("adam", "lbfgs", "least-squares"):
+        rows = train("inverse", method, tmp_path / f"{method}.csv", 2, 1e-3 if method == "adam" else None)
+        starts.add((rows[0]["error"], rows[0]["diffusivity_error"]))
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    assert starts == {(rows[0]["error"], 3.0)}
+
+
+@pytest.mark.slow
+def test_lbfgs_goes_on_where_adam_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(pinn, "ADAM_SHARE", 1e-9)  # After the first steps of Adam.
+    rows = train("poisson", "adam+lbfgs", tmp_path / "run.csv", pinn.STEPS_PER_EXECUTION + 3, 1e-3)
+    assert [row["update"] for row in rows][1] == pinn.STEPS_PER_EXECUTION
+    assert rows[-1]["update"] == pinn.STEPS_PER_EXECUTION + 3
+    losses = [row["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.slow
+def test_the_example_writes_its_files_table_and_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(problems.PROBLEMS, "inverse", lambda: toy("inverse"))
+    arguments = f"--problem inverse --seconds 60 --updates 2 --rates 1e-3 1e-2 --results {tmp_path}"
+    pinn.main([*arguments.split(), "--methods", "hf", "adam"])
+    printed = capsys.readouterr().out
+    pinn.main([*arguments.split(), "--methods"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table == [line for line in printed.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| hf", "| adam-0.01"]
+    assert table[0].endswith("| diffusivity_error |")
+    assert (tmp_path / "inverse" / "seed0.png").stat().st_size > 0
+
+
+def test_the_best_rate_has_the_least_loss_in_the_end(tmp_path):
+    for name, losses in {
+        "adam-0.001": (1.0, 3.0),
+        "adam-0.01": (9.0, 2.0),
+        "adam-0.1": (1.0, math.nan),
+        "hf": (1.0, 1.0),
+    }.items():
+        write_rows(tmp_path / f"{name}-seed0.csv", [{"loss": loss} for loss in losses])
+    write_rows(tmp_path / "hf-seed1.csv", [{"loss": 0.0}])
+    write_rows(tmp_path / "adam+lbfgs-0.001-seed0.csv", [{"loss": 0.0}])
+    assert list(pinn.best_runs(tmp_path, 0)) == ["hf", "adam-0.01", "adam+lbfgs-0.001"]
+    assert list(pinn.best_runs(tmp_path, 1).values()) == [tmp_path / "hf-seed1.csv"]
