@@ -262,7 +262,7 @@ def print_table(runs):
     last = {name: read_rows(path)[-1] for name, path in runs.items()}
     coefficients = [name for name in next(iter(last.values())) if name.endswith("_error")]
     print("\n| " + " | ".join(["method", "seconds", "updates", "loss", "relative L2 error", *coefficients]) + " |")
-    print("| ---" * (5 + len(coefficients)) + " |")
+    print("| --- " * (5 + len(coefficients)) + "|")
     for name, row in last.items():
         errors = [f"{row[column]:.2e}" for column in ("loss", "error", *coefficients)]
         print("| " + " | ".join([name, f"{row['seconds']:.1f}", f"{row['update']:.0f}", *errors]) + " |")

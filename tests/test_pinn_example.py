@@ -1,6 +1,7 @@
 """What the physics-informed example promises: right problems and references, the same start for every method, and files that tell the course."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,11 @@ def test_conditions_are_on_the_sides_where_they_hold():
     assert [np.sum(points["sides"][:, 1] == end) for end in (0, 1)] == [100, 100]
     boundary = problems.training_points(problems.poisson5d(), seed=0)["boundary"]
     assert [[np.sum(boundary[:, axis] == end) for end in (0, 1)] for axis in range(5)] == [[50, 50]] * 5
+
+
+def test_a_third_of_burgers_points_are_close_to_the_shock():
+    points = problems.training_points(problems.burgers(), seed=0)["equation"]
+    assert np.mean(np.abs(points[:, 1]) < 1 / 27) == pytest.approx(1 / 3, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["burgers", "helmholtz"])
@@ -181,6 +187,21 @@ def test_the_example_writes_its_files_table_and_figure(tmp_path, capsys, monkeyp
     assert [line.split(" | ")[0] for line in table[2:]] == ["| hf", "| adam-0.01"]
     assert table[0].endswith("| diffusivity_error |")
     assert (tmp_path / "inverse" / "seed0.png").stat().st_size > 0
+
+
+def test_training_ends_where_it_has_converged(tmp_path):
+    problem = toy("poisson")
+    objective = SimpleNamespace(weights=None, loss_at=lambda w: 1.0)
+    network = problems.build(problem, seed=0)
+    recorder = pinn.ErrorRecorder(problem, network, objective, tmp_path / "run.csv", 60.0, 100, ["rejected"])
+    recorder.set_model(SimpleNamespace(optimizer=SimpleNamespace(iterations=0), stop_training=False))
+    recorder.begin([])
+    for converged in (0.0, 1.0):
+        assert not recorder.model.stop_training
+        recorder.model.optimizer.iterations += 1
+        recorder.on_train_batch_end(0, {"step_size": 0.0, "converged": converged})
+    assert recorder.model.stop_training
+    assert [(row["update"], row["rejected"]) for row in recorder.rows[1:]] == [(2, 2)]
 
 
 def test_the_best_rate_has_the_least_loss_in_the_end(tmp_path):
