@@ -10,6 +10,7 @@ Poisson, heat. Wang, Teng & Perdikaris (2021): Helmholtz. Everything is float64.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -168,9 +169,10 @@ def sides(low, high, axes=None):
 
     def draw(num_points, seed):
         points = evenly_random(low, high)(num_points, seed)
-        for number, point in enumerate(points):
-            axis, end = divmod(number % (2 * len(axes)), 2)
-            point[axes[axis]] = (low, high)[end][axes[axis]]
+        # Not in turn: the even and the odd points of a Halton sequence are on different halves of the box.
+        parts = np.array_split(points, 2 * len(axes))
+        for part, (axis, end) in zip(parts, itertools.product(axes, (low, high)), strict=True):
+            part[:, axis] = end[axis]
         return points
 
     return draw

@@ -54,6 +54,9 @@ def test_conditions_are_on_the_sides_where_they_hold():
     points = problems.training_points(problems.wave(), seed=0)
     assert np.all(points["initial"][:, 0] == 0)
     assert [np.sum(points["sides"][:, 1] == end) for end in (0, 1)] == [100, 100]
+    for end in (0, 1):  # All along the side.
+        times = np.sort(points["sides"][points["sides"][:, 1] == end, 0])
+        assert np.diff(times, prepend=0, append=1).max() < 0.03
     boundary = problems.training_points(problems.poisson5d(), seed=0)["boundary"]
     assert [[np.sum(boundary[:, axis] == end) for end in (0, 1)] for axis in range(5)] == [[50, 50]] * 5
 
