@@ -149,11 +149,8 @@ def fit_adam(pinn, cases, rate, recorder, share):
         pinn.stop_training = is_over or recorder.seconds >= share * recorder.max_seconds
 
     pinn.compile(optimizer, "mse", steps_per_execution=STEPS_PER_EXECUTION)
-    fit(
-        pinn,
-        [keras.callbacks.LambdaCallback(on_train_batch_end=after_steps)],
-        x=tf.data.Dataset.from_tensors(cases).repeat(),
-    )
+    data = tf.data.Dataset.from_tensors(cases).repeat()
+    fit(pinn, [keras.callbacks.LambdaCallback(on_train_batch_end=after_steps)], x=data, shuffle=False)
     recorder.finish(int(optimizer.iterations), {})
 
 

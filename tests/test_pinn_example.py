@@ -16,9 +16,9 @@ KNOWN = [name for name, make in problems.PROBLEMS.items() if make().exact]
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def toy(name):
+def toy(make):
     """A problem with few points and a tiny network."""
-    problem = problems.PROBLEMS[name]()
+    problem = make()
     terms = {name: term._replace(num_points=16) for name, term in problem.terms.items()}
     return problem._replace(units=(4, 1), terms=terms)
 
@@ -142,7 +142,7 @@ def test_allen_cahn_solution_is_that_of_finite_differences():
 
 
 def train(name, method, path, updates, rate=None):
-    return pinn.train(toy(name), method, rate, path, seed=0, seconds=60.0, max_updates=updates).rows
+    return pinn.train(toy(problems.PROBLEMS[name]), method, rate, path, seed=0, seconds=60.0, max_updates=updates).rows
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def train(name, method, path, updates, rate=None):
 def test_three_updates_lower_the_loss_of_every_problem(name, tmp_path):
     path = tmp_path / "hf-seed0.csv"
     rows = train(name, "hf", path, 3)
-    assert [row["update"] for row in rows][::3] == [0, 3]
+    assert [rows[0]["update"], rows[-1]["update"]] == [0, 3]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert all(math.isfinite(row["error"]) for row in rows)
     assert read_rows(path)[-1] == rows[-1]
@@ -180,7 +180,7 @@ def test_lbfgs_goes_on_where_adam_ended(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_example_writes_its_files_table_and_figure(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(problems.PROBLEMS, "inverse", lambda: toy("inverse"))
+    monkeypatch.setitem(problems.PROBLEMS, "inverse", lambda: toy(problems.inverse))
     arguments = f"--problem inverse --seconds 60 --updates 2 --rates 1e-3 1e-2 --results {tmp_path}"
     pinn.main([*arguments.split(), "--methods", "hf", "adam"])
     printed = capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_the_example_writes_its_files_table_and_figure(tmp_path, capsys, monkeyp
 
 
 def test_training_ends_where_it_has_converged(tmp_path):
-    problem = toy("poisson")
+    problem = toy(problems.poisson)
     objective = SimpleNamespace(weights=None, loss_at=lambda w: 1.0)
     network = problems.build(problem, seed=0)
     recorder = pinn.ErrorRecorder(problem, network, objective, tmp_path / "run.csv", 60.0, 100, ["rejected"])
