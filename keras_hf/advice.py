@@ -5,6 +5,8 @@ import warnings
 
 # Below this many cases an update's curvature is mostly noise.
 _SMALL_BATCH = 256
+# Mean squares of residuals at other points over those trained on: converged solutions have up to ten, spurious ones thousands.
+_SPURIOUS = 100.0
 # Rejected updates in a row that are worth a word: a damping that starts far too small is right after fewer.
 _MANY_REJECTIONS = 30
 _NO_CURVATURE = {
@@ -120,6 +122,23 @@ class Advice:
                 "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
                 "logits), or an added loss is not convex in the weights. CG then stops early; `negative_curvature` in the logs counts it. Cut after "
                 "the nonlinearity: move what the loss does to its predictions into the last layer, or choose a loss that is convex in them.",
+            )
+
+    def spurious_solution(self, history):
+        """Looks whether residuals of a physics-informed network are far larger at points that were not trained on.
+
+        Args:
+            history: Dict of lists, `History.history` of a `fit` with `validation_data`.
+        """
+        if not history.get("val_loss"):
+            return
+        loss, val_loss = history["loss"][-1], history["val_loss"][-1]
+        if val_loss > _SPURIOUS * loss and math.isfinite(val_loss):
+            self.warn_once(
+                "spurious solution",
+                f"The residuals at the points of `validation_data` are far larger than at those trained on (mean squares {val_loss:.1e} and "
+                f"{loss:.1e}): the network satisfies its equations at the points, not between them, and need not be near a solution. "
+                "Use more points, or draw them anew while training (`PINN.redrawn`).",
             )
 
     def no_progress(self, logs, num_nonfinite, num_updates, dtype):

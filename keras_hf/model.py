@@ -18,6 +18,7 @@ from keras_hf.common.replaced import replaced
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.damping import DampingCallback
 from keras_hf.optimizer import HessianFree
+from keras_hf.pinn import PINN
 from keras_hf.problem import batching
 from keras_hf.problem.curvature import EmpiricalFisher, GaussNewton
 from keras_hf.problem.fixed_network import Data, FixedNetwork
@@ -307,7 +308,7 @@ class HFModel(keras.Model):
             self._choose_solver(None, 0)
         self._advice.cases_come_as(source)
         with self._batches_of_at_most(most_cases):
-            return super().fit(
+            history = super().fit(
                 x,
                 y,
                 batch_size,
@@ -325,6 +326,9 @@ class HFModel(keras.Model):
                 validation_batch_size=validation_batch_size,
                 validation_freq=validation_freq,
             )
+        if isinstance(self.network, PINN):
+            self._advice.spurious_solution(history.history)
+        return history
 
     @property
     def solver(self):

@@ -134,3 +134,16 @@ def test_thirty_rejections_on_end_are_worth_a_word(advice, silence):
         advice.no_progress(logs(), 0, number + 31, "float32")
     with pytest.warns(UserWarning, match="30 updates in a row were rejected"):
         advice.no_progress(logs(), 0, 60, "float32")
+
+
+@pytest.mark.parametrize(
+    "history",
+    [{"loss": [1.0]}, {"loss": [1.0, 0.1], "val_loss": [500.0, 9.0]}, {"loss": [1.0], "val_loss": [math.inf]}],
+)
+def test_a_solution_that_holds_at_other_points_needs_no_advice(advice, silence, history):
+    advice.spurious_solution(history)
+
+
+def test_a_solution_that_holds_at_its_points_alone_is_advised_on_with_both_numbers(advice):
+    with pytest.warns(UserWarning, match=r"mean squares 2.0e-03 and 1.0e-06.*PINN.redrawn"):
+        advice.spurious_solution({"loss": [1.0, 1e-6], "val_loss": [1.0, 2e-3]})

@@ -202,6 +202,16 @@ def test_an_unknown_coefficient_is_found(float64):
     assert history["loss"][-1] < 1e-8 and float(rate) == pytest.approx(1.5, abs=1e-3)
 
 
+def test_a_solution_at_its_points_alone_is_warned_of(float64):
+    """Five points for 33 weights: the equation holds there, and nowhere else."""
+    pinn, model = made({"equation": poisson}, width=8)
+    few, others = (pinn.cases({"equation": np.random.default_rng(seed).random((5, 2))}) for seed in (0, 1))
+    arguments = {"validation_data": others, "callbacks": [LevenbergMarquardt()], "verbose": 0}
+    with pytest.warns(UserWarning, match="far larger than at those trained on"):
+        history = model.fit(*few[:2], sample_weight=few[2], epochs=60, **arguments).history
+    assert history["val_loss"][-1] > 100 * history["loss"][-1]
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_points_are_drawn_anew_in_every_so_many_updates(every, float64):
     pinn, _ = made()
