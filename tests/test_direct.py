@@ -86,7 +86,9 @@ def test_an_update_is_the_one_by_hand(num_cases, acceleration, float64):
     model, data = least_squares(num_cases)
     result, _, gradient = update(model, data, DirectSolver(acceleration))
     v, a, candidates, losses = by_hand(model, data, acceleration)
-    np.testing.assert_allclose(result.trace["losses"], losses, rtol=1e-11)
+    known = np.isfinite(result.trace["losses"])
+    assert known.sum() in (12, 13) and known[::2].all()
+    np.testing.assert_allclose(result.trace["losses"][known], losses[known], rtol=1e-11)
     best = np.argmin(losses)
     np.testing.assert_allclose(result.step, candidates[best], rtol=1e-9, atol=1e-12)
     assert result.step_size == 1 and result.logs["arc_step"] == ARC[best]

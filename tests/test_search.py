@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.solvers.search import backtrack, least_loss, line_search
+from keras_hf.solvers.search import backtrack, coarse_to_fine, least_loss, line_search
 
 NAN, INF = np.nan, np.inf
 
@@ -231,3 +231,19 @@ def test_losses_none_of_which_is_finite_take_no_candidate(bad):
         None,
     )
     assert (found.step_size, found.loss) == (0, 1)
+
+
+@pytest.mark.parametrize("best", range(9))
+@pytest.mark.parametrize("mode", [lambda f: f, tf.function(autograph=False)], ids=["eager", "compiled"])
+def test_coarse_to_fine_finds_the_bottom_of_a_valley_at_half_the_cost(best, mode):
+    computed = []
+
+    def losses_at(steps):
+        computed.append(steps.shape[0])
+        return tf.cast(tf.abs(steps[:, 0] - best), tf.float64)
+
+    losses = mode(coarse_to_fine(losses_at))(tf.range(9.0)[:, None]).numpy()
+    assert computed == [5, 2]
+    assert np.nanargmin(losses) == best and losses[best] == 0
+    known = ~np.isnan(losses)
+    np.testing.assert_array_equal(losses[known], np.abs(np.arange(9) - best)[known])

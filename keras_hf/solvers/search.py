@@ -140,6 +140,31 @@ def least_loss(losses_at, loss_at, candidates, loss, gradient):
     )
 
 
+def coarse_to_fine(losses_at):
+    """Returns a function of the candidates along a curve that computes the losses of every second one, and of the neighbours of the best of these.
+
+    On a curve whose loss has one valley it finds the least loss of all, at about half of the cost.
+
+    Args:
+        losses_at: Callable `(k, n) -> float64 (k,)`, the losses after several steps.
+
+    Returns:
+        Callable `(k, n) -> float64 (k,)`, k static; NaN where no loss was computed.
+    """
+
+    def losses_of(candidates):
+        num_candidates = candidates.shape[0]
+        coarse = losses_at(candidates[::2])
+        best = 2 * tf.argmin(_or_infinity(coarse), output_type=tf.int32)
+        neighbours = tf.clip_by_value(best + [-1, 1], 0, num_candidates - 1)
+        fine = losses_at(tf.gather(candidates, neighbours))
+        rows = tf.concat([tf.range(0, num_candidates, 2), neighbours], 0)
+        unknown = tf.fill([num_candidates], tf.constant(float("nan"), tf.float64))
+        return tf.tensor_scatter_nd_update(unknown, rows[:, None], tf.concat([coarse, fine], 0))
+
+    return losses_of
+
+
 def line_search(loss_at, step, loss, loss_at_step, slope):
     """Shortens a step until the loss satisfies Armijo's condition.
 
