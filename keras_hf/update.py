@@ -126,10 +126,12 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         actual_reduction = objective.chunk_loss_at(nothing) - objective.chunk_loss_at(taken.candidate)
     rounding = rounding_of(at_start.loss, objective.dtype)
     is_at_rounding = (tf.abs(predicted_reduction) <= rounding) | (actual_reduction == 0)
-    # A step that the rounding of the weights hides, too: the loss then changes by whatever that rounding makes of it.
+    # If the rounding of the weights hides the step, the loss changes by whatever that rounding makes of it.
     weights = objective.start_vector
     step_rounding = float(np.finfo(objective.dtype.as_numpy_dtype).eps) ** 2 * dot(weights, weights)
-    is_at_rounding |= dot(taken.candidate, taken.candidate) <= step_rounding
+    squared_length = dot(taken.candidate, taken.candidate)
+    is_hidden = squared_length <= step_rounding
+    is_at_rounding |= is_hidden
     is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
 
     product_error, repeat_error = tf.cond(
@@ -138,7 +140,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
     )
     wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)
-    step_size = tf.where(wrong, tf.zeros([], tf.float64), taken.step_size)
+    step_size = tf.where(wrong | (squared_length == 0), tf.zeros([], tf.float64), taken.step_size)
     accepted = step_size > 0
     step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
     # 0 times a candidate that is not finite would be NaN.
@@ -156,7 +158,9 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         state=state._replace(
             damping=found_damping,
             scale=scale,
-            convergence=state.convergence.after(is_at_rounding, accepted & (reduction > rounding), norm, damping),
+            convergence=state.convergence.after(
+                is_at_rounding, accepted & (reduction > rounding) & ~is_hidden, norm, damping
+            ),
             solver=path.next_state(step),
             curvature=curvature_state,
         ),
