@@ -114,7 +114,7 @@ class ArcStepDamping(DampingCallback):
         ValueError: If an argument is out of its range; see also `DampingCallback`.
     """
 
-    def __init__(self, low=0.02, high=0.2, factor=10.0, min_damping=0.0, max_damping=math.inf):
+    def __init__(self, low=0.02, high=0.1, factor=10.0, min_damping=0.0, max_damping=math.inf):
         super().__init__(min_damping, max_damping)
         self.low, self.high, self.factor = positive("low", low), positive("high", high), positive("factor", factor)
         if not self.low < self.high <= 1:

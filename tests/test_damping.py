@@ -166,8 +166,8 @@ def arc_logs(place, step_size=1.0, **others):
     ("place", "step_size", "expected"),
     [
         (1.0, 1.0, 0.6),
-        (0.2, 1.0, 0.6),
-        (math.nextafter(0.2, 0), 1.0, 6.0),
+        (0.1, 1.0, 0.6),
+        (math.nextafter(0.1, 0), 1.0, 6.0),
         (0.05, 1.0, 6.0),
         (0.02, 1.0, 6.0),
         (math.nextafter(0.02, 0), 1.0, 60.0),
@@ -209,7 +209,7 @@ def test_arc_step_damping_without_an_arc_is_refused():
     ("arguments", "message"),
     [
         ({"low": 0}, "`low` must be a finite number > 0. Received: low=0"),
-        ({"low": 0.2}, "`low` must be less than `high`, and `high` at most 1. Received: low=0.2, high=0.2"),
+        ({"low": 0.1}, "`low` must be less than `high`, and `high` at most 1. Received: low=0.1, high=0.1"),
         ({"high": 1.5}, "`high` at most 1. Received: low=0.02, high=1.5"),
         ({"high": NAN}, "`high` must be a finite number > 0. Received: high=nan"),
         ({"factor": 1}, "`factor` must be > 1. Received: factor=1"),

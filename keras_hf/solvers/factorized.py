@@ -15,7 +15,7 @@ LEAST_DAMPING_POWER = 1.25
 # A Gram matrix has a Cholesky factor in its float type if it is shifted by so many roundings of its trace.
 _SHIFT = 10.0
 # Where the damping is less than so many shifts, B'B alone gives too few digits of the step.
-_LOST = 100.0
+_LOST = 10.0
 
 
 def primal_solver(rows, product, damping, added=None):
