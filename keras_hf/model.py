@@ -41,7 +41,8 @@ class HFModel(keras.Model):
     `compile` and callbacks work as in Keras, with these exceptions, where Keras' default would be a trap:
 
     - `fit` on arrays without `batch_size` takes all training cases as one batch; validation keeps batches of 32.
-    - An update uses a part of its batch, which grows, unless `HessianFree(growing_batch=None)`; loss and metrics in the logs are of the cases used.
+    - An update uses a part of its batch, which grows, unless `HessianFree(growing_batch=None)`, and except with `DirectSolver`; loss and metrics in
+      the logs are of the cases used.
     - A batch of all cases has a fixed order, permuted once by the optimizer's seed (`shuffle=True`) or as given, so that curvature chunks do not
       change.
     - `compile` without an optimizer uses `HessianFree()`.
@@ -66,6 +67,13 @@ class HFModel(keras.Model):
     | `cg_step` | number of the iterate taken |
     | `cg_stop` | why CG stopped: a `CGStop` |
     | `negative_curvature` | 1 if CG met negative curvature |
+
+    and those of `DirectSolver`:
+
+    | key | meaning |
+    | --- | --- |
+    | `arc_step` | the place on the arc at which the step was taken: 1 = its end |
+    | `acceleration` | norm of the geodesic acceleration over that of the step |
 
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
