@@ -243,6 +243,7 @@ def test_replicas_with_different_numbers_of_cases_agree_whether_all_are_used():
     assert sum(len(select(26, 25, size=25, replica=i)[1]) for i in (0, 1)) == 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(10,), (10, 10), (26, 25), (3, 3, 3, 0), (2, 2, 1, 0), (7, 0, 1), (1, 9), (0, 0)])
 def test_parts_of_all_replicas_are_as_large_as_wanted_and_follow_each_other(counts):
     num_cases = sum(counts)

@@ -100,6 +100,7 @@ def test_solution_equals_the_dense_solve(preconditioner, stopping):
     np.testing.assert_allclose(result.iterates[-1], np.linalg.solve(problem.a, problem.b), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @preconditioned
 def test_values_equal_the_quadratic_at_each_iterate(preconditioner):
     problem = random_problem()

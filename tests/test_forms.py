@@ -152,6 +152,7 @@ def test_any_form_of_data_gives_the_updates_of_arrays(form):
     assert ("val_loss" in history) == form.startswith("validation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
@@ -358,6 +359,7 @@ def test_class_weights_are_the_sample_weights_they_stand_for(form):
     assert_same(weights_after(loss, **data, class_weight=CLASS_WEIGHT)[0], weights_after_class_weights())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights", [{"sample_weight": OF_CLASS}, {"class_weight": CLASS_WEIGHT}], ids=["sample", "class"]
 )
@@ -368,6 +370,7 @@ def test_train_on_batch_takes_weights(weights):
     assert_same(model.get_weights(), weights_after_class_weights())
 
 
+@pytest.mark.slow
 def test_train_on_batch_of_any_size_traces_at_most_twice():
     model = compiled(network())
     for num_cases in (24, 10, 7, 24):
@@ -453,6 +456,7 @@ def test_any_structure_gives_the_updates_of_dicts(structure):
     assert_same(after, branches_after_dicts()[0])
 
 
+@pytest.mark.slow
 def test_a_dataset_of_dicts_gives_the_updates_of_dicts():
     data = tf.data.Dataset.from_tensor_slices((PARTS, TARGETS, WEIGHTS)).batch(24)
     assert_same(branches_after(branches(), data, None, LOSSES, LOSS_WEIGHTS)[0], branches_after_dicts()[0])
@@ -525,6 +529,7 @@ def shared(nested):
     return keras.Model(x, layers.Dense(3)(layer(layer(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_shared_layer_is_trained_as_a_subclass_trains_it(nested):
     reference, model = compiled(Twice()), compiled(shared(nested))
@@ -539,6 +544,7 @@ def test_a_shared_layer_is_trained_as_a_subclass_trains_it(nested):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_training_behind_a_frozen_layer_is_training_on_its_outputs():
     frozen = keras.Sequential([keras.Input((2,)), layers.Dense(4, "tanh")], name="frozen")
     set_weights(frozen)

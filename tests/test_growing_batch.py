@@ -218,6 +218,7 @@ def test_it_stays_small_while_cases_are_alike():
     assert fit(model, x, y, epochs=6)["num_cases"] == [6] * 6
 
 
+@pytest.mark.slow
 def test_it_is_soon_large_where_one_class_is_rare_and_stays_small_where_none_is():
     x = normal(8000, 6).astype("float32")
     score = 1.2 * x[:, 0] + x[:, 1] * x[:, 2] - 0.6 * x[:, 3] ** 2
@@ -316,6 +317,7 @@ def test_what_is_no_growing_batch_is_refused(value):
         HessianFree(growing_batch=value)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_small_on_purpose_gives_no_warning_but_a_small_batch_does():
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(NUM_CASES)
     with warnings.catch_warnings():

@@ -497,6 +497,7 @@ def test_kept_state_fits_what_updates_make(name):
     assert {key: value.shape for key, value in new.items()} == {key: value.shape for key, value in state.items()}
 
 
+@pytest.mark.slow
 def test_eager_updates_keep_inverses_too():
     losses = []
     for run_eagerly in (False, True):

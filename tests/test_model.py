@@ -75,6 +75,7 @@ def test_fit_lowers_the_loss_and_logs_every_update():
     assert int(model.optimizer.iterations) == 12
 
 
+@pytest.mark.slow
 def test_the_loss_logged_is_that_before_the_update():
     x, y = cases()
     model = compiled()
@@ -195,6 +196,7 @@ def test_no_retrace_for_damping_or_a_ragged_last_batch():
     assert CountingModel.num_traces == 1
 
 
+@pytest.mark.slow
 def test_no_retrace_for_another_number_of_cases_another_fit_or_evaluate():
     CountingModel.num_traces = 0
     model = CountingModel(network())
@@ -225,6 +227,7 @@ def test_more_cases_than_a_piece_holds_are_all_in_the_products_of_an_update_trac
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_train_on_batch_and_eager_make_the_same_update(float64):
     x, y = cases(300)
     reference, eager = compiled(max_iterations=8), compiled()
@@ -241,6 +244,7 @@ def test_train_on_batch_and_eager_make_the_same_update(float64):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_batch_normalization_and_dropout_train_and_keep_the_layers_own_momentum():
     normalization = layers.BatchNormalization(momentum=0.5)
     net = keras.Sequential(
@@ -259,6 +263,7 @@ def normalized(seed=0):
     return keras.Sequential([keras.Input((2,)), *stack])
 
 
+@pytest.mark.slow
 def test_after_a_step_evaluation_has_the_loss_of_training():
     model, (x, y) = compiled(normalized(), growing_batch=None, preconditioner=Identity()), cases(40)
     losses = []
@@ -347,6 +352,7 @@ def test_a_saved_subclassed_network_goes_on_too(tmp_path):
     assert fit(again, x, y, epochs=2).history == fit(model, x, y, epochs=2).history
 
 
+@pytest.mark.slow
 def test_export_is_the_network_alone_and_serves_without_the_package(tmp_path):
     x, y = cases(5)
     model = compiled()
@@ -370,6 +376,7 @@ def test_export_is_the_network_alone_and_serves_without_the_package(tmp_path):
 # Nothing is lost.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_data_that_are_not_finite_reject_the_step_and_say_so(value):
     x, y = cases()
@@ -397,6 +404,7 @@ def test_an_exploding_step_is_rejected_and_training_recovers():
     assert np.diff(history["loss"]).max() <= 0
 
 
+@pytest.mark.slow
 def test_a_step_that_raises_leaves_every_value_bit_equal():
     calls = []
 

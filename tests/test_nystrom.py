@@ -338,6 +338,7 @@ def test_two_replicas_give_the_weights_of_one_device():
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
 def test_trains_in_lower_precision(policy):
     keras.config.set_floatx("float32")

@@ -315,6 +315,7 @@ def test_an_optimizer_of_other_weights_is_refused_at_compile():
     made(3).compile(HessianFree.from_config(optimizer.get_config()), "mse")
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_two_models_without_weights_yet_belongs_to_the_first_that_trains():
     def made(units):
         return HFModel(keras.Sequential([keras.layers.Dense(units, "tanh"), keras.layers.Dense(1)]))

@@ -182,6 +182,7 @@ def test_a_rejected_step_hands_its_state_on():
     assert after["updates"] == 1 and (after["mean"] != before["mean"]).all()
 
 
+@pytest.mark.slow
 def test_a_step_that_raises_leaves_the_state():
     class Raising(Averaging):
         def inverse(self, objective, linearize, damping, state):

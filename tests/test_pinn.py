@@ -205,6 +205,7 @@ def test_an_unknown_coefficient_is_found(float64):
     assert history["loss"][-1] < 1e-8 and float(rate) == pytest.approx(1.5, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_solution_at_its_points_alone_is_warned_of(float64):
     """Five points for 33 weights: the equation holds there, and nowhere else."""
     pinn, model = made({"equation": poisson}, width=8)

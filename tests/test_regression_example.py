@@ -38,6 +38,7 @@ def test_methods_find_the_same_parameters_and_curve_fits_errors(float64):
         assert name.strip() in "abc" and values == pytest.approx(others, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_start_at_the_given_weights_and_end_at_their_limits(float64, method):
     (run,), cases, _ = regression.fit_all("decay", num_cases=30, num_updates=4, methods=[method])

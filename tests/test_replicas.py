@@ -130,6 +130,7 @@ def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
     assert (state["size"], state["start"]) == (12, 36)
 
 
+@pytest.mark.slow
 def test_replicas_use_all_cases_where_the_part_is_more_than_half_of_the_batch_of_all_of_them():
     # 26 and 25 cases: 13 are half of the ones, and more than half of the others.
     model = untrained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), optimizer={"growing_batch": GrowingBatch(26)})
@@ -208,6 +209,7 @@ def test_replicas_take_batch_statistics_of_all_cases_together(parts):
         np.testing.assert_allclose(variances, x.var(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [[[0, 1, 2], []], [[], [0, 1, 2]]])
 def test_a_replica_without_cases_adds_nothing(parts):
     def network():

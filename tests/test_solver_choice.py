@@ -33,6 +33,7 @@ def train(model, x=X, y=Y, **kwargs):
     return model.fit(x, y, callbacks=[LevenbergMarquardt()], verbose=0, **kwargs).history
 
 
+@pytest.mark.slow
 def test_a_small_regression_in_float64_is_solved_exactly_and_goes_on_so(float64, tmp_path):
     model = compiled()
     first = train(model, epochs=2)
@@ -48,6 +49,7 @@ def test_a_small_regression_in_float64_is_solved_exactly_and_goes_on_so(float64,
     assert train(restored)["loss"] == train(model)["loss"]
 
 
+@pytest.mark.slow
 def test_a_fit_on_several_batches_takes_conjugate_gradients_and_the_next_on_one_the_exact_solver(float64):
     model = compiled()
     assert "cg_iterations" in train(model, batch_size=300)

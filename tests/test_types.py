@@ -98,6 +98,7 @@ def test_forward_accumulation_takes_mixed_types_too():
     assert relative_error(found[1], exact[1]) < ROUNDING["mixed_float16"]
 
 
+@pytest.mark.slow
 def test_training_works_and_keeps_its_vectors_in_float32(policy):
     model = HFModel(network("dense"))
     model.compile(optimizer=HessianFree(damping=0.1, seed=0), loss="mse")
