@@ -169,7 +169,7 @@ def compiled(regression):
     """Returns the model of a `Regression`, an `HFModel`, compiled with `DirectSolver`."""
     model = HFModel(regression.network())
     # Every update uses all cases.
-    model.compile(HessianFree(solver=DirectSolver(), growing_batch=None), loss="mse")
+    model.compile(HessianFree(solver=DirectSolver()), loss="mse")
     return model
 
 
