@@ -168,7 +168,6 @@ class _Ended(Exception):
 def compiled(regression):
     """Returns the model of a `Regression`, an `HFModel`, compiled with `DirectSolver`."""
     model = HFModel(regression.network())
-    # Every update uses all cases.
     model.compile(HessianFree(solver=DirectSolver()), loss="mse")
     return model
 

@@ -5,7 +5,7 @@ import warnings
 
 # Below this many cases an update's curvature is mostly noise.
 _SMALL_BATCH = 256
-# Mean squares of residuals at other points over those trained on: converged solutions have up to ten, spurious ones thousands.
+# Mean squares of residuals at other points over those trained on; about 1 where points are many enough (docs/physics-informed.md).
 _SPURIOUS = 100.0
 # Rejected updates in a row that are worth a word: a damping that starts far too small is right after fewer.
 _MANY_REJECTIONS = 30

@@ -126,10 +126,10 @@ def trace(task, data, curvature, solver, num_replicas, name):
 
 
 def exact_solver_pays(model, data, num_cases):
-    """Whether `DirectSolver` can train a compiled model and is the better choice for it, by measured rule.
+    """Whether `DirectSolver` can train a compiled model and is the choice for it.
 
-    It is better where digits count: on squared losses in float64, if the system is small. On classifiers its steps are no better than those of
-    conjugate gradients.
+    It ends at far smaller losses where digits count: on squared losses in float64, if the system is small. Conjugate gradients may be ahead early,
+    and were on the two classifiers measured.
 
     Args:
         model: `HFModel`, compiled and built.

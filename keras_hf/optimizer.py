@@ -55,8 +55,8 @@ class HessianFree(keras.optimizers.Optimizer):
             sets it to a tenth of the curvature along the gradient, `g'Gg / g'g`, so that the scale of the loss does not matter. Once built,
             `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has set it.
         solver: Computes steps from the quadratic model: `ConjugateGradient()`, or `DirectSolver()` for small networks to high precision. `None`
-            (default) takes `DirectSolver()` where it was measured to be better: a float64 network, the squared loss, all cases in one batch, and
-            a system that takes at most about a second to factorize; else `ConjugateGradient()`. The choice is logged at INFO.
+            (default) takes `DirectSolver()` where digits are likely to count: a float64 network, the squared loss, all cases in one batch, and a
+            system that takes at most about a second to factorize; else `ConjugateGradient()`. The choice is logged at INFO.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
         growing_batch: `GrowingBatch` (default): an update uses a part of the batch, which grows. `None`: an update uses all of it.
         curvature_batch_size: Integer >= 1, the number of cases that products are formed on: one chunk of the batch per update, in turn. `None` =

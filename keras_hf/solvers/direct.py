@@ -110,7 +110,7 @@ class _System:
     """
 
     def __init__(self, objective):
-        self._rows, self._objective = objective.rows, objective
+        self._rows = objective.rows
         jacobian = self._rows.jacobian
         num_rows = None if jacobian is None else jacobian.shape[0]
         self._is_dual = (

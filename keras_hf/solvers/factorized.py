@@ -84,7 +84,7 @@ def _factor(product, beside, damping, jacobian):
     """A lower factor F with `FF' = product + beside`, where the product is `jacobian' jacobian` and beside is at least the damping.
 
     Cholesky's. Where the damping is lost in the rounding of the Gram matrix, that of a shifted one serves to orthogonalize the Jacobian nearly, and
-    Cholesky's factor of what is left makes it exact, as a QR factorization would: in multiplications of matrices alone, four times as fast.
+    Cholesky's factor of what is left makes it exact, as a QR factorization would: without its many small steps.
     """
     rounding = float(np.finfo(product.dtype.as_numpy_dtype).eps)
     shift = _SHIFT * rounding * tf.linalg.trace(product)
