@@ -87,11 +87,11 @@ def measure(name, network, loss, cases, rounds):
         if "XLA" in way and "CNN" in name:
             continue
         try:
-            curvature.fitted_to(structure)
+            fitted = curvature.fitted_to(structure)
         except ValueError as error:
             print(f"  {way}: {str(error)[:90]}...")
             continue
-        ways[way] = repeated_products(model, x, y, curvature)
+        ways[way] = repeated_products(model, x, y, fitted)
     seconds = {way: [] for way in ways}
     for _ in range(rounds):
         for way, run in ways.items():

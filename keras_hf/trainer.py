@@ -173,7 +173,7 @@ class HFTrainer(keras.Model):
             unseen: `Data`, cases that the update does not use, or `None`.
         """
         optimizer = self.optimizer
-        task, structure = self._task(data)
+        task, structure, _ = self._task(data)
         chunk_size = optimizer.curvature_batch_size
         piece_size = optimizer.micro_batch_size or structure.default_piece_size(data, chunk_size)
         if "unknown" in structure.combinations:
@@ -205,7 +205,7 @@ class HFTrainer(keras.Model):
             return across_replicas(across, *cases)
 
     def _task(self, data):
-        """Returns the `Task` and its `Structure`, and keeps the `Choice` made by the trace."""
+        """Returns the `Task`, its `Structure` and the `Choice` made by the trace, which is kept, too."""
         task = compiled_model.task_of(self, self._whole_loss)
         optimizer, replicas = self.optimizer, self.distribute_strategy.num_replicas_in_sync
         curvature = optimizer.curvature
@@ -215,7 +215,7 @@ class HFTrainer(keras.Model):
             self._advice.no_curvature()
         if "unknown" in structure.combinations:
             self._advice.unknown_combination()
-        return task, structure
+        return task, structure, choice
 
     def _whole_loss(self, data, y_pred):
         """Returns the result of an overridden `compute_loss`, without the regularizers and the added losses."""
@@ -234,7 +234,7 @@ class HFTrainer(keras.Model):
 
         result = hf_update(
             objective,
-            optimizer.curvature,
+            self._choice.curvature,
             self.solver,
             optimizer.state(),
             unseen=None if unseen is None else trial,

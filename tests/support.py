@@ -1246,10 +1246,11 @@ def compared(product, expected, dtype):
 
 def is_rejected(model, data, curvature):
     """Whether an update sees that products are wrong, by that of the gradient."""
+    model.optimizer.curvature = curvature
 
     def error(objective):
         gradient = objective.loss_and_gradient().gradient
-        return tf.reduce_max(objective.product(curvature).errors(gradient)) > objective.rounding
+        return tf.reduce_max(objective.product(model._choice.curvature).errors(gradient)) > objective.rounding
 
     return bool(with_objective(model, data, error))
 
@@ -1298,7 +1299,7 @@ def matrix(model, data, curvature, chosen=None):
                     if given and given.get_config() == way.get_config() and type(given) is type(way)
                 )
             )
-        return dense_matrix(objective.product(curvature), objective.num_weights, objective.dtype)
+        return dense_matrix(objective.product(model._choice.curvature), objective.num_weights, objective.dtype)
 
     @tf.function(autograph=False, input_signature=signature)
     def compute(*given):

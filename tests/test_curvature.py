@@ -66,9 +66,13 @@ def problem(request):
 
 
 def matrix(model, data, curvature, **arguments):
-    return with_objective(
-        model, data, lambda objective: dense_matrix(objective.product(curvature), objective.num_weights), **arguments
-    ).numpy()
+    """The matrix of the products that an update makes."""
+    model.optimizer.curvature = curvature
+
+    def of(objective):
+        return dense_matrix(objective.product(model._choice.curvature), objective.num_weights)
+
+    return with_objective(model, data, of, **arguments).numpy()
 
 
 def assert_equal(curvature, found, expected):
@@ -335,6 +339,20 @@ def test_forward_accumulation_refuses_a_network_with_loops():
     model.optimizer.curvature = GaussNewton(ForwardAccumulation())
     with pytest.raises(ValueError, match=r"wrong products.*'While'.*DoubleBackward"):
         model.fit(np.zeros((8, 4, 2)), np.zeros((8, 1)), verbose=0, callbacks=[ConstantDamping()])
+
+
+def test_an_update_uses_the_linearization_chosen_in_its_trace():
+    calls = []
+
+    class Counted(GaussNewton):
+        def fitted_to(self, structure, num_replicas=1):
+            calls.append(super().fitted_to(structure, num_replicas))
+            return calls[-1]
+
+    model = make_model()
+    model.optimizer.curvature = Counted()
+    model.fit(inputs(), np.zeros((15, 3)), epochs=2, verbose=0, callbacks=[ConstantDamping()])
+    assert calls == [model._choice.curvature]
 
 
 def test_double_backward_is_right_for_loops_and_nested_functions():

@@ -21,6 +21,7 @@ from support import precision
 from keras_hf import (
     ConjugateGradient,
     DirectSolver,
+    DoubleBackward,
     GaussNewton,
     GrowingBatch,
     Hessian,
@@ -41,7 +42,7 @@ def update(model, data, solver, damping=DAMPING):
 
     def compute(objective):
         result = hf_update(objective, GaussNewton(), solver, update_state(objective, solver, damping, scale=1.0))
-        matrix = dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+        matrix = dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights)
         return result, matrix, objective.loss_and_gradient().gradient
 
     result, matrix, gradient = with_objective(model, data, compute)

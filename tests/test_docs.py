@@ -15,7 +15,7 @@ import test_stopping
 from problems import Problem, inputs, make_model, model_data, with_objective
 
 from docs import api
-from keras_hf import GaussNewton
+from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.solvers.solver import LocalModel
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,9 @@ def test_the_solver_stops_at_the_border_of_its_region(parts, float64):
     solver = parts["TrustRegion"](max_iterations=100, rtol=1e-12)
 
     def path(objective, damping):
-        local = LocalModel(objective, lambda: objective.product(GaussNewton()), objective.loss_and_gradient().gradient)
+        local = LocalModel(
+            objective, lambda: objective.product(GaussNewton(DoubleBackward())), objective.loss_and_gradient().gradient
+        )
         return solver.solve(local, tf.constant(damping, tf.float64), {}).candidates[0]
 
     assert np.linalg.norm(with_objective(model, data, lambda o: path(o, 100.0))) == pytest.approx(0.01)

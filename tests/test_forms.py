@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers
 from problems import hessian_free, loss_derivatives, model_data, with_objective
 
-from keras_hf import EmpiricalFisherDiagonal, GaussNewton, HFModel, Identity, LevenbergMarquardt
+from keras_hf import DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, HFModel, Identity, LevenbergMarquardt
 from keras_hf.arrays import repeated
 from keras_hf.problem import batching, structure
 
@@ -713,7 +713,7 @@ def test_sequences_of_unknown_length_are_worked_on_in_pieces_within_the_bound(mo
 
         def of(objective, found):
             assert not found.chunk_is_one_piece
-            product = objective.product(GaussNewton())(tf.ones([objective.num_weights], tf.float64))
+            product = objective.product(GaussNewton(DoubleBackward()))(tf.ones([objective.num_weights], tf.float64))
             return found.default_piece_size(data), product
 
         @tf.function(autograph=False, input_signature=[tf.TensorSpec([30, None, 3], tf.float64)])

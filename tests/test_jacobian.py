@@ -17,7 +17,7 @@ from problems import (
 )
 from support import LOSSES, ROWS, first_derivative, loss_at, loss_hessian, precision, prepare
 
-from keras_hf import GaussNewton
+from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.problem import jacobian as room
 
 # Losses in which the cases of a batch are not apart, and one without a second derivative.
@@ -133,7 +133,7 @@ def products_and_rows(objective):
     """The matrix of products, that of rows, and the gradient by both, without regularizers."""
     rows, gradient = objective.rows, objective.loss_and_gradient().gradient
     added = objective.regularization_matrix()
-    matrix = dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+    matrix = dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights)
     rest = gradient - rows.pull(rows.residuals)
     return matrix, rows.gram() + (0 if added is None else added), rest, gradient
 
@@ -161,7 +161,7 @@ def test_rows_in_float32_are_those_of_float32():
         data,
         lambda o: (
             o.rows.gram(),
-            tf.transpose(tf.map_fn(o.product(GaussNewton()), tf.eye(o.num_weights))),
+            tf.transpose(tf.map_fn(o.product(GaussNewton(DoubleBackward())), tf.eye(o.num_weights))),
             o.rows.plus_push(o.rows.residuals, tf.ones([o.num_weights])),
             o.rows.tangent_error(tf.ones([o.num_weights])),
         ),

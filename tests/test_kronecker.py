@@ -10,6 +10,7 @@ from problems import NUM_CASES, PROBLEMS, compiled, dense_matrix, inputs, make_m
 from keras_hf import (
     ConjugateGradient,
     ConstantDamping,
+    DoubleBackward,
     EmpiricalFisherDiagonal,
     GaussNewton,
     HessianFree,
@@ -35,7 +36,9 @@ def factors(model, data, num_cases=None, **arguments):
 
 def gauss_newton(model, data):
     return with_objective(
-        model, data, lambda objective: dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+        model,
+        data,
+        lambda objective: dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights),
     ).numpy()
 
 

@@ -10,6 +10,7 @@ from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model
 from keras_hf import (
     ConjugateGradient,
     ConstantDamping,
+    DoubleBackward,
     ForwardAccumulation,
     GaussNewton,
     Hessian,
@@ -60,7 +61,7 @@ def inverse(model, data, preconditioner, damping=0.1, curvature=None, **argument
     """M^-1 and the matrix G, of a model."""
 
     def compute(objective):
-        linearize = lambda: objective.product(curvature or GaussNewton())  # noqa: E731
+        linearize = lambda: objective.product(curvature or GaussNewton(DoubleBackward()))  # noqa: E731
         state = preconditioner.initial_state(objective.variables, [])
         precondition, _ = preconditioner.inverse(objective, linearize, tf.constant(damping, tf.float64), state)
         return dense_matrix(precondition, objective.num_weights), dense_matrix(linearize(), objective.num_weights)
@@ -246,7 +247,9 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path):
 # The curvature of networks.
 
 
-@pytest.mark.parametrize("curvature", [GaussNewton(), GaussNewton(ForwardAccumulation())], ids=["double", "forward"])
+@pytest.mark.parametrize(
+    "curvature", [GaussNewton(DoubleBackward()), GaussNewton(ForwardAccumulation())], ids=["double", "forward"]
+)
 @pytest.mark.parametrize("sizes", [{}, {"micro_batch_size": 4}, {"curvature_batch_size": 6, "micro_batch_size": 4}])
 def test_full_rank_is_the_damped_inverse_of_a_network_with_its_regularizers(curvature, sizes):
     model = make_model(regularizer=keras.regularizers.L2(0.25))
@@ -307,7 +310,7 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
     def update(objective, preconditioner):
         solver = ConjugateGradient(preconditioner, ResidualTolerance(1e-8), 1000, warm_start_decay=0.0)
         state = update_state(objective, solver, damping=1e-6, scale=1.0)
-        return hf_update(objective, Counted(), solver, state)
+        return hf_update(objective, Counted(DoubleBackward()), solver, state)
 
     found = {}
     for preconditioner in (Identity(), Nystrom(40)):

@@ -16,7 +16,7 @@ from problems import (
     with_objective,
 )
 
-from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, GaussNewton, HessianFree
+from keras_hf import ConjugateGradient, DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, HessianFree
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -30,7 +30,7 @@ def everything(objective):
     return (
         at_start.loss,
         at_start.gradient,
-        dense_matrix(objective.product(GaussNewton()), objective.num_weights),
+        dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights),
         objective.squared_gradients(),
         objective.loss_at(step),
         objective.chunk_loss_at(step),
@@ -95,7 +95,10 @@ def test_a_product_of_rows_is_that_of_each(micro_batch_size):
     data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
 
     def compute(objective):
-        product, rows = objective.product(GaussNewton()), tf.random.stateless_normal([3, 27], [0, 0], dtype=tf.float64)
+        product, rows = (
+            objective.product(GaussNewton(DoubleBackward())),
+            tf.random.stateless_normal([3, 27], [0, 0], dtype=tf.float64),
+        )
         return product(rows), tf.stack([product(row) for row in tf.unstack(rows)])
 
     found, expected = with_objective(model, data, compute, micro_batch_size=micro_batch_size)
@@ -122,7 +125,7 @@ def test_dropout_is_one_fixed_function_per_update_and_another_in_the_next():
     def losses(objective):
         zero = tf.zeros([objective.num_weights], tf.float64)
         v = tf.ones_like(zero)
-        product = objective.product(GaussNewton())
+        product = objective.product(GaussNewton(DoubleBackward()))
         return (
             objective.loss_and_gradient().loss,
             objective.loss_at(zero),

@@ -8,7 +8,7 @@ from keras import layers
 from problems import dense_matrix, model_data, with_objective
 from support import precision
 
-from keras_hf import DirectSolver, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import DirectSolver, DoubleBackward, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
 from keras_hf.pinn import PINN, derivatives
 
 # Systems of fewer rows than weights are solved to rounding in a few updates.
@@ -159,7 +159,7 @@ def test_rows_through_derivatives_of_the_network_equal_differences(float64):
     found, exact = with_objective(
         model,
         data,
-        lambda o: (o.rows.gram(), dense_matrix(o.product(GaussNewton()), o.num_weights)),
+        lambda o: (o.rows.gram(), dense_matrix(o.product(GaussNewton(DoubleBackward())), o.num_weights)),
     )
     start, columns, width = model.get_weights(), [], 1e-5
     for place, weight in enumerate(start):

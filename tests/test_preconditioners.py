@@ -16,7 +16,7 @@ from problems import (
     with_objective,
 )
 
-from keras_hf import EmpiricalFisherDiagonal, GaussNewton, Identity, KroneckerFactored, Nystrom
+from keras_hf import DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, Identity, KroneckerFactored, Nystrom
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -37,7 +37,7 @@ def inverse_matrix(preconditioner, model, data, damping):
     state = preconditioner.initial_state(variables, model.network._flatten_layers())
 
     def compute(objective):
-        linearize = lambda: objective.product(GaussNewton())  # noqa: E731
+        linearize = lambda: objective.product(GaussNewton(DoubleBackward()))  # noqa: E731
         precondition, _ = preconditioner.inverse(objective, linearize, tf.constant(damping, tf.float64), state)
         return dense_matrix(precondition, objective.num_weights)
 

@@ -8,6 +8,7 @@ from keras import layers
 from problems import compiled, hessian_free, model_data
 
 from keras_hf import (
+    DoubleBackward,
     EmpiricalFisher,
     EmpiricalFisherDiagonal,
     FiniteDifferenceHessian,
@@ -218,7 +219,7 @@ def test_a_replica_without_cases_adds_nothing(parts):
 
     def function(objective):
         at_start, v = objective.loss_and_gradient(), tf.ones([objective.num_weights])
-        product = objective.product(GaussNewton())
+        product = objective.product(GaussNewton(DoubleBackward()))
         return [at_start.loss, at_start.gradient, *at_start.states, product(v), product.errors(v)]
 
     *found, error = on_replicas(network, parts, function)

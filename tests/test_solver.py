@@ -10,6 +10,7 @@ from examples.baselines import LastIterate, WholeStep
 from keras_hf import (
     ConjugateGradient,
     DirectSolver,
+    DoubleBackward,
     EmpiricalFisherDiagonal,
     GaussNewton,
     HessianFree,
@@ -51,8 +52,8 @@ def test_an_update_lowers_the_loss_and_hands_on_a_state_of_the_same_form(solver,
 
     def compute(objective):
         state = update_state(objective, solver, damping, scale=1.0)
-        first = hf_update(objective, GaussNewton(), solver, state)
-        second = hf_update(objective, GaussNewton(), solver, first.state)
+        first = hf_update(objective, GaussNewton(DoubleBackward()), solver, state)
+        second = hf_update(objective, GaussNewton(DoubleBackward()), solver, first.state)
         return state, first, second, objective.loss_at(first.step)
 
     state, first, second, loss_after = with_objective(model, data, compute)
@@ -76,7 +77,7 @@ def test_at_rest_the_step_is_zero(solver, damping):
     def compute(objective):
         local = LocalModel(
             objective,
-            lambda: solver.linearize(objective, GaussNewton()),
+            lambda: solver.linearize(objective, GaussNewton(DoubleBackward())),
             tf.zeros([objective.num_weights], tf.float64),
         )
         path = solver.solve(local, tf.constant(damping, tf.float64), solver.initial_state(objective.variables, []))

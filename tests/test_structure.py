@@ -8,7 +8,7 @@ from keras import layers
 from problems import compiled, dense_matrix, flat, inputs, make_model, model_data, with_objective
 
 from examples.autoencoder import cross_entropy
-from keras_hf import GaussNewton
+from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.problem.fixed_network import Data
 
 
@@ -315,7 +315,9 @@ def assert_product_is_dense(model, structure, data):
     """Returns H."""
     j, h = dense_derivatives(model, structure, data)
     product = with_objective(
-        model, data, lambda objective: dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+        model,
+        data,
+        lambda objective: dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights),
     )
     np.testing.assert_allclose(product, j.T @ h @ j, rtol=1e-9, atol=1e-12)
     return h

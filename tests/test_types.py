@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from problems import compiled, model_data, with_objective
 
-from keras_hf import ForwardAccumulation, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
 
 ROUNDING = {"float64": 1e-12, "float32": 1e-5, "mixed_bfloat16": 3e-2, "mixed_float16": 5e-3}
 NUM_CASES = 300
@@ -63,7 +63,11 @@ def numbers(kind, policy, loss="mse", scale=1.0, way=None):
         def compute(objective):
             v = tf.constant(scale * np.cos(np.arange(objective.num_weights)), objective.dtype)
             at_start = objective.loss_and_gradient()
-            return at_start.gradient, objective.product(GaussNewton(way))(v) / scale, objective.squared_gradients()
+            return (
+                at_start.gradient,
+                objective.product(GaussNewton(way or DoubleBackward()))(v) / scale,
+                objective.squared_gradients(),
+            )
 
         return [np.asarray(value, "float64") for value in with_objective(model, data, compute)]
     finally:

@@ -9,6 +9,7 @@ from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model
 from keras_hf import (
     CGStop,
     ConjugateGradient,
+    DoubleBackward,
     EmpiricalFisherDiagonal,
     GaussNewton,
     Hessian,
@@ -33,7 +34,7 @@ def update(objective, damping=0.3, warm_start=None, curvature=None, scale=1.0, *
     state = update_state(objective, solver, damping, scale)
     if warm_start is not None:
         state = state._replace(solver={**state.solver, "warm_start": warm_start})
-    return hf_update(objective, curvature or GaussNewton(), solver, state)
+    return hf_update(objective, curvature or GaussNewton(DoubleBackward()), solver, state)
 
 
 def problem_data(name="mse", **arguments):
@@ -65,7 +66,7 @@ def test_cg_run_to_the_end_equals_the_dense_solve(name, preconditioner):
     model, data = problem_data(name)
 
     def compute(objective):
-        matrix = dense_matrix(objective.product(GaussNewton()), objective.num_weights)
+        matrix = dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights)
         gradient = objective.loss_and_gradient().gradient
         return matrix, gradient, update(objective, preconditioner=preconditioner)
 
@@ -114,7 +115,7 @@ def test_a_zero_gradient_gives_a_zero_step_and_no_ratio():
 def test_negative_curvature_stops_cg_and_still_lowers_the_loss():
     model, data = problem_data("mse on sigmoid")
     found = with_objective(
-        model, data, lambda o: update(o, damping=0.0, curvature=Hessian(), preconditioner=Identity())
+        model, data, lambda o: update(o, damping=0.0, curvature=Hessian(DoubleBackward()), preconditioner=Identity())
     )
     assert found.logs["cg_stop"] == CGStop.NEGATIVE_CURVATURE
     after = with_objective(model, data, lambda o: o.loss_at(found.step))
@@ -167,7 +168,7 @@ def test_the_check_of_products_runs_no_other_linearization():
     object.__setattr__(model.network, "call", lambda *args, **kwargs: calls.append(1) or network(*args, **kwargs))
 
     def errors(objective):
-        product = objective.product(GaussNewton())
+        product = objective.product(GaussNewton(DoubleBackward()))
         before = len(calls)
         found = product.errors(tf.ones([objective.num_weights], tf.float64))
         assert before > 0 and len(calls) == before

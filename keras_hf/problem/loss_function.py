@@ -53,18 +53,17 @@ class LossFunction:
     """
 
     def __init__(self, data, variables, task_of, optimizer, strategy, guard):
-        # `task_of(data)` gives `fixed_network.Task` and `structure.Structure`; `guard()` is open while something is computed.
+        # `task_of(data)` gives `fixed_network.Task`, `structure.Structure` and `compiled_model.Choice`; `guard()` is open during computations.
         self._data, self._variables, self._optimizer = data, variables, optimizer
         self._strategy, self._guard = strategy, guard
         self._task = functools.cache(lambda: task_of(data))
         # That of now, whatever is trained later: random numbers depend on it.
         self._update_number = int(optimizer.iterations.numpy())
-        curvature = optimizer.curvature
         self._loss_and_gradient = self._compiled(lambda objective: objective.loss_and_gradient()[:2])
         self._loss = self._compiled(
             lambda objective: objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))
         )
-        self._product = self._compiled(lambda objective, v: objective.product(curvature)(v))
+        self._product = self._compiled(lambda objective, v: objective.product(self._task()[2].curvature)(v))
         self._residuals = self._compiled(
             lambda objective: (
                 _residuals(objective),
@@ -168,7 +167,7 @@ class LossFunction:
 
     def _require_rows(self):
         """Raises an error if the network has no rows of single cases, or a regularizer is not a sum of squares."""
-        task, structure = self._task()
+        task, structure, _ = self._task()
         for what, cure in structure.without_rows:
             raise ValueError(
                 f"Residuals need the derivative of every case's own outputs in full precision. Received: a network with {what}. "
@@ -238,7 +237,7 @@ class LossFunction:
 
     def _with_objective(self, function):
         """Calls `function(objective)` once for all replicas, each of which has its part of the cases."""
-        task, structure = self._task()
+        task, structure, _ = self._task()
         task = task._replace(constraints=[None] * len(task.variables), update_metrics=lambda data, y_pred: None)
         count = self._strategy.num_replicas_in_sync
         data, most = self._data, -(-self._data.static_num_cases // count)
