@@ -15,9 +15,9 @@ from keras_hf.common.vectors import vector_dtype
 from keras_hf.damping import DampingCallback
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
-from keras_hf.problem.curvature import EmpiricalFisher, GaussNewton
+from keras_hf.problem.curvature import GaussNewton
 from keras_hf.problem.loss_function import LossFunction
-from keras_hf.product_check import judged, other_linearization, product_errors
+from keras_hf.product_check import both_ways, judged, product_errors, report
 from keras_hf.trainer import HFTrainer
 
 
@@ -345,26 +345,12 @@ class HFModel(HFTrainer):
             ValueError: If the model is not compiled, or if the products cannot be formed; the message names the layer and the cure.
         """
         data = self._cases("check_products", x, y, sample_weight)
-        remarks = {
-            "determinism": "draw random numbers from a `keras.random.SeedGenerator`; let nothing depend on how often `call` ran",
-            "negativity": "the loss is not convex in what it is cut at: see `negative_curvature` in the logs",
-            "adjointness": "TensorFlow has a wrong second derivative of an operation; see docs/support.md",
-        }
-        if not isinstance(self.optimizer.curvature, (GaussNewton, EmpiricalFisher)):
-            remarks["adjointness"] = "this curvature is not made of J"
-            remarks["negativity"] = "expected: a Hessian is indefinite away from a minimum"
+        compared = None
 
         def errors(objective, structure):
-            curvature = self._choice.curvature
-            if curvature.linearization is None:
-                remarks["other_way"] = "this curvature is made without one"
-                return product_errors(objective, curvature, None), objective.rounding
-            try:
-                other = curvature.by(other_linearization(curvature.linearization).fitted_to(structure))
-            except ValueError:
-                remarks["other_way"] = "forward accumulation would be wrong for this network"
-                other = None
-            return product_errors(objective, curvature, other), objective.rounding
+            nonlocal compared
+            compared = both_ways(self._choice.curvature, structure)
+            return product_errors(objective, compared.curvature, compared.other)
 
         @tf.function(autograph=False)
         def compute():
@@ -373,17 +359,12 @@ class HFModel(HFTrainer):
         values = self._values() + [variable.value for variable in self.metrics_variables]
         explained = guard.xla_explained(self.network.name, lambda: self._choice)
         with guard.values_kept(values), guard.unaltered_arithmetic(), explained:
-            found, rounding = tf.nest.map_structure(
+            found = tf.nest.map_structure(
                 lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
             )
-        report = judged(found, rounding, remarks)
-        parts = [
-            type(part).__name__ for part in (self.optimizer.curvature, self._choice.linearization) if part is not None
-        ]
-        print(f"Products for '{self.network.name}', {', '.join(parts)}:")
-        for check in report:
-            print(f"  {check}")
-        return report
+        checks_made = judged(found, self._choice.rounding, compared)
+        print(report(self.network.name, compared.curvature, checks_made))
+        return checks_made
 
     def objective(self, x, y=None, sample_weight=None):
         """Returns the loss that `fit` minimises, on these cases, as functions of one flat vector of all trainable weights, for SciPy and the like.

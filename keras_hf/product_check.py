@@ -5,6 +5,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.vectors import dot
+from keras_hf.problem.curvature import Curvature, EmpiricalFisher, GaussNewton
 from keras_hf.problem.linearization import DoubleBackward, ForwardAccumulation
 
 
@@ -31,6 +32,20 @@ class ProductCheck(NamedTuple):
     def __str__(self):
         verdict = "-" if self.error != self.error else "ok" if self.holds else "FAILS"
         return f"{self.name:<28}{self.error:10.1e}  {verdict:<6}{self.remark if verdict != 'ok' else ''}".rstrip()
+
+
+class BothWays(NamedTuple):
+    """A curvature fitted to a network, and what its products are compared with.
+
+    Attributes:
+        curvature: `curvature.Curvature`.
+        other: The same curvature by the other linearization; `None` where there is none.
+        missing: String, why there is none.
+    """
+
+    curvature: Curvature
+    other: Curvature | None
+    missing: str = ""
 
 
 class Errors(NamedTuple):
@@ -79,22 +94,43 @@ def product_errors(objective, curvature, other):
     )
 
 
-def other_linearization(linearization):
-    """The way to differentiate that a linearization's products are held against."""
-    return DoubleBackward() if isinstance(linearization, ForwardAccumulation) else ForwardAccumulation()
+def both_ways(curvature, structure):
+    """Returns `BothWays` of a curvature fitted to a network.
+
+    Args:
+        curvature: `curvature.Curvature`, fitted.
+        structure: `structure.Structure` of the traced network.
+    """
+    if curvature.linearization is None:
+        return BothWays(curvature, None, "this curvature is made without one")
+    is_forward = isinstance(curvature.linearization, ForwardAccumulation)
+    other = DoubleBackward() if is_forward else ForwardAccumulation()
+    try:
+        return BothWays(curvature, curvature.by(other.fitted_to(structure)))
+    except ValueError:
+        return BothWays(curvature, None, "forward accumulation would be wrong for this network")
 
 
-def judged(errors, rounding, remarks):
-    """Puts names, tolerances and remarks to `Errors` of numbers.
+def judged(errors, rounding, compared):
+    """Adds names, tolerances and remarks to `Errors`.
 
     Args:
         errors: `Errors` of floats.
         rounding: Float, the tolerance.
-        remarks: Dict, field of `Errors` -> what to say where the check fails or is missing.
+        compared: `BothWays`, what the errors are of.
 
     Returns:
         List of `ProductCheck`.
     """
+    remarks = {
+        "determinism": "draw random numbers from a `keras.random.SeedGenerator`; let nothing depend on how often `call` ran",
+        "negativity": "the loss is not convex in what it is cut at: see `negative_curvature` in the logs",
+        "adjointness": "TensorFlow has a wrong second derivative of an operation; see docs/support.md",
+        "other_way": compared.missing,
+    }
+    if not isinstance(compared.curvature, (GaussNewton, EmpiricalFisher)):
+        remarks["adjointness"] = "this curvature is not made of J"
+        remarks["negativity"] = "expected: a Hessian is indefinite away from a minimum"
     names = {
         "determinism": "two calls agree",
         "linearity": "G(2u - 3v) = 2Gu - 3Gv",
@@ -107,6 +143,18 @@ def judged(errors, rounding, remarks):
         ProductCheck(name, float(getattr(errors, field)), rounding, remarks.get(field, ""))
         for field, name in names.items()
     ]
+
+
+def report(network, curvature, checks):
+    """Returns the checks as lines of text.
+
+    Args:
+        network: String, the network's name.
+        curvature: `curvature.Curvature`, fitted to the network.
+        checks: List of `ProductCheck`.
+    """
+    parts = [type(part).__name__ for part in (curvature, curvature.linearization) if part is not None]
+    return "\n  ".join([f"Products for '{network}', {', '.join(parts)}:", *map(str, checks)])
 
 
 def _norm(vector):

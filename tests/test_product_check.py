@@ -25,6 +25,7 @@ from keras_hf import (
 )
 from keras_hf.problem import structure
 from keras_hf.problem.fixed_network import Data
+from keras_hf.product_check import BothWays, Errors, judged, report
 
 TARGETS = np.random.default_rng(3).normal(size=(15, 3))
 IMAGES = np.random.default_rng(3).normal(size=(15, 4, 4, 2)).astype("float32")
@@ -53,8 +54,20 @@ def test_right_products_pass_every_check(float64, capsys):
     checks = model.check_products(inputs(), TARGETS)
     assert len(checks) == 6
     assert all(check.holds and check.error < 1e-12 for check in checks)
-    report = capsys.readouterr().out
-    assert "GaussNewton, DoubleBackward" in report and report.count("ok") == 6
+    printed = capsys.readouterr().out
+    assert "GaussNewton, DoubleBackward" in printed and printed.count("ok") == 6
+
+
+def test_a_report_has_a_line_per_check_and_a_remark_where_one_fails_or_is_missing():
+    compared = BothWays(GaussNewton(DoubleBackward()), None, "not for this network")
+    errors = Errors(0.0, 1e-9, 1e-9, 0.5, 1e-9, float("nan"))
+    checks = judged(errors, 1e-3, compared)
+    assert [check.holds for check in checks] == [True, True, True, False, True, True]
+    first, *lines = report("net", compared.curvature, checks).splitlines()
+    assert first == "Products for 'net', GaussNewton, DoubleBackward:"
+    assert [line.split()[-1] for line in lines[:3]] == ["ok"] * 3
+    assert lines[3].endswith("FAILS the loss is not convex in what it is cut at: see `negative_curvature` in the logs")
+    assert lines[5].endswith("-     not for this network")
 
 
 def test_the_hessian_need_not_be_positive(float64, capsys):
@@ -81,8 +94,8 @@ def test_products_by_differences_are_checked_as_far_as_they_can_be(float64, caps
     assert missing == ["u'(Jv) = (J'u)'v", "both linearizations agree"]
     assert checks["two calls agree"].error == 0
     assert max(checks[name].error for name in ("G(2u - 3v) = 2Gu - 3Gv", "u'Gv = v'Gu")) < 1e-6
-    report = capsys.readouterr().out
-    assert "FiniteDifferenceHessian:" in report and "this curvature is made without one" in report
+    printed = capsys.readouterr().out
+    assert "FiniteDifferenceHessian:" in printed and "this curvature is made without one" in printed
 
 
 def test_wrong_products_fail_the_check_of_the_other_way(no_structural_guard, capsys):
