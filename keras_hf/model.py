@@ -420,11 +420,13 @@ class HFModel(HFTrainer):
 
         Example:
 
+        >>> keras.config.set_floatx("float64")
+        >>> keras.config.set_dtype_policy("float64")
         >>> x = np.linspace(-1, 1, 64)[:, None]
         >>> y = 2 * x + np.random.default_rng(0).normal(size=x.shape)
         >>> model = HFModel(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
         >>> model.compile(HessianFree(solver=DirectSolver()), loss="mse")
-        >>> history = model.fit(x, y, epochs=9, callbacks=[LevenbergMarquardt()], verbose=0)
+        >>> history = model.fit(x, y, epochs=5, callbacks=[LevenbergMarquardt()], verbose=0)
         >>> model.parameter_covariance(x, y).matrix.shape
         (2, 2)
         """

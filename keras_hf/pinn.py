@@ -32,8 +32,8 @@ def derivatives(u, points, coordinates, *wanted):
 
     >>> x = tf.constant([[1.0, 2.0]])
     >>> u_x, u_xy = derivatives(lambda p: p[:, :1] ** 2 * p[:, 1:], x, "xy", "u_x", "u_xy")
-    >>> float(u_x), float(u_xy)
-    (4.0, 2.0)
+    >>> u_x.numpy(), u_xy.numpy()
+    (array([[4.]], dtype=float32), array([[2.]], dtype=float32))
     """
     if points.shape.rank != 2 or len(set(coordinates)) != len(coordinates) or points.shape[1] != len(coordinates):
         raise ValueError(
