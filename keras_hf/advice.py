@@ -77,8 +77,9 @@ class Advice:
         """The values of the loss on pieces cannot be put together."""
         self.warn_once(
             "combination",
-            "The loss of a batch cannot be put together from parts of it (the loss function gives one number, or `compute_loss` is overridden): "
-            "`micro_batch_size` and `curvature_batch_size` are not used. Return one value per case from the loss to use them.",
+            "The loss of a batch cannot be put together from parts of it (the loss function gives one number or compares cases, as `Circle` "
+            "does, or `compute_loss` is overridden): `micro_batch_size` and `curvature_batch_size` are not used. Return one value per case, of that "
+            "case alone, from the loss to use them.",
         )
 
     def changed_weights(self, paths):

@@ -187,7 +187,7 @@ def loss_name(loss):
 
 
 def checked(loss):
-    """Returns a loss that checks the values of the user's function and explains errors that Keras would not."""
+    """Returns a loss that checks the values of the user's and explains errors that Keras would not; its `__wrapped__` is the user's."""
     if isinstance(loss, keras.losses.Loss):
         # A loss with its own `__call__` has no values to check.
         return loss if type(loss).__call__ is not keras.losses.Loss.__call__ else CheckedLoss(loss)
@@ -198,6 +198,7 @@ def checked(loss):
         return checks.loss_values(with_check.__name__, loss(y_true, y_pred), y_pred)
 
     with_check.__name__ = getattr(loss, "__name__", None) or type(loss).__name__
+    with_check.__wrapped__ = loss
     return with_check
 
 
@@ -206,7 +207,7 @@ class CheckedLoss(keras.losses.Loss):
 
     def __init__(self, loss):
         super().__init__(loss.name, loss.reduction, loss.dtype)
-        self._loss = loss
+        self.__wrapped__ = loss
 
     def call(self, y_true, y_pred):
-        return checks.loss_values(self.name, self._loss.call(y_true, y_pred), y_pred)
+        return checks.loss_values(self.name, self.__wrapped__.call(y_true, y_pred), y_pred)

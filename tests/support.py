@@ -1013,12 +1013,21 @@ def of_losses():
     row("Dice, axis", lambda: losses.Dice(axis=-1), bits, "sigmoid", is_indefinite=True)
     row("Tversky", losses.Tversky, bits, "sigmoid", is_indefinite=True, warning="cannot be put together")
     row("SquaredHinge", losses.SquaredHinge, signs)
-    row("Circle", lambda: losses.Circle(gamma=2.0), pairs, "sigmoid", is_indefinite=True, is_slow=True)
+    row(
+        "Circle",
+        lambda: losses.Circle(gamma=2.0),
+        pairs,
+        "sigmoid",
+        is_indefinite=True,
+        is_slow=True,
+        warning="cannot be put together",
+    )
     row(
         "Circle, a class with one case",
         lambda: losses.Circle(gamma=2.0),
         labels,
         "sigmoid",
+        warning="cannot be put together",
         expected=everywhere(NOT_A_NUMBER),
     )
     for name, y in (
@@ -1464,6 +1473,7 @@ def document(measured):
             notes = [row.note] if row.note else []
             notes += ["In float32: there is no float64 kernel."] if row.dtype == "float32" else []
             notes += ["Indefinite."] if is_indefinite else []
+            notes += ["In one piece."] if row.warning == "cannot be put together" else []
             parts.append(
                 f"| {row.name} | {' | '.join(outcomes[way].name if way in outcomes else '' for way in WAYS)} | {' '.join(notes)} |"
             )
@@ -1487,8 +1497,9 @@ Keras {keras}, TensorFlow {tensorflow}, CPUs. This is the table of `tests/suppor
 
 The columns are the ways to differentiate: `GaussNewton()`, which chooses automatically, then `GaussNewton(DoubleBackward())` and so on; XLA means
 `jit_compile=True`. A row is a layer of Keras, or a variant of one, in a network with dense layers and the mean squared error; a construct that a
-layer uses; or a loss. *Indefinite*: the loss is not convex in the network's outputs, and the matrix is not positive semi-definite. A blank cell
-was not measured.
+layer uses; or a loss. *Indefinite*: the loss is not convex in the network's outputs, and the matrix is not positive semi-definite. *In one piece*:
+the loss of a batch does not follow from the losses of its parts; `fit` warns and takes the batch as one piece, and `DirectSolver` refuses the loss. A
+blank cell was not measured.
 """
 
 

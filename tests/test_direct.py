@@ -342,9 +342,10 @@ def of_all(y, y_pred):
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be put together")
-def test_a_loss_of_the_whole_batch_is_refused():
+@pytest.mark.parametrize("loss", [of_all, keras.losses.Circle()], ids=["one number", "compares cases"])
+def test_a_loss_of_the_whole_batch_is_refused(loss):
     network = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
-    model = compiled(network, of_all, optimizer=HessianFree(solver=DirectSolver()))
+    model = compiled(network, loss, optimizer=HessianFree(solver=DirectSolver()))
     data = model_data(model, X.astype("float32"), Y.astype("float32"))
     with pytest.raises(ValueError, match="a loss of the whole batch.*use a loss with one value per case"):
         with_objective(model, data, lambda objective: objective.start_vector)

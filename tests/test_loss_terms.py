@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_hf.compiled_model import checked
 from keras_hf.problem.loss_terms import LossTerm, WholeLoss, recorded_terms
 
 BY_WEIGHT = "mean_with_sample_weight"
@@ -50,6 +51,20 @@ def test_a_scalar_from_the_loss_function_combines_in_no_known_way(reduction):
 
     assert term(ToScalar(reduction=reduction), np.zeros((5, 2)), np.ones((5, 2))).combination() == "unknown"
     assert WholeLoss(lambda: tf.constant(1.0)).combination() == "unknown"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [keras.losses.Circle(2.0), keras.losses.Circle(2.0, reduction="sum", name="mine"), "circle", keras.losses.circle],
+    ids=["object", "renamed", "string", "function"],
+)
+def test_a_loss_that_compares_cases_combines_in_no_known_way(loss):
+    compile_loss = keras.src.trainers.compile_utils.CompileLoss(checked(loss))
+    y, y_pred = np.array([0, 0, 1, 1]), tf.random.stateless_normal([4, 3], [0, 0])
+    compile_loss.build(y, y_pred)
+    with recorded_terms(compile_loss, 1) as terms:
+        compile_loss(y, y_pred)
+    assert [term.combination() for term in terms] == ["unknown"]
 
 
 def test_an_unreduced_loss_is_refused():

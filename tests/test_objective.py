@@ -254,6 +254,17 @@ def test_a_scalar_loss_is_taken_in_one_piece_and_said():
         assert model._task(data)[1].combinations == ["unknown"]
 
 
+def test_a_loss_that_compares_cases_is_that_of_all_cases_whatever_the_pieces():
+    loss = keras.losses.Circle(gamma=2.0)
+    model = make_model("sigmoid", loss)
+    y = np.arange(15) % 3
+    with pytest.warns(UserWarning, match="compares cases, as `Circle`"):
+        data = model_data(model, inputs(), y)
+        sizes = {"curvature_batch_size": 6, "micro_batch_size": 4}
+        found = with_objective(model, data, lambda o: o.loss_and_gradient().loss, **sizes)
+    assert float(found) == pytest.approx(float(loss(y, model(inputs()))), rel=1e-12)
+
+
 def test_multi_output_losses_add_with_their_weights():
     x = keras.Input((2,))
     hidden = layers.Dense(3, "tanh")(x)

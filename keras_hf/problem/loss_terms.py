@@ -5,6 +5,7 @@ value on all cases follows from those on pieces only through that denominator.
 """
 
 import contextlib
+import inspect
 
 import keras
 import tensorflow as tf
@@ -13,6 +14,17 @@ from keras_hf.common import checks, keras_private
 from keras_hf.common.replaced import replaced
 
 _MEANS = ("sum_over_batch_size", "mean")
+
+
+def compares_cases(loss):
+    """Whether the value of a case depends on other cases, though there is one per case: Keras' `Circle`, which compares every case with all others.
+
+    Args:
+        loss: `keras.losses.Loss`. If it stands for the user's, as `compiled_model.checked` makes one, its `__wrapped__`, or that of its function, is
+            the user's.
+    """
+    loss = inspect.unwrap(loss)
+    return inspect.unwrap(getattr(loss, "fn", loss)) is keras.losses.circle
 
 
 class LossTerm:
@@ -58,6 +70,8 @@ class LossTerm:
         if values is None or values.shape.rank == 0 or values.shape[0] != self._y_pred.shape[0]:
             return "unknown"
         checks.sample_weight(self.name, self._sample_weight, values)
+        if compares_cases(self._loss):
+            return "unknown"
         if reduction == "sum":
             return "sum"
         is_masked = self._mask(values) is not None

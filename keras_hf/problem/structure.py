@@ -152,7 +152,11 @@ class Structure(NamedTuple):
             (self.batch_normalizations, "BatchNormalization", "use LayerNormalization"),
             (self.is_random, "random layers, such as Dropout", "leave them out"),
             (self.has_added_loss, "losses added in `call`", "add them to the outputs and the compiled loss"),
-            ("unknown" in self.combinations, "a loss of the whole batch", "use a loss with one value per case"),
+            (
+                "unknown" in self.combinations,
+                "a loss of the whole batch",
+                "use a loss with one value per case, of that case alone",
+            ),
             (self.is_float16 or "bfloat16" in self.float_types, "16-bit arithmetic", "use float64"),
             (self.unknown_axes, "axes of unknown length", "give the input its shape"),
         )

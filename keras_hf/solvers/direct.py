@@ -47,7 +47,8 @@ class DirectSolver(Solver):
 
     Raises:
         ValueError: If `acceleration` is not a bool; at the first update, for networks in which cases do not have outputs of their own
-            (BatchNormalization), which draw random numbers (Dropout), add losses in `call`, or compute in 16 bits.
+            (BatchNormalization), which draw random numbers (Dropout), add losses in `call`, or compute in 16 bits; and for losses without a value
+            per case (Dice) or whose values compare cases (Circle).
 
     References:
         Transtrum & Sethna (2012), *Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization*; Mueller & Zeinhofer
