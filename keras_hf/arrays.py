@@ -40,7 +40,48 @@ def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False):
         is_of_any_length: Whether TensorFlow is not told the number of cases. Another number then needs no other trace. Told, it makes smaller graphs:
             an update of an LSTM took half as long.
     """
-    arrays = x, y, sample_weight
+    batch = _whole(x, y, sample_weight)
+    batch = batch.map(_of_any_length) if is_of_any_length else batch
+    if seed is not None:
+
+        def permuted(*tensors):
+            places = batching.order(_num_cases(tensors), tf.convert_to_tensor(seed))
+            gather = lambda t: None if t is None else tf.ensure_shape(tf.gather(t, places), t.shape)  # noqa: E731
+            return keras.tree.map_structure(gather, tensors)
+
+        batch = batch.map(permuted).cache()
+    return batch.repeat(times)
+
+
+def in_batches(x, y, sample_weight, num_batches, is_shuffled):
+    """Gives arrays as a dataset of so many batches, whose sizes differ by at most one case: Keras makes all of one size, but for the last.
+
+    Args:
+        x: Nest of arrays.
+        y: Nest of arrays, or `None`.
+        sample_weight: Nest of arrays, or `None`.
+        num_batches: Integer, at most the number of cases.
+        is_shuffled: Whether every epoch has the cases in another random order.
+    """
+
+    def cut(*tensors):
+        num_cases = tf.cast(_num_cases(tensors), tf.int64)
+        places = tf.random.shuffle(tf.range(num_cases)) if is_shuffled else tf.range(num_cases)
+
+        def batch(number):
+            start, stop = number * num_cases // num_batches, (number + 1) * num_cases // num_batches
+            gather = lambda t: None if t is None else tf.gather(t, places[start:stop])  # noqa: E731
+            return keras.tree.map_structure(gather, tensors)
+
+        return tf.data.Dataset.range(num_batches).map(batch)
+
+    batches = _whole(x, y, sample_weight).flat_map(cut)
+    # Keras ends an epoch by it.
+    return batches.apply(tf.data.experimental.assert_cardinality(num_batches))
+
+
+def _whole(*arrays):
+    """Gives `(x, y, sample_weight)` as a dataset of one batch of all cases."""
 
     def tensor(array):
         array = array if isinstance(array, tf.Tensor) else np.asarray(array)
@@ -49,19 +90,13 @@ def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False):
 
     while arrays[-1] is None:
         arrays = arrays[:-1]
-    tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), tuple(arrays))
+    tensors = keras.tree.map_structure(lambda array: None if array is None else tensor(array), arrays)
     # tf.data would pack a list into one tensor.
-    batch = tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors))
-    batch = batch.map(_of_any_length) if is_of_any_length else batch
-    if seed is not None:
+    return tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors))
 
-        def permuted(*tensors):
-            places = batching.order(tf.shape(keras.tree.flatten(tensors[0])[0])[0], tf.convert_to_tensor(seed))
-            gather = lambda t: None if t is None else tf.ensure_shape(tf.gather(t, places), t.shape)  # noqa: E731
-            return keras.tree.map_structure(gather, tensors)
 
-        batch = batch.map(permuted).cache()
-    return batch.repeat(times)
+def _num_cases(tensors):
+    return tf.shape(next(t for t in keras.tree.flatten(tensors[0]) if t is not None))[0]
 
 
 def _of_any_length(*arrays):

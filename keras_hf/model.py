@@ -235,8 +235,8 @@ class HFModel(HFTrainer):
     ):
         """Trains the network. Arguments are those of `keras.Model.fit`, except for these.
 
-        - `batch_size`: number of cases per batch; for arrays, `None` means all of them, or as many as make `steps_per_epoch` batches. If one batch
-          holds all cases, an epoch makes `steps_per_epoch` updates on it.
+        - `batch_size`: number of cases per batch; for arrays, `None` means all of them, or `steps_per_epoch` batches whose sizes differ by at most
+          one case. If one batch holds all cases, an epoch makes `steps_per_epoch` updates on it.
         - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not again in every epoch.
         - `validation_batch_size`: defaults to 32 if one batch holds all cases.
         - `callbacks`: include a `DampingCallback`, such as `LevenbergMarquardt()`. It is called before the others, so that they save the damping of
@@ -269,6 +269,7 @@ class HFModel(HFTrainer):
             if validation_split and validation_data is None:
                 # As in Keras, the last cases are for validation.
                 num_cases = checks.split(num_cases, validation_split)
+            is_by_steps = batch_size is None and steps_per_epoch is not None
             if batch_size is None:
                 batch_size = max(1, math.ceil(num_cases / (steps_per_epoch or 1)))
             most_cases = min(batch_size, num_cases)
@@ -291,6 +292,15 @@ class HFModel(HFTrainer):
                 is_of_any_length = self._growing_batch is not None
                 x = arrays.repeated(x, y, sample_weight, seed, times, is_of_any_length)
                 y = sample_weight = batch_size = None
+            elif is_by_steps and num_cases % steps_per_epoch and num_cases > steps_per_epoch:
+                # Batches of one size would be fewer: 1,020 cases make 93 batches of 11.
+                validation_batch_size = validation_batch_size or batch_size
+                if validation_split and validation_data is None:
+                    x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
+                    validation_split = 0.0
+                x = arrays.in_batches(x, y, sample_weight, steps_per_epoch, is_shuffled=bool(shuffle))
+                y = sample_weight = batch_size = steps_per_epoch = None
+                shuffle = False
         elif isinstance(x, tf.data.Dataset):
             shuffle = False  # Keras ignores True and warns about its own default.
         if source is not None:

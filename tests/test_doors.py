@@ -406,6 +406,22 @@ def test_steps_per_epoch_are_updates_on_the_one_batch_that_holds_all_cases():
         assert int(model.optimizer.iterations) == 6
 
 
+@pytest.mark.filterwarnings("ignore:An update on 3 cases")
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_steps_per_epoch_are_updates_where_they_do_not_divide_the_cases(steps_per_execution):
+    model = HFModel(network())
+    optimizer = HessianFree(
+        solver=ConjugateGradient(preconditioner=Identity(), max_iterations=2), growing_batch=None, seed=0
+    )
+    model.compile(optimizer, "mse", steps_per_execution=steps_per_execution)
+    counts = []
+    count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: counts.append(int(optimizer.iterations)))
+    # 61 cases are left for training. Keras' warning that the data ran out would be an error.
+    arguments = {"validation_split": 0.1, "steps_per_epoch": 20, "epochs": 2}
+    fit(model, *cases(68), **arguments, callbacks=[ConstantDamping(), count])
+    assert counts == [20, 40]
+
+
 def test_a_check_of_products_leaves_weights_that_violate_a_constraint(capsys):
     dense = layers.Dense(3, kernel_constraint="non_neg")
     model = compiled(network(dense))

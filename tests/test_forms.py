@@ -10,7 +10,7 @@ from keras import layers
 from problems import hessian_free, loss_derivatives, model_data, with_objective
 
 from keras_hf import DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, HFModel, Identity, LevenbergMarquardt
-from keras_hf.arrays import repeated
+from keras_hf.arrays import in_batches, repeated
 from keras_hf.problem import batching, structure
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -317,6 +317,20 @@ def test_lists_of_arrays_stay_apart():
     x, y, weight = next(iter(repeated([X, X[:, :1], [X]], [Y], WEIGHT, None)))
     assert keras.tree.map_structure(lambda leaf: tuple(leaf.shape), x) == ((24, 2), (24, 1), ((24, 2),))
     assert [tuple(leaf.shape) for leaf in y] == [(24, 3)] and weight.shape == (24,)
+
+
+@pytest.mark.parametrize("is_shuffled", [True, False])
+def test_batches_of_near_equal_size_have_every_case_once_an_epoch(is_shuffled):
+    places = np.arange(11)
+    batches = in_batches({"a": places, "none": None}, [places, 2.0 * places], None, 4, is_shuffled)
+    epochs = [list(batches) for _ in range(2)]
+    orders = [np.concatenate([x["a"] for x, _ in epoch]) for epoch in epochs]
+    for epoch, order in zip(epochs, orders, strict=True):
+        assert [len(x["a"]) for x, _ in epoch] == [2, 3, 3, 3]
+        assert sorted(order) == list(places)
+        np.testing.assert_array_equal(np.concatenate([y[1] for _, y in epoch]), 2 * order)
+    assert batches.cardinality() == 4
+    assert (list(orders[0]) == list(orders[1]) == list(places)) == (not is_shuffled)
 
 
 @pytest.mark.slow
