@@ -215,6 +215,10 @@ class HFTrainer(keras.Model):
             self._advice.no_curvature()
         if "unknown" in structure.combinations:
             self._advice.unknown_combination()
+        if isinstance(self.solver, DirectSolver):
+            self._advice.exact_solver_in_float32(
+                {variable.dtype for variable in task.weights} | {keras.config.floatx()}
+            )
         return task, structure, choice
 
     def _whole_loss(self, data, y_pred):

@@ -43,6 +43,14 @@ def test_the_line_that_is_shown_is_the_models():
     assert record[0].filename == __file__
 
 
+def test_an_exact_solver_in_float64_alone_needs_no_advice(advice, silence):
+    advice.exact_solver_in_float32({"float64"})
+    with pytest.warns(
+        UserWarning, match="Received: weights and losses of float32, float64. Before the network is made"
+    ):
+        advice.exact_solver_in_float32({"float64", "float32"})
+
+
 @pytest.mark.parametrize(
     ("source", "cure"),
     [("arrays", "Raise `batch_size`"), ("dataset", "Batch the dataset by more cases"), ("batches", "Hand over more")],

@@ -266,6 +266,7 @@ def test_fit_again_on_another_number_of_cases(float64):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`DirectSolver` is for fits to many digits")
 def test_a_regularizer_that_is_not_convex_stops_no_run():
     model = small(kernel_regularizer=keras.regularizers.OrthogonalRegularizer(0.01, mode="columns"))
     x, y = X.astype("float32"), Y.astype("float32")
@@ -335,6 +336,24 @@ def test_networks_without_outputs_of_every_case_in_full_precision_are_refused(pa
     data = model_data(model, X.astype("float32"), Y.astype("float32"))
     with pytest.raises(ValueError, match=f"`DirectSolver` needs the derivative of every case's own outputs.*{message}"):
         with_objective(model, data, lambda objective: objective.start_vector)
+
+
+@pytest.mark.parametrize("policy", ["float32", "float64"])
+def test_numbers_of_float32_in_the_network_or_the_loss_are_said_once(policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = compiled(
+            keras.Sequential([keras.Input((2,)), layers.Dense(1)]), optimizer=HessianFree(solver=DirectSolver())
+        )
+        with pytest.warns(
+            UserWarning, match=r'accuracy of about 1e-4. Received.*float32.*set_floatx\("float64"\)'
+        ) as record:
+            for _ in range(2):
+                model.fit(X, Y, verbose=0, callbacks=[LevenbergMarquardt()])
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert sum("1e-4" in str(warning.message) for warning in record) == 1
 
 
 def of_all(y, y_pred):
