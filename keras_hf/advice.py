@@ -1,13 +1,14 @@
-"""Warnings that a user can act on, each once. It is handed logs, numbers and names, and knows no model."""
+"""Warnings that a user can act on, each given once. This room receives logs, numbers and names; it knows no model."""
 
 import math
 import warnings
 
 # Below this many cases an update's curvature is mostly noise.
 _SMALL_BATCH = 256
-# Mean squares of residuals at other points over those trained on; about 1 where points are many enough (docs/physics-informed.md).
+# Mean square of the residuals at other points, relative to that at the training points. It is about 1 where there are enough points
+# (docs/physics-informed.md).
 _SPURIOUS = 100.0
-# Rejected updates in a row that are worth a word: a damping that starts far too small is right after fewer.
+# Rejected updates in a row that call for a warning: a damping that starts far too small is large enough after fewer.
 _MANY_REJECTIONS = 30
 _NO_CURVATURE = {
     "mean_absolute_error": "keras.losses.Huber() or LogCosh()",
@@ -17,7 +18,7 @@ _NO_CURVATURE = {
 }
 # Both are needed: losses follow the second.
 _FLOAT64 = '`keras.config.set_dtype_policy("float64")` and `keras.config.set_floatx("float64")`'
-# The cure for small batches and small remainders, by how the cases came.
+# Cures for small batches and small remainders, by how the cases come.
 _LARGER_BATCHES = {
     "arrays": "Raise `batch_size`, or leave it out to take all cases.",
     "dataset": "Batch the dataset by more cases: `dataset.unbatch().batch(1000)`.",
@@ -31,7 +32,7 @@ _NO_REMAINDER = {
 
 
 class Advice:
-    """What one model's user was warned of, and what the next warning depends on."""
+    """The warnings already given to the user of one model, and what the next ones depend on."""
 
     def __init__(self):
         self._given = set()
@@ -39,7 +40,7 @@ class Advice:
         self._num_rejected = 0
 
     def warn_once(self, key, message):
-        """Warns with `message`, unless a warning of this `key` was given before. To be called from a method that the model calls."""
+        """Warns with `message`, unless a warning with this `key` was given before. Call it from a method that the model calls: see `stacklevel`."""
         if key not in self._given:
             self._given.add(key)
             warnings.warn(message, stacklevel=3)
@@ -47,11 +48,11 @@ class Advice:
     # Before the first update.
 
     def cases_come_as(self, source):
-        """Notes at the start of `fit` how cases come: "arrays", "dataset", "batches", or `None` where one batch holds all of them."""
+        """Records at the start of `fit` how cases come: as "arrays", "dataset" or "batches"; `None` if one batch holds all of them."""
         self._source, self._largest_batch = source, 0
 
     def no_damping_rule(self):
-        """`fit` runs without a damping callback."""
+        """Warns that `fit` runs without a damping callback."""
         self.warn_once(
             "damping",
             "`fit` without a damping callback keeps the damping constant. Add `callbacks=[keras_hf.LevenbergMarquardt()]`, or "
@@ -59,7 +60,7 @@ class Advice:
         )
 
     def loss_of_gauss_newton(self, name):
-        """Looks whether the loss of this name has curvature, where products are to be of the Gauss-Newton matrix."""
+        """Warns if the loss of this name has no curvature. For models that use the Gauss-Newton matrix."""
         if name in _NO_CURVATURE:
             self.warn_once(
                 f"curvature of {name}",
@@ -68,7 +69,7 @@ class Advice:
             )
 
     def no_curvature(self):
-        """The traced loss has no second derivative in what the Gauss-Newton matrix is cut at."""
+        """Warns that the traced loss has no second derivative with respect to the tensors at which it is cut from the network."""
         self.warn_once(
             "curvature",
             "The loss has no second derivative in the network's outputs: every product is zero and the update a scaled gradient step. "
@@ -76,7 +77,7 @@ class Advice:
         )
 
     def unknown_combination(self):
-        """The values of the loss on pieces cannot be put together."""
+        """Warns that the loss of a batch does not follow from the losses of its pieces."""
         self.warn_once(
             "combination",
             "The loss of a batch cannot be put together from parts of it (the loss function gives one number or compares cases, as `Circle` "
@@ -85,7 +86,7 @@ class Advice:
         )
 
     def exact_solver_in_float32(self, dtypes):
-        """Looks at the types, a set of strings, in which an exact solver's network and loss compute."""
+        """Warns if the network or the loss of an exact solver computes in another type than float64; `dtypes` is a set of their names."""
         # Relative errors of sin(10 x) / (10 x) fitted by 61 weights: 4e-5 and 1e-4 in float32, 5e-8 with only the loss in float32, 1e-9 in float64.
         if dtypes != {"float64"}:
             self.warn_once(
@@ -96,7 +97,7 @@ class Advice:
             )
 
     def changed_weights(self, paths):
-        """Looks at the paths of the weights that are trainable now and were not at `compile`, or the other way round."""
+        """Warns if there are paths of weights that are trainable now but were not at `compile`, or were and are not now."""
         if paths:
             self.warn_once(
                 f"changed weights {paths}",
@@ -107,13 +108,13 @@ class Advice:
     # After an update.
 
     def small_batch(self, logs, initial_size=None):
-        """Looks whether the update had too few cases, `initial_size` being those that a growing part of the batch begins with."""
+        """Warns if the update had too few cases; `initial_size` is the number that a growing batch starts with."""
         if self._source is None or "small batch" in self._given:
             return
         num_cases = int(logs["num_cases"])
         is_remainder = num_cases < self._largest_batch
         self._largest_batch = max(num_cases, self._largest_batch)
-        # A part that starts small is small on purpose.
+        # A growing batch that starts small does so on purpose.
         if num_cases >= min(_SMALL_BATCH, initial_size or _SMALL_BATCH):
             return
         what = f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. "
@@ -123,13 +124,13 @@ class Advice:
             self.warn_once("remainder", f"{what}Others held up to {self._largest_batch}. {_NO_REMAINDER[self._source]}")
 
     def negative_curvature(self, logs, rounding):
-        """Looks whether CG met negative curvature of a Gauss-Newton matrix, which of a convex loss has none.
+        """Warns if CG met negative curvature of a Gauss-Newton matrix. With a convex loss there is none.
 
         Args:
             logs: Dict, the logs of the update.
-            rounding: Float, the rounding error of the curvature along a vector of norm 1.
+            rounding: Float, the rounding error of the curvature along a unit vector.
         """
-        # CG met undamped curvature below `-damping`. If that is within rounding, the loss may be convex.
+        # The undamped curvature that CG met is below `-damping`. If that is within rounding, the loss may be convex.
         if int(logs.get("negative_curvature", 0)) and float(logs["damping"]) > rounding:
             self.warn_once(
                 "negative curvature",
@@ -139,7 +140,7 @@ class Advice:
             )
 
     def spurious_solution(self, history):
-        """Looks whether residuals of a physics-informed network are far larger at points that were not trained on.
+        """Warns if the residuals of a physics-informed network are far larger at points that it was not trained on.
 
         Args:
             history: Dict of lists, `History.history` of a `fit` with `validation_data`.
@@ -156,13 +157,13 @@ class Advice:
             )
 
     def no_progress(self, logs, num_nonfinite, num_updates, dtype):
-        """Looks why the step was rejected, if it was.
+        """Warns of the reason if the step was rejected.
 
         Args:
             logs: Dict, the logs of the update.
-            num_nonfinite: Integer, its cases with numbers that are not finite.
-            num_updates: Integer, the updates so far, this one among them.
-            dtype: String, the type that the network computes in.
+            num_nonfinite: Integer, the number of cases with numbers that are not finite.
+            num_updates: Integer, the number of updates so far, including this one.
+            dtype: String, the type in which the network computes.
         """
         self._num_rejected = 0 if float(logs["step_size"]) > 0 else self._num_rejected + 1
         if not self._num_rejected:

@@ -1,4 +1,4 @@
-"""Checks of user input. Errors state the rule, what was received, and the cure. Imports nothing from the package."""
+"""Checks of user input. Errors state the rule, what was received, and the cure. This room imports nothing from the package."""
 
 import math
 import numbers
@@ -22,7 +22,7 @@ def finite(name, value, minimum=None, maximum=None):
 
 
 def current_damping(value, is_to_be_found):
-    """Raises if the assigned damping is not a finite number >= 0; NaN is allowed if the first update is to find the damping."""
+    """Raises if the assigned damping is not a finite number >= 0. NaN is allowed if the first update is to find the damping."""
     if not (math.isfinite(value) and value >= 0) and not (math.isnan(value) and is_to_be_found):
         raise ValueError(
             f"The damping must be a finite number >= 0. Received: optimizer.damping={value}, which a callback or your code has assigned. "
@@ -66,7 +66,7 @@ def _is_integer(value):
 
 
 def part(name, value, base, example):
-    """Returns `value`, or raises if it is not an instance of `base`: parts are objects, not names of objects."""
+    """Returns `value`, or raises if it is not an instance of `base`. Parts are objects, not names of objects."""
     if not isinstance(value, base):
         raise TypeError(
             f"`{name}` must be a `{base.__name__}` object, such as `{example}`. Received: {name}={value!r}."
@@ -75,7 +75,7 @@ def part(name, value, base, example):
 
 
 def all_cases(solver, growing_batch, curvature_batch_size):
-    """Raises if a solver that uses all cases in every update is to use a part of them."""
+    """Raises if a solver that uses all cases in every update is combined with a setting that uses only some of them."""
     for name, value in {"growing_batch": growing_batch, "curvature_batch_size": curvature_batch_size}.items():
         if value is not None:
             raise ValueError(
@@ -84,7 +84,7 @@ def all_cases(solver, growing_batch, curvature_batch_size):
 
 
 def num_cases(x, y=None, sample_weight=None):
-    """Returns the number of cases in nests of arrays, or raises if it is 0, or not the same in all arrays."""
+    """Returns the number of cases in nests of arrays, or raises if it is 0 or differs between arrays."""
     found = {}
     for name, arrays in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         leaves = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
@@ -108,7 +108,7 @@ def num_cases(x, y=None, sample_weight=None):
 
 
 def split(num_cases, validation_split):
-    """Returns how many cases `validation_split` leaves for training, or raises if none are left for training or for validation."""
+    """Returns the number of cases that `validation_split` leaves for training, or raises if none are left for training or for validation."""
     num_training = math.floor(num_cases * (1.0 - validation_split))
     if not 0 < num_training < num_cases:
         raise ValueError(
@@ -119,7 +119,7 @@ def split(num_cases, validation_split):
 
 
 def equal_lengths(x, y=None, sample_weight=None):
-    """Raises if `y` or `sample_weight` do not have as many cases as `x`; if shapes are not known yet, by the operations that it returns."""
+    """Raises if `y` or `sample_weight` do not have as many cases as `x`. Where shapes are not known yet, the returned operations check them."""
     first, *others = [
         (name, leaf)
         for name, leaves in (("x", x), ("y", y), ("sample_weight", sample_weight))
@@ -141,7 +141,7 @@ def equal_lengths(x, y=None, sample_weight=None):
 
 
 def trainable_weights(variables):
-    """Raises if a trainable weight is not a real floating-point number: an update could not change it, or only by rounding."""
+    """Raises if a trainable weight is not a real floating-point number. An update could not change it, or only by rounding."""
     for variable in variables:
         dtype = keras.backend.standardize_dtype(variable.dtype)
         if not keras.backend.is_float_dtype(dtype):
@@ -152,7 +152,7 @@ def trainable_weights(variables):
 
 
 def weights_of_optimizer(known, variables):
-    """Raises if an optimizer that was built for the weights `known` is to train others: its state refers to those, weight by weight."""
+    """Raises if an optimizer that was built for the weights `known` is to train other weights. Its state belongs to `known`, weight by weight."""
     if [id(variable) for variable in known] == [id(variable) for variable in variables]:
         return
     names = lambda weights: _short([weight.path for weight in weights])  # noqa: E731
@@ -165,7 +165,7 @@ def weights_of_optimizer(known, variables):
 
 
 def has_loss(found):
-    """Raises if there is nothing to minimise."""
+    """Raises if no loss was `found` that could be minimised."""
     if not found:
         raise ValueError(
             "An update needs a loss to minimise. Received: `compile` without `loss`, and a network that adds none. Use `compile(loss=...)`, or "
@@ -174,7 +174,7 @@ def has_loss(found):
 
 
 def loss_has_second_derivative(name):
-    """Raises if the loss of this name has none that TensorFlow knows."""
+    """Raises if TensorFlow has no second derivative of the loss of this name."""
     if name == "ctc":
         raise ValueError(
             "The loss 'ctc' has no second derivative: TensorFlow computes its first one by a function of its own. Train with a loss per frame, "
@@ -193,7 +193,7 @@ def loss_values(name, values, y_pred):
     if not keras.backend.is_float_dtype(dtype):
         raise ValueError(f"{rule} Received: a tensor of dtype {dtype}, through which no gradient flows.")
     if isinstance(values, tf.Tensor) and values.shape.rank and values.shape[0] is None and y_pred.shape[0] is None:
-        # Pieces of a batch are combined by their numbers of cases. A known length that differs (a value per class, say) is detected later.
+        # Pieces of a batch are combined by their numbers of cases. If both lengths are known, a difference (a value per class, say) is found later.
         tf.debugging.assert_equal(
             tf.shape(values)[0],
             tf.shape(y_pred)[0],
@@ -203,12 +203,12 @@ def loss_values(name, values, y_pred):
 
 
 def sample_weight(name, weight, values):
-    """Raises if sample weights do not fit the values of a loss: Keras would broadcast them.
+    """Raises if sample weights do not fit the values of a loss. Keras would broadcast them.
 
     Args:
         name: Name of the loss.
         weight: Tensor of the weights, or `None`.
-        values: Tensor of the loss values, at least one per case.
+        values: Tensor of the values of the loss, at least one per case.
     """
     if weight is None or not values.shape.rank:
         return

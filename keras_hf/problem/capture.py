@@ -1,11 +1,11 @@
-"""Squared gradients of single cases, from layer inputs and pre-activation gradients where a layer's form allows, else case by case.
+"""Squared per-case gradients, from layer inputs and pre-activation gradients where the form of a layer allows, else case by case.
 
-For a Dense layer on vectors the gradient of case i is `a_i d_i'`, a its input and d the gradient in its pre-activation, so that the sum of squares
-is `(a^2)'(d^2)`: no case's gradient is ever formed (Martens' released code; Goodfellow 2015, *Efficient per-example gradient computations*).
-Where weights are shared within a case (Dense on sequences, convolutions, a layer called twice), the places of a case are summed before squaring,
-a block of cases at a time. An Embedding is a Dense layer on one-hot inputs: only the rows of a case's tokens are summed. Any other weight takes its
-gradients case by case, vectorised over a block, or an unbiased estimate from blocks of cases with random signs (Bekas, Kokiopoulou & Saad 2007)
-where TensorFlow cannot vectorise.
+For a Dense layer on vectors the gradient of case i is `a_i d_i'`, where a is the layer's input and d the gradient with respect to its
+pre-activation. The sum of squares over cases is therefore `(a^2)'(d^2)`, and no per-case gradient is ever formed (Martens' released code; Goodfellow
+2015, *Efficient per-example gradient computations*). Where weights are shared within a case (Dense on sequences, convolutions, a layer called twice),
+the contributions of all positions (`places` in the code) are summed before squaring, one block of cases at a time. An Embedding is a Dense layer on
+one-hot inputs: only the rows of the case's tokens are summed. For any other weight the gradients are computed case by case, vectorised over a block.
+Where TensorFlow cannot vectorise, their squares are estimated without bias from blocks of cases with random signs (Bekas, Kokiopoulou & Saad 2007).
 """
 
 import contextlib
@@ -19,10 +19,11 @@ import tensorflow as tf
 from keras_hf.common.replaced import replaced
 from keras_hf.problem.linearization import dense
 
-# Floats in the largest temporary of a block of cases.
+# Number of floats in the largest temporary tensor of a block of cases.
 _BLOCK_FLOATS = 2**22
 
-# Blocks of cases with random signs: the estimate's standard deviation is about a fifth of itself, little beside the exponent of the preconditioner.
+# Number of blocks of cases with random signs. The standard deviation of the estimate is about a fifth of its value, which matters little under the
+# exponent of the preconditioner.
 _SIGNED_BLOCKS = 32
 
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -36,8 +37,8 @@ class _Use:
 
 
 def is_capturable(layer):
-    """Whether the layer's squared gradients follow from its inputs and pre-activation gradients."""
-    # Subclasses may compute anything; adapters (LoRA) and quantized kernels are not the kernel itself.
+    """Whether the squared gradients of a layer follow from its inputs and pre-activation gradients."""
+    # A subclass may compute anything. With an adapter (LoRA) or quantization, the layer multiplies with something other than its kernel.
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return False
     if type(layer) is keras.layers.EinsumDense:
@@ -48,12 +49,12 @@ def is_capturable(layer):
 
 
 def has_tokens(layer):
-    """Whether a capturable layer's inputs are indices of one-hot vectors."""
+    """Whether the inputs of a capturable layer are indices, which stand for one-hot vectors."""
     return type(layer) is keras.layers.Embedding
 
 
 def kernel_and_bias(layer):
-    """Returns the weights of a capturable layer that is built: a list of its kernel and, if it has one, its bias."""
+    """Returns the weights of a capturable, built layer: a list of its kernel and, if there is one, its bias."""
     kernel, bias = layer.embeddings if has_tokens(layer) else layer.kernel, getattr(layer, "bias", None)
     return [kernel] if bias is None else [kernel, bias]
 
@@ -66,10 +67,10 @@ def matrix_shape(layer):
 
 
 def _num_summed_axes(layer):
-    """Counts the axes that an EinsumDense sums over, if it is a Dense layer but for its shapes; else 0.
+    """Returns the number of axes that an EinsumDense sums over, if it is a Dense layer in all but its shapes; else 0.
 
-    Such are places and then features in inputs and outputs alike, features of the input and then of the output in the kernel, and no bias or one
-    number for every feature of the output: "abc,cde->abde" with `bias_axes="de"`.
+    It is one if inputs and outputs have axes of positions followed by axes of features, if the kernel has the features of the input followed by those
+    of the output, and if there is no bias or one number per feature of the output: "abc,cde->abde" with `bias_axes="de"`.
     """
     inputs, kernel, outputs = re.split(",|->", layer.equation.replace("...", "."))
     for number in range(1, len(kernel)):
@@ -86,11 +87,11 @@ def _are_distinct(letters):
 
 @contextlib.contextmanager
 def recorded_uses(layers, tape=None):
-    """Records the calls of `layers` while it is open, in the dict from layer to list of uses that it gives.
+    """Context that records the calls of `layers`. It gives a dict from each layer to the list of its uses.
 
     Args:
-        layers: List of `keras.Layer`, see `is_capturable`.
-        tape: `tf.GradientTape` to watch the pre-activations, or `None`.
+        layers: List of `keras.Layer`; see `is_capturable`.
+        tape: `tf.GradientTape` that is to watch the pre-activations, or `None`.
     """
     uses = {layer: [] for layer in layers}
 
@@ -122,7 +123,7 @@ def recorded_uses(layers, tape=None):
 
 @contextlib.contextmanager
 def constant_statistics(layers):
-    """Makes these BatchNormalization layers use their moving statistics, also in training mode, while it is open."""
+    """Context in which these BatchNormalization layers use their moving statistics in training mode, too."""
 
     def call(layer):
         original = layer.call
@@ -134,9 +135,9 @@ def constant_statistics(layers):
 
 @contextlib.contextmanager
 def own_statistics(layers):
-    """Makes these BatchNormalization layers assign the statistics of their inputs, and no moving averages of them, while it is open.
+    """Context in which these BatchNormalization layers assign the statistics of their inputs instead of moving averages.
 
-    Of a layer that is called again, the mean over its calls, as moving averages tend to.
+    A layer that is called several times assigns the mean over its calls, which is what its moving averages tend to.
     """
 
     def call(layer):
@@ -149,19 +150,19 @@ def own_statistics(layers):
 
         return counted
 
-    momenta = [(layer, "momentum", layer.momentum) for layer in layers]  # put back as they are
+    momenta = [(layer, "momentum", layer.momentum) for layer in layers]  # to be restored
     with replaced(*momenta, *[(layer, "call", call(layer)) for layer in layers]):
         yield
 
 
 def squared_gradients(piece, layers, skipped=()):
-    """Sums over the cases of a piece the squared gradients of each case's share of the compiled loss.
+    """Returns the sum over the cases of a piece of the squared gradient of each case's share of the compiled loss.
 
-    Cost: a forward and a backward pass and, per captured layer, about one more weight gradient; for other layers about another gradient.
+    Cost: one forward and one backward pass, about one more weight gradient for each captured layer, and about one more gradient for all other layers.
 
     Args:
         piece: `piece.PieceFunction`.
-        layers: List of the layers to capture, see `is_capturable`; their weights must be read nowhere else.
+        layers: List of the layers to capture; see `is_capturable`. Their weights must not be read anywhere else.
         skipped: List of layers whose weights get zeros, at no cost.
 
     Returns:
@@ -188,16 +189,16 @@ def squared_gradients(piece, layers, skipped=()):
 
 
 def at_least_float32(tensor):
-    """Squares of 16-bit numbers would fall out of their range."""
+    """Returns a tensor of 16-bit numbers as float32, since their squares would leave their range; other tensors unchanged."""
     return tf.cast(tensor, tf.float32) if tensor.dtype.size == 2 else tensor
 
 
 def _layer_squares(layer, uses):
-    """Sums squared gradients over cases: the kernel's as (fan_in, units), the bias's as (units,).
+    """Returns the squared gradients summed over cases: of the kernel, (fan_in, units), and of the bias, (units,).
 
     Args:
         layer: Dense, EinsumDense or a convolution.
-        uses: List of what `_aligned` gives for every use.
+        uses: List of the results of `_aligned` for every use.
     """
     fan_in, units = matrix_shape(layer)
     if len(uses) == 1 and uses[0][1].shape[1:-1].num_elements() == 1 and type(layer) not in _CONVOLUTIONS:
@@ -227,10 +228,10 @@ def _layer_squares(layer, uses):
 
 
 def _embedding_squares(layer, uses):
-    """Sums squared gradients over cases: a list of the kernel's alone, (tokens, units); arguments as `_layer_squares`."""
+    """Returns the squared gradients of an Embedding summed over cases, a list of one tensor (tokens, units); arguments as in `_layer_squares`."""
     vocabulary, units = matrix_shape(layer)
     tokens, gradient = (tf.concat(parts, 1) for parts in zip(*uses, strict=True))
-    # A number for every token of every case.
+    # A separate number for each token of each case.
     ids = tokens + vocabulary * tf.range(tf.shape(tokens, tf.int64)[0])[:, None]
     ids, places = tf.unique(tf.reshape(ids, [-1]))
     of_token = tf.math.unsorted_segment_sum(tf.reshape(gradient, [-1, units]), places, tf.size(ids))
@@ -238,18 +239,19 @@ def _embedding_squares(layer, uses):
 
 
 def second_moments(layer, inputs, gradient):
-    """Sums aa' and dd' over the cases and places of one use of a layer: a is what a place sees, with a 1 appended for a bias, d its gradient.
+    """Returns the sums of aa' and dd' over the cases and positions of one use of a layer, and the number of these positions.
 
-    Places to which nothing comes back (`d = 0`: under a mask, say) do not count.
+    At each position a is the part of the input that the layer multiplies, with a 1 appended if there is a bias, and d is the gradient with respect to
+    the pre-activation. Positions with `d = 0`, such as those under a mask, do not count.
 
     Args:
-        layer: `keras.Layer`, see `is_capturable`.
+        layer: `keras.Layer`; see `is_capturable`.
         inputs: Tensor (cases, ...), the layer's input.
-        gradient: Tensor of the pre-activation's shape (cases, ...).
+        gradient: Tensor (cases, ...) of the shape of the pre-activation.
 
     Returns:
-        Tensors (fan_in, fan_in), with a bias (fan_in + 1, fan_in + 1), or of one-hot inputs, whose aa' is diagonal, its diagonal (fan_in,);
-        (units, units); and a scalar, the number of places.
+        The sum of aa', a tensor (fan_in, fan_in), or with a bias (fan_in + 1, fan_in + 1), or for one-hot inputs, where it is diagonal, its diagonal
+        (fan_in,); the sum of dd', (units, units); and a scalar, the number of positions.
     """
     inputs, gradient = _aligned(layer, inputs, at_least_float32(gradient))
     fan_in, units = matrix_shape(layer)
@@ -285,15 +287,15 @@ def second_moments(layer, inputs, gradient):
 
 
 def _aligned(layer, inputs, gradient):
-    """Brings the input of a use and the gradient in its pre-activation into the gradient's dtype, and into one shape for all layers of a kind.
+    """Returns the input of a use and the gradient with respect to its pre-activation, in the gradient's dtype, in one shape per kind of layer.
 
     Returns:
-        Tensors (cases, places, fan_in), tokens (cases, places) or, of a convolution, (cases, ..., channels); and (cases, places, units) or, of a
-        convolution, (cases, ..., units).
+        The input, a tensor (cases, places, fan_in), for tokens (cases, places), for a convolution (cases, ..., channels); and the gradient, a tensor
+        (cases, places, units), for a convolution (cases, ..., units).
     """
     fan_in, units = matrix_shape(layer)
     if has_tokens(layer):
-        # Indices below zero count from the end.
+        # Negative indices count from the end.
         tokens = tf.cast(inputs, tf.int64)[..., None] % fan_in
         return _by_place(tokens, 1, 1)[..., 0], _by_place(gradient, 1, units)
     inputs = tf.cast(inputs, gradient.dtype)
@@ -308,7 +310,7 @@ def _aligned(layer, inputs, gradient):
 
 
 def _by_place(tensor, num_features, size):
-    """Reshapes to (cases, places, size): the last `num_features` axes become one, and those between them and the first."""
+    """Reshapes to (cases, places, size): the last `num_features` axes become one axis, and so do those between them and the first."""
     last = tensor.shape.rank - num_features
     num_places = tensor.shape[1:last].num_elements()
     if num_places is None:
@@ -317,9 +319,9 @@ def _by_place(tensor, num_features, size):
 
 
 def _places(layer, inputs, output_shape):
-    """Gives what each place of the pre-activation sees of the input: (cases, taps, places, channels); a tap is an entry of a convolution's window.
+    """Returns the part of the input that each position of the pre-activation depends on: (cases, taps, places, channels).
 
-    Strided slices, one a tap: `tf.image.extract_patches` takes up to six times as long.
+    A tap is an entry of a convolution's window. There is one strided slice per tap: `tf.image.extract_patches` takes up to six times as long.
     """
     num_cases, channels = tf.shape(inputs)[0], inputs.shape[-1]
     if type(layer) not in _CONVOLUTIONS:
@@ -330,7 +332,7 @@ def _places(layer, inputs, output_shape):
         reach = [rate * (size - 1) for rate, size in zip(rates, sizes, strict=True)]
         if layer.padding == "causal":
             padding = [(width, 0) for width in reach]
-        else:  # TensorFlow's "same": as much as the last window needs, the odd one at the end
+        else:  # TensorFlow's "same": as much as the last window needs, and if that is odd, one more at the end
             lacking = [
                 tf.maximum((output - 1) * stride + width + 1 - tf.shape(inputs)[1 + axis], 0)
                 for axis, (output, stride, width) in enumerate(zip(outputs, strides, reach, strict=True))
@@ -349,7 +351,10 @@ def _places(layer, inputs, output_shape):
 
 
 def _case_by_case(piece, variables):
-    """Sums squared gradients over cases for any weights, by one vectorised gradient per case. Temporaries: a block of cases times the weights."""
+    """Returns the squared gradients of any weights summed over cases, by one vectorised gradient per case.
+
+    Memory: the gradients of one block of cases.
+    """
     num_weights = sum(variable.shape.num_elements() for variable in variables)
     largest = tf.maximum(tf.constant(num_weights, tf.int64), piece.floats_per_case)
     block = tf.cast(tf.maximum(_BLOCK_FLOATS // largest, 1), tf.int32)
@@ -372,9 +377,9 @@ def _case_by_case(piece, variables):
 
 
 def _in_signed_blocks(piece, variables):
-    """Estimates the sum over cases of squared gradients by squares of sums with random signs over blocks: exact where a block is one case.
+    """Estimates the squared gradients summed over cases: adds the gradients of a block with random signs and squares the sum.
 
-    Cost: one gradient of the piece, in 32 parts.
+    Exact if each block is one case. Cost: one gradient of the piece, in 32 parts.
     """
     block = tf.maximum((piece.num_cases + _SIGNED_BLOCKS - 1) // _SIGNED_BLOCKS, 1)
 
@@ -386,7 +391,7 @@ def _in_signed_blocks(piece, variables):
         with tf.GradientTape() as loss_tape:
             loss_tape.watch(outputs)
             share = cases.loss(evaluation)
-        # A case's gradient is what its own row of outputs pulls back.
+        # Pulling back a case's own row of the outputs' gradient gives the gradient of that case.
         pulls = [
             gradient * tf.cast(_spread(cases.signs(start), gradient), gradient.dtype)
             for gradient in dense(loss_tape.gradient(share, outputs), outputs)

@@ -125,7 +125,7 @@ class GaussNewton(_ThroughOutputs):
             hessian = loss_hessian(lambda: piece.loss(evaluation), outputs)
             if not piece.hessian_is_diagonal:
                 return hessian
-            # Once, instead of a dozen operations on the outputs in every product.
+            # Computed once: every product would need a dozen operations on the outputs.
             diagonal = hessian([tf.ones_like(output) for output in outputs])
             return lambda u: [d * entry for d, entry in zip(diagonal, u, strict=True)]
 
@@ -153,7 +153,7 @@ class EmpiricalFisher(_ThroughOutputs):
 
     def _through_outputs(self, piece):
         apart = piece.cases_apart()
-        # The piece's loss is the sum of its cases' shares, gradients `g_i / all_cases`: products of two of these lack that factor once.
+        # The piece's loss is the sum of its cases' shares, whose gradients are `g_i / all_cases`: the product of two has that factor once too often.
         scale = piece.all_cases / piece.loss_scale
 
         def hessian_at(outputs, evaluation):
@@ -176,8 +176,8 @@ class EmpiricalFisher(_ThroughOutputs):
 class Hessian(Curvature):
     """The Hessian itself, by Pearlmutter's exact products.
 
-    The Hessian is indefinite away from a minimum: CG stops where it meets negative curvature, and the logs report it. Gauss-Newton works better in
-    practice; this class is for comparison, and for networks where the curvature of the outputs matters. Cost of a product: about two gradients.
+    The Hessian is indefinite away from a minimum. CG stops where it meets negative curvature, and the logs report it. Gauss-Newton works better in
+    practice; this class is for comparison, and for networks in which the curvature of the outputs matters. Cost of a product: about two gradients.
 
     Args:
         linearization: See `Curvature`.
@@ -195,12 +195,12 @@ class FiniteDifferenceHessian(Curvature):
     """The Hessian by differences of gradients: `Hv = (g(w + h v) - g(w - h v)) / 2h` with `h = eps^(1/3) / norm(v)`.
 
     `Hessian` costs the same and is exact. This class is for comparison, and for networks without a second derivative in TensorFlow. The weights move
-    by `eps^(1/3)`, where eps is the roundoff of their float type; there truncation (of the order of h^2) and rounding (of eps / h) balance. The
-    distance is not proportional to the norm of the weights, as is usual, because units saturate by the absolute change of their inputs. On the deep
-    autoencoders of `examples/autoencoder.py`, in float32, the relative error of a product was below 4e-4 along the gradient and below 1e-2 along
-    random vectors; with steps proportional to `1 + norm(w)` it was up to 0.7 along the gradient. Along a vector of nearly no curvature, the result
-    may be rounding error only. Networks that compute in 16 bits are refused. Regularizers enter with their exact second derivative. Cost of a
-    product: two gradients.
+    by `eps^(1/3)`, where eps is the machine epsilon of their float type. At this distance the error of truncation, of the order of h^2, balances that
+    of rounding, of the order of eps / h. The distance is usually chosen proportional to the norm of the weights. Here it is not, because units
+    saturate by the absolute change of their inputs. On the deep autoencoders of `examples/autoencoder.py`, in float32, the relative error of a
+    product was below 4e-4 along the gradient and below 1e-2 along random vectors; with steps proportional to `1 + norm(w)` it was up to 0.7 along the
+    gradient. Along a vector with almost no curvature, the result may be rounding error alone. Networks that compute in 16 bits are refused.
+    Regularizers enter with their exact second derivative. Cost of a product: two gradients.
 
     References:
         Martens (2010), talk on *Deep learning via Hessian-free optimization*, on finite differences; Nocedal & Wright (2006), *Numerical
@@ -222,7 +222,7 @@ class FiniteDifferenceHessian(Curvature):
     def linearize(self, piece):
         weights = [tf.convert_to_tensor(variable) for variable in piece.variables]
         roundoff = max(float(np.finfo(weight.dtype.as_numpy_dtype).eps) for weight in weights)
-        distance = tf.constant(roundoff ** (1 / 3), tf.float64)  # Moved by the weights, whatever the length of v.
+        distance = tf.constant(roundoff ** (1 / 3), tf.float64)  # How far the weights move, whatever the length of v.
 
         def product(v):
             length = tf.sqrt(inner_product(v, v))
@@ -273,7 +273,7 @@ def loss_hessian(loss, outputs):
             inner.watch(outputs)
             value = loss()
         gradients = inner.gradient(value, outputs)
-    # None: the loss is linear in that output.
+    # `None` where the loss is linear in that output.
     curved = [(gradient, i) for i, gradient in enumerate(gradients) if gradient is not None]
     first = [gradient for gradient, _ in curved]
 

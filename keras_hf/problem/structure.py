@@ -1,6 +1,6 @@
-"""What one trace of the network tells before the first update: where to cut it, what it is made of, what it changes, how large it is.
+"""Facts about the network from one trace before the first update: where to cut it, which operations it has, which states it changes, its memory.
 
-The trace is a scratch graph, never run.
+The trace is a scratch graph that is never run.
 """
 
 import collections
@@ -15,31 +15,31 @@ import tensorflow as tf
 from keras_hf.common.keras_private import logits as logits_of
 from keras_hf.problem.capture import is_capturable, recorded_uses
 
-# Bytes that a kept linearization holds for one byte that the forward pass and the loss compute: 1.6 to 1.8 measured on dense autoencoders.
+# Bytes that a kept linearization holds per byte that the forward pass and the loss compute: 1.6 to 1.8 were measured on dense autoencoders.
 _KEPT_PER_BYTE = 2
-# The same for the body of a loop, whose derivatives are loops that hand on by lists: 3.1 to 4.8 measured on LSTM, GRU and SimpleRNN.
+# The same for the body of a loop. Its derivatives are loops, too, which pass values by lists: 3.1 to 4.8 were measured on LSTM, GRU and SimpleRNN.
 _KEPT_PER_BYTE_OF_LOOP = 4
-# Memory in bytes for the kept piece, from which `micro_batch_size=None` picks the size.
+# Memory in bytes for the kept piece, from which `micro_batch_size=None` derives the number of cases.
 _PIECE_MEMORY = 2 * 2**30
-# An int32 still, and so are two.
+# Twice this number is still an int32.
 _MOST_CASES = 2**30
 
-# A tf.Variable captured by a nested function, loop or branch has no tangent in `tf.autodiff.ForwardAccumulator`'s graph mode, and nothing says so.
+# In graph mode, `tf.autodiff.ForwardAccumulator` silently loses the tangent of a tf.Variable that a nested function, loop or branch captures.
 _NESTING = re.compile("^(Stateful|Stateless)?(PartitionedCall|While|If|Case)$")
 _LOOPS = frozenset({"StatelessWhile", "While"})
-# Inside of a function: what comes from outside and what goes there are tensors of other operations, weights are no cases'.
+# Operations inside a function that compute nothing: they pass on tensors of other operations, or weights, which do not grow with the cases.
 _PASSED_ON = frozenset({"Const", "Identity", "Placeholder", "ReadVariableOp"})
-# Random numbers from a generator of TensorFlow's, whose state no update can hold fixed.
+# Random numbers from TensorFlow's own generators, whose state an update cannot hold fixed.
 _RANDOM = re.compile(
     "^(Random|TruncatedNormal|ParameterizedTruncatedNormal|Multinomial|Stateful(Uniform|Standard|Truncated|Random)|Rng|NonDeterm)"
 )
-# Matrix products, and what XLA fuses around them: the second derivatives of these compile, on CPUs too, in every float type.
+# Matrix products, and the operations that XLA fuses around them. Their second derivatives compile on every device, in every float type.
 _BATCHED_PRODUCTS = frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"})
 _PRODUCTS = _BATCHED_PRODUCTS | {"MatMul"}
 _FUSIBLE = frozenset(
     "Add AddN AddV2 BiasAdd Cast Elu Erf Erfc Exp Expm1 LeakyRelu Log Log1p LogSoftmax Max Maximum Mean Min Minimum Mul Neg Pow RealDiv Reciprocal "
     "Relu Relu6 Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Cos Softmax Softplus Sqrt Square SquaredDifference Sub Sum Tanh "
-    # In derivatives with respect to the inputs, as in physics-informed networks.
+    # These occur in derivatives with respect to the inputs, as in physics-informed networks.
     "BiasAddGrad Cosh InvGrad ReciprocalGrad RsqrtGrad SigmoidGrad Sinh SoftplusGrad SqrtGrad TanhGrad".split()
 )
 _MOVING = frozenset(
@@ -49,14 +49,14 @@ _MOVING = frozenset(
 )
 
 
-# Machine epsilons; NumPy does not know bfloat16.
+# Machine epsilons. NumPy does not know bfloat16.
 _EPSILONS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
 
-# A weight on its way into an operation.
+# Operations that only pass a weight on to another operation.
 _SAME_VALUE = frozenset({"Cast", "ExpandDims", "Identity", "ReadVariableOp", "Reshape"})
 
 
-# What derivatives see of an operation: linear in all its inputs together, or in one where the others do not depend on the outputs.
+# Operations that are linear in all their inputs together, and operations that are linear in one input if the others are constant.
 _LINEAR = frozenset(
     "Add AddN AddV2 BroadcastTo Cast ConcatV2 ExpandDims GatherV2 Identity Mean Neg Pack Reshape Squeeze StridedSlice Sub Sum Tile Transpose".split()
 )
@@ -67,7 +67,7 @@ _ENTRYWISE = frozenset(
 )
 
 
-# TensorFlow 2.21 on CPUs: `docs/support.md`.
+# In TensorFlow 2.21 on CPUs; see `docs/support.md`.
 _WRONG_IN_SOME_FORMS = {
     "ResizeBilinear": 'use `interpolation="nearest"`, or `Conv2DTranspose`.',
     "MaxPool": 'use `padding="valid"` or `strides=pool_size`, or average pooling.',
@@ -76,29 +76,30 @@ _WRONG_IN_SOME_FORMS = {
 
 
 class Structure(NamedTuple):
-    """Facts of the traced network, all Python values.
+    """Facts about the traced network, all of them Python values.
 
     Attributes:
-        cuts: Tuple, for every output leaf "logits", "output", "both" or "unused": where the loss is cut.
-        states: List of `keras.Variable`, those of the candidates that a forward pass changes.
+        cuts: Tuple of strings, for each output of the network "logits", "output", "both" or "unused": where the loss is cut from the network.
+        states: List of `keras.Variable`, those of `Task.states` that a forward pass changes.
         has_added_loss: Whether layers add losses in `call`.
-        nesting_ops: List of the types of operation in the forward pass that hold functions, loops or branches.
+        nesting_ops: List of strings, the types of operations in the forward pass that hold functions, loops or branches.
         is_random: Whether the forward pass draws random numbers.
-        is_vectorizable: Whether `tf.vectorized_map` is right for the forward pass: no loops, which it refuses under a mask, and no batched matrix
-            products: oneDNN's write out of bounds where one case is a batch (TensorFlow 2.21, issue 117700: the process dies).
-        is_fusible: Whether XLA compiles the second derivatives of the forward pass, and well, on every device.
-        arithmetic_intensity: Float, operations in matrix products per float that elementwise operations write.
+        is_vectorizable: Whether `tf.vectorized_map` is right for the forward pass: it has no loops, which are refused under a mask, and no batched
+            matrix products, for which oneDNN writes out of bounds if the batch is one case (TensorFlow 2.21, issue 117700: the process dies).
+        is_fusible: Whether XLA compiles the second derivatives of the forward pass, and into fast code, on every device.
+        arithmetic_intensity: Float, the number of operations in matrix products per float that elementwise operations write.
         layer_of_op: Dict, type of operation -> name of the first layer that uses it.
-        bytes_by_power: Tuple of integers, memory of a kept linearization per case: coefficients of the powers of the data's longest axis of unknown
-            length, from the zeroth on. One number where all lengths are known.
-        unknown_axes: List of pairs of integers, the axes of unknown length: the number of the leaf among the data's, and that of the axis.
-        combinations: List of strings, for every term of the compiled loss how its values on pieces combine; see `loss_terms.LossTerm`.
+        bytes_by_power: Tuple of integers, memory of a kept linearization per case: coefficients of the powers, from the zeroth on, of the longest
+            axis of unknown length in the data. A single number if all lengths are known.
+        unknown_axes: List of pairs of integers, the axes of unknown length: the number of the tensor among those of the data, and of the axis in it.
+        combinations: List of strings, for each term of the compiled loss how its values on pieces combine; see `loss_terms.LossTerm`.
         float_types: Frozenset of the names of the float types that the forward pass computes in.
-        has_curvature: Whether the compiled loss has a second derivative in any output.
-        is_entrywise: Whether the compiled loss is a sum of functions of single entries of what it is cut at: its second derivative is diagonal.
-        captured: List of `keras.Layer`, those whose squared gradients `capture` gets from inputs and pre-activation gradients.
-        batch_normalizations: List of `keras.layers.BatchNormalization` that normalize by the piece's statistics.
-        chunk_is_one_piece: Whether the curvature chunk is one piece whatever batch comes.
+        has_curvature: Whether the compiled loss has a second derivative with respect to any output.
+        is_entrywise: Whether the compiled loss is a sum of functions of single entries of the tensors at which it is cut, so that its second
+            derivative is diagonal.
+        captured: List of `keras.Layer`, those whose squared gradients `capture` computes from inputs and pre-activation gradients.
+        batch_normalizations: List of `keras.layers.BatchNormalization`, those that normalize by the statistics of the piece.
+        chunk_is_one_piece: Whether the curvature chunk is one piece for every batch that may come.
     """
 
     cuts: tuple
@@ -121,7 +122,7 @@ class Structure(NamedTuple):
     chunk_is_one_piece: bool = False
 
     def cut(self, y_pred):
-        """Returns the tensors, in a list, that the loss is a function of: logits where it goes through them, else outputs."""
+        """Returns the list of tensors that the loss is a function of: the logits if it is computed from them, else the outputs."""
         leaves = keras.tree.flatten(y_pred)
         taken = [(leaf, cut) for leaf, cut in zip(leaves, self.cuts, strict=True) if cut != "unused"]
         tensors = {"logits": lambda leaf: [logits_of(leaf)], "both": lambda leaf: [leaf, logits_of(leaf)]}
@@ -129,7 +130,7 @@ class Structure(NamedTuple):
 
     @property
     def measured_normalizations(self):
-        """The BatchNormalization layers, in a list, whose moving statistics evaluation alone sees: not under `renorm`, where training does, too."""
+        """List of the BatchNormalization layers whose moving statistics only evaluation uses. With `renorm`, training uses them, too."""
         changed = {id(state) for state in self.states}
         return [
             layer
@@ -139,7 +140,7 @@ class Structure(NamedTuple):
 
     @property
     def statistics(self):
-        """Where in `states` the moving mean and the moving variance of these layers stand: list of pairs of integers."""
+        """The places in `states` of the moving mean and the moving variance of these layers: a list of pairs of integers."""
         places = {id(state): place for place, state in enumerate(self.states)}
         return [
             (places[id(layer.moving_mean)], places[id(layer.moving_variance)]) for layer in self.measured_normalizations
@@ -147,7 +148,7 @@ class Structure(NamedTuple):
 
     @property
     def without_rows(self):
-        """Why the network has no Jacobian with rows of single cases, and the cure: a list of pairs of strings, empty if it has."""
+        """Reasons why the network has no Jacobian whose rows belong to single cases, each with its cure: a list of pairs of strings."""
         found = (
             (self.batch_normalizations, "BatchNormalization", "use LayerNormalization"),
             (self.is_random, "random layers, such as Dropout", "leave them out"),
@@ -164,7 +165,7 @@ class Structure(NamedTuple):
 
     @property
     def suspects(self):
-        """Cures, in a list, for layers whose second derivatives TensorFlow has wrong in some forms."""
+        """Cures, a list of strings, for the layers of which TensorFlow computes some forms of second derivatives wrongly."""
         return [
             f"Layer '{self.layer_of_op[op]}': {cure}"
             for op, cure in _WRONG_IN_SOME_FORMS.items()
@@ -173,26 +174,28 @@ class Structure(NamedTuple):
 
     @property
     def is_float16(self):
-        """Whether numbers may leave the range of float16."""
+        """Whether the network computes in float16, whose range numbers may leave."""
         return "float16" in self.float_types
 
     @property
     def rounding(self):
-        """What two ways to compute the same may differ by, relative to it: a float."""
+        """The relative difference allowed between two computations of the same number, a float."""
         return 2e-2 if self.float_types & {"float16", "bfloat16"} else 1e-3
 
     @property
     def epsilon(self):
-        """Machine epsilon of the coarsest float type that the forward pass computes in: a float."""
+        """Machine epsilon of the coarsest float type in the forward pass, a float."""
         return max((epsilon for name, epsilon in _EPSILONS.items() if name in self.float_types), default=0.0)
 
     @property
     def bytes_per_case(self):
-        """Memory of a kept linearization per case, an integer; axes of unknown length count as one."""
+        """Memory in bytes of a kept linearization per case, an integer. Axes of unknown length count as of length 1."""
         return sum(self.bytes_by_power)
 
     def bytes_of(self, data):
-        """Memory of a kept linearization per case of these data: an integer, or an int64 scalar where lengths are known at run time only.
+        """Returns the memory in bytes of a kept linearization per case of these data.
+
+        An integer, or an int64 scalar if some lengths are known only at run time.
 
         Args:
             data: `objective.Data`.
@@ -205,13 +208,13 @@ class Structure(NamedTuple):
         return tf.add_n([num_bytes * longest**power for power, num_bytes in enumerate(self.bytes_by_power)])
 
     def default_piece_size(self, data, at_most=None):
-        """Cases whose kept linearization takes about 2 GiB: what `micro_batch_size=None` means.
+        """Returns the number of cases whose kept linearization takes about 2 GiB, which is what `micro_batch_size=None` means.
 
-        An integer, or an int32 scalar where `bytes_of` these data is a tensor.
+        An integer, or an int32 scalar if `bytes_of` these data is a tensor.
 
         Args:
             data: `objective.Data`.
-            at_most: Integer, or `None`.
+            at_most: Integer, the largest number to return, or `None`.
         """
         at_most = min(at_most or _MOST_CASES, _MOST_CASES)
         num_bytes = self.bytes_of(data)
@@ -264,7 +267,7 @@ def trace_structure(task, data):
             by_output = [next(gradients) for _ in leaves]
             by_logits = [None if tensor is None else next(gradients) for tensor in logits]
             for i, (of_output, of_logits) in enumerate(zip(by_output, by_logits, strict=True)):
-                # A loss may go through both: the focal one weights the cross-entropy of logits by the output.
+                # A loss may use both: the focal loss weights the cross-entropy of logits by the output.
                 found = [
                     (name, cut, gradient)
                     for name, cut, gradient in (("output", leaves[i], of_output), ("logits", logits[i], of_logits))
@@ -276,8 +279,8 @@ def trace_structure(task, data):
         num_bytes = _bytes_by_power(forward)
         with keras.StatelessScope():
             combinations = [term.combination() for term in terms]
-    # A layer's weights that are used anywhere but in its calls (tied weights, or derivatives of the layer that are part of the network) have
-    # gradients that its inputs don't tell; calls in a loop or on sparse tensors have inputs that nobody can get at.
+    # If weights are also used outside the calls of their layer (tied weights, or derivatives of the layer as part of the network), their gradients do
+    # not follow from its inputs. The inputs of calls in a loop, or on sparse tensors, cannot be recorded.
     captured = [
         layer
         for layer in capturable
@@ -312,24 +315,24 @@ def trace_structure(task, data):
 
 
 def _num_uses_of(graph, variable):
-    """How often a graph uses a `keras.Variable`, a nested function counting once."""
+    """Returns how often a graph uses a `keras.Variable`. A nested function counts once."""
     handles = [inner for outer, inner in graph.captures if outer is variable.value.handle]
     return sum(map(_num_uses, handles))
 
 
 def _num_uses(value):
-    """How many operations use a tensor, or what reads, converts and reshapes make of it."""
+    """Returns how many operations use a tensor, directly or after reading, converting or reshaping it."""
     users = [operation for operation in value.consumers() if operation.type != "Shape"]
     return sum(_num_uses(user.outputs[0]) if user.type in _SAME_VALUE else 1 for user in users)
 
 
 def _placeholder(leaf):
-    """A stand-in for data of any number of cases: also where it is known, a piece may have another."""
+    """Returns a placeholder for data with any number of cases. Even if the number is known, a piece may have another."""
     return None if leaf is None else tf.compat.v1.placeholder(leaf.dtype, [None, *leaf.shape[1:]])
 
 
 def _unknown_axes(data):
-    """`Structure.unknown_axes`."""
+    """Returns `Structure.unknown_axes`."""
     return [
         (number, axis)
         for number, leaf in enumerate(keras.tree.flatten(tuple(data)))
@@ -340,16 +343,17 @@ def _unknown_axes(data):
 
 
 def _bytes_of_data(num_bytes, data):
-    """`Structure.bytes_by_power` from coefficients by their power."""
+    """Returns `Structure.bytes_by_power`, from the coefficients by power."""
     if _unknown_axes(data):
         return max(1, num_bytes[0]), *[num_bytes[power] for power in range(1, max(num_bytes, default=0) + 1)]
-    # Lengths that the trace alone lost, or turns that it doesn't tell: those of places or times, as a rule; the last axis is features.
+    # The data's lengths are known, but the trace has lost some of them, or does not show how often a loop turns. As a rule these are numbers of
+    # positions or times; the last axis holds features.
     places = [length for leaf in keras.tree.flatten(tuple(data)) if leaf is not None for length in leaf.shape[1:-1]]
     return (max(1, sum(coefficient * max(places, default=1) ** power for power, coefficient in num_bytes.items())),)
 
 
 def _bytes_by_power(operations):
-    """Bytes per case that a linearization of operations keeps: a `Counter`, power of the run-time length -> coefficient."""
+    """Returns the bytes per case that a linearization of operations keeps: a `Counter`, power of the run-time length -> coefficient."""
     num_bytes, entries = collections.Counter(), {}
     for operation in operations:
         entries.update(_entries_of_outputs(operation, entries))
@@ -364,14 +368,14 @@ def _bytes_by_power(operations):
 
 
 def _bytes_inside(operation, function):
-    """The same of a function of an operation: a branch, a nested function or the body of a loop, of all its turns."""
+    """Returns the same for a function of an operation: a branch, a nested function, or the body of a loop with all its turns."""
     inner = [operation for operation in function.get_operations() if operation.type not in _PASSED_ON]
     num_bytes = _bytes_by_power(inner)
     if operation.type not in _LOOPS:
         return num_bytes
     turns = _turns(operation)
     if turns is None and not any(num_bytes.values()):
-        # No axis of cases: a loop over cases, as `tf.map_fn` makes them. A turn is a case.
+        # There is no axis of cases: this is a loop over cases, as `tf.map_fn` makes. A turn is a case.
         outputs = [output for operation in inner for output in operation.outputs if output.dtype.is_floating]
         sizes = [(output.shape.num_elements() or 0) * output.dtype.size for output in outputs]
         return collections.Counter({0: _KEPT_PER_BYTE_OF_LOOP * sum(sizes)})
@@ -381,7 +385,7 @@ def _bytes_inside(operation, function):
 
 
 def _turns(loop):
-    """How many turns a loop makes at most, an integer; `None` where that is not known before it runs."""
+    """Returns the largest number of turns that a loop can make, an integer, or `None` if that is not known before it runs."""
     (condition,) = [function for name, function in _functions_of(loop) if name == "cond"]
     outside = {id(inner): outer for inner, outer in zip(condition.inputs, loop.inputs, strict=True)}
     bounds = [
@@ -393,7 +397,7 @@ def _turns(loop):
 
 
 def _functions_of(operation):
-    """The functions that an operation holds, a list of pairs of its attribute's name and a `FuncGraph`."""
+    """Returns the functions that an operation holds: a list of pairs of an attribute's name and a `FuncGraph`."""
     attributes = operation.op_def.attr if operation.op_def is not None else []
     names = [
         (attribute.name, function.name)
@@ -410,14 +414,14 @@ def _as_list(value):
 
 
 def _entries_of_outputs(operation, entries):
-    """Entries per case of an operation's outputs, also where their first axis merges cases with places: a dict like `entries`.
+    """Returns the entries per case of an operation's outputs, a dict like `entries`. Their first axis may merge cases with positions.
 
-    Dense layers on sequences compute in `(cases * places, units)`, losses in shapes that the trace does not know. Then the shape alone shows too few
-    entries. A reshape keeps the number of entries; other operations have as many rows per case as their largest input.
+    Dense layers on sequences compute in `(cases * places, units)`, and losses in shapes that the trace does not know: their shapes alone show too few
+    entries. A reshape keeps the number of entries. Any other operation is taken to have as many rows per case as its largest input.
 
     Args:
         operation: `tf.Operation`.
-        entries: Dict, id of a tensor -> pair as `_shape_per_case` returns it, for the tensors before this operation.
+        entries: Dict, id of a tensor -> pair as returned by `_shape_per_case`, for the tensors before this operation.
     """
     known = [(entries[id(tensor)], tensor) for tensor in operation.inputs if entries.get(id(tensor), (0, 0))[0]]
     (largest, largest_power), source = max(known, key=lambda found: found[0][::-1], default=((0, 0), None))
@@ -425,10 +429,10 @@ def _entries_of_outputs(operation, entries):
     for output in operation.outputs:
         size, power = _shape_per_case(output)
         if source is not None and size:
-            # Rows per case: a factor, and the power of the run-time length.
+            # The number of rows per case, as a factor and a power of the run-time length.
             row, row_power = _row(operation, source, output)
             factor, more = largest / row, largest_power - row_power
-            # Reductions of lost shapes have no size that the trace tells, nor have reshapes that split rows.
+            # The trace does not show the sizes of reductions of lost shapes, nor of reshapes that split rows.
             if power + more >= 0 and (more or factor > 1):
                 size, power = round(factor * size), power + more
         found[id(output)] = size, power
@@ -436,7 +440,7 @@ def _entries_of_outputs(operation, entries):
 
 
 def _row(operation, source, output):
-    """Entries of a row of an operation's largest input, and the power of the run-time length: a pair as `_shape_per_case` returns it."""
+    """Returns the number of entries in a row of an operation's largest input, with its power of the run-time length, as `_shape_per_case` does."""
     if operation.type == "MatMul" and source is operation.inputs[0]:
         inner = operation.inputs[1].shape[1 if operation.get_attr("transpose_b") else 0]
         if inner is not None:
@@ -445,9 +449,9 @@ def _row(operation, source, output):
 
 
 def _shape_per_case(tensor):
-    """Entries of a tensor per case by its shape, and how many axes of unknown length they are to be multiplied by; (0, 0) without an axis of cases.
+    """Returns the entries per case of a tensor by its shape, and the number of axes of unknown length to multiply them by.
 
-    One axis of unknown length is that of the cases, mostly the first, but the second where recurrent layers put time first.
+    (0, 0) without an axis of cases. That axis has unknown length; it is the first one, or the second where recurrent layers put time first.
     """
     shape = tensor.shape
     if not shape.rank or shape.is_fully_defined():
@@ -457,16 +461,16 @@ def _shape_per_case(tensor):
 
 
 def _floats_per_case(tensor):
-    """The same of a float tensor; (0, 0) for other types."""
+    """Returns the same for a float tensor, and (0, 0) for other types."""
     return _shape_per_case(tensor) if tensor.dtype.is_floating else (0, 0)
 
 
 def _layers_of_ops(operations, layers):
-    """Maps each type of operation to the name of the first layer that uses it, as far as name scopes tell."""
+    """Returns a dict from each type of operation to the name of the first layer that uses it, as far as name scopes show."""
     names = {layer.name for layer in layers}
     found = {}
     for operation in operations:
-        # Scopes are layers' names, with a number where a name was in use before.
+        # Scopes are named after layers, with a number added if the name was already in use.
         scopes = reversed(operation.name.split("/")[:-1])
         layer = next((name for scope in scopes for name in (scope, re.sub(r"_\d+$", "", scope)) if name in names), None)
         found.setdefault(operation.type, layer)
@@ -474,7 +478,7 @@ def _layers_of_ops(operations, layers):
 
 
 def _check_randomness(graph, layer_of_op):
-    """Raises if the graph, or a function in it, draws from TensorFlow's own generators."""
+    """Raises if the graph, or a function in it, draws random numbers from TensorFlow's own generators."""
     types = [operation.type for operation in graph.get_operations()]
     types += [node.op for function in graph.as_graph_def().library.function for node in function.node_def]
     for op in types:
@@ -488,15 +492,16 @@ def _check_randomness(graph, layer_of_op):
 
 
 def _is_entrywise(operations, sources, value):
-    """Whether a scalar is a sum of functions of single entries of its sources, as far as the operations between tell for sure.
+    """Whether a scalar is certainly a sum of functions of single entries of its sources, by the operations in between.
 
-    Follows what each tensor is: "entry", shaped as a source with each entry a function of the source's own; "single", each entry a function of one
-    entry of a source; "sum", sums of such functions; or "mixed". Whole numbers and truth values have no derivative and count as constants.
+    Each tensor on the way is of one kind. "entry": it has the shape of a source, and each entry is a function of the source's entry at the same
+    place. "single": each entry is a function of one entry of a source. "sum": its entries are sums of such functions. "mixed": anything else.
+    Integers and booleans have no derivative and count as constants.
     """
     kinds = {id(source): ("entry", i) for i, source in enumerate(sources)}
     for operation in operations:
         found = [kinds[id(tensor)] for tensor in operation.inputs if id(tensor) in kinds]
-        # Complex numbers and lists of tensors (of loops), too, lead back to floats.
+        # Complex numbers and the tensor lists of loops count: they lead back to floats.
         outputs = [tensor for tensor in operation.outputs if not (tensor.dtype.is_integer or tensor.dtype.is_bool)]
         if not found or not outputs or operation.type in ("OnesLike", "StopGradient", "ZerosLike"):
             continue
@@ -507,7 +512,7 @@ def _is_entrywise(operations, sources, value):
 
 
 def _kind(operation, found, sources, is_denominator):
-    """What `_is_entrywise` says of an operation's output, from what it said of the inputs that depend on a source."""
+    """Returns the kind, as in `_is_entrywise`, of an operation's output, from those of the inputs that depend on a source."""
     op, names = operation.type, {name for name, _ in found}
     if "mixed" in names:
         return "mixed", None
@@ -525,7 +530,7 @@ def _kind(operation, found, sources, is_denominator):
 
 
 def _arithmetic_intensity(operations):
-    """Operations in matrix products per float written by elementwise operations, as far as static shapes tell."""
+    """Returns the number of operations in matrix products per float that elementwise operations write, as far as static shapes show."""
     multiplied = written = 0
     for operation in operations:
         size = _floats_per_case(operation.outputs[0])[0] if operation.outputs else 0
@@ -540,10 +545,10 @@ def _arithmetic_intensity(operations):
 
 @contextlib.contextmanager
 def second_derivatives_explained(layer_of_op):
-    """Turns TensorFlow's errors about second derivatives that do not exist, raised while it is open, into ones that name the layer and the cure.
+    """Context in which TensorFlow's errors about missing second derivatives become errors that name the layer and the cure.
 
     Args:
-        layer_of_op: Dict, see `Structure`.
+        layer_of_op: Dict; see `Structure`.
     """
     try:
         yield
