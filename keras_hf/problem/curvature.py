@@ -10,6 +10,7 @@ from keras_hf.common.checks import part
 from keras_hf.common.part import Part
 from keras_hf.common.vectors import inner_product
 from keras_hf.problem.linearization import Linearization, choose_linearization, dense
+from keras_hf.problem.structural_damping import with_hidden_states
 
 
 class Curvature(Part):
@@ -22,7 +23,12 @@ class Curvature(Part):
 
     Raises:
         TypeError: If `linearization` is not a `Linearization`.
+
+    Attributes:
+        takes_hidden_states: Whether products can have the hidden states of `StructuralDamping` in them.
     """
+
+    takes_hidden_states = False
 
     def __init__(self, linearization=None):
         if linearization is not None:
@@ -67,7 +73,8 @@ class Curvature(Part):
             piece: A `piece.PieceFunction`: `variables`, `forward()`, `loss(evaluation)`, `added_loss(evaluation)`.
 
         Returns:
-            Callable `v -> Gv` on lists of tensors shaped as `piece.variables`. Of a `linearization.Linearized`, updates check the products.
+            Callable `v -> Gv` on lists of tensors shaped as `piece.variables`. Of a `linearization.Linearized`, updates check the products. Where
+            `piece.has_hidden_states`, it is a callable `(v, strength) -> Gv + strength G_S v`; see `structural_damping.StructuralDamping`.
         """
         raise NotImplementedError
 
@@ -90,12 +97,17 @@ class _ThroughOutputs(Curvature):
     The outputs are the tensors at which the loss is cut. Losses added in `call` and activity regularizers enter with their exact Hessian.
     """
 
+    takes_hidden_states = True
+
     def _through_outputs(self, piece):
         """Returns `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a piece's compiled loss."""
         raise NotImplementedError
 
     def linearize(self, piece):
-        linearized = self.linearization.gauss_newton(*self._through_outputs(piece), piece.variables)
+        forward, hessian_at = self._through_outputs(piece)
+        if piece.has_hidden_states:
+            forward, hessian_at = with_hidden_states(piece, forward, hessian_at)
+        linearized = self.linearization.gauss_newton(forward, hessian_at, piece.variables)
         if not piece.has_added_loss:
             return linearized
         return linearized.plus(self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables))
@@ -249,7 +261,7 @@ def _forward(piece):
     """Returns `() -> (outputs, evaluation)`, one forward pass on a piece."""
 
     def forward():
-        evaluation = piece.forward()
+        evaluation = piece.forward(with_hidden=piece.has_hidden_states)
         return evaluation.outputs, evaluation
 
     return forward

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.problem.batch_statistics import Statistics
 from keras_hf.problem.capture import constant_statistics, own_statistics
+from keras_hf.problem.hidden_states import recorded_hidden_states
 from keras_hf.problem.replicas import replica_number
 
 
@@ -31,6 +32,7 @@ class Task(NamedTuple):
         seeds: List of `keras.Variable`, the states of the network's seed generators.
         seed: int32 scalar `keras.Variable`, the optimizer's seed.
         layers: List of `keras.Layer`, all layers of the network.
+        structural_damping: `structural_damping.StructuralDamping`, or `None`.
     """
 
     network: Callable
@@ -44,6 +46,7 @@ class Task(NamedTuple):
     seeds: list
     seed: keras.Variable
     layers: list
+    structural_damping: Any = None
 
 
 class Data(NamedTuple):
@@ -92,6 +95,7 @@ class Evaluation(NamedTuple):
         added_loss: Scalar, the sum of the losses added in `call` and by activity regularizers, or `None`.
         states: List of tensors, the values of `Structure.states` after the pass; for BatchNormalization the statistics of its inputs, not the moving
             averages of these.
+        hidden: List of `hidden_states.HiddenStates`, if they were asked for.
     """
 
     data: Data
@@ -99,6 +103,7 @@ class Evaluation(NamedTuple):
     outputs: list
     added_loss: Any
     states: list
+    hidden: list | tuple = ()
 
 
 class FixedNetwork:
@@ -118,7 +123,7 @@ class FixedNetwork:
         self.task, self.structure, self.update_number = task, structure, update_number
         self.dtype = vector_dtype(task.variables)
 
-    def evaluate(self, data, number, statistics=(), measured=None, weights=None):
+    def evaluate(self, data, number, statistics=(), measured=None, weights=None, with_hidden=False):
         """Runs the network on a piece.
 
         Args:
@@ -128,6 +133,7 @@ class FixedNetwork:
             measured: List of BatchNormalization layers whose statistics on the piece are returned among the states; by default
                 `measured_normalizations`.
             weights: List of tensors, the values of the trainable weights in this pass; `None` = those that they have.
+            with_hidden: Whether to record the hidden states of `structure.hidden_layers`.
 
         Returns:
             An `Evaluation`.
@@ -135,11 +141,13 @@ class FixedNetwork:
         measured = self.structure.measured_normalizations if measured is None else measured
         frozen = constant_statistics(self.structure.batch_normalizations) if statistics else own_statistics(measured)
         values = [*statistics, *(zip(self.task.weights, weights, strict=True) if weights is not None else ())]
-        with self.fixed_state(number, values) as scope, frozen:
+        recurrent = self.structure.hidden_layers if with_hidden else []
+        with self.fixed_state(number, values) as scope, frozen, recorded_hidden_states(recurrent) as calls:
             y_pred = self.task.network(data.x)
+        hidden = [state for states, _ in calls.values() for state in states]
         states = [scope.get_current_value(state) for state in self.structure.states]
         added = tf.add_n([tf.cast(loss, self.dtype) for loss in scope.losses]) if scope.losses else None
-        return Evaluation(data, y_pred, self.structure.cut(y_pred), added, states)
+        return Evaluation(data, y_pred, self.structure.cut(y_pred), added, states, hidden)
 
     def batch_statistics(self, data, number):
         """Returns the statistics of BatchNormalization layers on a piece, as pairs of a moving statistic and a tensor. Cost: one forward pass."""

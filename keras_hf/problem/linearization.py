@@ -26,7 +26,7 @@ class Linearized(NamedTuple):
     """The linearized curvature on one piece of data, at the current weights. Calling it computes the product.
 
     Attributes:
-        product: Callable `v -> Gv`, on lists of tensors shaped as the weights.
+        product: Callable `v -> Gv`, on lists of tensors shaped as the weights. Further arguments go to H; see `Linearization.gauss_newton`.
         factors: Callable `() -> (v -> Jv, u -> Hu, u -> J'u)`, the factors of a matrix `J'HJ`, without XLA, against which products are checked. They
             use the tapes that the product keeps, if any. `None` for a matrix of another form.
         added: Callable `v -> Av`, the part of the product besides `J'HJ`, or `None`.
@@ -36,13 +36,17 @@ class Linearized(NamedTuple):
     factors: Callable | None = None
     added: Callable | None = None
 
-    def __call__(self, v):
-        return self.product(v)
+    def __call__(self, v, *more):
+        return self.product(v, *more)
 
     def plus(self, added):
         """Returns the sum with another matrix, `v -> Av`."""
         product = self.product
-        return self._replace(product=lambda v: [a + b for a, b in zip(product(v), added(v), strict=True)], added=added)
+
+        def summed(v, *more):
+            return [a + b for a, b in zip(product(v, *more), added(v), strict=True)]
+
+        return self._replace(product=summed, added=added)
 
 
 class Linearization(Part):
@@ -64,7 +68,8 @@ class Linearization(Part):
 
         Args:
             forward: Callable `() -> (outputs, rest)`: one forward pass; `outputs` is the list of tensors whose derivative is J.
-            hessian_at: Callable `(outputs, rest) -> (u -> Hu)`, on lists shaped as `outputs`.
+            hessian_at: Callable `(outputs, rest) -> (u -> Hu)`, on lists shaped as `outputs`. H may depend on scalars, further arguments of the
+                product.
             variables: List of `tf.Variable`.
 
         Returns:
@@ -126,10 +131,12 @@ class DoubleBackward(Linearization):
         def linearize():
             outputs, rest, tangents, pull_back = _transposed_twice(forward, variables)
             hessian = hessian_at(outputs, rest)
-            return Linearized(lambda v: pull_back(hessian(tangents(v))), lambda: (tangents, hessian, pull_back))
+            return Linearized(
+                lambda v, *more: pull_back(hessian(tangents(v), *more)), lambda: (tangents, hessian, pull_back)
+            )
 
         if self.jit_compile and not self._keeps_under_jit:
-            return Linearized(_jit(lambda v: linearize()(v)), lambda: linearize().factors())
+            return Linearized(_jit(lambda v, *more: linearize()(v, *more)), lambda: linearize().factors())
         linearized = linearize()
         return linearized._replace(product=_jit(linearized.product)) if self.jit_compile else linearized
 
@@ -163,10 +170,10 @@ class ForwardAccumulation(Linearization):
     """
 
     def gauss_newton(self, forward, hessian_at, variables):
-        def product(v):
+        def product(v, *more):
             with tf.GradientTape() as tape:
                 outputs, rest, tangents = self._tangents(forward, variables, v)
-            curved = hessian_at(outputs, rest)(tangents)
+            curved = hessian_at(outputs, rest)(tangents, *more)
             return dense(tape.gradient(outputs, variables, output_gradients=curved), variables)
 
         def factors():

@@ -185,6 +185,8 @@ class LocalObjective:
     def product(self, curvature):
         """Returns `v -> Gv` on flat vectors or rows of them, this replica's share over the chunk, regularizers included.
 
+        With structural damping a second argument, a scalar, is that by which G_S is added to G; see `structural_damping.StructuralDamping`.
+
         The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized again in every product, so that memory is
         bounded by that of one piece.
         """
@@ -192,17 +194,17 @@ class LocalObjective:
         first = curvature.linearize(piece)
         regularization = self.regularization_product()
 
-        def image(linearized, v):
-            return _by_rows(lambda v: pack(linearized(unpack(v, self._task.variables)), self._dtype), v)
+        def image(linearized, v, more):
+            return _by_rows(lambda v: pack(linearized(unpack(v, self._task.variables), *more), self._dtype), v)
 
-        def product(v):
+        def product(v, *more):
             size = self._size(v)
             scaled = v / size
 
             def add_piece(number, total):
-                return total + image(curvature.linearize(self._piece(number, of_chunk=True)), scaled)
+                return total + image(curvature.linearize(self._piece(number, of_chunk=True)), scaled, more)
 
-            total = self._of_cases(image(first, scaled))
+            total = self._of_cases(image(first, scaled, more))
             if not self._structure.chunk_is_one_piece:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
             return (size / piece.loss_scale) * total + _by_rows(regularization, v)

@@ -31,6 +31,7 @@ class PieceFunction:
     Attributes:
         variables: List of `tf.Variable`.
         has_added_loss: Whether the network adds losses of its own.
+        has_hidden_states: Whether the damping has hidden states in it; see `structural_damping.StructuralDamping`.
         num_cases: int32 scalar.
         all_cases: Scalar, the number of cases of the chunk or the batch, including other pieces and replicas.
         share: Scalar, the piece's fraction of all cases.
@@ -41,6 +42,7 @@ class PieceFunction:
     def __init__(self, network, totals, data, number, of_chunk, statistics=()):
         self.variables = network.task.variables
         self.has_added_loss = network.structure.has_added_loss
+        self.has_hidden_states = bool(network.structure.hidden_layers)
         self.num_cases = data.num_cases
         self.all_cases = totals.chunk_cases if of_chunk else totals.num_cases
         self.share = tf.math.divide_no_nan(tf.cast(self.num_cases, network.dtype), self.all_cases)
@@ -49,13 +51,16 @@ class PieceFunction:
         self._network, self._totals, self._data, self._number, self._of_chunk = network, totals, data, number, of_chunk
         self._statistics = statistics
 
-    def forward(self, weights=None):
+    def forward(self, weights=None, with_hidden=False):
         """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics.
 
         Args:
             weights: List of tensors, the weights of this pass; `None` = those of the variables. With them the pass can be vectorised over weights.
+            with_hidden: Whether to record hidden states.
         """
-        return self._network.evaluate(self._data, self._number, self._statistics, weights=weights)
+        return self._network.evaluate(
+            self._data, self._number, self._statistics, weights=weights, with_hidden=with_hidden
+        )
 
     def cases(self, indices):
         """Returns the function of only the piece's cases at `indices`, int32 `(k,)`."""

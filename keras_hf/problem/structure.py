@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_hf.common.keras_private import logits as logits_of
 from keras_hf.problem.capture import is_capturable, recorded_uses
+from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
 
 # Bytes that a kept linearization holds per byte that the forward pass and the loss compute: 1.6 to 1.8 were measured on dense autoencoders.
 _KEPT_PER_BYTE = 2
@@ -99,6 +100,7 @@ class Structure(NamedTuple):
             derivative is diagonal.
         captured: List of `keras.Layer`, those whose squared gradients `capture` computes from inputs and pre-activation gradients.
         batch_normalizations: List of `keras.layers.BatchNormalization`, those that normalize by the statistics of the piece.
+        hidden_layers: List of `keras.layers.RNN`, those whose hidden states are damped; empty without structural damping.
         chunk_is_one_piece: Whether the curvature chunk is one piece for every batch that may come.
     """
 
@@ -119,6 +121,7 @@ class Structure(NamedTuple):
     is_entrywise: bool
     captured: list
     batch_normalizations: list
+    hidden_layers: list
     chunk_is_one_piece: bool = False
 
     def cut(self, y_pred):
@@ -231,14 +234,18 @@ def trace_structure(task, data):
         data: `fixed_network.Data`, of which only types and shapes are used.
 
     Raises:
-        ValueError: If the network draws random numbers that no update can hold fixed.
+        ValueError: If the network draws random numbers that no update can hold fixed, or if structural damping finds no hidden states.
     """
     graph = tf.__internal__.FuncGraph("structure")
     with graph.as_default():
         x, y, sample_weight = keras.tree.map_structure(_placeholder, tuple(data))
         capturable = [layer for layer in task.layers if is_capturable(layer) and layer.trainable_variables]
-        with keras.StatelessScope(collect_losses=True) as scope, recorded_uses(capturable) as uses:
+        recurrent = recurrent_layers(task.layers) if task.structural_damping else []
+        recording = recorded_hidden_states(recurrent)
+        with keras.StatelessScope(collect_losses=True) as scope, recorded_uses(capturable) as uses, recording as calls:
             y_pred = task.network(x)
+        if task.structural_damping:
+            require_recordable(calls, graph)
         forward = graph.get_operations()
         op_types = {operation.type for operation in forward}
         float_types = frozenset(
@@ -311,6 +318,7 @@ def trace_structure(task, data):
             for layer in task.layers
             if isinstance(layer, keras.layers.BatchNormalization) and id(layer.moving_mean) in changed
         ],
+        hidden_layers=[layer for layer in recurrent if calls[layer].states],
     )
 
 
