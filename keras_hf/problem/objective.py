@@ -20,13 +20,21 @@ class Product:
     Args:
         replicas: `replicas.Replicas`.
         parts: The `_LocalProduct` of every replica, as `replicas` holds them.
+        structural_damping: `structural_damping.StructuralDamping`, or `None`.
     """
 
-    def __init__(self, replicas, parts):
-        self._replicas, self._parts = replicas, parts
+    def __init__(self, replicas, parts, structural_damping=None):
+        self._replicas, self._parts, self._structural_damping = replicas, parts, structural_damping
 
     def __call__(self, v):
         return self._replicas.sum(lambda part, v: part.product(v), self._parts, v)
+
+    def with_hidden_states(self, damping):
+        """Returns `v -> Gv + damping weight G_S v`, the damped product without its identity; see `structural_damping.StructuralDamping`."""
+        if self._structural_damping is None:
+            return self
+        strength = damping * tf.constant(self._structural_damping.weight, damping.dtype)
+        return lambda v: self._replicas.sum(lambda part, v, s: part.product(v, s), self._parts, v, strength)
 
     def errors(self, v):
         """Returns the relative errors of `v'Gv = (Jv)'H(Jv)` and, for a random u, of `u'(Jv) = (J'u)'v`; `None` without a Jacobian J.
@@ -250,7 +258,8 @@ class Objective:
         Args:
             curvature: `curvature.Curvature`, fitted to the network: see `Curvature.fitted_to`.
         """
-        return Product(self._replicas, self._replicas.run(lambda part: part.product(curvature), self._parts))
+        parts = self._replicas.run(lambda part: part.product(curvature), self._parts)
+        return Product(self._replicas, parts, self._task.structural_damping)
 
     @functools.cached_property
     def rows(self):
