@@ -24,6 +24,7 @@ from keras_hf.problem.curvature import Hessian as Hessian
 from keras_hf.problem.linearization import DoubleBackward as DoubleBackward
 from keras_hf.problem.linearization import ForwardAccumulation as ForwardAccumulation
 from keras_hf.problem.loss_function import LossFunction as LossFunction
+from keras_hf.problem.structural_damping import StructuralDamping as StructuralDamping
 from keras_hf.recorder import UpdateRecorder as UpdateRecorder
 from keras_hf.recorder import read_updates as read_updates
 from keras_hf.solvers.cg import CGResult as CGResult

@@ -86,6 +86,7 @@ def task_of(model, whole_loss):
         seeds=list(seeds.values()),
         seed=optimizer.seed,
         layers=layers,
+        structural_damping=optimizer.structural_damping,
     )
 
 
@@ -104,7 +105,8 @@ def trace(task, data, curvature, solver, num_replicas, name):
         A `structure.Structure` and a `Choice`.
 
     Raises:
-        ValueError: If there is no loss, if the network draws random numbers that cannot be held fixed, or if the curvature is wrong for it.
+        ValueError: If there is no loss, if the network draws random numbers that cannot be held fixed, if the curvature is wrong for it, or if
+            structural damping finds no hidden states.
     """
     with second_derivatives_explained({}):
         structure = trace_structure(task, data)

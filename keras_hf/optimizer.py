@@ -13,11 +13,12 @@ from keras_hf.common.vectors import vector_dtype
 from keras_hf.convergence import Convergence
 from keras_hf.problem.batching import GrowingBatch
 from keras_hf.problem.curvature import Curvature, GaussNewton
+from keras_hf.problem.structural_damping import StructuralDamping
 from keras_hf.solvers.solver import Solver
 from keras_hf.solvers.truncated_cg import ConjugateGradient
 from keras_hf.update import UpdateState
 
-_PARTS = ("solver", "curvature", "growing_batch")
+_PARTS = ("solver", "curvature", "growing_batch", "structural_damping")
 # Arguments of the solver that users may pass here by mistake.
 _SOLVER_ARGUMENTS = {
     "preconditioner": "preconditioner",
@@ -68,6 +69,7 @@ class HessianFree(keras.optimizers.Optimizer):
             longest of the batch counts for all, and tracing the first update takes longer, since several pieces must be possible; a number avoids
             that.
         seed: Integer in [0, 2^31 - 1], the seed of the order of cases and chunks. `None` draws one, which is saved, also in files of weights.
+        structural_damping: `StructuralDamping`, for recurrent networks: damps changes of hidden states too. `None` (default) = of the weights alone.
         name: Name of the optimizer.
 
     Raises:
@@ -93,6 +95,7 @@ class HessianFree(keras.optimizers.Optimizer):
         curvature_batch_size=None,
         micro_batch_size=None,
         seed=None,
+        structural_damping=None,
         name="hessian_free",
         **kwargs,
     ):
@@ -118,11 +121,24 @@ class HessianFree(keras.optimizers.Optimizer):
         self.solver = part("solver", ConjugateGradient() if solver is None else solver, Solver, "ConjugateGradient()")
         if growing_batch is not None:
             part("growing_batch", growing_batch, GrowingBatch, "GrowingBatch()")
+        if structural_damping is not None:
+            part("structural_damping", structural_damping, StructuralDamping, "StructuralDamping()")
+            if not self.curvature.takes_hidden_states:
+                raise ValueError(
+                    "`structural_damping` adds hidden states to the outputs that the curvature goes through. "
+                    f"Received: curvature={self.curvature!r}. Use `GaussNewton()`, or leave `structural_damping` out."
+                )
+        self.structural_damping = structural_damping
         # Whatever is asked for besides the defaults, which files hold, too, excludes solvers that use all cases or factorize the Gauss-Newton matrix.
         has_defaults = type(self.curvature) is GaussNewton and self.curvature.linearization is None
         has_defaults &= growing_batch is None or growing_batch.get_config() == _GROWING.get_config()
-        self.chooses_solver &= has_defaults and curvature_batch_size is None
+        self.chooses_solver &= has_defaults and curvature_batch_size is None and structural_damping is None
         if self.solver.uses_all_cases:
+            if structural_damping is not None:
+                raise ValueError(
+                    f"`{type(self.solver).__name__}` factorizes a matrix that has no hidden states in it. Received: "
+                    f"structural_damping={structural_damping!r}. Leave it out, or use `ConjugateGradient()`."
+                )
             growing_batch = None if growing_batch is _GROWING else growing_batch
             checks.all_cases(self.solver, growing_batch, curvature_batch_size)
             if type(self.curvature) is not GaussNewton:

@@ -16,7 +16,8 @@ class Preconditioner(Part):
         Args:
             objective: `objective.Objective`.
             linearize: Callable without arguments that returns the undamped product `v -> Gv` of the update; see `Objective.product`. CG uses the same
-                product. It is kept in memory from the first call on: call it only if you need products, and outside of branches and loops.
+                product. Under structural damping its term of hidden states is added, and `damping` times the identity alone is missing. The product
+                is kept in memory from the first call on: call it only if you need products, and outside of branches and loops.
             damping: Scalar, the damping of this update.
             state: Dict of tensors, the state after the previous update; see `Part.initial_state`.
 

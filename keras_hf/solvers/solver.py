@@ -29,6 +29,21 @@ class LocalModel:
     def __init__(self, objective, linearize, gradient):
         self.objective, self.linearize, self.gradient = objective, linearize, gradient
 
+    def damped(self, damping):
+        """Returns the damped product `v -> (G + damping I) v` on vectors `(n,)`; under structural damping `I + weight G_S` takes the place of I.
+
+        Call it outside branches and loops. Cost of a product: that of one without damping.
+
+        Args:
+            damping: Scalar >= 0 of the weights' dtype.
+        """
+        product = self.linearize_with_hidden_states(damping)
+        return lambda v: product(v) + damping * v
+
+    def linearize_with_hidden_states(self, damping):
+        """Returns what `damped(damping)` does without `damping * v`: the product that preconditioners are made from, on vectors or rows."""
+        return self.linearize().with_hidden_states(damping)
+
 
 class Path(NamedTuple):
     """What a solver returns: candidate steps, how to search them, and functions of the result.

@@ -66,16 +66,17 @@ class ConjugateGradient(Solver):
         # In sequence: the graph would otherwise run these passes in parallel and hold the activations of all of them.
         with tf.control_dependencies([gradient, damping]):
             precondition, preconditioner_state = self.preconditioner.inverse(
-                model.objective, model.linearize, damping, state["preconditioner"]
+                model.objective,
+                lambda: model.linearize_with_hidden_states(damping),
+                damping,
+                state["preconditioner"],
             )
         with tf.control_dependencies([precondition(gradient)]):
-            product = model.linearize()
+            damped = model.damped(damping)
         stopping = self.stopping.prepared(state["stopping"])
 
         def run(start):
-            return conjugate_gradient(
-                lambda v: product(v) + damping * v, -gradient, start, precondition, stopping, self.max_iterations
-            )
+            return conjugate_gradient(damped, -gradient, start, precondition, stopping, self.max_iterations)
 
         decay = tf.constant(self.warm_start_decay, gradient.dtype)
         result, num_products = _again_from_zero(run, decay * state["warm_start"], gradient)
