@@ -27,7 +27,7 @@ SECTIONS = {
     "Model and optimizer": ["HFModel", "HessianFree", "LossFunction", "ParameterCovariance"],
     "Damping rules": ["LevenbergMarquardt", "ArcStepDamping", "ConstantDamping", "DampingCallback"],
     "Cases of an update": ["GrowingBatch"],
-    "Recurrent networks": ["StructuralDamping"],
+    "Recurrent networks": ["StructuralDamping", "InitialState"],
     "Curvatures": [
         "GaussNewton",
         "Hessian",

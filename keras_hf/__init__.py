@@ -27,6 +27,7 @@ from keras_hf.problem.loss_function import LossFunction as LossFunction
 from keras_hf.problem.structural_damping import StructuralDamping as StructuralDamping
 from keras_hf.recorder import UpdateRecorder as UpdateRecorder
 from keras_hf.recorder import read_updates as read_updates
+from keras_hf.recurrent import InitialState as InitialState
 from keras_hf.solvers.cg import CGResult as CGResult
 from keras_hf.solvers.cg import CGStop as CGStop
 from keras_hf.solvers.cg import conjugate_gradient as conjugate_gradient

@@ -52,6 +52,31 @@ def test_float64_weights_have_more_than_float32_digits():
     assert (weights != weights.astype("float32")).all()
 
 
+@pytest.mark.parametrize("radius", [0.9, 1.1])
+def test_a_square_kernel_has_the_spectral_radius_asked_for(radius):
+    kernel = draw((100, 100), spectral_radius=radius)
+    assert np.abs(np.linalg.eigvals(kernel)).max() == pytest.approx(radius, rel=1e-5)
+    np.testing.assert_array_equal((kernel != 0).sum(axis=0), 15)
+    # The same draw, scaled: a standard deviation would not matter.
+    plain = draw((100, 100))
+    np.testing.assert_allclose(kernel / kernel.max(), plain / plain.max(), atol=1e-6)
+    np.testing.assert_allclose(draw((100, 100), stddev=7.0, spectral_radius=radius), kernel, rtol=1e-4, atol=1e-6)
+
+
+def test_a_kernel_without_eigenvalues_is_no_number_lost():
+    # One connection for each of two units: for some seeds both come from the same unit, and one of them may be itself.
+    for seed in range(8):
+        kernel = SparseNormal(1, seed=seed, spectral_radius=1.1)((2, 2))
+        assert np.isfinite(kernel).all()
+
+
+def test_a_spectral_radius_of_kernels_that_are_not_square_is_refused():
+    with pytest.raises(ValueError, match=r"have eigenvalues, of shape `\(units, units\)`. Received: shape=\(10, 30\)"):
+        SparseNormal(spectral_radius=1.1)((10, 30))
+    with pytest.raises(ValueError, match="`spectral_radius` must be a finite number > 0. Received: spectral_radius=0"):
+        SparseNormal(spectral_radius=0)
+
+
 def test_integer_seed_repeats_and_generator_does_not():
     shape = (40, 5)
     initializer = SparseNormal(seed=3)

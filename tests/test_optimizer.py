@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_hf import (
     ConjugateGradient,
     DoubleBackward,
+    EmpiricalFisher,
     EmpiricalFisherDiagonal,
     ForwardAccumulation,
     GaussNewton,
@@ -19,6 +20,7 @@ from keras_hf import (
     LevenbergMarquardt,
     RelativeProgress,
     ResidualTolerance,
+    StructuralDamping,
 )
 
 # Martens' damping of 45 on a sum over 784 pixels: no float32 number.
@@ -121,11 +123,12 @@ def test_configuration_survives_saving():
             max_iterations=17,
             warm_start_decay=0.5,
         ),
-        curvature=Hessian(ForwardAccumulation()),
+        curvature=EmpiricalFisher(ForwardAccumulation()),
         growing_batch=GrowingBatch(initial_size=64),
         curvature_batch_size=300,
         micro_batch_size=64,
         seed=5,
+        structural_damping=StructuralDamping(0.3),
         name="other",
     )
     default = HessianFree(seed=6).get_config()
@@ -137,7 +140,7 @@ def test_configuration_survives_saving():
     ):
         assert type(restored) is HessianFree
         assert restored.get_config() == optimizer.get_config()
-        assert type(restored.curvature) is Hessian
+        assert type(restored.curvature) is EmpiricalFisher
         assert type(restored.curvature.linearization) is ForwardAccumulation
 
 
