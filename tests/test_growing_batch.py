@@ -235,6 +235,15 @@ def test_it_is_soon_large_where_one_class_is_rare_and_stays_small_where_none_is(
 
 
 @pytest.mark.slow
+def test_with_a_rate_it_grows_in_every_update_until_it_uses_all_cases():
+    model = compiled(GrowingBatch(initial_size=4, patience=100, noise=1e6, rate=0.25))
+    sizes = model.fit(X, Y, epochs=7, callbacks=[ConstantDamping()], verbose=0).history["num_cases"]
+    # Rounded up: 4, 5, 7, 9, 12, and 15 would be more than half of all.
+    assert sizes == [4, 5, 7, 9, 12, 24, 24]
+    # It has stopped growing: a larger batch later is not used as a whole at once.
+    assert int(model.optimizer.state().growing_batch["size"]) == 15
+
+
 def test_its_size_outlives_fit_and_a_larger_batch():
     model = compiled(GrowingBatch(initial_size=3, share=1, patience=1, noise=10), damping=1e-3)
     sizes = fit(model, X, Y, epochs=5)["num_cases"]

@@ -537,9 +537,11 @@ def test_attention_trains_in_float16():
     assert history["loss"][-1] < 0.5 * history["loss"][0]
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, True, "all"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, 0.0, True, "all"])
 def test_a_bad_number_of_cases_is_refused(value):
-    with pytest.raises(ValueError, match="`num_cases` must be an integer >= 1 or `None`. Received: num_cases="):
+    with pytest.raises(
+        ValueError, match=r"`num_cases` must be an integer >= 1, a share .* or `None`. Received: num_cases="
+    ):
         KroneckerFactored(num_cases=value)
 
 
@@ -547,3 +549,88 @@ def test_a_bad_number_of_cases_is_refused(value):
 def test_a_bad_interval_is_refused(value):
     with pytest.raises(ValueError, match="`interval` must be an integer >= 1. Received: interval="):
         KroneckerFactored(interval=value)
+
+
+# Averages over estimates.
+
+
+@pytest.mark.parametrize("columns", [32, 0])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_averaged_factors_are_the_explicit_average_with_bias_correction(columns, interval, monkeypatch):
+    monkeypatch.setattr(kronecker, "_MAX_COLUMNS", columns)
+    decay, model = 0.6, make_model("sigmoid")
+    data = model_data(model, inputs(), targets())
+    averaging = KroneckerFactored(None, interval=interval, decay=decay)
+    state = initial_state(averaging, model)
+    means, number = None, 0
+    for update_number in range(7):
+        found, state = inverse_and_state(model, data, averaging, state, update_number)
+        # In each of the first three updates, then when the interval is over.
+        if update_number < 3 or (update_number - 2) % interval == 0:
+            number += 1
+            weight = max(1 / number, 1 - decay)
+            new = factors(model, data, update_number=update_number)
+            means = (
+                new
+                if means is None
+                else [
+                    tuple(mean + weight * (factor - mean) for mean, factor in zip(*pair, strict=True))
+                    for pair in zip(means, new, strict=True)
+                ]
+            )
+            np.testing.assert_allclose(found, by_hand(means, 0.1), rtol=1e-7, atol=1e-10)
+        for variable in model.trainable_variables:
+            variable.assign(0.9 * variable)
+    assert number == (7 if interval == 1 else 5)
+    assert float(state["num_averaged"]) == number
+
+
+def by_hand(means, damping):
+    """The dense inverse of the 2-4-3 network's preconditioner from its factors."""
+    blocks = []
+    for a, s in means:
+        pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(s) / len(s)))
+        root = np.sqrt(damping)
+        blocks.append(
+            np.kron(np.linalg.inv(a + pi * root * np.eye(len(a))), np.linalg.inv(s + root / pi * np.eye(len(s))))
+        )
+    sizes = [len(block) for block in blocks]
+    dense = np.zeros([sum(sizes)] * 2)
+    dense[: sizes[0], : sizes[0]], dense[sizes[0] :, sizes[0] :] = blocks
+    return dense
+
+
+def test_an_estimate_that_is_not_finite_leaves_the_averages():
+    model, averaging = make_model(), KroneckerFactored(None, interval=1, decay=0.5)
+    data = model_data(model, inputs(), targets())
+    _, before = inverse_and_state(model, data, averaging, initial_state(averaging, model))
+    broken = data._replace(x=tf.tensor_scatter_nd_update(data.x, [[3, 0]], [np.nan]))
+    found, after = inverse_and_state(model, broken, averaging, before, update_number=1)
+    assert np.all(np.isfinite(found))
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value)
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_a_share_of_the_cases_may_be_more_than_the_chunk(share):
+    model = make_model("sigmoid")
+    data = model_data(model, inputs(), targets())
+    numbers = {}
+
+    def compute(objective):
+        chunk = objective._parts.pieces.chunk_indices()
+        counted = objective.sum_over_chunk(lambda piece, seeds: tf.cast(piece.num_cases, tf.float64), share)
+        return counted, chunk
+
+    for micro in (None, 2):
+        counted, chunk = with_objective(model, data, compute, 4, micro)
+        numbers[micro] = float(counted)
+        assert len(chunk) == 4
+    # Of one piece, of the chunk's size, at most; of several pieces, all.
+    assert numbers == {None: min(4, np.ceil(share * NUM_CASES)), 2: np.ceil(share * NUM_CASES)}
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, np.nan, True, "0.9", None])
+def test_a_bad_decay_is_refused(value):
+    with pytest.raises(ValueError, match=r"`decay` must be a number in \[0, 1\). Received: decay="):
+        KroneckerFactored(decay=value)

@@ -37,6 +37,20 @@ def positive(name, value):
     return float(value)
 
 
+def fraction(name, value):
+    """Returns `value` as a float, or raises if it is not a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be a number in (0, 1]. Received: {name}={value!r}.")
+    return float(value)
+
+
+def below_one(name, value):
+    """Returns `value` as a float, or raises if it is not a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}.")
+    return float(value)
+
+
 def integer(name, value, minimum, maximum):
     """Returns `value` as an int, or raises if it is not an integer in [minimum, maximum]."""
     if not _is_integer(value) or not minimum <= value <= maximum:
@@ -58,6 +72,17 @@ def count(name, value, optional=False):
     if not _is_integer(value) or value < 1:
         alternative = " or `None`" if optional else ""
         raise ValueError(f"`{name}` must be an integer >= 1{alternative}. Received: {name}={value!r}.")
+    return int(value)
+
+
+def count_or_share(name, value):
+    """Returns `value` if it is an integer >= 1, a float in (0, 1] or `None`, or raises."""
+    if value is None or (isinstance(value, float) and 0 < value <= 1):
+        return value
+    if not _is_integer(value) or value < 1:
+        raise ValueError(
+            f"`{name}` must be an integer >= 1, a share as a float in (0, 1], or `None`. Received: {name}={value!r}."
+        )
     return int(value)
 
 

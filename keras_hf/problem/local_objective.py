@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.common.vectors import inner_product, num_weights, pack, unpack
+from keras_hf.common.vectors import dot, inner_product, num_weights, pack, unpack
+from keras_hf.problem.batching import share_of
 from keras_hf.problem.capture import squared_gradients
 from keras_hf.problem.jacobian import LocalRows, compiles_rows
 from keras_hf.problem.linearization import DoubleBackward, dense
@@ -135,6 +136,21 @@ class LocalObjective:
         last = self.pieces.num_chunk_pieces if of_chunk else self.pieces.num_pieces
         return _over_pieces(0, last, add_piece, tf.cast(self._regularization(), tf.float64))
 
+    def chunk_shares(self):
+        """Returns each case's share of the chunk's loss, float64 `(chunk_size,)`, and this replica's share of the regularizers' loss.
+
+        Cost: one forward pass of the chunk.
+        """
+
+        def add_piece(number, shares):
+            piece = self._piece(number, of_chunk=True)
+            places = number * self.pieces.piece_size + tf.range(piece.num_cases)
+            return tf.tensor_scatter_nd_update(shares, places[:, None], piece.case_shares(piece.forward()))
+
+        zeros = tf.zeros([self.pieces.chunk_size], tf.float64)
+        shares = _over_pieces(0, self.pieces.num_chunk_pieces, add_piece, zeros)
+        return shares, tf.cast(self._regularization(), tf.float64)
+
     def sums_over_cases(self):
         """Returns this replica's share of the loss, and the sums of the absolute values and of the squares of its cases' shares.
 
@@ -209,8 +225,27 @@ class LocalObjective:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
             return (size / piece.loss_scale) * total + _by_rows(regularization, v)
 
+        def forms(vectors):
+            parts = [unpack(v / self._size(v), self._task.variables) for v in vectors]
+            total = self._of_cases(_forms(first, parts))
+            if not self._structure.chunk_is_one_piece:
+                total = _over_pieces(
+                    1,
+                    self.pieces.num_chunk_pieces,
+                    lambda number, total: (
+                        total + _forms(curvature.linearize(self._piece(number, of_chunk=True)), parts)
+                    ),
+                    total,
+                )
+            sizes = tf.stack([tf.cast(tf.reshape(self._size(v), []), tf.float64) for v in vectors])
+            total *= sizes[:, None] * sizes / tf.cast(piece.loss_scale, tf.float64)
+            if not self._task.regularizers:
+                return total
+            images = [regularization(v) for v in vectors]
+            return total + tf.stack([tf.stack([dot(v, image) for image in images]) for v in vectors])
+
         # The kept piece is checked: another linearization would take seconds to trace.
-        return _LocalProduct(product, lambda v: self._sides(first, v))
+        return _LocalProduct(product, forms, lambda v: self._sides(first, v))
 
     def _of_cases(self, sums):
         """Returns the results of the chunk's first piece, a nest of tensors; zeros if the piece is empty, as on a replica without cases.
@@ -263,7 +298,11 @@ class LocalObjective:
     def sum_over_chunk(self, function, num_cases):
         """Returns this replica's term of `Objective.sum_over_chunk`."""
         pieces = self.pieces
-        if num_cases is not None:
+        if isinstance(num_cases, float):
+            # Of one piece at most, where no loop over pieces is traced.
+            most = pieces.piece_size if self._structure.chunk_is_one_piece else pieces.num_cases
+            pieces = pieces._replace(chunk_size=tf.minimum(share_of(num_cases, pieces.num_cases), most))
+        elif num_cases is not None:
             most = -(-num_cases // self._num_replicas)
             pieces = pieces._replace(chunk_size=tf.minimum(pieces.chunk_size, most))
 
@@ -300,10 +339,26 @@ class LocalObjective:
 
 
 class _LocalProduct(NamedTuple):
-    """One replica's share of a product `v -> Gv`, and the sides of its identities; see `LocalObjective`."""
+    """One replica's share of a product `v -> Gv`, the forms `v'Gw`, and the sides of the product's identities; see `LocalObjective`."""
 
     product: Callable
+    forms: Callable
     sides: Callable
+
+
+def _forms(linearized, vectors):
+    """Returns `v'Gw` of every two of a list of vectors, each a list of tensors shaped as the weights: float64 `(k, k)`."""
+    if getattr(linearized, "factors", None) is None:
+        left, right = vectors, [linearized(v) for v in vectors]
+    else:
+        tangents_of, hessian, _ = linearized.factors()
+        left = [tangents_of(v) for v in vectors]
+        right = [hessian(tangents) for tangents in left]
+    forms = tf.stack([tf.stack([inner_product(a, b) for b in right]) for a in left])
+    if getattr(linearized, "added", None) is not None:
+        images = [linearized.added(v) for v in vectors]
+        forms += tf.stack([tf.stack([inner_product(v, image) for image in images]) for v in vectors])
+    return (forms + tf.transpose(forms)) / 2
 
 
 def _over_pieces(first, stop, add_piece, sums):

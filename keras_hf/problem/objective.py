@@ -5,6 +5,7 @@ and assigns candidate weights and restores them. It knows nothing about damping 
 """
 
 import functools
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -35,6 +36,13 @@ class Product:
             return self
         strength = damping * tf.constant(self._structural_damping.weight, damping.dtype)
         return lambda v: self._replicas.sum(lambda part, v, s: part.product(v, s), self._parts, v, strength)
+
+    def forms(self, vectors):
+        """Returns `v'Gw` of every two of a list of vectors `(n,)`: float64 `(k, k)`.
+
+        By forward derivatives, where the curvature is `J'HJ`: a forward pass for all, and about two for each vector.
+        """
+        return self._replicas.sum(lambda part, vectors: part.forms(vectors), self._parts, vectors)
 
     def errors(self, v):
         """Returns the relative errors of `v'Gv = (Jv)'H(Jv)` and, for a random u, of `u'(Jv) = (J'u)'v`; `None` without a Jacobian J.
@@ -97,6 +105,14 @@ class Rows:
     def losses(self, candidates):
         """Returns the compiled loss at several weights, a list of tensors `(k, *shape)`: float64 `(k,)`."""
         return self._replicas.sum(lambda part, candidates: part.losses(candidates), self._parts, candidates)
+
+
+class Change(NamedTuple):
+    """The loss before and after a step, and the standard error of their difference over cases: float64 scalars."""
+
+    loss_before: tf.Tensor
+    loss_after: tf.Tensor
+    standard_error: tf.Tensor
 
 
 class Objective:
@@ -201,6 +217,28 @@ class Objective:
     def chunk_loss_at(self, step):
         """Returns the loss over the curvature chunk at start + step, float64. Cost: one forward pass of the chunk."""
         return self._loss_at(step, of_chunk=True)
+
+    def chunk_change_at(self, step):
+        """Returns the `Change` of the curvature chunk's loss from the start to start + step. Cost: two forward passes of the chunk."""
+
+        def shares():
+            return self._replicas.run(lambda part: part.chunk_shares(), self._parts)
+
+        def sums(before, after):
+            change = after[0] - before[0]
+            losses = [tf.reduce_sum(shares) + regularization for shares, regularization in (before, after)]
+            return tf.stack([*losses, tf.reduce_sum(change), tf.reduce_sum(change**2)])
+
+        before = shares()
+        # In sequence: memory is that of one pass.
+        with tf.control_dependencies(tf.nest.flatten(before) if self._replicas.count == 1 else []):
+            assign(self._task.variables, self.candidate(step))
+        after = shares()
+        assign(self._task.variables, self._start)
+        loss_before, loss_after, change, squares = tf.unstack(self._replicas.sum(sums, before, after))
+        # The variance of a sum of shares: their number times that of one.
+        variance = squares - tf.math.divide_no_nan(change**2, tf.cast(self.totals.chunk_cases, tf.float64))
+        return Change(loss_before, loss_after, tf.sqrt(tf.maximum(variance, 0.0)))
 
     def loss_and_variation_at(self, step):
         """Returns the loss over the batch at start + step, and the squared coefficient of variation of its cases' absolute losses.
@@ -325,7 +363,8 @@ class Objective:
         Args:
             function: Callable `(piece, seeds) -> nest of tensors`. `piece` is a `PieceFunction` with batch statistics held constant; `seeds`, int32
                 `(cases, 3)`, holds three numbers per case that are unique to the case and the update and do not depend on the pieces.
-            num_cases: Integer, the largest number of the chunk's cases to use; `None` = all.
+            num_cases: Integer, the largest number of the chunk's cases to use; `None` = all. Float: the share of the batch's cases instead, which may
+                be more than the chunk.
         """
         return self._replicas.sum(lambda part: part.sum_over_chunk(function, num_cases), self._parts)
 

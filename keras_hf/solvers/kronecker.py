@@ -11,7 +11,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.common.checks import count
+from keras_hf.common.checks import below_one, count, count_or_share
+from keras_hf.common.part import all_finite
 from keras_hf.common.vectors import num_weights, vector_dtype
 from keras_hf.problem.capture import (
     at_least_float32,
@@ -32,6 +33,8 @@ _MAX_COLUMNS = 32
 _MAX_ROWS = 4096
 # Rows up to which an inverse is a solve for the identity: above, matrix products are faster.
 _MAX_SOLVED = 256
+# Averaged factors are estimated anew in each of the first updates, which change much.
+_FIRST_ESTIMATES = 3
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -68,40 +71,51 @@ class KroneckerFactored(Preconditioner):
     curvature of a loss that is not convex counts as zero in the first case, as positive in the second. In the layer that produces the outputs, if
     their last axis is its units, the expectation over signs is computed exactly.
 
-    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases, and the inverses (m^3 for a factor with m rows). In every CG iteration
-    `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for several updates keep the
-    damping that they were computed with. This affects only the speed of CG, not its solution.
+    On minibatches, whose few cases do not tell the factors of wide layers, average them over estimates (`decay`). The average of k estimates weighs
+    each by 1/k, until that is less than `1 - decay`; from then on it is exponential. In each of the first three updates factors are estimated anew.
+
+    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases, and the inverses (m^3 for a factor with m rows). In every application, as
+    in a CG iteration, `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for several
+    updates keep the damping that they were computed with. This affects only the speed of CG, not its solution. Memory: two numbers for each entry of
+    a factor, if both averages and inverses are kept.
 
     Args:
-        num_cases: Integer >= 1, the number of cases of the curvature chunk used to estimate the factors, at most; `None` = all of it. If there are
-            fewer cases than rows in a factor, the remaining directions have only the damping.
+        num_cases: The cases used to estimate the factors, at most. Integer >= 1: of the curvature chunk; `None`: all of it. Float in (0, 1]: a share
+            of the cases of the update. If there are fewer cases than rows in a factor, the remaining directions have only the damping.
         interval: Integer >= 1, the number of updates for which factors and their inverses are used. Above 1 the inverses are kept, and saved with the
             optimizer.
+        decay: Float in [0, 1), the weight of the earlier estimates in the average, once there are many; 0 (default) = no average.
 
     Raises:
-        ValueError: If `num_cases` is neither an integer >= 1 nor `None`, or `interval` is not an integer >= 1.
+        ValueError: If an argument is out of its range.
 
     References:
         Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Grosse & Martens
         (2016), *A Kronecker-factored approximate Fisher matrix for convolution layers*.
     """
 
-    def __init__(self, num_cases=1000, interval=1):
-        self.num_cases = count("num_cases", num_cases, optional=True)
+    def __init__(self, num_cases=1000, interval=1, decay=0.0):
+        self.num_cases = count_or_share("num_cases", num_cases)
         self.interval = count("interval", interval)
+        self.decay = below_one("decay", decay)
 
     def initial_state(self, variables, layers):
-        if self.interval == 1:
-            return {}
-        dtype = vector_dtype(variables)
-        state = {"others": tf.ones([num_weights(variables)], dtype), **never_made()}
+        dtype, state = vector_dtype(variables), {}
+        if self.interval > 1:
+            state |= {"others": tf.ones([num_weights(variables)], dtype), **never_made()}
+        if self.decay:
+            state["num_averaged"] = tf.zeros([], dtype)
         trained = {id(variable) for variable in variables}
         for layer in layers:
             if _is_factored(layer) and all(id(weight.value) in trained for weight in kernel_and_bias(layer)):
                 rows, units = _shape(layer)
                 name = _name(layer, variables)
                 a = tf.ones([rows], dtype) if has_tokens(layer) else tf.eye(rows, dtype=dtype)
-                state |= {f"{name}_a": a, f"{name}_s": tf.eye(units, dtype=dtype)}
+                s = tf.eye(units, dtype=dtype)
+                if self.interval > 1:
+                    state |= {f"{name}_a": a, f"{name}_s": s}
+                if self.decay:
+                    state |= {f"{name}_mean_a": tf.zeros_like(a), f"{name}_mean_s": tf.zeros_like(s)}
         return state
 
     def inverse(self, objective, linearize, damping, state):
@@ -111,10 +125,16 @@ class KroneckerFactored(Preconditioner):
         places = {id(variable): place for place, variable in enumerate(objective.variables)}
         of_layers = [[places[id(weight.value)] for weight in kernel_and_bias(layer)] for layer in layers]
         is_complete = sum(map(len, of_layers)) == len(sizes)
+        names = [_name(layer, objective.variables) for layer in layers]
+
+        def made(state):
+            factors, state = self._averaged(self._factors(objective, layers), names, state)
+            return self._inverses(objective, damping, layers, of_layers, is_complete, factors), state
+
         if self.interval == 1:
-            others, blocks, _ = self._inverses(objective, damping, layers, of_layers, is_complete)
+            (others, blocks, _), state = made(state)
         else:
-            others, blocks, state = self._kept_inverses(objective, damping, layers, of_layers, is_complete, state)
+            others, blocks, state = self._kept_inverses(made, names, objective.update_number, state)
 
         def precondition(residual):
             residuals = tf.split(residual, sizes)
@@ -128,7 +148,7 @@ class KroneckerFactored(Preconditioner):
 
         return precondition, state
 
-    def _inverses(self, objective, damping, layers, of_layers, is_complete):
+    def _inverses(self, objective, damping, layers, of_layers, is_complete, factors):
         """Returns the multiplier of the residual of other weights, `(n,)`, the inverses of every layer's factors, and which of these are sound.
 
         The last is a list of bool scalars, for the other weights and every layer: whether they were computed from finite numbers.
@@ -136,37 +156,62 @@ class KroneckerFactored(Preconditioner):
         others = tf.ones([objective.num_weights], objective.dtype)
         if not is_complete:
             others = EmpiricalFisherDiagonal().inverse(_Others(objective, layers), None, damping, {})[0](others)
-        blocks, sound = [], [_all_finite(others)]
+        blocks, sound = [], [all_finite([others])]
         if layers:
             regularization = tf.split(
                 objective.regularization_diagonal(), [v.shape.num_elements() for v in objective.variables]
             )
-            for moments, own in zip(self._factors(objective, layers), of_layers, strict=True):
+            for moments, own in zip(factors, of_layers, strict=True):
                 curvature = tf.reduce_mean(tf.concat([regularization[place] for place in own], 0))
                 blocks.append(_inverses(moments, damping + curvature))
-                sound.append(_all_finite(moments.a) & _all_finite(moments.s))
+                sound.append(all_finite([moments.a, moments.s]))
         return others, blocks, sound
 
-    def _kept_inverses(self, objective, damping, layers, of_layers, is_complete, state):
-        """Returns the same, from the state if they are still valid, and the next state."""
-        names = [_name(layer, objective.variables) for layer in layers]
+    def _averaged(self, factors, names, state):
+        """Returns the factors averaged with those of earlier estimates, and the next state.
+
+        Of k estimates, all weigh the same until 1 / k is less than 1 - decay: an average from zero would be biased towards zero.
+        """
+        if not self.decay:
+            return factors, state
+        number = state["num_averaged"] + 1
+        weight = tf.maximum(1 / number, tf.constant(1 - self.decay, number.dtype))
+        means, next_state, all_sound = [], dict(state), []
+        for name, (a, s, places) in zip(names, factors, strict=True):
+            is_sound, of_layer = all_finite([a, s]), []
+            for key, factor in ((f"{name}_mean_a", a), (f"{name}_mean_s", s)):
+                old = tf.linalg.diag_part(state[key]) if factor.shape.rank < state[key].shape.rank else state[key]
+                # An estimate that is not finite would stay for long.
+                of_layer.append(tf.where(is_sound, old + weight * (factor - old), old))
+                next_state[key] = of_layer[-1] if old is state[key] else tf.linalg.diag(of_layer[-1])
+            means.append(_Moments(*of_layer, places))
+            all_sound.append(is_sound)
+        next_state["num_averaged"] = tf.where(tf.reduce_all([True, *all_sound]), number, number - 1)
+        return means, next_state
+
+    def _kept_inverses(self, make, names, update_number, state):
+        """Returns the others' multiplier and the blocks, of the state if they are still valid, else made by `make(state)`; and the next state."""
         # Whether the second factor of a layer is diagonal: known once it has been made; eagerly, only in an update that makes it.
         diagonal = []
 
         def made():
-            others, blocks, sound = self._inverses(objective, damping, layers, of_layers, is_complete)
+            (others, blocks, sound), next_state = make(state)
             diagonal.extend(s.shape.rank == 1 for _, s in blocks)
             # Results that are not finite are replaced by the previous ones, and not kept for an interval: the next update tries again.
-            new = {"others": (others, sound[0]), "made_at": (objective.update_number, tf.reduce_all(sound))}
+            new = {"others": (others, sound[0]), "made_at": (update_number, tf.reduce_all(sound))}
             for name, (a, s), is_sound in zip(names, blocks, sound[1:], strict=True):
                 s = tf.linalg.diag(s) if s.shape.rank == 1 else s
                 new |= {f"{name}_a": (a, is_sound), f"{name}_s": (s, is_sound)}
             return {
-                **state,
+                **next_state,
                 **{name: tf.where(is_sound, value, state[name]) for name, (value, is_sound) in new.items()},
             }
 
-        state = tf.cond(due(state, objective.update_number, self.interval), made, lambda: dict(state))
+        is_due = due(state, update_number, self.interval)
+        if self.decay:
+            # The first averages change much.
+            is_due |= state["num_averaged"] < _FIRST_ESTIMATES
+        state = tf.cond(is_due, made, lambda: dict(state))
         blocks = [
             (state[f"{name}_a"], tf.linalg.diag_part(s) if is_diagonal else s)
             for name, is_diagonal in zip(names, diagonal or [False] * len(names), strict=True)
@@ -192,7 +237,7 @@ class KroneckerFactored(Preconditioner):
         ]
 
     def get_config(self):
-        return {"num_cases": self.num_cases, "interval": self.interval}
+        return {"num_cases": self.num_cases, "interval": self.interval, "decay": self.decay}
 
 
 class _Moments(NamedTuple):
@@ -376,10 +421,6 @@ def _inverse_from_root(root):
     right = -tf.matmul(x, p)
     left = _inverse_from_root(upper) - tf.matmul(right, x, transpose_b=True)
     return tf.concat([tf.concat([left, right], 1), tf.concat([tf.transpose(right), p], 1)], 0)
-
-
-def _all_finite(tensor):
-    return tf.reduce_all(tf.math.is_finite(tensor))
 
 
 def _reciprocal(diagonal):
