@@ -150,6 +150,20 @@ def test_an_optimizer_knows_the_weights_it_was_built_for(model):
     assert [id(v) for v in keras_private.optimized_weights(optimizer)] == [id(v) for v in model.trainable_variables]
 
 
+def test_moving_averages_follow_the_weights_and_begin_with_the_first():
+    optimizer = keras.optimizers.SGD(use_ema=True, ema_momentum=0.75)
+    weight = keras.Variable([4.0])
+    optimizer.build([weight])
+    for value, expected in ((8.0, 8.0), (4.0, 7.0)):
+        weight.assign([value])
+        keras_private.average_weights(optimizer)
+        optimizer.iterations.assign_add(1)
+        np.testing.assert_allclose(optimizer._model_variables_moving_average[0], [expected])
+    without = keras.optimizers.SGD()
+    without.build([weight])
+    keras_private.average_weights(without)
+
+
 def test_a_symbolic_build_makes_weights_loss_metrics_and_optimizer():
     model = keras.Sequential([layers.Dense(2)])
     model.compile("sgd", "mse", metrics=["mae"])

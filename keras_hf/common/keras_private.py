@@ -82,6 +82,11 @@ def optimized_weights(optimizer):
     return optimizer._trainable_variables
 
 
+def average_weights(optimizer):
+    """Brings an optimizer's moving averages of its weights up to date, if it has any; call it before it counts the update."""
+    optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
+
+
 # Of the building of models from a first batch.
 
 
