@@ -50,7 +50,14 @@ from examples.baselines import (
 from examples.datasets import mnist, synthetic_curves
 from examples.experiments import plot
 from examples.tables import read_rows, write_rows
-from keras_hf import ConjugateGradient, GrowingBatch, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import (
+    ConjugateGradient,
+    GrowingBatch,
+    HessianFree,
+    HFModel,
+    LevenbergMarquardt,
+    PreconditionedMomentum,
+)
 
 matplotlib.use("Agg")
 
@@ -223,6 +230,12 @@ def fit_hessian_free(problem, setting, network, cases, recorder, seed, damping_r
     _fit_hessian_free(optimizer, damping_rule or LevenbergMarquardt(), problem, network, cases, recorder)
 
 
+def fit_momentum(problem, setting, network, cases, recorder, seed):
+    """Trains by preconditioned momentum on growing minibatches, with the package's defaults but for what the setting says."""
+    optimizer = HessianFree(damping=setting["damping"], solver=PreconditionedMomentum(), seed=seed)
+    _fit_hessian_free(optimizer, LevenbergMarquardt(), problem, network, cases, recorder)
+
+
 def fit_recipe(problem, setting, network, cases, recorder, seed, damping_rule=None):
     """Trains by the recipe of Martens (2010), whatever the package's defaults are, but for what the setting says."""
     arguments = {name: value for name, value in setting.items() if name not in SHARED}
@@ -281,6 +294,7 @@ def _descent(setting, network):
 
 METHODS = {
     "hf": fit_hessian_free,
+    "hf-momentum": fit_momentum,
     "recipe": fit_recipe,
     "adam": partial(fit_first_order, _adam, True),
     "nag": partial(fit_first_order, _nag, False),
@@ -311,6 +325,8 @@ GRIDS = {
         *_product(damping=(45.0,), initial_size=(1000,)),
     ],
     ("hf", "classifier"): _product(damping=(1.0, 0.1)),
+    ("hf-momentum", "autoencoder"): _product(damping=(10.0,), l2=(1e-6, 1e-5, 2e-5)),
+    ("hf-momentum", "classifier"): _product(damping=(1.0, 0.1)),
     ("recipe", "autoencoder"): [{}],
     ("recipe", "classifier"): [{}],
     ("adam", "autoencoder"): _product(learning_rate=(3e-4, 1e-3, 3e-3, 1e-2), batch_size=(200,)),
@@ -597,18 +613,19 @@ def print_table(problem, runs):
             for name in ("train_error", "test_error")
         )
         print(f"{method:<12}{next(iter(of_method))[1]:>8}{len(of_method):>6}{_in_columns(times)}{errors}")
-    if "hf" not in seconds:
-        return
-    for label, others in (("first-order", FIRST_ORDER), ("lbfgs", ("lbfgs",)), ("recipe", ("recipe",))):
-        ratios = ratios_to_hf(seconds, others)
+    comparisons = (("first-order", FIRST_ORDER), ("lbfgs", ("lbfgs",)), ("recipe", ("recipe",)))
+    for ours, (label, others) in itertools.product(("hf", "hf-momentum"), comparisons):
+        ratios = ratios_to(ours, seconds, others) if ours in seconds else []
         if ratios:
-            print(f"{f'best {label} / hf' if len(others) > 1 else f'{label} / hf':<26}{_in_columns(ratios, '.2f')}")
+            label = f"best {label}" if len(others) > 1 else label
+            print(f"{f'{label} / {ours}':<26}{_in_columns(ratios, '.2f')}")
 
 
-def ratios_to_hf(seconds, others):
-    """Returns for each target the least time of other methods over that of `hf`; infinity where only `hf` got there, NaN where it did not.
+def ratios_to(ours, seconds, others):
+    """Returns for each target the least time of other methods over that of ours; infinity where only ours got there, NaN where it did not.
 
     Args:
+        ours: String, a method.
         seconds: Dict from method to its seconds until each target, a list.
         others: Strings, methods; those that did not run are left out.
     """
@@ -617,8 +634,8 @@ def ratios_to_hf(seconds, others):
         return []
     least = [min(column) for column in zip(*times, strict=True)]
     return [
-        other / hf if math.isfinite(hf) else (math.nan if math.isinf(other) else 0.0)
-        for other, hf in zip(least, seconds["hf"], strict=True)
+        other / own if math.isfinite(own) else (math.nan if math.isinf(other) else 0.0)
+        for other, own in zip(least, seconds[ours], strict=True)
     ]
 
 

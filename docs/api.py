@@ -36,7 +36,7 @@ SECTIONS = {
         "DoubleBackward",
         "ForwardAccumulation",
     ],
-    "Solvers": ["ConjugateGradient", "DirectSolver", "recipe_of_2010"],
+    "Solvers": ["ConjugateGradient", "DirectSolver", "PreconditionedMomentum", "recipe_of_2010"],
     "Preconditioners": ["KroneckerFactored", "EmpiricalFisherDiagonal", "Nystrom", "Identity"],
     "Stopping rules of conjugate gradients": ["RelativeProgress", "ResidualTolerance"],
     "Conjugate gradients": ["conjugate_gradient", "CGResult", "CGStop"],

@@ -404,7 +404,9 @@ def whole_last(loss_at, candidates, loss, gradient):
     at_last = loss_at(candidates[-1])
     is_finite = tf.math.is_finite(at_last)
     size = tf.where(is_finite, tf.ones_like(loss), tf.zeros_like(loss))
-    taken = Taken(0, candidates[-1], at_last, size, tf.where(is_finite, at_last, loss), at_last[None], tf.constant(0))
+    taken = Taken(
+        0, candidates[-1], at_last, size, tf.where(is_finite, at_last, loss), at_last[None], tf.constant(0), loss
+    )
     return _taken_as_last(taken, candidates)
 
 
@@ -509,7 +511,7 @@ class Recorder(keras.callbacks.Callback):
 
     def totals(self, logs):
         """Returns a dict of what is added up over updates: CG iterations and what Hessian-free updates cost."""
-        self._total_cg_iterations += int(logs["cg_iterations"])
+        self._total_cg_iterations += int(logs.get("cg_iterations", 0))
         cost = update_cost(self.model.last_trace, int(logs["num_cases"]), self.model.optimizer.curvature_batch_size)
         self._cost += cost / len(self.x_train)
         return {"total_cg_iterations": self._total_cg_iterations, "cost": self._cost}

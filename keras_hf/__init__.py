@@ -33,6 +33,7 @@ from keras_hf.solvers.cg import CGStop as CGStop
 from keras_hf.solvers.cg import conjugate_gradient as conjugate_gradient
 from keras_hf.solvers.direct import DirectSolver as DirectSolver
 from keras_hf.solvers.kronecker import KroneckerFactored as KroneckerFactored
+from keras_hf.solvers.momentum import PreconditionedMomentum as PreconditionedMomentum
 from keras_hf.solvers.nystrom import Nystrom as Nystrom
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal as EmpiricalFisherDiagonal
 from keras_hf.solvers.preconditioners import Identity as Identity

@@ -3,8 +3,6 @@
 import math
 import warnings
 
-# Below this many cases an update's curvature is mostly noise.
-_SMALL_BATCH = 256
 # Mean square of the residuals at other points, relative to that at the training points. It is about 1 where there are enough points
 # (docs/physics-informed.md).
 _SPURIOUS = 100.0
@@ -107,15 +105,14 @@ class Advice:
 
     # After an update.
 
-    def small_batch(self, logs, initial_size=None):
-        """Warns if the update had too few cases; `initial_size` is the number that a growing batch starts with."""
+    def small_batch(self, logs, fewest):
+        """Warns if the update had fewer than `fewest` cases."""
         if self._source is None or "small batch" in self._given:
             return
         num_cases = int(logs["num_cases"])
         is_remainder = num_cases < self._largest_batch
         self._largest_batch = max(num_cases, self._largest_batch)
-        # A growing batch that starts small does so on purpose.
-        if num_cases >= min(_SMALL_BATCH, initial_size or _SMALL_BATCH):
+        if num_cases >= fewest:
             return
         what = f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. "
         if not is_remainder:

@@ -7,6 +7,9 @@ import keras
 from keras_hf.common.checks import count, finite, positive
 from keras_hf.scale import damping_limits
 
+# With 2.5 as factor: 1.12 an update. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
+_OF_SMALL_UPDATES = 1 / 8
+
 
 def _number(value):
     """The value of a Keras variable, also of one on several replicas, or of an initial damping."""
@@ -144,8 +147,9 @@ class LevenbergMarquardt(DampingCallback):
 
     The ratio is NaN where nothing could be measured. If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
     Otherwise the step was so short that its effect was lost in rounding, and the damping is lowered. A damping of 0 stays 0, since multiplication
-    cannot raise it. With `DirectSolver`, the place on the arc is what counts, and the rule is that of `ArcStepDamping()`. The defaults find the
-    scale of the damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens uses `high=0.75` and `factor=1.5`.
+    cannot raise it. With `DirectSolver`, the place on the arc is what counts, and the rule is that of `ArcStepDamping()`. With
+    `PreconditionedMomentum`, whose updates are small and many, the eighth root of `factor` takes its place. The defaults find the scale of the
+    damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens uses `high=0.75` and `factor=1.5`.
 
     Args:
         low: Float, the ratio below which the damping is raised: the model predicted too much.
@@ -176,16 +180,18 @@ class LevenbergMarquardt(DampingCallback):
         if "arc_step" in logs:
             return ArcStepDamping().next_damping(damping, logs)
         ratio = logs["reduction_ratio"]
+        # A rejected step is no small update.
+        factor = self.factor**_OF_SMALL_UPDATES if "mu" in logs and logs["step_size"] else self.factor
         if logs["gradient_norm"] == 0:
             return damping
         if math.isnan(ratio):
             # Where the update could measure something with a longer step, the effect of this one was lost in rounding.
-            return damping / self.factor if _can_learn(logs) else damping
+            return damping / factor if _can_learn(logs) else damping
         if ratio > self.high:
-            return damping / self.factor
+            return damping / factor
         if ratio >= self.low:
             return damping
-        return damping * self.factor
+        return damping * factor
 
     def on_train_batch_end(self, batch, logs=None):
         if _number(self.model.optimizer.iterations) % self.interval == 0:

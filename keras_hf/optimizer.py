@@ -26,7 +26,7 @@ _SOLVER_ARGUMENTS = {
     "max_cg_iterations": "max_iterations",
     "warm_start_decay": "warm_start_decay",
 }
-# The default of `growing_batch`; `None` means all of the batch.
+# The default of `growing_batch`, which stands for that of the solver; `None` means all of the batch.
 _GROWING = GrowingBatch()
 
 
@@ -59,7 +59,8 @@ class HessianFree(keras.optimizers.Optimizer):
             (default) takes `DirectSolver()` where digits are likely to count: a float64 network, the squared loss, all cases in one batch, and a
             system that takes at most about a second to factorize; else `ConjugateGradient()`. The choice is logged at INFO.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
-        growing_batch: `GrowingBatch` (default): an update uses a part of the batch, which grows. `None`: an update uses all of it.
+        growing_batch: `GrowingBatch`: an update uses a part of the batch, which grows. `None`: an update uses all of it. The default is the solver's:
+            `GrowingBatch()` for `ConjugateGradient`, a slower one for `PreconditionedMomentum`, `None` for `DirectSolver`.
         curvature_batch_size: Integer >= 1, the number of cases that products are formed on: one chunk of the batch per update, in turn. `None` =
             all. Usually thousands: with too few, CG fits the curvature of the chunk and not that of the loss. Split among replicas.
         micro_batch_size: Integer >= 1, the number of cases processed at a time on each replica. It changes memory, not results (unless layers combine
@@ -70,6 +71,9 @@ class HessianFree(keras.optimizers.Optimizer):
             that.
         seed: Integer in [0, 2^31 - 1], the seed of the order of cases and chunks. `None` draws one, which is saved, also in files of weights.
         structural_damping: `StructuralDamping`, for recurrent networks: damps changes of hidden states too. `None` (default) = of the weights alone.
+        use_ema: Whether to keep an exponential moving average of the weights over updates, as Keras' optimizers do (Polyak averaging). On minibatches
+            that cannot grow, the average is closer to the minimum than the last weights. `keras.callbacks.SwapEMAWeights` swaps it in for evaluation.
+        ema_momentum: Float in [0, 1], the weight of the old average in the new one.
         name: Name of the optimizer.
 
     Raises:
@@ -96,6 +100,8 @@ class HessianFree(keras.optimizers.Optimizer):
         micro_batch_size=None,
         seed=None,
         structural_damping=None,
+        use_ema=False,
+        ema_momentum=0.99,
         name="hessian_free",
         **kwargs,
     ):
@@ -110,8 +116,13 @@ class HessianFree(keras.optimizers.Optimizer):
                 f"Received: {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}. "
                 "Leave them out; to be more careful raise `damping`."
             )
-        # Fixed at 1: TensorBoard and other callbacks read it.
-        super().__init__(learning_rate=1.0, name=name)
+        # The learning rate is fixed at 1: TensorBoard and other callbacks read it.
+        super().__init__(
+            learning_rate=1.0,
+            use_ema=checks.flag("use_ema", use_ema),
+            ema_momentum=finite("ema_momentum", ema_momentum, 0, 1),
+            name=name,
+        )
         self._initial_damping = None if damping is None else finite("damping", damping, minimum=0)
         self.curvature = part(
             "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
@@ -119,7 +130,9 @@ class HessianFree(keras.optimizers.Optimizer):
         # Whether `HFModel` may take another solver, where that one keeps nothing between updates and is the better one.
         self.chooses_solver = solver is None
         self.solver = part("solver", ConjugateGradient() if solver is None else solver, Solver, "ConjugateGradient()")
-        if growing_batch is not None:
+        if growing_batch is _GROWING:
+            growing_batch = self.solver.growing_batch()
+        elif growing_batch is not None:
             part("growing_batch", growing_batch, GrowingBatch, "GrowingBatch()")
         if structural_damping is not None:
             part("structural_damping", structural_damping, StructuralDamping, "StructuralDamping()")
@@ -128,18 +141,17 @@ class HessianFree(keras.optimizers.Optimizer):
                     "`structural_damping` adds hidden states to the outputs that the curvature goes through. "
                     f"Received: curvature={self.curvature!r}. Use `GaussNewton()`, or leave `structural_damping` out."
                 )
+            if not self.solver.damps_hidden_states:
+                raise ValueError(
+                    f"`{type(self.solver).__name__}` does not damp hidden states. Received: structural_damping={structural_damping!r}. "
+                    "Leave it out, or use `ConjugateGradient()`."
+                )
         self.structural_damping = structural_damping
         # Whatever is asked for besides the defaults, which files hold, too, excludes solvers that use all cases or factorize the Gauss-Newton matrix.
         has_defaults = type(self.curvature) is GaussNewton and self.curvature.linearization is None
         has_defaults &= growing_batch is None or growing_batch.get_config() == _GROWING.get_config()
         self.chooses_solver &= has_defaults and curvature_batch_size is None and structural_damping is None
         if self.solver.uses_all_cases:
-            if structural_damping is not None:
-                raise ValueError(
-                    f"`{type(self.solver).__name__}` factorizes a matrix that has no hidden states in it. Received: "
-                    f"structural_damping={structural_damping!r}. Leave it out, or use `ConjugateGradient()`."
-                )
-            growing_batch = None if growing_batch is _GROWING else growing_batch
             checks.all_cases(self.solver, growing_batch, curvature_batch_size)
             if type(self.curvature) is not GaussNewton:
                 raise ValueError(
@@ -257,6 +269,8 @@ class HessianFree(keras.optimizers.Optimizer):
             "curvature_batch_size": self.curvature_batch_size,
             "micro_batch_size": self.micro_batch_size,
             "seed": self._initial_seed if self._seed is None else int(self._seed.numpy()),
+            "use_ema": self.use_ema,
+            "ema_momentum": self.ema_momentum,
             "name": self.name,
         }
         parts = {name: getattr(self, name) for name in _PARTS}

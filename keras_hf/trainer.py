@@ -93,7 +93,8 @@ class HFTrainer(keras.Model):
             update = functools.partial(update, num_cases=tf.reduce_sum(counts))
             selection = self._growing_batch.select(self.optimizer.state().growing_batch, counts, replica_number())
             with tf.control_dependencies(lengths_are_equal):
-                data, unseen = data.take(selection.used), data.take(selection.unseen)
+                num_unseen = batching.share_of(self.solver.chunk_share, tf.shape(selection.unseen)[0])
+                data, unseen = data.take(selection.used), data.take(selection.unseen[:num_unseen])
         logs = self._with_objective(data, update, self._most_cases, unseen)
         keras_private.track_loss(self, logs["loss"], logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
@@ -174,10 +175,10 @@ class HFTrainer(keras.Model):
         """
         optimizer = self.optimizer
         task, structure, _ = self._task(data)
-        chunk_size = optimizer.curvature_batch_size
+        chunk_size, chunk_share = optimizer.curvature_batch_size, self.solver.chunk_share
         piece_size = optimizer.micro_batch_size or structure.default_piece_size(data, chunk_size)
         if "unknown" in structure.combinations:
-            piece_size, chunk_size = None, None
+            piece_size, chunk_size, chunk_share = None, None, 1.0
         bounds = [bound for bound in (chunk_size, data.static_num_cases, most_cases) if bound is not None]
         # Unknown if the size of pieces depends on lengths at run time: products are then traced for several pieces.
         one_piece = piece_size is None or (not tf.is_tensor(piece_size) and bool(bounds) and piece_size >= min(bounds))
@@ -187,8 +188,11 @@ class HFTrainer(keras.Model):
             self._most_cases_traced = piece_size
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
         share = None
-        if chunk_size is not None:
-            share = batching.share(chunk_size, of_each_replica(data.num_cases), replica_number())
+        if chunk_size is not None or chunk_share < 1:
+            counts = of_each_replica(data.num_cases)
+            if chunk_size is None:
+                chunk_size = batching.share_of(chunk_share, tf.reduce_sum(counts))
+            share = batching.share(chunk_size, counts, replica_number())
         seed = tf.convert_to_tensor(optimizer.seed)
         pieces = batching.divide(data.num_cases, share, piece_size, update_number, seed)
         fixed = FixedNetwork(task, structure, update_number)
@@ -267,6 +271,7 @@ class HFTrainer(keras.Model):
             self.trainable_variables, objective.start(), objective.candidate(result.step), strict=True
         ):
             variable.value.assign(tf.where(accepted, new, old))
+        keras_private.average_weights(self.optimizer)
         num_cases, num_before = objective.totals.num_cases, result.state.statistics_cases
         before = [tf.convert_to_tensor(state.value) for state in structure.states]
         states = tf.cond(accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before)
@@ -349,7 +354,9 @@ class HFTrainer(keras.Model):
     def _advise_after_update(self, logs, num_nonfinite):
         optimizer, growing_batch = self.optimizer, self._growing_batch
         if not self.solver.uses_all_cases:
-            self._advice.small_batch(logs, growing_batch.initial_size if growing_batch else None)
+            # A growing batch that starts small does so on purpose.
+            starts_with = growing_batch.initial_size if growing_batch else math.inf
+            self._advice.small_batch(logs, min(self.solver.fewest_cases, starts_with))
         if isinstance(optimizer.curvature, GaussNewton):
             # Errors add up in the sums of a product: negative curvature of 2.3 epsilons was measured with a convex loss under BatchNormalization.
             rounding = 10 * self._choice.epsilon * float(optimizer.curvature_scale.numpy())

@@ -118,9 +118,13 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     # As in Martens' released code, the ratio is that of the chunk, whose curvature the solver used, at step size 1 and without damping.
     product = linearize()
     model_step = taken.candidate if path.model_steps is None else path.model_steps[taken.row]
-    predicted_reduction = -(dot(gradient, model_step) + 0.5 * dot(model_step, product(model_step)))
-    if objective.chunk_is_batch:
-        actual_reduction = at_start.loss - taken.candidate_loss
+    if path.curvatures is None:
+        along_step, num_products = dot(model_step, product(model_step)), path.num_products + 1
+    else:
+        along_step, num_products = path.curvatures[taken.row], path.num_products
+    predicted_reduction = -(dot(gradient, model_step) + 0.5 * along_step)
+    if objective.chunk_is_batch or solver.judges_by_chunk:
+        actual_reduction = taken.start_loss - taken.candidate_loss
     else:
         nothing = tf.zeros_like(taken.candidate)
         actual_reduction = objective.chunk_loss_at(nothing) - objective.chunk_loss_at(taken.candidate)
@@ -145,7 +149,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
     # 0 times a candidate that is not finite would be NaN.
     step = tf.where(accepted, step, tf.zeros_like(step))
-    reduction = at_start.loss - taken.loss
+    reduction = taken.start_loss - taken.loss
     return UpdateResult(
         step=step,
         step_size=step_size,
@@ -171,8 +175,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         trace={
             "losses": taken.losses,
             "num_cuts": taken.num_cuts,
-            # Plus one for the ratio.
-            "num_products": path.num_products + 1,
+            "num_products": num_products,
             **path.trace,
         },
     )

@@ -58,22 +58,22 @@ def test_an_exact_solver_in_float64_alone_needs_no_advice(advice, silence):
 def test_small_batches_are_said_with_the_cure_for_how_the_cases_came(advice, source, cure):
     advice.cases_come_as(source)
     with pytest.warns(UserWarning, match=f"An update on 32 cases fits their noise.*{cure}"):
-        advice.small_batch({"num_cases": 32})
+        advice.small_batch({"num_cases": 32}, 256)
 
 
 def test_a_small_remainder_has_a_cure_of_its_own(advice, silence):
     advice.cases_come_as("dataset")
-    advice.small_batch({"num_cases": 600})
-    advice.small_batch({"num_cases": 200})  # not that small
+    advice.small_batch({"num_cases": 600}, 256)
+    advice.small_batch({"num_cases": 200}, 256)  # not that small
     with pytest.warns(UserWarning, match="An update on 3 cases.*Others held up to 600. Leave out the remainder, by"):
-        advice.small_batch({"num_cases": 3})
+        advice.small_batch({"num_cases": 3}, 256)
 
 
 def test_one_batch_of_all_cases_and_a_part_that_starts_small_are_as_they_should_be(advice, silence):
     advice.cases_come_as("dataset")
-    advice.small_batch({"num_cases": 32}, initial_size=32)
+    advice.small_batch({"num_cases": 32}, fewest=32)
     advice.cases_come_as(None)
-    advice.small_batch({"num_cases": 32})
+    advice.small_batch({"num_cases": 32}, 256)
 
 
 def test_losses_without_curvature_are_named_with_their_smooth_cousin(advice, silence):

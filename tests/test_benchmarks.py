@@ -212,8 +212,8 @@ def test_a_complete_run_is_not_made_again_and_a_partial_one_is(tmp_path):
 
 def test_ratios_take_the_fastest_of_the_others():
     seconds = {"hf": [2.0, 4.0, math.inf], "adam": [3.0, math.inf, 1.0], "nag": [4.0, math.inf, math.inf]}
-    assert time_to_error.ratios_to_hf(seconds, ("adam", "nag", "muon")) == [1.5, math.inf, 0.0]
-    assert time_to_error.ratios_to_hf(seconds, ("lbfgs",)) == []
+    assert time_to_error.ratios_to("hf", seconds, ("adam", "nag", "muon")) == [1.5, math.inf, 0.0]
+    assert time_to_error.ratios_to("hf", seconds, ("lbfgs",)) == []
 
 
 def test_grids_are_small_and_cover_every_problem():

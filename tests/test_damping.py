@@ -136,6 +136,13 @@ def test_levenberg_marquardt_uses_its_own_thresholds_and_factor():
     assert answers == {-1.5: 32.0, -1.0: 8.0, 0.0: 8.0, 0.125: 8.0, 0.25: 2.0}
 
 
+def test_small_updates_move_the_damping_by_the_eighth_root_and_a_rejected_one_by_all_of_the_factor():
+    rule, small = LevenbergMarquardt(factor=4.0), {"mu": 0.5, "step_size": 1.0}
+    assert rule.next_damping(8.0, {**logs(1.0), **small}) == pytest.approx(8.0 / 4.0**0.125)
+    assert rule.next_damping(8.0, {**logs(0.1), **small}) == pytest.approx(8.0 * 4.0**0.125)
+    assert rule.next_damping(8.0, {**logs(-INF), **small, "step_size": 0.0}) == 32.0
+
+
 @pytest.mark.parametrize("ratio", [NAN, -INF, 0.0, 1.0])
 def test_levenberg_marquardt_keeps_the_damping_where_the_gradient_is_zero(ratio):
     assert LevenbergMarquardt().next_damping(6.0, logs(ratio, gradient_norm=0.0)) == 6.0

@@ -21,6 +21,7 @@ from keras_hf import (
     Identity,
     LevenbergMarquardt,
     Nystrom,
+    PreconditionedMomentum,
     StructuralDamping,
 )
 from keras_hf.solvers.solver import LocalModel
@@ -53,7 +54,9 @@ def problem(*made, weight=WEIGHT, masked=False, curvature=None, **arguments):
 
 def local_model(objective, curvature=None):
     return LocalModel(
-        objective, lambda: objective.product(curvature or GaussNewton()), objective.loss_and_gradient().gradient
+        objective,
+        lambda: objective.product((curvature or GaussNewton()).fitted_to(objective._structure)),
+        objective.loss_and_gradient().gradient,
     )
 
 
@@ -242,10 +245,11 @@ def test_what_it_cannot_be_combined_with_is_refused():
     part = StructuralDamping()
     with pytest.raises(TypeError, match="`structural_damping` must be a `StructuralDamping` object"):
         HessianFree(structural_damping=0.1)
-    with pytest.raises(
-        ValueError, match="`DirectSolver` factorizes a matrix that has no hidden states.*ConjugateGradient"
-    ):
-        HessianFree(solver=DirectSolver(), structural_damping=part)
+    for solver in (DirectSolver(), PreconditionedMomentum()):
+        with pytest.raises(
+            ValueError, match=f"`{type(solver).__name__}` does not damp hidden states.*ConjugateGradient"
+        ):
+            HessianFree(solver=solver, structural_damping=part)
     with pytest.raises(ValueError, match="hidden states to the outputs that the curvature goes through.*GaussNewton"):
         HessianFree(curvature=Hessian(), structural_damping=part)
     assert not HessianFree(structural_damping=part).chooses_solver

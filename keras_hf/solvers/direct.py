@@ -57,6 +57,7 @@ class DirectSolver(Solver):
 
     least_damping_power = LEAST_DAMPING_POWER
     uses_all_cases = True
+    damps_hidden_states = False
 
     def __init__(self, acceleration=True):
         self.acceleration = flag("acceleration", acceleration)

@@ -11,6 +11,8 @@ from keras_hf.common.vectors import dot
 
 # The constant of sufficient decrease, the factor of each cut, and the number of cuts after which the step is rejected.
 _ARMIJO, _SHORTEN, _MAX_CUTS = 1e-2, 0.8, 60
+# A rise of the loss by more than this many standard errors is not noise.
+_STANDARD_ERRORS = 2.0
 
 
 class Backtrack(NamedTuple):
@@ -40,6 +42,7 @@ class Taken(NamedTuple):
         loss: float64 scalar, the loss at the new weights; the loss at the start if the step is rejected.
         losses: float64 `(k,)`, the losses of the candidates, NaN where not computed.
         num_cuts: int32 scalar, the number of times that the step was shortened.
+        start_loss: float64 scalar, the loss at the start, of the same cases as the other losses.
     """
 
     row: tf.Tensor
@@ -49,6 +52,7 @@ class Taken(NamedTuple):
     loss: tf.Tensor
     losses: tf.Tensor
     num_cuts: tf.Tensor
+    start_loss: tf.Tensor
 
 
 def _or_infinity(loss):
@@ -108,7 +112,7 @@ def walk_back(loss_at, candidates, loss, gradient):
     chosen = backtrack(loss_at, candidates)
     candidate = candidates[chosen.row]
     found = line_search(loss_at, candidate, loss, chosen.loss, dot(gradient, candidate))
-    return Taken(chosen.row, candidate, chosen.loss, found.step_size, found.loss, chosen.losses, found.num_cuts)
+    return Taken(chosen.row, candidate, chosen.loss, found.step_size, found.loss, chosen.losses, found.num_cuts, loss)
 
 
 def least_loss(losses_at, loss_at, candidates, loss, gradient):
@@ -137,6 +141,38 @@ def least_loss(losses_at, loss_at, candidates, loss, gradient):
         tf.where(accepted, losses[row], loss),
         losses,
         tf.constant(0),
+        loss,
+    )
+
+
+def take_unless_it_rises(change_at, loss_at, candidates, loss, gradient):
+    """Takes the only candidate of a path, unless the loss rises there by more than the noise of the cases explains.
+
+    It is rejected if the mean change of the loss exceeds twice its standard error over cases, or is not finite.
+
+    Args:
+        change_at: Callable `(n,) -> Change`, the effect of a step on some cases.
+        loss_at: Not used, as every search gets it.
+        candidates: Tensor `(1, n)`.
+        loss: float64 scalar, the loss at the start.
+        gradient: Not used.
+
+    Returns:
+        A `Taken`, whose losses are those of `change_at`.
+    """
+    del loss_at, gradient
+    change = change_at(candidates[0])
+    rise = change.loss_after - change.loss_before
+    accepted = tf.math.is_finite(loss) & tf.math.is_finite(rise) & (rise <= _STANDARD_ERRORS * change.standard_error)
+    return Taken(
+        tf.constant(0),
+        candidates[0],
+        change.loss_after,
+        tf.where(accepted, tf.ones([], tf.float64), 0.0),
+        tf.where(accepted, change.loss_after, change.loss_before),
+        change.loss_after[None],
+        tf.constant(0),
+        change.loss_before,
     )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.part import Part
+from keras_hf.problem.batching import GrowingBatch
 
 
 class LocalModel:
@@ -57,6 +58,7 @@ class Path(NamedTuple):
         trace: Dict of tensors, for a recorder.
         model_steps: Tensor `(k, n)`, the steps of the quadratic model that the candidates of a curved path stand for: the reduction ratio compares
             the loss at a candidate with what the model predicts for its step. `None` = the candidates themselves.
+        curvatures: Float64 `(k,)`, `p'Gp` of these steps p, without damping, where the solver knows them; `None` costs one more product.
     """
 
     candidates: tf.Tensor
@@ -66,6 +68,7 @@ class Path(NamedTuple):
     num_products: tf.Tensor
     trace: dict
     model_steps: tf.Tensor | None = None
+    curvatures: tf.Tensor | None = None
 
 
 class Solver(Part):
@@ -75,10 +78,22 @@ class Solver(Part):
         least_damping_power: Float. Dampings below `eps^least_damping_power` of the curvature's scale change nothing but rounding, with eps the
             machine epsilon of the weights' float type.
         uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
+        chunk_share: Float in (0, 1], the curvature chunk as a share of the cases of an update.
+        fewest_cases: Integer, the number of cases below which an update is likely to fit their noise, and is warned about.
+        damps_hidden_states: Whether the solver forms damped products by `LocalModel.damped`, so that structural damping has an effect.
+        judges_by_chunk: Whether the search compares losses of the curvature chunk, not of all cases.
     """
 
     least_damping_power = 2.0
     uses_all_cases = False
+    chunk_share = 1.0
+    fewest_cases = 256
+    damps_hidden_states = True
+    judges_by_chunk = False
+
+    def growing_batch(self):
+        """Returns the `GrowingBatch` that suits the solver, `None` where updates use all cases: the default of `HessianFree`."""
+        return None if self.uses_all_cases else GrowingBatch()
 
     def require(self, structure):
         """Raises where the solver would be wrong for a network.

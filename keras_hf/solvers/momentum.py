@@ -1,0 +1,144 @@
+"""One preconditioned direction and the previous step, their coefficients from the exact quadratic: for wide networks on redundant data.
+
+Martens & Grosse (2015), sections 6 and 7.
+"""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from keras_hf.common.checks import fraction, part
+from keras_hf.common.vectors import dot, num_weights, vector_dtype
+from keras_hf.problem.batching import GrowingBatch
+from keras_hf.solvers.kronecker import KroneckerFactored
+from keras_hf.solvers.preconditioners import Preconditioner
+from keras_hf.solvers.search import take_unless_it_rises
+from keras_hf.solvers.solver import Path, Solver
+
+# Directions count as parallel where the sine of their angle, in the metric of the quadratic, is below this: forms are sums in float32.
+_LEAST_SINE = 1e-3
+
+
+@keras.saving.register_keras_serializable("keras_hf")
+class PreconditionedMomentum(Solver):
+    """The preconditioned gradient and the previous step, combined by the exact quadratic: for wide networks, on minibatches.
+
+        step = alpha d + mu s,    d = -M^-1 g
+
+    where s is the previous step and M the preconditioner. alpha and mu minimise the damped quadratic `g'p + p'(G + damping I)p / 2` over all such
+    steps, so there is neither a learning rate nor a momentum to set. Where a few hundred cases say nearly what all say, another step on fresh cases
+    is worth more than a more accurate solution on the same ones. On a fixed quadratic these steps are those of preconditioned CG.
+
+    The quadratic's forms come from forward derivatives along d and s, without a backward pass, on a share of the cases of the update. The loss is
+    checked on the same cases: a step is rejected if it is not finite there, or rises by more than the cases' noise explains. The next update then
+    begins without s.
+
+    Use it with fresh cases in each update: `fit` on arrays, where the default is `GrowingBatch(500, share=0.0, patience=10, rate=0.0116)`, which
+    doubles in 60 updates; or a `tf.data` stream of batches, for which `HessianFree(use_ema=True)` averages the weights.
+
+    Logs: `alpha`, `mu` (coefficients of d and s), `negative_curvature` (0 or 1).
+
+    Cost: a gradient; on the share, about 5/3 of a gradient for the forms, and two losses; the preconditioner, applied once.
+
+    Args:
+        preconditioner: `KroneckerFactored(num_cases=0.5, interval=10, decay=0.75)` (default), or another.
+        share: Float in (0, 1], the share of the cases of an update on which forms and loss are computed.
+
+    Raises:
+        ValueError: If `share` is out of its range.
+        TypeError: If the preconditioner has the wrong type.
+
+    References:
+        Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 6.4 and 7.
+    """
+
+    judges_by_chunk = True
+    fewest_cases = 64
+    damps_hidden_states = False
+    # The damping of the factors is the root of it: smaller ones fit the noise of a minibatch.
+    least_damping_power = 1.0
+
+    def __init__(self, preconditioner=None, share=0.125):
+        if preconditioner is None:
+            preconditioner = KroneckerFactored(num_cases=0.5, interval=10, decay=0.75)
+        self.preconditioner = part("preconditioner", preconditioner, Preconditioner, "KroneckerFactored()")
+        self.share = fraction("share", share)
+
+    @property
+    def chunk_share(self):
+        return self.share
+
+    def growing_batch(self):
+        return GrowingBatch(500, share=0.0, patience=10, rate=0.0116)
+
+    def initial_state(self, variables, layers):
+        return {
+            "previous": tf.zeros([num_weights(variables)], vector_dtype(variables)),
+            "preconditioner": self.preconditioner.initial_state(variables, layers),
+        }
+
+    def solve(self, model, damping, state):
+        gradient, previous = model.gradient, state["previous"]
+        # In sequence: the graph would otherwise run these passes in parallel and hold the activations of all of them.
+        with tf.control_dependencies([gradient, damping]):
+            precondition, preconditioner_state = self.preconditioner.inverse(
+                model.objective, model.linearize, damping, state["preconditioner"]
+            )
+        direction = -precondition(gradient)
+        with tf.control_dependencies([direction]):
+            product = model.linearize()
+        forms = product.forms([direction, previous])
+        inner = lambda a, b: tf.cast(dot(a, b), tf.float64)  # noqa: E731
+        crossed = inner(direction, previous)
+        squares = tf.stack([[inner(direction, direction), crossed], [crossed, inner(previous, previous)]])
+        slopes = tf.stack([inner(gradient, direction), inner(gradient, previous)])
+        coefficients, is_negative = minimizer(forms + tf.cast(damping, tf.float64) * squares, slopes)
+        alpha, mu = tf.unstack(tf.cast(coefficients, direction.dtype))
+        # A direction of coefficient 0 may be without numbers.
+        candidate = tf.where(alpha == 0, tf.zeros_like(direction), alpha * direction) + mu * previous
+
+        def next_state(step):
+            return {"previous": step, "preconditioner": preconditioner_state}
+
+        return Path(
+            candidates=candidate[None],
+            search=functools.partial(take_unless_it_rises, model.objective.chunk_change_at),
+            logs=lambda row: {"alpha": alpha, "mu": mu, "negative_curvature": tf.cast(is_negative, tf.int32)},
+            next_state=next_state,
+            num_products=tf.constant(0),
+            trace={
+                "num_forward_derivatives": tf.constant(2),
+                "chunk_cases": tf.cast(model.objective.totals.chunk_cases, tf.int32),
+            },
+            curvatures=tf.reduce_sum(coefficients[:, None] * forms * coefficients)[None],
+        )
+
+    def get_config(self):
+        return {"preconditioner": keras.saving.serialize_keras_object(self.preconditioner), "share": self.share}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "preconditioner": keras.saving.deserialize_keras_object(config["preconditioner"])})
+
+
+def minimizer(matrix, slopes):
+    """Minimises `slopes'c + c'(matrix)c / 2` over c of two coefficients.
+
+    Where the two directions are parallel, or the matrix is not positive definite, only the first is used, and the absolute value of its curvature;
+    without curvature, none.
+
+    Args:
+        matrix: Tensor `(2, 2)`, symmetric.
+        slopes: Tensor `(2,)`.
+
+    Returns:
+        c, `(2,)`, and whether the curvature along a direction is negative, a bool scalar.
+    """
+    (first, crossed), (_, second) = [tf.unstack(row) for row in tf.unstack(matrix)]
+    determinant = first * second - crossed**2
+    both = (first > 0) & (second > 0) & (determinant > _LEAST_SINE**2 * first * second)
+    alone = tf.stack([-tf.math.divide_no_nan(slopes[0], tf.abs(first)), tf.zeros_like(first)])
+    inverse = tf.math.divide_no_nan(tf.stack([[second, -crossed], [-crossed, first]]), determinant)
+    together = -tf.linalg.matvec(inverse, slopes)
+    return tf.where(both, together, alone), (first < 0) | (second < 0)
