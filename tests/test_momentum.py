@@ -190,7 +190,9 @@ def test_parallel_directions_use_the_first_alone():
     direction = np.array([1.0, 2.0, -1.0])
     matrix = np.diag([1.0, 3.0, 2.0])
     pair = np.stack([direction, -0.5 * direction])
-    coefficients, is_negative = minimizer(tf.constant(pair @ matrix @ pair.T), tf.constant(pair @ [-1.0, 0.5, 2.0]))
+    coefficients, is_negative = minimizer(
+        tf.constant(pair @ matrix @ pair.T), tf.constant(pair @ [-1.0, 0.5, 2.0]), 1e-12
+    )
     expected = -(direction @ [-1.0, 0.5, 2.0]) / (direction @ matrix @ direction)
     np.testing.assert_allclose(coefficients, [expected, 0.0])
     assert not is_negative
@@ -198,13 +200,13 @@ def test_parallel_directions_use_the_first_alone():
 
 @pytest.mark.parametrize("matrix", [[[-2.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, -1.0]], [[-2.0, 3.0], [3.0, -1.0]]])
 def test_negative_curvature_leaves_a_step_that_descends(matrix):
-    coefficients, is_negative = minimizer(tf.constant(matrix), tf.constant([-4.0, 1.0]))
+    coefficients, is_negative = minimizer(tf.constant(matrix), tf.constant([-4.0, 1.0]), 1e-12)
     np.testing.assert_allclose(coefficients, [2.0, 0.0])
     assert is_negative
 
 
 def test_without_curvature_there_is_no_step():
-    coefficients, is_negative = minimizer(tf.zeros([2, 2]), tf.constant([-4.0, 0.0]))
+    coefficients, is_negative = minimizer(tf.zeros([2, 2]), tf.constant([-4.0, 0.0]), 1e-12)
     np.testing.assert_array_equal(coefficients, [0.0, 0.0])
     assert not is_negative
 

@@ -6,6 +6,7 @@ Martens & Grosse (2015), sections 6 and 7.
 import functools
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import fraction, part
@@ -16,8 +17,8 @@ from keras_hf.solvers.preconditioners import Preconditioner
 from keras_hf.solvers.search import take_unless_it_rises
 from keras_hf.solvers.solver import Path, Solver
 
-# Directions count as parallel where the sine of their angle, in the metric of the quadratic, is below this: forms are sums in float32.
-_LEAST_SINE = 1e-3
+# Directions count as parallel where the squared sine of their angle, in the metric of the quadratic, is below so many machine epsilons.
+_PARALLEL = 100.0
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -56,7 +57,7 @@ class PreconditionedMomentum(Solver):
     judges_by_chunk = True
     fewest_cases = 64
     damps_hidden_states = False
-    # The damping of the factors is the root of it: smaller ones fit the noise of a minibatch.
+    # The damping of a layer's factors is the root of it: with a smaller one the preconditioner inverts the noise of a minibatch.
     least_damping_power = 1.0
 
     def __init__(self, preconditioner=None, share=0.125):
@@ -93,7 +94,8 @@ class PreconditionedMomentum(Solver):
         crossed = inner(direction, previous)
         squares = tf.stack([[inner(direction, direction), crossed], [crossed, inner(previous, previous)]])
         slopes = tf.stack([inner(gradient, direction), inner(gradient, previous)])
-        coefficients, is_negative = minimizer(forms + tf.cast(damping, tf.float64) * squares, slopes)
+        rounding = _PARALLEL * float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
+        coefficients, is_negative = minimizer(forms + tf.cast(damping, tf.float64) * squares, slopes, rounding)
         alpha, mu = tf.unstack(tf.cast(coefficients, direction.dtype))
         # A direction of coefficient 0 may be without numbers.
         candidate = tf.where(alpha == 0, tf.zeros_like(direction), alpha * direction) + mu * previous
@@ -122,7 +124,7 @@ class PreconditionedMomentum(Solver):
         return cls(**{**config, "preconditioner": keras.saving.deserialize_keras_object(config["preconditioner"])})
 
 
-def minimizer(matrix, slopes):
+def minimizer(matrix, slopes, rounding):
     """Minimises `slopes'c + c'(matrix)c / 2` over c of two coefficients.
 
     Where the two directions are parallel, or the matrix is not positive definite, only the first is used, and the absolute value of its curvature;
@@ -131,13 +133,14 @@ def minimizer(matrix, slopes):
     Args:
         matrix: Tensor `(2, 2)`, symmetric.
         slopes: Tensor `(2,)`.
+        rounding: Float, the squared sine of the angle of the directions below which they count as parallel.
 
     Returns:
         c, `(2,)`, and whether the curvature along a direction is negative, a bool scalar.
     """
     (first, crossed), (_, second) = [tf.unstack(row) for row in tf.unstack(matrix)]
     determinant = first * second - crossed**2
-    both = (first > 0) & (second > 0) & (determinant > _LEAST_SINE**2 * first * second)
+    both = (first > 0) & (second > 0) & (determinant > rounding * first * second)
     alone = tf.stack([-tf.math.divide_no_nan(slopes[0], tf.abs(first)), tf.zeros_like(first)])
     inverse = tf.math.divide_no_nan(tf.stack([[second, -crossed], [-crossed, first]]), determinant)
     together = -tf.linalg.matvec(inverse, slopes)
