@@ -173,10 +173,16 @@ class Advice:
                 "`sample_weight`, and so has the loss: the step is rejected, and so will be every other on these cases. Remove or repair them.",
             )
         elif not math.isfinite(gradient_norm):
+            # Keras casts predictions to float32 for the loss and so loses their logits: the derivative 1 / p goes back into the network in float16.
+            in_float16 = (
+                " In float16, whose largest number is 65504, cross-entropies of probabilities below 1.5e-5 do: give the last layer "
+                '`dtype="float32"`.'
+            )
             self.warn_once(
                 "gradient that is not finite",
                 "The loss or its gradient is not finite, though the numbers in the cases are: the step is rejected. Something overflows, or has no "
-                "derivative where it is asked for, such as a square root or a logarithm at 0; scale the inputs, or bound what the layer takes.",
+                "derivative where it is asked for, such as a square root or a logarithm at 0; scale the inputs, or bound what the layer takes."
+                f"{in_float16 if dtype == 'float16' else ''}",
             )
         elif gradient_norm == 0 and num_cases and num_updates == 1:
             self.warn_once(

@@ -119,6 +119,13 @@ def test_a_rejected_step_is_explained(advice, found, num_nonfinite, num_updates,
         advice.no_progress(logs(**found), num_nonfinite, num_updates, "float32")
 
 
+def test_what_overflows_in_float16_has_a_cure_of_its_own(advice):
+    with pytest.warns(UserWarning, match='or bound what the layer takes. In float16.*`dtype="float32"`'):
+        advice.no_progress(logs(gradient_norm=math.nan), 0, 5, "float16")
+    with pytest.warns(UserWarning, match="or bound what the layer takes.$"):
+        Advice().no_progress(logs(gradient_norm=math.nan), 0, 5, "float32")
+
+
 @pytest.mark.parametrize(
     ("dtype", "cure"), [("float32", "Stop here, or go on in float64"), ("float64", r"Stop here\.$")]
 )

@@ -1,5 +1,7 @@
 """What float types promise: CG's numbers in float32 at least, products right to the type's rounding, progress of 1e-6 seen."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -122,6 +124,19 @@ def test_check_products_allows_for_the_rounding_of_the_type(policy):
     assert all(
         check.holds and check.tolerance == pytest.approx(2e-2) for check in model.check_products(*cases(model.network))
     )
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_cross_entropy_that_leaves_float16_is_said_with_the_cure(policy, dtype):
+    output = layers.Dense(2, "softmax", dtype=dtype)
+    model = compiled(keras.Sequential([keras.Input((1,)), output]), "sparse_categorical_crossentropy")
+    # The label has a probability of 8e-7, so that the derivative of the loss in it is -1.2e6.
+    output.kernel.assign([[0.0, 14.0]])
+    said = pytest.warns(UserWarning, match='In float16.*give the last layer `dtype="float32"`')
+    with said if dtype is None else contextlib.nullcontext():
+        history = model.fit(np.ones((300, 1)), np.zeros(300), verbose=0, callbacks=[LevenbergMarquardt()]).history
+    assert np.isfinite(history["gradient_norm"][0]) == (dtype == "float32")
 
 
 def test_arithmetic_is_unaltered_during_training_and_as_before_afterwards():
