@@ -261,7 +261,7 @@ def _forward(piece):
     """Returns `() -> (outputs, evaluation)`, one forward pass on a piece."""
 
     def forward():
-        evaluation = piece.forward(with_hidden=piece.has_hidden_states)
+        evaluation = piece.forward(for_products=True)
         return evaluation.outputs, evaluation
 
     return forward

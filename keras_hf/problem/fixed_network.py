@@ -12,7 +12,8 @@ import tensorflow as tf
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.problem.batch_statistics import Statistics
 from keras_hf.problem.capture import constant_statistics, own_statistics
-from keras_hf.problem.hidden_states import recorded_hidden_states
+from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers
+from keras_hf.problem.recurrence import linear_derivatives
 from keras_hf.problem.replicas import replica_number
 
 
@@ -123,7 +124,7 @@ class FixedNetwork:
         self.task, self.structure, self.update_number = task, structure, update_number
         self.dtype = vector_dtype(task.variables)
 
-    def evaluate(self, data, number, statistics=(), measured=None, weights=None, with_hidden=False):
+    def evaluate(self, data, number, statistics=(), measured=None, weights=None, for_products=False):
         """Runs the network on a piece.
 
         Args:
@@ -133,7 +134,8 @@ class FixedNetwork:
             measured: List of BatchNormalization layers whose statistics on the piece are returned among the states; by default
                 `measured_normalizations`.
             weights: List of tensors, the values of the trainable weights in this pass; `None` = those that they have.
-            with_hidden: Whether to record the hidden states of `structure.hidden_layers`.
+            for_products: Whether Gauss-Newton products are to be formed from the pass: recurrent layers then have the derivatives of `recurrence`,
+                and the hidden states of `structure.hidden_layers` are recorded.
 
         Returns:
             An `Evaluation`.
@@ -141,8 +143,10 @@ class FixedNetwork:
         measured = self.structure.measured_normalizations if measured is None else measured
         frozen = constant_statistics(self.structure.batch_normalizations) if statistics else own_statistics(measured)
         values = [*statistics, *(zip(self.task.weights, weights, strict=True) if weights is not None else ())]
-        recurrent = self.structure.hidden_layers if with_hidden else []
-        with self.fixed_state(number, values) as scope, frozen, recorded_hidden_states(recurrent) as calls:
+        recurrent, recorded = recurrent_layers(self.task.layers), self.structure.hidden_layers
+        derivatives = linear_derivatives(recurrent if for_products else [])
+        recording = recorded_hidden_states(recorded if for_products else [])
+        with self.fixed_state(number, values) as scope, frozen, derivatives, recording as calls:
             y_pred = self.task.network(data.x)
         hidden = [state for states, _ in calls.values() for state in states]
         states = [scope.get_current_value(state) for state in self.structure.states]

@@ -51,15 +51,15 @@ class PieceFunction:
         self._network, self._totals, self._data, self._number, self._of_chunk = network, totals, data, number, of_chunk
         self._statistics = statistics
 
-    def forward(self, weights=None, with_hidden=False):
+    def forward(self, weights=None, for_products=False):
         """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics.
 
         Args:
             weights: List of tensors, the weights of this pass; `None` = those of the variables. With them the pass can be vectorised over weights.
-            with_hidden: Whether to record hidden states.
+            for_products: See `FixedNetwork.evaluate`.
         """
         return self._network.evaluate(
-            self._data, self._number, self._statistics, weights=weights, with_hidden=with_hidden
+            self._data, self._number, self._statistics, weights=weights, for_products=for_products
         )
 
     def cases(self, indices):
