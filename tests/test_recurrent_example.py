@@ -1,0 +1,90 @@
+"""What the example of recurrent networks promises: the same start for every method, files that tell the course, and toy problems solved."""
+
+import numpy as np
+import pytest
+
+from examples import recurrent
+from examples.recurrent_problems import PROBLEMS
+from examples.tables import read_rows
+
+
+def arguments(tmp_path, *more):
+    return recurrent.parse(["--results", str(tmp_path), "--units", "20", *more])
+
+
+def test_streams_have_fresh_sequences_in_every_batch_and_few_ones_again():
+    data, shape = recurrent.sequences(PROBLEMS["addition"](20), 5, seed=0)
+    batches = [x.numpy() for x, _ in data.take(2)]
+    assert batches[0].shape == (5, *shape) and (batches[0] != batches[1]).any()
+    data, shape = recurrent.sequences(PROBLEMS["memory-5"](4), 5, seed=0)
+    one, other = (x.numpy() for x, _ in data.take(2))
+    assert one.shape == (32, *shape)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_test_sequences_are_none_of_training(tmp_path):
+    problem = PROBLEMS["addition"](20)
+    data, shape = recurrent.sequences(problem, 50, seed=0)
+    network = recurrent.build_network(problem, shape, units=4)
+    recorder = recurrent.SolvedRecorder(problem, network, tmp_path / "run.csv", 1.0, 1)
+    (x, _) = next(iter(data))
+    assert len(recorder._x) == 10_000
+    assert not {row.tobytes() for row in recorder._x} & {row.tobytes() for row in x.numpy()}
+
+
+def test_weights_are_sparse_and_of_the_spectral_radius():
+    network = recurrent.build_network(PROBLEMS["memory-20"](5), (26, 7), units=60, seed=3)
+    kernels = {weight.path: weight.numpy() for weight in network.trainable_weights}
+    recurrent_kernel = next(value for path, value in kernels.items() if "recurrent_kernel" in path)
+    assert ((recurrent_kernel != 0).sum(0) == 15).all()
+    assert np.abs(np.linalg.eigvals(recurrent_kernel)).max() == pytest.approx(1.1, rel=1e-4)
+    assert not any("bias" in path for path in kernels) and any("initial_state" in path for path in kernels)
+    same = recurrent.build_network(PROBLEMS["memory-20"](5), (26, 7), units=60, seed=3)
+    for one, other in zip(network.get_weights(), same.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_toy_problem_is_solved_and_its_run_written(tmp_path):
+    recurrent.main(
+        [
+            "--results",
+            str(tmp_path),
+            "--problem",
+            "memory-5",
+            "--length",
+            "6",
+            "--units",
+            "30",
+            "--methods",
+            "hf",
+            "--updates",
+            "80",
+        ]
+    )
+    rows = read_rows(tmp_path / "memory-5-6" / "hf-seed0.csv")
+    assert rows[0]["wrong"] > 0.5 and rows[-1]["wrong"] == 0
+    (result,) = recurrent.read_results(tmp_path / "results.csv")
+    assert result["method"] == "hf" and result["solved"] == "1" and float(result["updates"]) == rows[-1]["update"]
+    assert (tmp_path / "memory-5-6" / "seed0.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", set(recurrent.METHODS) - {"hf"})
+def test_every_method_runs(method, tmp_path):
+    args = arguments(
+        tmp_path,
+        "--problem",
+        "temporal-order",
+        "--length",
+        "10",
+        "--updates",
+        "10",
+        "--cases",
+        "20",
+        "--curvature-cases",
+        "10",
+    )
+    rate = None if method == "hf-plain" else 1e-3
+    recorder = recurrent.train(args, method, rate, tmp_path / "run.csv")
+    assert recorder.rows[-1]["update"] == 10 and np.isfinite(recorder.rows[-1]["loss"])
