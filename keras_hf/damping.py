@@ -20,8 +20,8 @@ class DampingCallback(keras.callbacks.Callback):
     """Base class of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
 
     Subclasses implement `next_damping`. The damping is kept from one `fit` call to the next and saved with the optimizer; nothing is reset. It stays
-    within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `DirectSolver`) to eps^-2 times the curvature along the
-    first gradient, where eps is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
+    within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `DirectSolver` and `PreconditionedMomentum`) to eps^-2 times
+    the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
 
     Args:
         min_damping: Float >= 0, the smallest damping assigned.

@@ -58,7 +58,7 @@ class PreconditionedMomentum(Solver):
     fewest_cases = 64
     damps_hidden_states = False
     # The damping of a layer's factors is the root of it: with a smaller one the preconditioner inverts the noise of a minibatch.
-    least_damping_power = 1.0
+    least_damping_power = 1.25
 
     def __init__(self, preconditioner=None, share=0.125):
         if preconditioner is None:
