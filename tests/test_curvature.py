@@ -355,6 +355,7 @@ def test_an_update_uses_the_linearization_chosen_in_its_trace():
     assert calls == [model._choice.curvature]
 
 
+@pytest.mark.slow
 def test_double_backward_is_right_for_loops_and_nested_functions():
     class Nested(keras.layers.Layer):
         def build(self, shape):

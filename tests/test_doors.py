@@ -107,6 +107,7 @@ def test_a_batch_size_that_is_no_count_is_refused(batch_size):
         fit(compiled(network()), *cases(), batch_size=batch_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regularizer", [None, "l2"])
 def test_an_empty_batch_changes_nothing_and_says_so(regularizer):
     model = compiled(network(layers.Dense(3, kernel_regularizer=regularizer)))
@@ -349,6 +350,7 @@ def test_no_loss_is_refused():
         fit(compiled(network(), None), *cases())
 
 
+@pytest.mark.slow
 def test_a_loss_that_the_network_adds_is_enough():
     class Adding(layers.Layer):
         def call(self, x):
@@ -395,6 +397,7 @@ def test_weights_that_do_not_fit_a_model_without_compile_leave_it_as_it_was(tmp_
 # What a call leaves.
 
 
+@pytest.mark.slow
 def test_steps_per_epoch_are_updates_on_the_one_batch_that_holds_all_cases():
     for steps_per_execution in (1, 2):
         model = HFModel(network())

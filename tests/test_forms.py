@@ -142,6 +142,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [form if form in ("dataset", "PyDataset") else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 )
@@ -340,6 +341,7 @@ def test_steps_per_epoch_cuts_arrays_as_in_keras():
     assert_same(after, weights_after_arrays(12))
 
 
+@pytest.mark.slow
 def test_one_dimensional_targets_are_those_of_one_column():
     after = []
     for y in (Y[:, 0], Y[:, :1]):
@@ -426,6 +428,7 @@ def branches_after_dicts():
     return branches_after(branches(), PARTS, TARGETS, LOSSES, LOSS_WEIGHTS, sample_weight=WEIGHTS)
 
 
+@pytest.mark.slow
 def test_the_loss_of_dicts_is_their_weighted_sum():
     net = branches()
     set_weights(net)
@@ -664,6 +667,7 @@ class Residual(keras.Model):
         return tf.concat([outer.gradient(velocity, t) + u, u], -1)
 
 
+@pytest.mark.slow
 def test_a_network_that_differentiates_itself_trains():
     t = np.linspace(0, 1, 24)[:, None]
     y = np.concatenate([0 * t, np.sin(t)], -1)

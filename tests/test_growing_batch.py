@@ -182,6 +182,7 @@ def test_nests_are_cut_in_all_their_leaves():
 # Growth.
 
 
+@pytest.mark.slow
 def test_it_grows_as_the_rule_says_of_losses_that_evaluate_gives():
     rule = {"initial_size": 3, "share": 0.5, "patience": 2, "noise": 0.6}
     model, growing = compiled(GrowingBatch(**rule), damping=1e-3), GrowingBatch(**rule)
@@ -252,6 +253,7 @@ def test_its_size_outlives_fit_and_a_larger_batch():
     assert fit(model, np.tile(X, (9, 1)), np.tile(Y, (9, 1)))["num_cases"] == [size]
 
 
+@pytest.mark.slow
 def test_a_rejected_step_moves_on_and_is_no_miss_nor_are_unseen_cases_that_are_no_numbers():
     x = X.copy()
     x[[2, 12]] = np.nan

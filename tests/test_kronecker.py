@@ -360,6 +360,7 @@ def num_iterations(model, data, preconditioner, damping=1e-5):
     return number
 
 
+@pytest.mark.slow
 def test_cg_needs_fewer_iterations_than_with_the_diagonal_on_a_deep_network():
     stack = [layers.Dense(units, "tanh") for units in (12, 8, 4, 2, 4, 8, 12)]
     model = compiled(keras.Sequential([keras.Input((16,)), *stack, layers.Dense(16)]))
@@ -436,6 +437,7 @@ def test_inverses_serve_for_an_interval_of_updates(columns, monkeypatch):
     assert np.abs(refreshed - first).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_inverses_from_numbers_that_are_not_finite_are_made_anew_in_the_next_update():
     model, kept = make_model(), KroneckerFactored(interval=3)
     data = model_data(model, inputs(), targets())
@@ -554,8 +556,8 @@ def test_a_bad_interval_is_refused(value):
 # Averages over estimates.
 
 
-@pytest.mark.parametrize("columns", [32, 0])
-@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("columns", [32, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("interval", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_averaged_factors_are_the_explicit_average_with_bias_correction(columns, interval, monkeypatch):
     monkeypatch.setattr(kronecker, "_MAX_COLUMNS", columns)
     decay, model = 0.6, make_model("sigmoid")

@@ -185,6 +185,7 @@ def test_any_kind_of_network(mode):
     assert history["loss"][-1] < history["loss"][0]
 
 
+@pytest.mark.slow
 def test_no_retrace_for_damping_or_a_ragged_last_batch():
     CountingModel.num_traces = 0
     model = CountingModel(network())
@@ -287,6 +288,7 @@ def test_after_a_step_evaluation_has_the_loss_of_training():
     assert float(model.optimizer.state().statistics_cases) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constraint", "violation"),
     [
@@ -502,6 +504,7 @@ def test_fit_without_a_damping_rule_warns_once():
     fit(compiled(), *cases(), callbacks=[ConstantDamping()])
 
 
+@pytest.mark.slow
 def test_small_batches_of_a_dataset_warn_once():
     data = tf.data.Dataset.from_tensor_slices(cases(64)).batch(32)
     with pytest.warns(UserWarning, match="update on 32 cases fits their noise") as record:

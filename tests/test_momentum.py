@@ -302,6 +302,7 @@ def test_it_trains_through_fit_and_the_batch_grows():
     assert np.all(np.isfinite(history["alpha"])) and history["mu"][0] == 0
 
 
+@pytest.mark.slow
 def test_a_stream_of_minibatches_is_followed():
     x, y = regression()
     stream = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(600, seed=0).batch(100).repeat()

@@ -259,7 +259,7 @@ def test_full_rank_is_the_damped_inverse_of_a_network_with_its_regularizers(curv
 
 def test_the_hessian_of_a_network_leaves_it_positive_definite():
     model = make_model("sigmoid")
-    found, matrix = inverse(model, data_of(model, "mse on sigmoid"), Nystrom(10), 0.0, Hessian())
+    found, matrix = inverse(model, data_of(model, "mse on sigmoid"), Nystrom(10), 0.0, Hessian(DoubleBackward()))
     assert np.linalg.eigvalsh(matrix).min() < -1e-3
     assert_positive_definite(found)
 
@@ -298,6 +298,7 @@ def ill_conditioned():
     return model, model_data(model, x, np.tanh(x[:, :3]))
 
 
+@pytest.mark.slow
 def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_once():
     model, data = ill_conditioned()
     formed = []

@@ -157,6 +157,7 @@ def test_every_update_hands_the_state_to_the_next_and_a_saved_model_goes_on(tmp_
     assert state_of(again)["updates"] == 3
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_are_not_handed_on():
     x, y = cases()
     model = compiled()

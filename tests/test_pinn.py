@@ -40,6 +40,7 @@ EXACT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [lambda f: f, tf.function(autograph=False)], ids=["eager", "compiled"])
 def test_derivatives_of_polynomials_are_exact_to_any_order(mode):
     found = mode(lambda p: derivatives(polynomials, p, "xy", *EXACT))(tf.constant(POINTS))
@@ -192,6 +193,7 @@ def test_a_hard_constraint_and_features_make_the_solution(float64):
     np.testing.assert_allclose(pinn(x).numpy()[:, :1], poisson(pinn.solution, tf.constant(INNER)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_unknown_coefficient_is_found(float64):
     rate = keras.Variable(0.2, dtype="float64", name="rate")
     decay = lambda u, p: derivatives(u, p, "t", "u_t") + rate * u(p)  # noqa: E731

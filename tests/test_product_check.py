@@ -104,6 +104,7 @@ def test_wrong_products_fail_the_check_of_the_other_way(no_structural_guard, cap
     assert "FAILS" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_wrong_products_reject_the_step_and_raise_with_the_cure(no_structural_guard):
     model = grouped(GaussNewton(ForwardAccumulation()))
     before = model.get_weights()
@@ -322,6 +323,7 @@ def test_jit_compile_is_a_bool(value):
         DoubleBackward(jit_compile=value)
 
 
+@pytest.mark.slow
 def test_negative_curvature_warns_once_with_the_alternative(float64):
     def not_convex(y, y_pred):
         return tf.reduce_mean((y - tf.sin(3 * y_pred)) ** 2, -1)

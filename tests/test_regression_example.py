@@ -26,6 +26,7 @@ def test_cases_have_other_points_to_test_with(name):
     assert not np.isin(cases.x_test[1:-1, 0], cases.x[:, 0]).any()
 
 
+@pytest.mark.slow
 def test_methods_find_the_same_parameters_and_curve_fits_errors(float64):
     runs, cases, model = regression.fit_all("decay", num_cases=60, num_updates=30)
     assert [run.method for run in runs] == ["DirectSolver", "SciPy, trf", "SciPy, lm"]

@@ -61,6 +61,7 @@ def as_it_is():
     return run(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-20, 20])
 def test_a_loss_times_a_power_of_two_gives_the_same_run_bit_for_bit(exponent, as_it_is):
     history, model = run(2.0**exponent)
