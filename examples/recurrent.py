@@ -153,7 +153,7 @@ def train(args, method, rate, path):
             network.stop_training = recorder.after_update(int(optimizer.iterations), logs)
 
         callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=after_steps)]
-    model.fit(**data, steps_per_epoch=1000, epochs=10**9, callbacks=callbacks, verbose=0)
+    model.fit(**data, steps_per_epoch=1000, epochs=10**9, shuffle=False, callbacks=callbacks, verbose=0)
     return recorder
 
 

@@ -70,7 +70,8 @@ def test_a_toy_problem_is_solved_and_its_run_written(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", set(recurrent.METHODS) - {"hf"})
+@pytest.mark.filterwarnings("ignore:An update on")
+@pytest.mark.parametrize("method", [method for method in recurrent.METHODS if method != "hf"])
 def test_every_method_runs(method, tmp_path):
     args = arguments(
         tmp_path,
