@@ -180,8 +180,9 @@ class LevenbergMarquardt(DampingCallback):
         if "arc_step" in logs:
             return ArcStepDamping().next_damping(damping, logs)
         ratio = logs["reduction_ratio"]
-        # A rejected step is no small update.
-        factor = self.factor**_OF_SMALL_UPDATES if "mu" in logs and logs["step_size"] else self.factor
+        # A rejected step is no small update, and one that is lost in rounding is far too small.
+        is_small = "mu" in logs and logs["step_size"] and not math.isnan(ratio)
+        factor = self.factor**_OF_SMALL_UPDATES if is_small else self.factor
         if logs["gradient_norm"] == 0:
             return damping
         if math.isnan(ratio):

@@ -93,7 +93,7 @@ class HFTrainer(keras.Model):
             update = functools.partial(update, num_cases=tf.reduce_sum(counts))
             selection = self._growing_batch.select(self.optimizer.state().growing_batch, counts, replica_number())
             with tf.control_dependencies(lengths_are_equal):
-                num_unseen = batching.share_of(self.solver.chunk_share, tf.shape(selection.unseen)[0])
+                num_unseen = batching.chunk_of(self.solver.chunk_share, tf.shape(selection.unseen)[0])
                 data, unseen = data.take(selection.used), data.take(selection.unseen[:num_unseen])
         logs = self._with_objective(data, update, self._most_cases, unseen)
         keras_private.track_loss(self, logs["loss"], logs["num_cases"])
@@ -191,7 +191,7 @@ class HFTrainer(keras.Model):
         if chunk_size is not None or chunk_share < 1:
             counts = of_each_replica(data.num_cases)
             if chunk_size is None:
-                chunk_size = batching.share_of(chunk_share, tf.reduce_sum(counts))
+                chunk_size = batching.chunk_of(chunk_share, tf.reduce_sum(counts))
             share = batching.share(chunk_size, counts, replica_number())
         seed = tf.convert_to_tensor(optimizer.seed)
         pieces = batching.divide(data.num_cases, share, piece_size, update_number, seed)

@@ -141,6 +141,8 @@ def test_small_updates_move_the_damping_by_the_eighth_root_and_a_rejected_one_by
     assert rule.next_damping(8.0, {**logs(1.0), **small}) == pytest.approx(8.0 / 4.0**0.125)
     assert rule.next_damping(8.0, {**logs(0.1), **small}) == pytest.approx(8.0 * 4.0**0.125)
     assert rule.next_damping(8.0, {**logs(-INF), **small, "step_size": 0.0}) == 32.0
+    # Lost in rounding: far too small.
+    assert rule.next_damping(8.0, {**logs(NAN), **small}) == 2.0
 
 
 @pytest.mark.parametrize("ratio", [NAN, -INF, 0.0, 1.0])

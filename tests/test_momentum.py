@@ -297,7 +297,7 @@ def test_it_trains_through_fit_and_the_batch_grows():
     x, y = regression()
     model = momentum_model()
     history = model.fit(x, y, epochs=60, callbacks=[LevenbergMarquardt()], verbose=0).history
-    assert model.evaluate(x, y, verbose=0) < 0.05 * np.var(y)
+    assert model.evaluate(x, y, verbose=0) < 0.1 * np.var(y)
     assert history["num_cases"][0] == 100 < history["num_cases"][-1]
     assert np.all(np.isfinite(history["alpha"])) and history["mu"][0] == 0
 
@@ -368,6 +368,15 @@ def test_bad_cases_reject_the_step_and_leave_the_state():
         assert np.all(np.isfinite(variable))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damping", [0.0, 1e8])
+def test_a_damping_that_is_far_off_is_left_behind(damping):
+    x, y = regression()
+    model = momentum_model(damping=damping)
+    model.fit(x, y, epochs=300, callbacks=[LevenbergMarquardt()], verbose=0)
+    assert model.evaluate(x, y, verbose=0) < 0.3 * np.var(y)
+
+
 # Settings.
 
 
@@ -382,8 +391,9 @@ def test_a_preconditioner_that_is_none_is_refused():
         PreconditionedMomentum("kronecker")
 
 
-def test_the_share_is_the_chunk():
-    x, y = regression(64)
+@pytest.mark.parametrize(("num_cases", "expected"), [(600, 180), (100, 64), (50, 50)])
+def test_the_share_is_the_chunk_of_64_cases_at_least(num_cases, expected):
+    x, y = regression(num_cases)
     model = momentum_model(PreconditionedMomentum(Identity(), 0.3), growing_batch=None)
     data = model_data(model, x, y)
     sizes = with_objective(
@@ -391,4 +401,4 @@ def test_the_share_is_the_chunk():
         data,
         lambda objective: (objective.totals.chunk_cases, objective.totals.num_cases, objective.chunk_is_batch),
     )
-    assert list(itertools.starmap(float, [(sizes[0],), (sizes[1],)])) == [20.0, 64.0] and not sizes[2]
+    assert list(itertools.starmap(float, [(sizes[0],), (sizes[1],)])) == [expected, num_cases] and not sizes[2]

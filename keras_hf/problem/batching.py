@@ -16,6 +16,8 @@ from keras_hf.common.part import Part
 
 # Twice as many still fit in an int32.
 _LARGEST_SIZE = 2**29
+# The ratio of a step is measured on the cases of a chunk.
+_FEWEST_IN_CHUNK = 64
 
 
 class Pieces(NamedTuple):
@@ -238,6 +240,11 @@ def share(place, counts, replica=0):
 def share_of(share, num_cases):
     """Returns the cases that make up a share, a float in (0, 1], of an int32 scalar of cases: rounded up, an int32 scalar."""
     return tf.cast(tf.math.ceil(share * tf.cast(num_cases, tf.float64)), tf.int32)
+
+
+def chunk_of(share, num_cases):
+    """Returns the cases of a chunk that is a share of an int32 scalar of cases, at least 64 if there are as many: fewer say too little of a step."""
+    return tf.minimum(num_cases, tf.maximum(share_of(share, num_cases), _FEWEST_IN_CHUNK))
 
 
 def order(num_cases, seed):

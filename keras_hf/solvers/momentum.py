@@ -44,7 +44,7 @@ class PreconditionedMomentum(Solver):
 
     Args:
         preconditioner: `KroneckerFactored(num_cases=0.5, interval=10, decay=0.75)` (default), or another.
-        share: Float in (0, 1], the share of the cases of an update on which forms and loss are computed.
+        share: Float in (0, 1], the share of the cases of an update on which forms and loss are computed, on 64 cases at least.
 
     Raises:
         ValueError: If `share` is out of its range.
