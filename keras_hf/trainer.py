@@ -67,7 +67,8 @@ class HFTrainer(keras.Model):
                 is_to_be_found=float(self.optimizer.curvature_scale.numpy()) == 0,
             )
             with guard.values_kept_on_error(self._values(), but=guard.END_OF_DATA):
-                with guard.unaltered_arithmetic(), guard.xla_explained(self.network.name, lambda: self._choice):
+                explained = guard.xla_explained(self.network.name, lambda: self._choice)
+                with guard.unaltered_arithmetic(), explained, keras_private.results_of_first_replica():
                     logs = dict(step(iterator))
                 trace = logs.pop("trace", None)
                 num_nonfinite = int(logs.pop("num_nonfinite_cases", 0))
@@ -82,6 +83,24 @@ class HFTrainer(keras.Model):
             self._keep("_is_first_update", tf.Variable(True, trainable=False))
 
         self.train_function = train_function
+
+    def make_test_function(self, force=False):
+        """Creates `test_function` as Keras does."""
+        if self.test_function is not None and not force:
+            return
+        super().make_test_function(force=True)
+        step = self.test_function
+
+        def test_function(iterator):
+            with keras_private.results_of_first_replica():
+                return step(iterator)
+
+        self.test_function = test_function
+
+    def test_step(self, data):
+        """Evaluates one batch; the metrics are those of all replicas."""
+        super().test_step(data)
+        return across_replicas(lambda replicas: self.get_metrics_result())
 
     def train_step(self, data):
         """Performs one update; see the class. Keras calls it in replica context."""
@@ -268,7 +287,7 @@ class HFTrainer(keras.Model):
         """Assigns weights and states; a rejected step leaves them bit-equal."""
         accepted = result.step_size > 0
         for variable, old, new in zip(
-            self.trainable_variables, objective.start(), objective.candidate(result.step), strict=True
+            self.trainable_variables, objective.start(), objective.new_weights(result.step), strict=True
         ):
             variable.value.assign(tf.where(accepted, new, old))
         keras_private.average_weights(self.optimizer)
@@ -282,7 +301,10 @@ class HFTrainer(keras.Model):
         # Kept after a rejected step too, since it describes the unchanged weights. Values that are not finite are not: they would outlast the cases
         # that caused them.
         before, after = self.optimizer.state(), result.state
-        kept = {name: if_finite(getattr(after, name), getattr(before, name)) for name in ("solver", "curvature")}
+        kept = {
+            name: if_finite(getattr(after, name), getattr(before, name), objective.agreed)
+            for name in ("solver", "curvature")
+        }
         self.optimizer.assign_state(after._replace(statistics_cases=tf.where(accepted, next_cases, num_before), **kept))
         self.optimizer.iterations.value.assign_add(1)
 

@@ -101,7 +101,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         Martens (2010), *Deep learning via Hessian-free optimization*, algorithm 2 and section 4.
     """
     at_start = objective.loss_and_gradient()
-    gradient, gradient_norm = at_start.gradient, tf.sqrt(dot(at_start.gradient, at_start.gradient))
+    gradient = at_start.gradient
+    gradient_norm = tf.sqrt(objective.agreed(dot(gradient, gradient)))
     curvature, curvature_state = curvature.prepared(objective, state.curvature)
     # One linearization, shared by all that need products.
     linearize = functools.cache(lambda: solver.linearize(objective, curvature))
@@ -122,7 +123,14 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         along_step, num_products = dot(model_step, product(model_step)), path.num_products + 1
     else:
         along_step, num_products = path.curvatures[taken.row], path.num_products
-    predicted_reduction = -(dot(gradient, model_step) + 0.5 * along_step)
+    weights = objective.start_vector
+    predicted_reduction, squared_length, squared_weights = objective.agreed(
+        (
+            -(dot(gradient, model_step) + 0.5 * along_step),
+            dot(taken.candidate, taken.candidate),
+            dot(weights, weights),
+        )
+    )
     if objective.chunk_is_batch or solver.judges_by_chunk:
         actual_reduction = taken.start_loss - taken.candidate_loss
     else:
@@ -131,9 +139,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     rounding = rounding_of(at_start.loss, objective.dtype)
     is_at_rounding = (tf.abs(predicted_reduction) <= rounding) | (actual_reduction == 0)
     # If the rounding of the weights hides the step, the loss changes by whatever that rounding makes of it.
-    weights = objective.start_vector
-    step_rounding = float(np.finfo(objective.dtype.as_numpy_dtype).eps) ** 2 * dot(weights, weights)
-    squared_length = dot(taken.candidate, taken.candidate)
+    step_rounding = float(np.finfo(objective.dtype.as_numpy_dtype).eps) ** 2 * squared_weights
     is_hidden = squared_length <= step_rounding
     is_at_rounding |= is_hidden
     is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
@@ -148,7 +154,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     accepted = step_size > 0
     step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
     # 0 times a candidate that is not finite would be NaN.
-    step = tf.where(accepted, step, tf.zeros_like(step))
+    step = objective.agreed(tf.where(accepted, step, tf.zeros_like(step)))
     reduction = taken.start_loss - taken.loss
     return UpdateResult(
         step=step,
@@ -191,6 +197,7 @@ def _scale_and_damping(objective, linearize, gradient, state):
         lambda: state.scale,
         lambda: curvature_scale(gradient, dot(gradient, product(gradient)), objective.start_vector),
     )
+    scale = objective.agreed(scale)
     return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale), state.damping)
 
 

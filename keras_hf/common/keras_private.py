@@ -6,6 +6,9 @@ private method that `HFModel` overrides, `_maybe_symbolic_build`.
 
 import contextlib
 
+import keras
+from keras.src.backend.tensorflow import trainer
+
 from keras_hf.common.replaced import replaced
 
 # Of layers and tensors.
@@ -104,3 +107,22 @@ def spec_of_first_replica(spec):
     """Returns the type and shape of the first replica's part, where a batch is divided among replicas; else `spec` itself."""
     # TensorFlow's.
     return getattr(spec, "_value_specs", (spec,))[0]
+
+
+# Of the functions in which Keras runs steps on all replicas.
+
+
+@contextlib.contextmanager
+def results_of_first_replica():
+    """Has train and test functions that run or are traced while this is open return the first replica's results.
+
+    Keras would average them, which fails on scalars under `MultiWorkerMirroredStrategy` (Keras 3.15). The steps of this package return the same
+    results on all replicas.
+    """
+
+    def first(values, strategy, reduction):
+        del reduction
+        return keras.tree.map_structure(lambda value: strategy.experimental_local_results(value)[0], values)
+
+    with replaced((trainer, "reduce_per_replica", first)):
+        yield

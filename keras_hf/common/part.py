@@ -29,11 +29,17 @@ class Part:
         return cls(**config)
 
 
-def if_finite(new, old):
-    """Returns the new state, or all of the old one if any float of the new is not finite: nests of tensors."""
+def if_finite(new, old, agreed=tf.identity):
+    """Returns the new state, or all of the old one if any float of the new is not finite: nests of tensors.
+
+    Args:
+        new: Nest of tensors.
+        old: The same.
+        agreed: Callable on a bool scalar, which returns what all workers go by; see `Objective.agreed`.
+    """
     floats = [tensor for tensor in tf.nest.flatten(new) if tensor.dtype.is_floating]
     # A branch, not a choice of every number: factors and inverses are many megabytes.
-    return tf.cond(all_finite(floats), lambda: _copied(new), lambda: _copied(old))
+    return tf.cond(agreed(all_finite(floats)), lambda: _copied(new), lambda: _copied(old))
 
 
 def all_finite(tensors):

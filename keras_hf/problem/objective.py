@@ -10,7 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.common.vectors import assign, num_weights, pack, unpack, unpack_rows
+from keras_hf.common.vectors import assign, dot, num_weights, pack, unpack, unpack_rows
 from keras_hf.problem import batch_statistics
 from keras_hf.problem.local_objective import LocalObjective
 
@@ -22,20 +22,37 @@ class Product:
         replicas: `replicas.Replicas`.
         parts: The `_LocalProduct` of every replica, as `replicas` holds them.
         structural_damping: `structural_damping.StructuralDamping`, or `None`.
+        strength: Scalar by which the curvature of the hidden states is added, or `None`; see `with_hidden_states`.
     """
 
-    def __init__(self, replicas, parts, structural_damping=None):
+    def __init__(self, replicas, parts, structural_damping=None, strength=None):
         self._replicas, self._parts, self._structural_damping = replicas, parts, structural_damping
+        self._more = () if strength is None else (strength,)
 
     def __call__(self, v):
-        return self._replicas.sum(lambda part, v: part.product(v), self._parts, v)
+        return self._replicas.sum(lambda part, v, *more: part.product(v, *more), self._parts, v, *self._more)
+
+    def damped_with_form(self, v, damping):
+        """Returns `(G + damping I) v` and its inner product with v, a float64 scalar, the same on all workers. Both are one sum over replicas."""
+        if not self._replicas.has_workers:
+            image = self(v) + damping * v
+            return image, dot(v, image)
+        share = damping / self._replicas.count
+        image, form = self._replicas.sum_with(
+            lambda part, v, *more: part.product(v, *more),
+            lambda image, part, v, *more: dot(v, image + share * v),
+            self._parts,
+            v,
+            *self._more,
+        )
+        return image + damping * v, form
 
     def with_hidden_states(self, damping):
-        """Returns `v -> Gv + damping weight G_S v`, the damped product without its identity; see `structural_damping.StructuralDamping`."""
+        """Returns the product `v -> Gv + damping weight G_S v`, damped but for the identity; see `structural_damping.StructuralDamping`."""
         if self._structural_damping is None:
             return self
         strength = damping * tf.constant(self._structural_damping.weight, damping.dtype)
-        return lambda v: self._replicas.sum(lambda part, v, s: part.product(v, s), self._parts, v, strength)
+        return Product(self._replicas, self._parts, self._structural_damping, strength)
 
     def forms(self, vectors):
         """Returns `v'Gw` of every two of a list of vectors `(n,)`: float64 `(k, k)`.
@@ -135,10 +152,12 @@ class Objective:
         self.num_weights = num_weights(task.variables)
         self._start = [tf.convert_to_tensor(variable) for variable in task.variables]
         if any(task.constraints):
-            self._start = [
-                _where_violated(projected, value)
-                for projected, value in zip(self._project(self._start), self._start, strict=True)
-            ]
+            self._start = self.agreed(
+                [
+                    _where_violated(projected, value)
+                    for projected, value in zip(self._project(self._start), self._start, strict=True)
+                ]
+            )
             assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
         # Backtracking, line search and checks call the same function, so that the graph, which takes seconds to build, contains the loss once.
@@ -245,34 +264,49 @@ class Objective:
 
         Float64 scalars; the variation leaves out regularizers. Cost: one forward pass.
         """
-        loss, size, squares = tf.unstack(self._at(step, lambda part: part.sums_over_cases()))
+        loss, size, squares = tf.unstack(self._replicas.total(self._at(step, lambda part: part.sums_over_cases())))
         num_cases = tf.cast(self.totals.num_cases, tf.float64)
         return loss, tf.maximum(tf.math.divide_no_nan(num_cases * squares, size**2) - 1.0, 0.0)
 
     def _loss_at(self, step, of_chunk):
         if tf.executing_eagerly():
-            return self._computed_loss(step, of_chunk)
+            return self._replicas.total(self._losses_of_replicas(step, of_chunk))
         if of_chunk not in self._losses:
             self._losses[of_chunk] = tf.function(
-                lambda step: self._computed_loss(step, of_chunk),
+                lambda step: self._losses_of_replicas(step, of_chunk),
                 autograph=False,
                 experimental_attributes={"_noinline": True},
             )
-        return self._losses[of_chunk](step)
+        # Added outside: TensorFlow loses the key of a reduction in a function that is called in a branch.
+        return self._replicas.total(self._losses[of_chunk](step))
 
-    def _computed_loss(self, step, of_chunk):
+    def _losses_of_replicas(self, step, of_chunk):
         return self._at(step, lambda part: part.loss(of_chunk))
 
     def _at(self, step, function):
-        """Returns the sum over replicas of `function(part)` at start + step."""
+        """Returns `function(part)` of every replica at start + step."""
         assign(self._task.variables, self.candidate(step))
-        values = self._replicas.sum(function, self._parts)
+        values = self._replicas.run(function, self._parts)
         assign(self._task.variables, self._start)
         return values
 
     def candidate(self, step):
         """Returns the weights at start + step, a list of tensors."""
         return self._project(unpack(self._start_vector + step, self._task.variables))
+
+    def new_weights(self, step):
+        """Returns `candidate(step)`, the same on all workers if the step is."""
+        weights = self.candidate(step)
+        return self.agreed(weights) if any(self._task.constraints) else weights
+
+    def agreed(self, nest):
+        """Returns a nest of tensors as the first of several workers has computed it; on one worker, as it is.
+
+        Whatever is computed from sums over replicas is the same on all workers, but for the rounding of sums over entries, such as inner products.
+        What decides how a loop or a branch goes on in which there are products or losses must not differ even by that. Cost: one reduction for all
+        scalars, and one for every other tensor.
+        """
+        return self._replicas.agreed(nest)
 
     def start(self):
         """Returns the weights at the start, a list of tensors."""

@@ -12,11 +12,16 @@ class Replicas:
 
     Args:
         strategy: `tf.distribute.Strategy`.
+
+    Attributes:
+        count: Integer, the number of replicas.
+        has_workers: Whether they belong to several processes, each of which computes whatever is not on replicas.
     """
 
     def __init__(self, strategy):
         self._strategy = strategy
         self.count = strategy.num_replicas_in_sync
+        self.has_workers = num_workers(strategy) > 1
 
     def run(self, function, *args):
         """Calls `function(*args)` on every replica; an argument made by an earlier `run` is handed to each as its own part."""
@@ -24,10 +29,50 @@ class Replicas:
 
     def sum(self, function, *args):
         """Calls `function(*args)` on every replica and adds the results, a nest of tensors, or `None`."""
-        values = self.run(function, *args)
+        return self.total(self.run(function, *args))
+
+    def total(self, values):
+        """Adds over replicas what `run` returned, a nest of tensors, or `None`."""
         if self.count == 1 or values is None:
             return values
         return tf.nest.map_structure(lambda value: self._strategy.reduce("SUM", value, axis=None), values)
+
+    def sum_with(self, function, scalar, *args):
+        """Returns the sums over replicas of `function(*args)`, a vector, and of `scalar(vector, *args)` of each, a float64 scalar.
+
+        Both are one sum; on several replicas the scalar has the vector's type on the way.
+        """
+
+        def both(*args):
+            vector = function(*args)
+            return tf.concat([vector, tf.reshape(tf.cast(scalar(vector, *args), vector.dtype), [1])], 0)
+
+        total = self.sum(both, *args)
+        return total[:-1], tf.cast(total[-1], tf.float64)
+
+    def agreed(self, nest):
+        """Returns the first replica's values of a nest of tensors that every worker has computed by itself, bit for bit.
+
+        Workers with other processors, or another number of cores, add in another order. What they decide by a rounded number they would decide
+        differently: leave a loop earlier than others, who then wait for ever, or drift apart. On one worker nothing is done. Cost: one reduction for
+        all scalars, and one for every other tensor.
+        """
+        if not self.has_workers:
+            return nest
+        leaves = tf.nest.flatten(nest)
+        scalars = [tf.cast(leaf, tf.float64) for leaf in leaves if leaf.shape.rank == 0]
+        sent = [tf.stack(scalars)] * bool(scalars) + [leaf for leaf in leaves if leaf.shape.rank != 0]
+
+        def of_first():
+            is_first = replica_number() == 0
+            # Not by a product: what is not finite is to arrive as it is.
+            return [tf.where(is_first, value, tf.zeros_like(value)) for value in sent]
+
+        received = self.sum(of_first)
+        numbers = iter(tf.unstack(received.pop(0)) if scalars else ())
+        others = iter(received)
+        found = [tf.cast(next(numbers), leaf.dtype) if leaf.shape.rank == 0 else next(others) for leaf in leaves]
+        return tf.nest.pack_sequence_as(nest, found)
 
     def first(self, like, function, *args):
         """Calls `function(*args)` on every replica and returns the tensors of one, bit for bit.
@@ -50,6 +95,25 @@ class Replicas:
         is_it, rows = self.sum(row, *args)
         number = tf.argmax(is_it)
         return [_from_bytes(of_replicas[number], value) for of_replicas, value in zip(rows, like, strict=True)]
+
+
+def num_workers(strategy):
+    """Returns the number of processes that train together under a strategy, an integer: 1 unless it is one of several workers."""
+    return max(len(_tasks(strategy)), 1)
+
+
+def is_chief(strategy):
+    """Whether this process is the one that writes files: the only one, or the first of several workers."""
+    tasks, resolver = _tasks(strategy), strategy.cluster_resolver
+    return not tasks or tasks[0] == (resolver.task_type, resolver.task_id)
+
+
+def _tasks(strategy):
+    """The workers of a strategy, a list of tuples of job and number, the chief first; empty for strategies of one process."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return []
+    cluster = strategy.cluster_resolver.cluster_spec()
+    return [(job, number) for job in ("chief", "worker") if job in cluster.jobs for number in cluster.task_indices(job)]
 
 
 def across_replicas(function, *args):

@@ -103,6 +103,30 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
     b = tf.convert_to_tensor(b)
     if b.shape.rank != 1:
         raise ValueError(f"`b` must be a vector of shape (n,). Received: shape={tuple(b.shape)}; reshape it to (-1,).")
+
+    def with_form(v):
+        image = product(v)
+        return image, dot(v, image)
+
+    return minimized(with_form, b, x0, precondition, stopping, max_iterations)
+
+
+def minimized(with_form, b, x0=None, precondition=None, stopping=None, max_iterations=None, agreed=tf.identity):
+    """Minimises as `conjugate_gradient` does, on several workers that must leave the loop together.
+
+    Args:
+        with_form: Callable `(n,) -> ((n,), float64 scalar)`, x -> Ax and x'Ax, both the same on all workers.
+        b: As `conjugate_gradient`, as all that follow but the last.
+        x0: See there.
+        precondition: See there.
+        stopping: See there.
+        max_iterations: See there.
+        agreed: Callable on a float64 vector, which returns it as the first worker has computed it. With the product, an iteration has two sums
+            over replicas.
+
+    Returns:
+        A `CGResult`.
+    """
     stopping = stopping or RelativeProgress()
     precondition = precondition or tf.identity
     if max_iterations is None:
@@ -110,23 +134,21 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
     else:
         max_iterations = tf.constant(count("max_iterations", max_iterations))
 
-    b_norm = tf.sqrt(dot(b, b))
     if x0 is None:
         x, residual = tf.zeros_like(b), b
     else:
-        x = tf.where(b_norm > 0, x0, tf.zeros_like(b))
-        residual = b - product(x)
+        x = tf.where(dot(b, b) > 0, x0, tf.zeros_like(b))
+        residual = b - with_form(x)[0]
 
-    def quadratic(x, residual):
-        return -0.5 * dot(x, b + residual)  # = x'Ax/2 - b'x, without another product
-
-    def converged(residual):
-        norm = tf.sqrt(dot(residual, residual))
-        return norm, norm <= _rounding(b.dtype) * b_norm
+    def numbers(x, residual, preconditioned):
+        # x'Ax/2 - b'x is known without another product.
+        products = [dot(residual, preconditioned), dot(residual, residual), -0.5 * dot(x, b + residual)]
+        return tf.unstack(agreed(tf.stack(products)))
 
     direction = precondition(residual)
-    residual_product = dot(residual, direction)
-    _, at_once = converged(residual)
+    b_norm = tf.sqrt(agreed(dot(b, b)[None])[0])
+    residual_product, squared_norm, value = numbers(x, residual, direction)
+    at_once = tf.sqrt(squared_norm) <= _rounding(b.dtype) * b_norm
     reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
     reason = tf.where(tf.math.is_finite(b_norm), reason, CGStop.BREAKDOWN)  # No residual is small relative to infinity.
 
@@ -140,7 +162,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         direction=direction,
         residual_product=residual_product,
         # It grows where a run with the default limit is longer than n.
-        values=array(tf.float64, tf.minimum(max_iterations, tf.shape(b)[0]) + 1).write(0, quadratic(x, residual)),
+        values=array(tf.float64, tf.minimum(max_iterations, tf.shape(b)[0]) + 1).write(0, value),
         iterates=array(b.dtype, 2).write(0, x),
         iterate_numbers=array(tf.int32, 2).write(0, 0),
         num_kept=tf.constant(0),
@@ -149,8 +171,7 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
     )
 
     def iterate(state):
-        image = product(state.direction)
-        curvature = dot(state.direction, image)
+        image, curvature = with_form(state.direction)
         finite = tf.math.is_finite(curvature)
         usable = finite & (curvature > 0)
         # Without curvature the length of a step is not determined. The first step, the preconditioned gradient, is better than none.
@@ -168,10 +189,11 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         x = state.x + length * state.direction
         residual = state.residual - length * image
         preconditioned = precondition(residual)
-        residual_product = dot(residual, preconditioned)
+        residual_product, squared_norm, value = numbers(x, residual, preconditioned)
         direction = preconditioned + tf.cast(residual_product / state.residual_product, b.dtype) * state.direction
-        residual_norm, at_rounding = converged(residual)
-        values = state.values.write(iteration, quadratic(x, residual))
+        residual_norm = tf.sqrt(squared_norm)
+        at_rounding = residual_norm <= _rounding(b.dtype) * b_norm
+        values = state.values.write(iteration, value)
         stalled = stopping.should_stop(iteration, values.read, residual_norm, b_norm)
 
         reason = tf.where(iteration >= max_iterations, CGStop.MAX_ITERATIONS, -1)

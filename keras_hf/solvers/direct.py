@@ -76,11 +76,12 @@ class DirectSolver(Solver):
     def solve(self, model, damping, state):
         system, objective = model.linearize(), model.objective
         direction, accelerate = system.steps(model.gradient, damping)
+        direction = model.agreed(direction)
         norm = tf.norm(direction)
         if self.acceleration:
             second = accelerate(direction)
             # Where there is none (no second derivative, or numbers out of range), the arc is a line.
-            second = tf.where(tf.reduce_all(tf.math.is_finite(second)), second, tf.zeros_like(second))
+            second = model.agreed(tf.where(tf.reduce_all(tf.math.is_finite(second)), second, tf.zeros_like(second)))
         else:
             second = tf.zeros_like(direction)
         arc = tf.constant(_ARC, direction.dtype)

@@ -94,6 +94,7 @@ class PreconditionedMomentum(Solver):
         crossed = inner(direction, previous)
         squares = tf.stack([[inner(direction, direction), crossed], [crossed, inner(previous, previous)]])
         slopes = tf.stack([inner(gradient, direction), inner(gradient, previous)])
+        squares, slopes = model.agreed((squares, slopes))
         rounding = _PARALLEL * float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
         coefficients, is_negative = minimizer(forms + tf.cast(damping, tf.float64) * squares, slopes, rounding)
         alpha, mu = tf.unstack(tf.cast(coefficients, direction.dtype))

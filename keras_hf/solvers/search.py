@@ -97,7 +97,7 @@ def backtrack(loss_at, iterates):
     return Backtrack(row, loss, losses)
 
 
-def walk_back(loss_at, candidates, loss, gradient):
+def walk_back(loss_at, candidates, loss, gradient, slopes=None):
     """Searches a path of CG iterates: `backtrack` chooses one, `line_search` shortens it.
 
     Args:
@@ -105,13 +105,15 @@ def walk_back(loss_at, candidates, loss, gradient):
         candidates: Tensor `(k, n)`, k >= 1, in the order of CG.
         loss: float64 scalar, the loss at the start.
         gradient: Tensor `(n,)`, the gradient at the start.
+        slopes: float64 `(k,)`, its inner products with the candidates, the same on all workers; `None` = computed here.
 
     Returns:
         A `Taken`.
     """
     chosen = backtrack(loss_at, candidates)
     candidate = candidates[chosen.row]
-    found = line_search(loss_at, candidate, loss, chosen.loss, dot(gradient, candidate))
+    slope = dot(gradient, candidate) if slopes is None else slopes[chosen.row]
+    found = line_search(loss_at, candidate, loss, chosen.loss, slope)
     return Taken(chosen.row, candidate, chosen.loss, found.step_size, found.loss, chosen.losses, found.num_cuts, loss)
 
 

@@ -38,12 +38,37 @@ class LocalModel:
         Args:
             damping: Scalar >= 0 of the weights' dtype.
         """
-        product = self.linearize_with_hidden_states(damping)
-        return lambda v: product(v) + damping * v
+        return Damped(self.linearize_with_hidden_states(damping), damping)
 
     def linearize_with_hidden_states(self, damping):
         """Returns what `damped(damping)` does without `damping * v`: the product that preconditioners are made from, on vectors or rows."""
         return self.linearize().with_hidden_states(damping)
+
+    def agreed(self, nest):
+        """Returns tensors as the first of several workers has computed them; see `Objective.agreed`.
+
+        For what decides how a loop or a branch with products or losses in it goes on: inner products are rounded differently on other processors.
+        """
+        return self.objective.agreed(nest)
+
+
+class Damped:
+    """A damped product `v -> (G + damping I) v` on vectors `(n,)`; see `LocalModel.damped`.
+
+    Args:
+        product: `objective.Product`.
+        damping: Scalar.
+    """
+
+    def __init__(self, product, damping):
+        self._product, self._damping = product, damping
+
+    def __call__(self, v):
+        return self._product(v) + self._damping * v
+
+    def with_form(self, v):
+        """Returns `(G + damping I) v` and its inner product with v, a float64 scalar, the same on all workers."""
+        return self._product.damped_with_form(v, self._damping)
 
 
 class Path(NamedTuple):

@@ -3,13 +3,15 @@
 Martens (2010), sections 4.4 to 4.8.
 """
 
+import functools
+
 import keras
 import tensorflow as tf
 
 from keras_hf.common.checks import count, finite, part
 from keras_hf.common.part import if_finite
-from keras_hf.common.vectors import num_weights, vector_dtype
-from keras_hf.solvers.cg import CGResult, CGStop, conjugate_gradient
+from keras_hf.common.vectors import dot, num_weights, vector_dtype
+from keras_hf.solvers.cg import CGResult, CGStop, minimized
 from keras_hf.solvers.kronecker import KroneckerFactored
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner
 from keras_hf.solvers.search import walk_back
@@ -76,14 +78,20 @@ class ConjugateGradient(Solver):
         stopping = self.stopping.prepared(state["stopping"])
 
         def run(start):
-            return conjugate_gradient(damped, -gradient, start, precondition, stopping, self.max_iterations)
+            return minimized(
+                damped.with_form, -gradient, start, precondition, stopping, self.max_iterations, model.agreed
+            )
 
         decay = tf.constant(self.warm_start_decay, gradient.dtype)
-        result, num_products = _again_from_zero(run, decay * state["warm_start"], gradient)
-        downhill = _downhill(result, gradient)
+
+        def slopes_of(result):
+            return model.agreed(tf.map_fn(lambda p: dot(gradient, p), result.iterates, fn_output_signature=tf.float64))
+
+        result, slopes, num_products = _again_from_zero(run, slopes_of, decay * state["warm_start"])
+        downhill = slopes < 0
         # If none descends, all are kept: the line search then rejects the step.
         kept = tf.where(tf.reduce_any(downhill), downhill, tf.ones_like(downhill))
-        numbers = tf.boolean_mask(result.iterate_numbers, kept)
+        numbers, slopes = tf.boolean_mask(result.iterate_numbers, kept), tf.boolean_mask(slopes, kept)
         last = result.iterates[-1]
 
         def logs(row):
@@ -99,13 +107,13 @@ class ConjugateGradient(Solver):
             return {
                 # The last iterate, not the one taken: CG continues from where it stopped. After a rejection it starts from zero.
                 "warm_start": tf.where(moved, last, tf.zeros_like(last)),
-                "preconditioner": if_finite(preconditioner_state, state["preconditioner"]),
+                "preconditioner": if_finite(preconditioner_state, state["preconditioner"], model.agreed),
                 "stopping": self.stopping.next_state(state["stopping"], result),
             }
 
         return Path(
             candidates=tf.ensure_shape(tf.boolean_mask(result.iterates, kept), [None, last.shape[0]]),
-            search=walk_back,
+            search=functools.partial(walk_back, slopes=slopes),
             logs=logs,
             next_state=next_state,
             num_products=num_products,
@@ -130,27 +138,26 @@ class ConjugateGradient(Solver):
         return cls(**{**config, **parts})
 
 
-def _downhill(result, gradient):
-    """Whether each kept iterate is a descent direction, bool `(k,)`; false if its slope is NaN."""
-    return tf.linalg.matvec(result.iterates, gradient) < 0
+def _again_from_zero(run, slopes_of, start):
+    """Runs CG from `start`, and again from zero, where iterates always descend, if none does.
 
-
-def _again_from_zero(run, start, gradient):
-    """Runs CG from `start`, and again from zero, where iterates always descend, if none does. Returns a `CGResult` and the number of products."""
+    Returns:
+        A `CGResult`, the slopes of its iterates, float64 `(k,)`, NaN where they are not finite, and the number of products.
+    """
     zero, none = tf.zeros_like(start), tf.constant(0)
     numbers = tf.zeros([0], tf.float64)
     nothing = CGResult(zero[None], none[None], numbers, none, none, numbers)
 
-    def useless(turn, result, _):
+    def useless(turn, result, slopes, _):
         unmoved = (result.num_iterations == 0) & (result.reason != CGStop.CONVERGED)
-        lost = unmoved | ~tf.reduce_any(_downhill(result, gradient))
+        lost = unmoved | ~tf.reduce_any(slopes < 0)
         return (turn == 0) | ((turn == 1) & lost & tf.reduce_any(start != 0))
 
-    def again(turn, _, num_products):
+    def again(turn, _, __, num_products):
         result = run(tf.where(turn == 0, start, zero))
         useless_direction = (result.reason == CGStop.NEGATIVE_CURVATURE) | (result.reason == CGStop.BREAKDOWN)
         spent = 1 + result.num_iterations + tf.cast(useless_direction, tf.int32)
-        return turn + 1, result, num_products + spent
+        return turn + 1, result, slopes_of(result), num_products + spent
 
     shapes = CGResult(
         tf.TensorShape([None, start.shape[0]]),
@@ -158,14 +165,14 @@ def _again_from_zero(run, start, gradient):
         *[tf.TensorShape([])] * 2,
         tf.TensorShape([None]),
     )
-    _, result, num_products = tf.while_loop(
+    _, *found = tf.while_loop(
         useless,
         again,
-        (none, nothing, none),
-        shape_invariants=(none.shape, shapes, none.shape),
+        (none, nothing, numbers, none),
+        shape_invariants=(none.shape, shapes, tf.TensorShape([None]), none.shape),
         parallel_iterations=1,
     )
-    return result, num_products
+    return found
 
 
 def recipe_of_2010():
