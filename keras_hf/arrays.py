@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.problem import batching
+from keras_hf.problem.places import by_replica
 
 
 def is_arrays(x):
@@ -26,7 +27,7 @@ def split(arrays, num_cases):
     return *first, rest if arrays[2] is not None else rest[:2]
 
 
-def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False):
+def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False, num_replicas=1):
     """Gives arrays as a dataset of one batch, `times` or again and again: Keras would copy them, and start anew, in every epoch.
 
     They are put in the order of `seed` when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
@@ -39,13 +40,18 @@ def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False):
         times: Integer, how often the batch comes; `None` = without end.
         is_of_any_length: Whether TensorFlow is not told the number of cases. Another number then needs no other trace. Told, it makes smaller graphs:
             an update of an LSTM took half as long.
+        num_replicas: Integer, the number of equal parts that TensorFlow will cut the batch into: each gets its share of every run of the order.
     """
     batch = _whole(x, y, sample_weight)
     batch = batch.map(_of_any_length) if is_of_any_length else batch
-    if seed is not None:
+    if seed is not None or num_replicas > 1:
 
         def permuted(*tensors):
-            places = batching.order(_num_cases(tensors), tf.convert_to_tensor(seed))
+            places = tf.range(_num_cases(tensors))
+            if seed is not None:
+                places = batching.order(_num_cases(tensors), tf.convert_to_tensor(seed))
+            if num_replicas > 1:
+                places = tf.gather(places, by_replica(_num_cases(tensors), num_replicas))
             gather = lambda t: None if t is None else tf.ensure_shape(tf.gather(t, places), t.shape)  # noqa: E731
             return keras.tree.map_structure(gather, tensors)
 

@@ -281,7 +281,8 @@ class HFModel(HFTrainer):
                     x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
                     validation_split = 0.0
                 times, steps_per_epoch = steps_per_epoch or 1, steps_per_epoch or 1
-                if self.distribute_strategy.num_replicas_in_sync == self.steps_per_execution == 1:
+                num_replicas = self.distribute_strategy.num_replicas_in_sync
+                if num_replicas == self.steps_per_execution == 1:
                     times = None
                 else:
                     # Otherwise the last execution of an epoch would run into the next epoch.
@@ -289,8 +290,8 @@ class HFModel(HFTrainer):
                 # The growing part changes its length anyway.
                 few = keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[:1], (x, y, sample_weight))
                 self._choose_solver(few, num_cases)
-                is_of_any_length = self._growing_batch is not None
-                x = arrays.repeated(x, y, sample_weight, seed, times, is_of_any_length)
+                is_of_any_length = self._growing_batch is not None or num_replicas > 1
+                x = arrays.repeated(x, y, sample_weight, seed, times, is_of_any_length, num_replicas)
                 y = sample_weight = batch_size = None
             elif is_by_steps and num_cases % steps_per_epoch and num_cases > steps_per_epoch:
                 # Batches of one size would be fewer: 1,020 cases make 93 batches of 11.

@@ -19,6 +19,7 @@ from keras_hf.problem.fixed_network import Data, FixedNetwork
 from keras_hf.problem.linearization import ForwardAccumulation
 from keras_hf.problem.local_objective import LocalCases
 from keras_hf.problem.objective import Objective
+from keras_hf.problem.places import Places
 from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
 from keras_hf.problem.structure import second_derivatives_explained
 from keras_hf.solvers.direct import DirectSolver
@@ -106,15 +107,16 @@ class HFTrainer(keras.Model):
         """Performs one update; see the class. Keras calls it in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
         lengths_are_equal = checks.equal_lengths(data.x, data.y, data.sample_weight)
-        unseen, update = None, self._update
+        cases, unseen, update = Places.of_batch(of_each_replica(data.num_cases), replica_number()), None, self._update
         if self._growing_batch is not None:
-            counts = of_each_replica(data.num_cases)
-            update = functools.partial(update, num_cases=tf.reduce_sum(counts))
-            selection = self._growing_batch.select(self.optimizer.state().growing_batch, counts, replica_number())
+            update = functools.partial(update, num_cases=cases.num_cases)
+            selection = self._growing_batch.select(self.optimizer.state().growing_batch, cases.counts, cases.replica)
+            cases, unseen = selection
+            unseen = unseen.first(batching.chunk_of(self.solver.chunk_share, unseen.num_cases))
             with tf.control_dependencies(lengths_are_equal):
-                num_unseen = batching.chunk_of(self.solver.chunk_share, tf.shape(selection.unseen)[0])
-                data, unseen = data.take(selection.used), data.take(selection.unseen[:num_unseen])
-        logs = self._with_objective(data, update, self._most_cases, unseen)
+                data, unseen_data = data.take(cases.indices()), data.take(unseen.indices())
+            unseen = unseen_data, unseen
+        logs = self._with_objective(data, update, self._most_cases, cases, unseen)
         keras_private.track_loss(self, logs["loss"], logs["num_cases"])
         metrics = across_replicas(lambda replicas: self.get_metrics_result())
         return {**logs, **metrics}
@@ -183,14 +185,15 @@ class HFTrainer(keras.Model):
 
     # One update: from a batch to its objective, to new weights and logs.
 
-    def _with_objective(self, data, function, most_cases=None, unseen=None):
+    def _with_objective(self, data, function, most_cases=None, cases=None, unseen=None):
         """Calls `function(objective, structure)` with the objective of the next update, once for all replicas.
 
         Args:
             data: `Data`, the cases of the objective.
             function: Callable; where there are unseen cases, their objective is its third argument.
             most_cases: Integer, an upper bound of the number of cases, where only that is known.
-            unseen: `Data`, cases that the update does not use, or `None`.
+            cases: `places.Places`, which cases of the batch these are; `None` = all.
+            unseen: `Data` and `Places` of cases that the update does not use, or `None`.
         """
         optimizer = self.optimizer
         task, structure, _ = self._task(data)
@@ -206,19 +209,18 @@ class HFTrainer(keras.Model):
             # Another `fit` may use more cases.
             self._most_cases_traced = piece_size
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
-        share = None
-        if chunk_size is not None or chunk_share < 1:
-            counts = of_each_replica(data.num_cases)
-            if chunk_size is None:
-                chunk_size = batching.chunk_of(chunk_share, tf.reduce_sum(counts))
-            share = batching.share(chunk_size, counts, replica_number())
+        if cases is None:
+            cases = Places.of_batch(of_each_replica(data.num_cases), replica_number())
+        if chunk_size is None and chunk_share < 1:
+            chunk_size = batching.chunk_of(chunk_share, cases.num_cases)
         seed = tf.convert_to_tensor(optimizer.seed)
-        pieces = batching.divide(data.num_cases, share, piece_size, update_number, seed)
+        pieces = batching.divide(cases, chunk_size, piece_size, update_number, seed)
         fixed = FixedNetwork(task, structure, update_number)
         cases = [LocalCases(fixed, data, pieces)]
         if unseen is not None:
-            pieces = batching.divide(unseen.num_cases, None, piece_size, update_number, seed)
-            cases.append(LocalCases(fixed, unseen, pieces))
+            data, run = unseen
+            pieces = batching.divide(run, None, piece_size, update_number, seed)
+            cases.append(LocalCases(fixed, data, pieces))
 
         def across(replicas, cases, *others):
             objective = Objective(replicas, cases, fixed, chunk_is_batch=chunk_size is None)

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from keras_hf import GrowingBatch
 from keras_hf.problem import batching
+from keras_hf.problem.places import Places
 
 # Cases, chunk, piece: fitting and not, larger than there is, one, and none.
 DIVISIONS = [
@@ -27,7 +28,7 @@ each_division = pytest.mark.parametrize(("num_cases", "chunk", "piece"), DIVISIO
 
 
 def divide(num_cases, chunk=None, piece=None, update=0, seed=0):
-    return batching.divide(tf.constant(num_cases), chunk, piece, tf.constant(update), seed)
+    return batching.divide(Places.of_batch([num_cases]), chunk, piece, tf.constant(update), seed)
 
 
 def pieces_of(division):
@@ -172,7 +173,7 @@ def test_one_graph_divides_batches_of_every_size():
     @tf.function
     def compiled(num_cases, update):
         traces.append(1)
-        division = batching.divide(num_cases, 4, 3, update, 0)
+        division = batching.divide(Places.of_batch(num_cases[None]), 4, 3, update, 0)
         return division, division.indices(0), division.chunk_indices()
 
     for num_cases in (11, 12, 3, 0):
@@ -195,7 +196,7 @@ def state_of(size, start=0, misses=0):
 def select(*counts, replica=0, **state):
     """Places used and unseen, as lists, of one of the replicas that hold so many cases."""
     selection = GrowingBatch().select(state_of(**state), tf.constant(counts), replica)
-    return selection.used.numpy().tolist(), selection.unseen.numpy().tolist()
+    return tuple(run.indices().numpy().tolist() for run in selection)
 
 
 @pytest.mark.parametrize(
@@ -259,20 +260,12 @@ def test_parts_of_all_replicas_are_as_large_as_wanted_and_follow_each_other(coun
         assert places == [[i % count for i in range(size * count)] for count in counts]
 
 
-def test_the_share_of_a_chunk_that_a_replica_has_no_cases_for_falls_to_the_others():
-    shares = lambda *counts: [int(batching.share(8, tf.constant(counts), i)) for i in range(len(counts))]  # noqa: E731
-    assert shares(9) == [8]
-    assert shares(5, 5) == [4, 4]
-    assert shares(3, 3, 3, 0) == [3, 3, 2, 0]
-    assert shares(20, 5) == [6, 2]
-
-
 def parts_in_turn(num_updates, num_cases, size):
     """The places used by so many updates on end, and those unseen."""
     state, parts = state_of(size), []
     for number in range(num_updates):
         selection = GrowingBatch().select(state, tf.constant([num_cases]))
-        parts.append([places.numpy().tolist() for places in selection])
+        parts.append([run.indices().numpy().tolist() for run in selection])
         state = next_state(state, num_used=size, num_unseen=size, num_cases=num_cases, update_number=number)
     return parts
 

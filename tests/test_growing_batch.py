@@ -190,7 +190,7 @@ def test_it_grows_as_the_rule_says_of_losses_that_evaluate_gives():
     sizes = []
     # Noise alone: what is learned of some cases says nothing of others.
     for number in range(9):
-        used, unseen = (part.numpy() for part in growing.select(state, tf.constant([NUM_CASES])))
+        used, unseen = (run.indices().numpy() for run in growing.select(state, tf.constant([NUM_CASES])))
 
         def losses(part):
             return np.square(Y[part] - model.predict(X[part], verbose=0))[:, 0] if len(part) else np.zeros(1)

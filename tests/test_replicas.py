@@ -8,14 +8,19 @@ from keras import layers
 from problems import compiled, hessian_free, model_data
 
 from keras_hf import (
+    DirectSolver,
     DoubleBackward,
     EmpiricalFisher,
     EmpiricalFisherDiagonal,
     FiniteDifferenceHessian,
     GaussNewton,
     GrowingBatch,
+    HessianFree,
     HFModel,
+    KroneckerFactored,
     LevenbergMarquardt,
+    Nystrom,
+    PreconditionedMomentum,
     UpdateRecorder,
     read_updates,
 )
@@ -36,7 +41,13 @@ def untrained(strategy, loss="mse", optimizer=None):
         model = HFModel(keras.Sequential([keras.Input((3,)), *stack]))
         # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding. Kronecker factors draw signs.
         fixed = {"damping": 0.1, "seed": 1, "max_iterations": 8, "preconditioner": EmpiricalFisherDiagonal()}
-        optimizer = hessian_free(**{**fixed, **(optimizer or {})})
+        optimizer = {**fixed, **(optimizer or {})}
+        if "solver" in optimizer:
+            optimizer = HessianFree(
+                **{name: optimizer[name] for name in ("solver", "damping", "seed", "growing_batch")}
+            )
+        else:
+            optimizer = hessian_free(**optimizer)
         model.compile(optimizer=optimizer, loss=loss, metrics=["mae"])
     return model
 
@@ -91,10 +102,11 @@ def test_two_replicas_form_the_products_of_one_device(curvature, float64):
 
 
 @pytest.mark.slow
-def test_the_chunk_is_shared_among_replicas():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    _, history = trained(strategy, *cases(51), optimizer={"curvature_batch_size": 25})
-    assert np.diff(history["loss"]).max() < 0
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_two_replicas_form_products_on_the_chunk_of_one_device(shuffle, float64):
+    one, _, two, _ = both(51, optimizer={"curvature_batch_size": 25}, shuffle=shuffle)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -111,24 +123,31 @@ def test_two_replicas_are_recorded_and_saved_as_one_device_is(tmp_path):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
+# Every part that chooses cases or draws numbers for them.
+CHOICES = {
+    "growing": {"growing_batch": GrowingBatch(initial_size=12, patience=1, share=1, noise=1e6)},
+    "growing from 13": {"growing_batch": GrowingBatch(initial_size=13, patience=100, noise=1e6)},
+    "Kronecker": {"preconditioner": KroneckerFactored()},
+    "Kronecker of 20 cases": {"preconditioner": KroneckerFactored(num_cases=20, interval=2)},
+    "Kronecker of a growing part": {
+        "preconditioner": KroneckerFactored(num_cases=0.5, decay=0.5),
+        "growing_batch": GrowingBatch(initial_size=20, patience=1, share=1, noise=1e6),
+    },
+    "Nystrom": {"preconditioner": Nystrom(rank=4)},
+    "momentum": {"solver": PreconditionedMomentum(share=0.5), "growing_batch": GrowingBatch(initial_size=20, rate=0.2)},
+    "direct": {"solver": DirectSolver(), "growing_batch": None},
+}
+
+
 @pytest.mark.slow
-def test_two_replicas_each_use_their_share_of_a_growing_batch(float64):
-    x, y = cases(51)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    growing = {"growing_batch": GrowingBatch(initial_size=12, patience=100, noise=1e6)}
-    two, two_history = trained(strategy, x, y, optimizer=growing, shuffle=False)
-    # The first 26 cases are the first replica's, the rest the second's; of six each the next ones come in every update.
-    parts = [[*range(6 * i, 6 * i + 6), *range(26 + 6 * i, 32 + 6 * i)] for i in range(3)]
-    one, losses = untrained(tf.distribute.get_strategy()), []
-    for part in parts:
-        history = one.fit(x[part], y[part], callbacks=[LevenbergMarquardt()], verbose=0, shuffle=False).history
-        losses += history["loss"]
-    assert two_history["num_cases"] == [12, 12, 12]
-    np.testing.assert_allclose(two_history["loss"], losses, rtol=1e-6)
-    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-9)
-    state = {key: int(value) for key, value in two.optimizer.state().growing_batch.items()}
-    assert (state["size"], state["start"]) == (12, 36)
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_two_replicas_use_the_cases_and_numbers_of_one_device(name, shuffle, float64):
+    one, history, two, two_history = both(51, optimizer=CHOICES[name], shuffle=shuffle)
+    assert history["num_cases"] == two_history["num_cases"]
+    np.testing.assert_allclose(history["loss"], two_history["loss"], rtol=1e-6)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.slow

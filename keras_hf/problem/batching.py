@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from keras_hf.common.checks import count, finite, positive
 from keras_hf.common.part import Part
+from keras_hf.problem.places import Places
 
 # Twice as many still fit in an int32.
 _LARGEST_SIZE = 2**29
@@ -21,15 +22,19 @@ _FEWEST_IN_CHUNK = 64
 
 
 class Pieces(NamedTuple):
-    """How the cases of one replica are divided. All are int32 scalars.
+    """How the cases of one replica are divided. All but the run are int32 scalars.
 
     Attributes:
-        num_cases: Cases in the batch.
-        chunk_start: The first case of the curvature chunk.
-        chunk_size: Cases in the chunk.
+        run: `places.Places`, the cases of the update.
+        chunk_place: The position of the chunk's first case in the run.
+        num_cases: Cases on this replica.
+        chunk_start: The first of them that is in the curvature chunk.
+        chunk_size: How many of them are in the chunk.
         piece_size: Cases in a piece; the last piece of the chunk and the last of the rest may be smaller.
     """
 
+    run: Places
+    chunk_place: tf.Tensor
     num_cases: tf.Tensor
     chunk_start: tf.Tensor
     chunk_size: tf.Tensor
@@ -57,20 +62,26 @@ class Pieces(NamedTuple):
         """Returns the positions in the batch, int32 `(chunk_size,)`, of the chunk's cases."""
         return self._around(0, self.chunk_size)
 
+    def share_of_first(self, num_cases):
+        """Returns how many of the first `num_cases` of the run, counted around from the chunk's first, are on this replica: an int32 scalar."""
+        end = self.chunk_place + tf.minimum(num_cases, self.run.num_cases)
+        past = tf.maximum(end - self.run.num_cases, 0)
+        return self.run.up_to(end - past) + self.run.up_to(past) - self.chunk_start
+
     def _around(self, start, stop):
         return (self.chunk_start + tf.range(start, stop)) % tf.maximum(self.num_cases, 1)
 
 
 class Selection(NamedTuple):
-    """The cases of one update, as positions in the batch of one replica.
+    """The cases of one update.
 
     Attributes:
-        used: int32 `(k,)`, the cases that the update uses.
-        unseen: int32 `(k,)`, the same number of cases after them; empty if the update uses all.
+        used: `places.Places`, the cases that the update uses.
+        unseen: `places.Places`, as many cases after them; none if the update uses all.
     """
 
-    used: tf.Tensor
-    unseen: tf.Tensor
+    used: Places
+    unseen: Places
 
 
 class Trial(NamedTuple):
@@ -150,15 +161,13 @@ class GrowingBatch(Part):
             counts: int32 `(replicas,)`, the number of cases that each replica holds.
             replica: int32 scalar or integer, the index of this replica.
         """
-        size, start, num_cases = state["size"], state["start"], tf.reduce_sum(counts)
-        uses_all = 2 * size > num_cases
-        size = tf.where(uses_all, num_cases, size)
+        batch, size, start = Places.of_batch(counts, replica), state["size"], state["start"]
+        uses_all = 2 * size > batch.num_cases
+        size = tf.where(uses_all, batch.num_cases, size)
         # From the first case where all are used: that order is the same in every update, and so are the chunks.
         start = tf.where(uses_all, 0, start)
-        first, last = share(start, counts, replica), share(start + size, counts, replica)
-        end = tf.where(uses_all, last, share(start + 2 * size, counts, replica))
-        around = lambda start, stop: tf.range(start, stop) % tf.maximum(counts[replica], 1)  # noqa: E731
-        return Selection(around(first, last), around(last, end))
+        used = batch._replace(start=start, num_cases=size)
+        return Selection(used, used._replace(start=start + size, num_cases=tf.where(uses_all, 0, size)))
 
     def next_state(self, state, num_used, seen_reduction, trial, num_cases, turn):
         """Returns the state after an update.
@@ -216,27 +225,6 @@ def _jump(size, num_cases, turn):
     return tf.where(ends_round & (size < num_cases), drawn, 0)
 
 
-def share(place, counts, replica=0):
-    """Returns how many of the first `place` cases of a batch are on one replica, an int32 scalar.
-
-    The cases of a replica are spread evenly over the batch. Shares never decrease as `place` grows, they add up to `place`, and a replica without
-    cases has none. So cases `share(a)` to `share(b)` of every replica are `b - a` cases of the batch. After its last case the batch starts again.
-
-    Args:
-        place: int32 scalar or integer, a position in the batch.
-        counts: int32 `(replicas,)`, the number of cases that each replica holds.
-        replica: int32 scalar or integer, the index of the replica.
-    """
-    if counts.shape[0] == 1:
-        return tf.convert_to_tensor(place)
-    left, num_cases, shares = tf.cast(place, tf.int64), tf.cast(tf.reduce_sum(counts), tf.int64), []
-    # Each replica in turn takes its share of what is left: shares rounded independently would not add up.
-    for held in tf.unstack(tf.cast(counts, tf.int64)):
-        shares.append((2 * left * held + num_cases) // tf.maximum(2 * num_cases, 1))  # to the nearest
-        left, num_cases = left - shares[-1], num_cases - held
-    return tf.cast(tf.stack(shares)[replica], tf.int32)
-
-
 def share_of(share, num_cases):
     """Returns the cases that make up a share, a float in (0, 1], of an int32 scalar of cases: rounded up, an int32 scalar."""
     return tf.cast(tf.math.ceil(share * tf.cast(num_cases, tf.float64)), tf.int32)
@@ -252,15 +240,15 @@ def order(num_cases, seed):
     return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=tf.stack([tf.cast(seed, tf.int32), -1]))
 
 
-def divide(num_cases, curvature_batch_size, piece_size, update_number, seed):
-    """Chooses the chunk of an update and divides the batch into pieces.
+def divide(run, curvature_batch_size, piece_size, update_number, seed):
+    """Chooses the chunk of an update and divides one replica's cases into pieces.
 
     There are `ceil(num_cases / curvature_batch_size)` contiguous chunks; the last is shifted back so that it is full. Each round of that many updates
     visits all of them, in an order drawn from `(seed, round)`. With a plain counter, each of several batches would always get the same chunk.
 
     Args:
-        num_cases: int32 scalar, the number of cases in the batch.
-        curvature_batch_size: int32 scalar or integer, the number of cases wanted in the chunk, or `None` for all.
+        run: `places.Places`, the cases of the update.
+        curvature_batch_size: int32 scalar or integer, the number of cases wanted in the chunk, over all replicas, or `None` for all.
         piece_size: Integer or int32 scalar, the number of cases in a piece; `None` for one piece for the chunk and one for the rest.
         update_number: int32 scalar, the number of updates before this one.
         seed: int32 scalar or integer.
@@ -268,17 +256,19 @@ def divide(num_cases, curvature_batch_size, piece_size, update_number, seed):
     Returns:
         A `Pieces`.
     """
+    num_cases = run.num_cases
     if curvature_batch_size is None:
-        chunk_start, chunk_size = tf.constant(0), num_cases
+        place, size = tf.constant(0), num_cases
     else:
-        chunk_size = tf.minimum(curvature_batch_size, num_cases)
-        num_chunks = tf.maximum(_ceil_div(num_cases, tf.maximum(chunk_size, 1)), 1)
+        size = tf.minimum(curvature_batch_size, num_cases)
+        num_chunks = tf.maximum(_ceil_div(num_cases, tf.maximum(size, 1)), 1)
         turn = tf.stack([tf.cast(seed, tf.int32), update_number // num_chunks])
         turns = tf.random.experimental.stateless_shuffle(tf.range(num_chunks), seed=turn)
-        chunk_start = tf.minimum(turns[update_number % num_chunks] * chunk_size, num_cases - chunk_size)
-    at_most = tf.maximum(num_cases, 1)
+        place = tf.minimum(turns[update_number % num_chunks] * size, num_cases - size)
+    start, num_local = run.up_to(place), run.num_local
+    at_most = tf.maximum(num_local, 1)
     piece_size = at_most if piece_size is None else tf.minimum(piece_size, at_most)
-    return Pieces(num_cases, chunk_start, chunk_size, piece_size)
+    return Pieces(run, place, num_local, start, run.up_to(place + size) - start, piece_size)
 
 
 def _ceil_div(a, b):

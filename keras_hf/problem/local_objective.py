@@ -11,7 +11,6 @@ from keras_hf.problem.capture import squared_gradients
 from keras_hf.problem.jacobian import LocalRows, compiles_rows
 from keras_hf.problem.linearization import DoubleBackward, dense
 from keras_hf.problem.piece import PieceFunction, Totals
-from keras_hf.problem.replicas import replica_number
 
 
 class Pass(NamedTuple):
@@ -301,21 +300,18 @@ class LocalObjective:
         if isinstance(num_cases, float):
             # Of one piece at most, where no loop over pieces is traced.
             most = pieces.piece_size if self._structure.chunk_is_one_piece else pieces.num_cases
-            pieces = pieces._replace(chunk_size=tf.minimum(share_of(num_cases, pieces.num_cases), most))
+            wanted = pieces.share_of_first(share_of(num_cases, pieces.run.num_cases))
+            pieces = pieces._replace(chunk_size=tf.minimum(wanted, most))
         elif num_cases is not None:
-            most = -(-num_cases // self._num_replicas)
-            pieces = pieces._replace(chunk_size=tf.minimum(pieces.chunk_size, most))
+            pieces = pieces._replace(chunk_size=tf.minimum(pieces.chunk_size, pieces.share_of_first(num_cases)))
 
         def of_piece(number):
             indices = pieces.indices(number)
-            # Not the number of the piece: results must not depend on the size of pieces.
-            seeds = [
-                indices,
-                tf.fill(tf.shape(indices), self._network.update_number),
-                tf.fill(tf.shape(indices), replica_number()),
-            ]
+            # Not the numbers of piece and replica: results must not depend on how cases are divided.
+            numbers = pieces.run.numbers(indices)
+            seeds = tf.stack([numbers, tf.fill(tf.shape(numbers), self._network.update_number)], 1)
             piece = PieceFunction(self._network, self._totals, self._cases.data.take(indices), number, of_chunk=True)
-            return function(piece.cases_apart(), tf.stack(seeds, 1))
+            return function(piece.cases_apart(), seeds)
 
         total = self._of_cases(of_piece(tf.constant(0)))
         if self._structure.chunk_is_one_piece:

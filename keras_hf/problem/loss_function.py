@@ -12,7 +12,8 @@ from keras_hf.problem.batching import divide
 from keras_hf.problem.fixed_network import FixedNetwork
 from keras_hf.problem.local_objective import LocalCases
 from keras_hf.problem.objective import Objective
-from keras_hf.problem.replicas import across_replicas, replica_number
+from keras_hf.problem.places import Places
+from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
 from keras_hf.problem.structure import second_derivatives_explained
 
 # By how much half the sum of squared residuals and the loss may differ, relative to them.
@@ -247,7 +248,8 @@ class LossFunction:
         if "unknown" in structure.combinations:
             piece_size = None
         structure = structure._replace(chunk_is_one_piece=piece_size is None or piece_size >= most)
-        pieces = divide(data.num_cases, None, piece_size, self._update_number, self._optimizer.seed)
+        run = Places.of_batch(of_each_replica(data.num_cases), replica_number())
+        pieces = divide(run, None, piece_size, self._update_number, self._optimizer.seed)
         fixed = FixedNetwork(task, structure, tf.constant(self._update_number))
         with second_derivatives_explained(structure.layer_of_op):
             return across_replicas(

@@ -396,7 +396,7 @@ class Objective:
 
         Args:
             function: Callable `(piece, seeds) -> nest of tensors`. `piece` is a `PieceFunction` with batch statistics held constant; `seeds`, int32
-                `(cases, 3)`, holds three numbers per case that are unique to the case and the update and do not depend on the pieces.
+                `(cases, 2)`, holds two numbers per case that are unique to the case and the update and do not depend on pieces and replicas.
             num_cases: Integer, the largest number of the chunk's cases to use; `None` = all. Float: the share of the batch's cases instead, which may
                 be more than the chunk.
         """
