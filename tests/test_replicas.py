@@ -8,6 +8,7 @@ from keras import layers
 from problems import compiled, hessian_free, model_data
 
 from keras_hf import (
+    ConjugateGradient,
     DirectSolver,
     DoubleBackward,
     EmpiricalFisher,
@@ -247,3 +248,39 @@ def test_a_replica_without_cases_adds_nothing(parts):
     for one, both in zip(found, together, strict=True):
         # Twice the same cases have the means of once.
         np.testing.assert_allclose(one[0], both[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_replicas_share_out_what_is_computed_once_for_all():
+    inputs = [(tf.fill([3, 3], float(i)), tf.constant(10.0 * i)) for i in range(1, 5)]
+
+    def shared(objective):
+        return objective.shared_out(lambda a, b: a + b, inputs, [1.0, 8.0, 4.0, 2.0])
+
+    network = lambda: keras.Sequential([keras.Input((3,)), layers.Dense(2)])  # noqa: E731
+    found = on_replicas(network, [[0], [1]], shared)
+    for i, values in enumerate(found, 1):
+        assert all((value == 11.0 * i).all() for value in values)
+
+
+@pytest.mark.slow
+def test_inverses_of_wide_layers_are_those_of_one_device(float64):
+    def network(strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = HFModel(keras.Sequential([keras.Input((3,)), layers.Dense(300, "tanh"), layers.Dense(2)]))
+            solver = ConjugateGradient(KroneckerFactored(interval=2), max_iterations=5)
+            model.compile(HessianFree(0.1, solver, growing_batch=None, seed=1), loss="mse")
+        x, y = cases(51)
+        model.fit(x, y, epochs=3, callbacks=[LevenbergMarquardt()], verbose=0)
+        return model
+
+    one, two = (
+        network(strategy)
+        for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    )
+    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-8)
+    states = [model.optimizer.state().solver["preconditioner"] for model in (one, two)]
+    for name, value in states[0].items():
+        np.testing.assert_allclose(value, states[1][name], rtol=1e-5, atol=1e-7, err_msg=name)

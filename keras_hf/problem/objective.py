@@ -317,6 +317,16 @@ class Objective:
         """The weights at the start as one vector `(n,)`."""
         return self._start_vector
 
+    def shared_out(self, function, inputs, costs):
+        """Returns the list of `function(*each)` for each of some inputs; on several replicas, each is computed on one of them, which sends it to all.
+
+        Args:
+            function: Callable that returns a tensor like the first of its arguments.
+            inputs: List of tuples of tensors, computed from sums over replicas.
+            costs: List of numbers, what each input costs.
+        """
+        return self._replicas.shared_out(function, inputs, costs)
+
     def num_nonfinite_cases(self):
         """Returns the number of cases of the batch with a value that is not finite, an int32 scalar."""
         return tf.cast(self._replicas.sum(lambda part: part.num_nonfinite_cases(), self._parts), tf.int32)

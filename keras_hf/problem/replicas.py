@@ -74,6 +74,33 @@ class Replicas:
         found = [tf.cast(next(numbers), leaf.dtype) if leaf.shape.rank == 0 else next(others) for leaf in leaves]
         return tf.nest.pack_sequence_as(nest, found)
 
+    def shared_out(self, function, inputs, costs):
+        """Returns `function(*each)` for each of some inputs, computed on one replica and sent to all.
+
+        Args:
+            function: Callable that returns a tensor like the first of its arguments.
+            inputs: List of tuples of tensors, the same on all replicas.
+            costs: List of numbers, what each input costs, by which they are divided among replicas.
+        """
+        if self.count == 1:
+            return [function(*each) for each in inputs]
+        owners, loads = {}, [0.0] * self.count
+        # The dearest first, each to the replica that has the least to do.
+        for place in sorted(range(len(inputs)), key=lambda place: -costs[place]):
+            owners[place] = loads.index(min(loads))
+            loads[owners[place]] += costs[place]
+
+        def own(*inputs):
+            number = replica_number()
+            return [
+                tf.cond(
+                    number == owners[place], lambda each=each: function(*each), lambda each=each: tf.zeros_like(each[0])
+                )
+                for place, each in enumerate(inputs)
+            ]
+
+        return self.sum(own, *inputs) if inputs else []
+
     def first(self, like, function, *args):
         """Calls `function(*args)` on every replica and returns the tensors of one, bit for bit.
 

@@ -161,11 +161,14 @@ class KroneckerFactored(Preconditioner):
             regularization = tf.split(
                 objective.regularization_diagonal(), [v.shape.num_elements() for v in objective.variables]
             )
+            damped = []
             for moments, own in zip(factors, of_layers, strict=True):
                 curvature = tf.reduce_mean(tf.concat([regularization[place] for place in own], 0))
-                blocks.append(_inverses(moments, damping + curvature))
+                damped += _damped(moments, damping + curvature)
                 sound.append(all_finite([moments.a, moments.s]))
-        return others, blocks, sound
+            inverses = iter(_all_inverses(objective, damped))
+            blocks = list(zip(inverses, inverses, strict=True))
+        return others, blocks, objective.agreed(sound)
 
     def _averaged(self, factors, names, state):
         """Returns the factors averaged with those of earlier estimates, and the next state.
@@ -378,8 +381,8 @@ def _mixed(bits):
     return bits
 
 
-def _inverses(moments, damping):
-    """Inverts both factors of a layer, damped."""
+def _damped(moments, damping):
+    """Returns both factors of a layer, each with its part of the damping: tuples of a factor and a scalar."""
     means = [
         tf.reduce_mean(factor if factor.shape.rank == 1 else tf.linalg.diag_part(factor))
         for factor in (moments.a, moments.s)
@@ -388,7 +391,15 @@ def _inverses(moments, damping):
     # A layer whose inputs or gradients are all zero, or not finite.
     pi = tf.where(tf.math.is_finite(pi) & (pi > 0), pi, tf.ones_like(pi))
     root = tf.sqrt(damping)
-    return _inverse(moments.a, pi * root), _inverse(moments.s, root / pi)
+    return [(moments.a, pi * root), (moments.s, root / pi)]
+
+
+def _all_inverses(objective, damped):
+    """Inverts factors with their dampings; replicas share the large ones out, which take longer to invert than to send."""
+    is_large = [factor.shape.rank == 2 and factor.shape[0] > _MAX_SOLVED for factor, _ in damped]
+    large = [each for each, large in zip(damped, is_large, strict=True) if large]
+    shared = iter(objective.shared_out(_inverse, large, [float(factor.shape[0]) ** 3 for factor, _ in large]))
+    return [next(shared) if large else _inverse(*each) for each, large in zip(damped, is_large, strict=True)]
 
 
 def _inverse(factor, damping):
