@@ -9,7 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, compiled_model, covariance, guard
+from keras_hf import arrays, compiled_model, covariance, guard, workers
+from keras_hf.backup import complete_backups
 from keras_hf.common import checks, files, keras_private
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.damping import DampingCallback
@@ -17,6 +18,7 @@ from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
 from keras_hf.problem.curvature import GaussNewton
 from keras_hf.problem.loss_function import LossFunction
+from keras_hf.problem.replicas import is_chief
 from keras_hf.product_check import both_ways, judged, product_errors, report
 from keras_hf.trainer import HFTrainer
 
@@ -123,17 +125,25 @@ class HFModel(HFTrainer):
 
     def export(self, *args, **kwargs):
         """Exports the network alone, as `keras.Model.export` does: serving needs neither this package nor the optimizer."""
-        return self.network.export(*args, **kwargs)
+        return self.network.export(*args, **kwargs) if is_chief(self.distribute_strategy) else None
 
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
-        """Saves the model and the state of training; arguments as `keras.Model.save`. A file is replaced only by a complete one."""
-        with _saved_file(filepath, overwrite) as path:
-            super().save(path, overwrite, zipped, **kwargs)
+        """Saves the model and the state of training; arguments as `keras.Model.save`. A file is replaced only by a complete one.
+
+        Of several workers the chief alone writes.
+        """
+        if is_chief(self.distribute_strategy):
+            with _saved_file(filepath, overwrite and zipped is not False) as path:
+                super().save(path, overwrite, zipped, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
-        """Saves the weights and the state of training; arguments as `keras.Model.save_weights`. A file is replaced only by a complete one."""
-        with _saved_file(filepath, overwrite and max_shard_size is None) as path:
-            super().save_weights(path, overwrite, max_shard_size)
+        """Saves the weights and the state of training; arguments as `keras.Model.save_weights`. A file is replaced only by a complete one.
+
+        Of several workers the chief alone writes.
+        """
+        if is_chief(self.distribute_strategy):
+            with _saved_file(filepath, overwrite and max_shard_size is None) as path:
+                super().save_weights(path, overwrite, max_shard_size)
 
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
         """Loads a file of `save_weights`; arguments as `keras.Model.load_weights`. A file that does not fit leaves every value unchanged.
@@ -254,6 +264,20 @@ class HFModel(HFTrainer):
             raise ValueError(
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
             )
+        strategy = self.distribute_strategy
+        workers.require_same_job(
+            strategy,
+            {
+                "weights": [(tuple(weight.shape), weight.dtype) for weight in self.trainable_variables],
+                "data": workers.describe((x, y, sample_weight)),
+                "batches": (arrays.is_arrays(x) and checks.num_cases(x, y, sample_weight), batch_size, steps_per_epoch),
+                "epochs": (initial_epoch, epochs),
+                "optimizer": {**self.optimizer.get_config(), "seed": None},
+                "loss": compiled_model.loss_name(self.loss),
+            },
+        )
+        callbacks = workers.callbacks_of(strategy, callbacks)
+        verbose = 0 if verbose == "auto" and not is_chief(strategy) else verbose
         found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
         if not any(isinstance(callback, DampingCallback) for callback in found):
             self._advice.no_damping_rule()
@@ -281,7 +305,7 @@ class HFModel(HFTrainer):
                     x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
                     validation_split = 0.0
                 times, steps_per_epoch = steps_per_epoch or 1, steps_per_epoch or 1
-                num_replicas = self.distribute_strategy.num_replicas_in_sync
+                num_replicas = strategy.num_replicas_in_sync
                 if num_replicas == self.steps_per_execution == 1:
                     times = None
                 else:
@@ -307,7 +331,7 @@ class HFModel(HFTrainer):
         if source is not None:
             self._choose_solver(None, 0)
         self._advice.cases_come_as(source)
-        with self._batches_of_at_most(most_cases):
+        with self._batches_of_at_most(most_cases), complete_backups(found, self, is_chief(strategy)):
             history = super().fit(
                 x,
                 y,
@@ -474,8 +498,8 @@ class HFModel(HFTrainer):
 
 @contextlib.contextmanager
 def _saved_file(filepath, overwrite):
-    """Context that gives the path to save to: `filepath` itself if no file exists, or if Keras must ask before it overwrites one."""
-    if not overwrite or not isinstance(filepath, (str, os.PathLike)) or not os.path.isfile(filepath):
+    """Context that gives the path to save to: one beside `filepath`, or that itself if Keras must ask before it overwrites, or writes a folder."""
+    if not overwrite or not isinstance(filepath, (str, os.PathLike)) or os.path.isdir(filepath):
         yield filepath
         return
     with files.replacing(filepath) as path:

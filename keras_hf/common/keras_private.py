@@ -109,6 +109,29 @@ def spec_of_first_replica(spec):
     return getattr(spec, "_value_specs", (spec,))[0]
 
 
+# Of Keras' `BackupAndRestore`.
+
+
+def paths_of_backup(callback):
+    """Returns the paths of a `BackupAndRestore`'s weights and of the file that says of which epoch they are."""
+    return callback._weights_path, callback._training_metadata_path
+
+
+def epoch_of_backup(callback):
+    """Returns the epoch from which a run would go on with the weights as they are now."""
+    return callback._current_epoch
+
+
+def backups_saved_by(callback, save):
+    """Returns what `replaced` takes to have a `BackupAndRestore` call `save` where it would write its files."""
+    return callback, "_save_model", save
+
+
+def start_at_epoch(model, epoch):
+    """Has the `fit` that is about to begin its epochs begin with this one."""
+    model._initial_epoch = epoch
+
+
 # Of the functions in which Keras runs steps on all replicas.
 
 

@@ -129,17 +129,29 @@ def num_workers(strategy):
     return max(len(_tasks(strategy)), 1)
 
 
+def worker_number(strategy):
+    """Returns the place of this process among the workers of a strategy, the chief's being 0: an integer."""
+    tasks = _tasks(strategy)
+    if not tasks:
+        return 0
+    resolver = strategy.cluster_resolver
+    return tasks.index((resolver.task_type, resolver.task_id))
+
+
 def is_chief(strategy):
     """Whether this process is the one that writes files: the only one, or the first of several workers."""
-    tasks, resolver = _tasks(strategy), strategy.cluster_resolver
-    return not tasks or tasks[0] == (resolver.task_type, resolver.task_id)
+    return worker_number(strategy) == 0
 
 
 def _tasks(strategy):
-    """The workers of a strategy, a list of tuples of job and number, the chief first; empty for strategies of one process."""
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return []
-    cluster = strategy.cluster_resolver.cluster_spec()
+    return (
+        tasks_of(strategy.cluster_resolver) if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) else []
+    )
+
+
+def tasks_of(resolver):
+    """Returns the workers of a `ClusterResolver`, a list of tuples of job and number, the chief first; empty without a cluster."""
+    cluster = resolver.cluster_spec()
     return [(job, number) for job in ("chief", "worker") if job in cluster.jobs for number in cluster.task_indices(job)]
 
 
