@@ -50,12 +50,14 @@ def assert_as_one(found, name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:An update on")
 @pytest.mark.parametrize("name", [name for name in worker.CASES if name != "normalized"])
 def test_two_workers_make_the_updates_of_one_process(name, of_two, float64):
     assert_as_one(of_two[name], name)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:An update on")
 @pytest.mark.parametrize("name", ["diagonal", "growing", "one case"])
 def test_three_workers_make_the_updates_of_one_process(name, of_three, float64):
     assert_as_one(of_three[name], name)
