@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint docs
 
 demo: .venv/examples.installed
 	$(BIN)/python -m examples.autoencoder
@@ -16,6 +16,10 @@ test-slow: .venv/test.installed
 lint: .venv/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Into site/; warnings fail.
+docs: .venv/docs.installed
+	$(BIN)/python -m mkdocs build --strict
 
 # One stamp for each extra of setup.cfg; a change there installs it again.
 .venv/%.installed: setup.cfg | .venv

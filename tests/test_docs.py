@@ -1,4 +1,4 @@
-"""What the pages of docs/ promise: their code runs as printed, their links lead somewhere, and the reference is what the docstrings say."""
+"""What the pages of docs/ promise: their code runs as printed, and their links lead somewhere. `make docs` checks the site."""
 
 import re
 from pathlib import Path
@@ -13,15 +13,16 @@ import test_preconditioners
 import test_solver
 import test_stopping
 from problems import Problem, inputs, make_model, model_data, with_objective
+from test_docstrings import REFERENCE
 
-from docs import api
+from docs import hooks
 from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.solvers.solver import LocalModel
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
-# An index, measurements, and what docstrings say.
-WITHOUT_CODE = {"README.md", "api.md", "experiments.md", "faster.md", "support.md"}
+# An index and measurements.
+WITHOUT_CODE = {"README.md", "experiments.md", "faster.md", "support.md", "which-solver.md"}
 WITH_CODE = sorted(set(PAGES) - WITHOUT_CODE)
 # Pages that take more than five seconds.
 SLOW = set(WITH_CODE) - {"how-it-works.md"}
@@ -67,12 +68,17 @@ def links(path):
 
 
 def anchors(path):
-    """Anchors of a page's headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    """Anchors of a page's headings, as GitHub makes them, and of the names that it takes docstrings of."""
+    text = path.read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles} | set(
+        re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    )
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *PAGES.values(), *REFERENCE], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_to_files_and_headings(path):
     for file, anchor in links(path):
         assert file.exists(), file
@@ -80,21 +86,34 @@ def test_links_lead_to_files_and_headings(path):
 
 
 def test_the_index_names_every_page_and_the_readme_the_index():
+    reference, *others = sorted(REFERENCE, key=lambda path: path.name != "README.md")
     named = {file.resolve() for file, _ in links(PAGES["README.md"])}
-    assert named == {path for name, path in PAGES.items() if name != "README.md"}
+    assert named == {path for name, path in PAGES.items() if name != "README.md"} | {reference}
     assert PAGES["README.md"] in {file.resolve() for file, _ in links(ROOT / "README.md")}
+    assert {file.resolve() for file, _ in links(reference)} == set(others)
 
 
-def test_the_reference_is_what_the_docstrings_say():
-    assert api.PATH.read_text(encoding="utf-8") == api.document(), "run `python -m docs.api`"
+def test_the_index_of_the_reference_links_every_name():
+    index = next(path for path in REFERENCE if path.name == "README.md")
+    linked = [(file.resolve(), anchor) for file, anchor in links(index) if anchor]
+    assert sorted(linked) == sorted(
+        (path, anchor) for path in REFERENCE for anchor in anchors(path) if anchor.startswith("keras_hf.")
+    )
 
 
-def test_every_public_name_is_in_the_reference(monkeypatch):
-    monkeypatch.delitem(api.SECTIONS, "Damping rules")
-    with pytest.raises(
-        ValueError, match="Missing: ArcStepDamping, ConstantDamping, DampingCallback, LevenbergMarquardt"
-    ):
-        api.document()
+@pytest.mark.parametrize("name", hooks.NOTEBOOKS)
+def test_a_notebook_runs_what_its_page_runs(name):
+    cells = hooks.notebook(PAGES[name].read_text(encoding="utf-8")).cells
+    assert [cell.source for cell in cells if cell.cell_type == "code"] == [code.strip() for code in blocks(name)]
+    assert not any("](" in cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def test_prompts_of_docstrings_are_a_section_on_the_site():
+    written = "Gives 2.\n\nExample:\n\n>>> f(1)\n2\n\nReferences:\n    Martens (2010)."
+    assert hooks.with_examples(written) == (
+        "Gives 2.\n\nExamples:\n    >>> f(1)\n    2\n\nReferences:\n    Martens (2010)."
+    )
+    assert hooks.with_examples("Example:\n\n>>> f(1)\n2") == "Examples:\n    >>> f(1)\n    2\n"
 
 
 # The parts of writing-parts.md, held to the tests of the package's own.

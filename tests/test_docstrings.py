@@ -1,7 +1,10 @@
 """The examples in the docstrings of public names run, and print what they say."""
 
 import doctest
+import inspect
 import operator
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -9,10 +12,15 @@ import pytest
 import tensorflow as tf
 
 import keras_hf
-from docs.api import SECTIONS
-from keras_hf import pinn
+from keras_hf import pinn, plots
 
-NAMES = [name for names in SECTIONS.values() for name in names]
+REFERENCE = sorted(Path(__file__).parents[1].joinpath("docs", "api").glob("*.md"))
+# The names of the reference, as attributes of keras_hf.
+NAMES = [
+    name
+    for path in REFERENCE
+    for name in re.findall(r"^::: keras_hf\.(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
 # What a reader of the examples has imported.
 GLOBALS = {**vars(keras_hf), **vars(pinn), "keras": keras, "np": np, "tf": tf}
 
@@ -24,6 +32,18 @@ EXAMPLES = [
     for test in doctest.DocTestFinder().find(operator.attrgetter(name)(keras_hf), name, globs=GLOBALS)
     if test.examples
 ]
+
+
+def test_every_public_name_is_in_the_reference():
+    exported = {name for name, value in vars(keras_hf).items() if name[0] != "_" and not inspect.ismodule(value)}
+    beside = {
+        f"{module.__name__.rpartition('.')[-1]}.{name}"
+        for module in (pinn, plots)
+        for name, value in vars(module).items()
+        if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
+    }
+    assert len(NAMES) == len(set(NAMES))
+    assert sorted((exported | beside) - set(NAMES)) == []
 
 
 @pytest.fixture(autouse=True)
