@@ -15,13 +15,21 @@ from keras_hf.solvers.stopping import RelativeProgress
 
 
 class CGStop(enum.IntEnum):
-    """Why conjugate gradients stopped: the `cg_stop` of the logs."""
+    """Why conjugate gradients stopped: the `cg_stop` of the logs.
 
-    MAX_ITERATIONS = 0  # the limit was reached
-    STOPPING_RULE = 1  # the stopping rule said so
-    CONVERGED = 2  # the residual is zero to rounding
-    NEGATIVE_CURVATURE = 3  # p'Ap <= 0 along the search direction p
-    BREAKDOWN = 4  # a number that is not finite, or a preconditioner that is not positive definite
+    Attributes:
+        MAX_ITERATIONS: 0, the limit was reached.
+        STOPPING_RULE: 1, the stopping rule said so.
+        CONVERGED: 2, the residual is zero to rounding.
+        NEGATIVE_CURVATURE: 3, p'Ap <= 0 along the search direction p.
+        BREAKDOWN: 4, a number that is not finite, or a preconditioner that is not positive definite.
+    """
+
+    MAX_ITERATIONS = 0
+    STOPPING_RULE = 1
+    CONVERGED = 2
+    NEGATIVE_CURVATURE = 3
+    BREAKDOWN = 4
 
 
 class CGResult(NamedTuple):
