@@ -218,6 +218,7 @@ class HFModel(HFTrainer):
             keras_private.set_losses(compile_loss, keras.tree.map_structure(compiled_model.checked, loss))
         if self.built and self.trainable_variables:
             checks.trainable_weights(self.trainable_variables)
+            workers.require_same_job(self.distribute_strategy, self._job())
             self._build_optimizer()
 
     def compile_from_config(self, config):
@@ -268,12 +269,10 @@ class HFModel(HFTrainer):
         workers.require_same_job(
             strategy,
             {
-                "weights": [(tuple(weight.shape), weight.dtype) for weight in self.trainable_variables],
+                **self._job(),
                 "data": workers.describe((x, y, sample_weight)),
                 "batches": (arrays.is_arrays(x) and checks.num_cases(x, y, sample_weight), batch_size, steps_per_epoch),
                 "epochs": (initial_epoch, epochs),
-                "optimizer": {**self.optimizer.get_config(), "seed": None},
-                "loss": compiled_model.loss_name(self.loss),
             },
         )
         callbacks = workers.callbacks_of(strategy, callbacks)
@@ -487,6 +486,15 @@ class HFModel(HFTrainer):
         dtype = vector_dtype([variable.value for variable in variables]).as_numpy_dtype
         matrix = covariance.covariance(w, jacobian, residuals, variance, num_residuals, dtype)
         return covariance.ParameterCovariance(matrix, covariance.by_weight(np.diag(matrix), variables))
+
+    def _job(self):
+        """What all of several workers must have alike before data come: a dict; see `workers.require_same_job`."""
+        return {
+            "weights": [(tuple(weight.shape), weight.dtype) for weight in self.trainable_variables],
+            # Drawn on each; the chief's is taken.
+            "optimizer": {**self.optimizer.get_config(), "seed": None},
+            "loss": compiled_model.loss_name(self.loss),
+        }
 
     def _cases(self, method, x, y, sample_weight):
         """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""

@@ -44,9 +44,10 @@ def assert_as_one(found, name):
         assert other["hashes"] == found[0]["hashes"]
     assert len(found[0]["hashes"]) == len(one["hashes"])
     for key in ("weights", "evaluated", "predicted"):
-        np.testing.assert_allclose(found[0][key], one[key], atol=1e-8, err_msg=key)
+        # CG amplifies the rounding of sums.
+        np.testing.assert_allclose(found[0][key], one[key], atol=1e-6, err_msg=key)
     for key, values in one["history"].items():
-        np.testing.assert_allclose(found[0]["history"][key], values, rtol=1e-6, atol=1e-9, err_msg=key)
+        np.testing.assert_allclose(found[0]["history"][key], values, rtol=1e-5, atol=1e-8, err_msg=key)
 
 
 @pytest.mark.slow

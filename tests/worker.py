@@ -191,8 +191,8 @@ def other_jobs(strategy, folder):
             x = x[:, :, None]
         if number == 1 and what == "cases":
             x, y = x[:40], y[:40]
-        model = model_of(strategy, optimizer="Nystrom" if number == 1 and what == "optimizer" else "diagonal")
         try:
+            model = model_of(strategy, optimizer="Nystrom" if number == 1 and what == "optimizer" else "diagonal")
             model.fit(x, y, epochs=2, callbacks=[LevenbergMarquardt()], verbose=0)
         except ValueError as error:
             told[what] = str(error)
