@@ -305,7 +305,8 @@ class HFModel(HFTrainer):
                     validation_split = 0.0
                 times, steps_per_epoch = steps_per_epoch or 1, steps_per_epoch or 1
                 num_replicas = strategy.num_replicas_in_sync
-                if num_replicas == self.steps_per_execution == 1:
+                if self.steps_per_execution == 1:
+                    # Without end: where several workers divide the data, a new iterator in every epoch takes seconds.
                     times = None
                 else:
                     # Otherwise the last execution of an epoch would run into the next epoch.
