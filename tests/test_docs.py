@@ -22,7 +22,7 @@ from keras_hf.solvers.solver import LocalModel
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
 # An index and measurements.
-WITHOUT_CODE = {"README.md", "experiments.md", "faster.md", "support.md", "which-solver.md"}
+WITHOUT_CODE = {"README.md", "experiments.md", "faster.md", "scaling.md", "support.md", "which-solver.md"}
 WITH_CODE = sorted(set(PAGES) - WITHOUT_CODE)
 # Pages that take more than five seconds.
 SLOW = set(WITH_CODE) - {"how-it-works.md"}

@@ -1,5 +1,6 @@
 """What each private name of Keras is taken to mean: these tests fail on a Keras that renamed one, or means another thing by it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from keras import layers
 
 from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, KroneckerFactored
 from keras_hf.common import keras_private
+from keras_hf.common.replaced import replaced
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
 Y = np.ones([4, 2], "float32")
@@ -243,3 +245,38 @@ def test_no_other_room_touches_these_names():
     names = found.pop("keras_private.py") - {"_replace"}
     assert names > {"_flat_losses", "_user_loss", "_keras_logits", "_keras_mask"}
     assert {room: names & others for room, others in found.items() if names & others} == {}
+
+
+def test_steps_return_the_first_replicas_results(model):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        network = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+        network.compile("sgd", loss="mse")
+    number = lambda: tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32)  # noqa: E731
+    network.train_step = lambda data: {"loss": number(), "scalar": tf.constant(3)}
+    data = lambda: iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors((X, Y)).repeat()))  # noqa: E731
+    network.make_train_function()
+    assert float(network.train_function(data())["loss"]) == 0.5
+    with keras_private.results_of_first_replica():
+        network.make_train_function(force=True)
+        logs = network.train_function(data())
+    assert float(logs["loss"]) == 0.0 and logs["scalar"].dtype == tf.int32
+
+
+def test_a_backup_has_two_files_and_the_epoch_to_go_on_from(tmp_path, model):
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    backup.set_model(model)
+    saved = []
+    with replaced(keras_private.backups_saved_by(backup, lambda: saved.append(keras_private.epoch_of_backup(backup)))):
+        backup.on_epoch_end(4)
+    assert saved == [5]
+    backup.on_epoch_end(5)
+    weights, metadata = keras_private.paths_of_backup(backup)
+    assert Path(weights).exists() and json.loads(Path(metadata).read_text())["epoch"] == 6
+
+
+def test_fit_begins_at_the_epoch_that_it_was_told():
+    network = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    network.compile("sgd", loss="mse")
+    keras_private.start_at_epoch(network, 3)
+    assert network.fit(X, Y, epochs=5, verbose=0).epoch == [3, 4]
