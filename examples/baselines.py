@@ -26,6 +26,7 @@ from keras_hf import (
     recipe_of_2010,
 )
 from keras_hf.common.files import replacing
+from keras_hf.common.vectors import num_rows
 from keras_hf.recorder import update_cost
 from keras_hf.solvers.search import Taken, walk_back
 
@@ -412,7 +413,7 @@ def whole_last(loss_at, candidates, loss, gradient):
 
 def _taken_as_last(taken, candidates):
     """What a search took that saw the last candidate alone, as one that saw all."""
-    row = tf.shape(candidates)[0] - 1
+    row = num_rows(candidates) - 1
     not_looked_at = tf.fill([row], tf.constant(math.nan, taken.losses.dtype))
     return taken._replace(row=row, losses=tf.concat([not_looked_at, taken.losses], 0))
 

@@ -112,7 +112,9 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     norm = tf.cast(gradient_norm, damping.dtype)
     is_at_rest = state.convergence.still_holds(norm, damping)
 
-    model = LocalModel(objective, linearize, tf.where(is_at_rest, tf.zeros_like(gradient), gradient))
+    # The zero is a scalar, here and below: vectors of zeros become constants of the graph, which are never freed.
+    gradient = tf.where(is_at_rest, tf.zeros([], gradient.dtype), gradient)
+    model = LocalModel(objective, linearize, gradient)
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 
@@ -144,8 +146,11 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     is_at_rounding |= is_hidden
     is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
 
+    # In sequence with the product above: the graph would otherwise run them in parallel and hold the activations of both.
+    with tf.control_dependencies([along_step]):
+        is_to_be_checked = tf.identity(check)
     product_error, repeat_error = tf.cond(
-        tf.convert_to_tensor(check),
+        is_to_be_checked,
         lambda: (_product_error(product, model_step), _repeat_error(objective, at_start.loss)),
         lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
     )
@@ -154,7 +159,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     accepted = step_size > 0
     step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
     # 0 times a candidate that is not finite would be NaN.
-    step = objective.agreed(tf.where(accepted, step, tf.zeros_like(step)))
+    step = objective.agreed(tf.where(accepted, step, tf.zeros([], step.dtype)))
     reduction = taken.start_loss - taken.loss
     return UpdateResult(
         step=step,

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.solvers.cg import CGStop, conjugate_gradient
+from keras_hf.common.vectors import dot
+from keras_hf.solvers.cg import CGStop, conjugate_gradient, minimized
 from keras_hf.solvers.stopping import RelativeProgress, ResidualTolerance, StoppingRule
 
 # Preconditioners as callables (matrix, vector) -> M^-1 r. A new one stands here.
@@ -143,6 +144,24 @@ def test_a_kept_iterate_is_what_a_run_of_so_many_iterations_ends_with():
     for number, iterate in zip(result.iterate_numbers.numpy(), result.iterates, strict=True):
         shorter = random_problem().solve(stopping=Unstoppable(), max_iterations=int(number))
         np.testing.assert_array_equal(shorter.iterates[-1], iterate)
+
+
+@modes
+@pytest.mark.parametrize("last", [3, 15, 17, 60])  # No iterate of the grid, one, and several more.
+@pytest.mark.parametrize("max_kept", [1, 2, 4, 100])
+def test_a_bound_keeps_the_last_of_the_kept_iterates_bit_for_bit(max_kept, last, mode):
+    problem = diagonal_problem(100, 1e8, "float64")
+
+    def solve(**bound):
+        with_form = lambda v: (image := problem.product(v), dot(v, image))  # noqa: E731
+        found = minimized(with_form, problem.b, stopping=Unstoppable(), max_iterations=last, **bound)
+        return found._replace(iterates=found.iterates.matrix())
+
+    every, bounded = mode(solve)(), mode(solve)(max_kept=max_kept)
+    assert len(bounded.iterates) == min(max_kept, len(every.iterates))
+    for name in ("iterates", "iterate_numbers", "values"):
+        np.testing.assert_array_equal(getattr(bounded, name), getattr(every, name)[-max_kept:])
+    np.testing.assert_array_equal(bounded.course, every.course)
 
 
 def test_identity_preconditioner_equals_none():

@@ -19,6 +19,7 @@ from keras_hf import (
 NUMBER_ERRORS = [
     ("warm_start_decay", [-0.1, 1.5, math.nan, "0.95", None, False], r"a finite number in \[0, 1\]"),
     ("max_iterations", [0, -3, 2.5, 250.0, "250", None, True], "an integer >= 1"),
+    ("max_kept_iterates", [0, -3, 2.5, "all", True], "an integer >= 1 or `None`"),
 ]
 
 
@@ -55,7 +56,7 @@ def test_parts_that_are_not_objects_of_their_kind_are_refused(name, kind, exampl
 
 
 @pytest.mark.parametrize(
-    "solver", [ConjugateGradient(), recipe_of_2010(), ConjugateGradient(Identity(), ResidualTolerance(0.1), 7, 0.5)]
+    "solver", [ConjugateGradient(), recipe_of_2010(), ConjugateGradient(Identity(), ResidualTolerance(0.1), 7, 0.5, 3)]
 )
 def test_configuration_survives_saving(solver):
     restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(solver))

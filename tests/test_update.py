@@ -77,6 +77,24 @@ def test_cg_run_to_the_end_equals_the_dense_solve(name, preconditioner):
     )
 
 
+def test_a_bound_on_the_kept_iterates_takes_the_same_step_from_the_last_of_them():
+    model, data = problem_data()
+
+    def compute(objective):
+        bounds = (None, 100, 2)
+        return [
+            update(objective, max_iterations=12, stopping=ResidualTolerance(1e-300), max_kept_iterates=b)
+            for b in bounds
+        ]
+
+    every, loose, tight = with_objective(model, data, compute)
+    tf.nest.map_structure(np.testing.assert_array_equal, loose, every)
+    assert every.trace["iterate_numbers"].numpy().tolist() == [5, 7, 9, 11, 12]
+    assert tight.trace["iterate_numbers"].numpy().tolist() == [11, 12]
+    assert every.logs["cg_step"] in (11, 12)
+    np.testing.assert_array_equal(tight.step, every.step)
+
+
 def test_exact_inverse_as_preconditioner_needs_one_iteration():
     model, data = problem_data()
     found = with_objective(

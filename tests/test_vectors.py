@@ -5,10 +5,12 @@ import pytest
 import tensorflow as tf
 
 from keras_hf.common.vectors import (
+    Rows,
     assign,
     dot,
     gram,
     inner_product,
+    num_rows,
     num_weights,
     pack,
     unpack,
@@ -119,3 +121,15 @@ def test_the_gram_matrix_by_strips_is_the_product_of_all(num_columns):
     matrix = np.random.default_rng(0).normal(size=(20, num_columns))
     found = gram(tf.constant(matrix)).numpy()
     np.testing.assert_allclose(found, matrix.T @ matrix, atol=1e-13)
+
+
+def test_rows_are_those_of_their_matrix():
+    array = tf.TensorArray(tf.float64, 3, clear_after_read=False).unstack(
+        tf.constant([[1.0, 2], [3, 4], [5, 6]], "float64")
+    )
+    rows = Rows(array, tf.constant([2, 0]))
+    matrix = [[5.0, 6], [1, 2]]
+    np.testing.assert_array_equal(rows.matrix(), matrix)
+    np.testing.assert_array_equal([rows[0], rows[-1]], matrix)
+    np.testing.assert_array_equal(rows[-1:].matrix(), matrix[-1:])
+    assert num_rows(rows) == num_rows(rows.matrix()) == 2

@@ -1,11 +1,39 @@
 """Flat vectors: all trainable weights as one `(n,)`, and lists of tensors shaped as the weights. Imports nothing of the package."""
 
+from typing import NamedTuple
+
 import tensorflow as tf
 
 # Columns of a strip of a Gram matrix.
 _STRIP = 128
 # Products of an inner product that are summed in their own dtype.
 _BLOCK = 256
+
+
+class Rows(NamedTuple):
+    """The rows of a matrix `(k, n)`, each a tensor of its own. As one tensor they would be copied, which takes their memory once more.
+
+    Attributes:
+        array: `tf.TensorArray` of vectors `(n,)`.
+        places: int32 `(k,)`, the place of each row in the array.
+    """
+
+    array: tf.TensorArray
+    places: tf.Tensor
+
+    def __getitem__(self, row):
+        """Returns a row, or the `Rows` of a slice."""
+        places = self.places[row]
+        return Rows(self.array, places) if isinstance(row, slice) else self.array.read(places)
+
+    def matrix(self):
+        """Returns a copy of all as one tensor `(k, n)`."""
+        return self.array.gather(self.places)
+
+
+def num_rows(rows):
+    """Returns k, an int32 scalar, of a tensor `(k, n)` or of `Rows`."""
+    return tf.shape(rows.places if isinstance(rows, Rows) else rows)[0]
 
 
 def num_weights(variables):

@@ -177,11 +177,13 @@ class ForwardAccumulation(Linearization):
             return dense(tape.gradient(outputs, variables, output_gradients=curved), variables)
 
         def factors():
-            with tf.GradientTape(persistent=True) as tape:
-                outputs, rest = forward()
+            outputs, rest = forward()
 
             def pull_back(u):
-                return dense(tape.gradient(outputs, variables, output_gradients=u), variables)
+                # A forward pass of its own: a tape outside would keep the activations.
+                with tf.GradientTape() as tape:
+                    again, _ = forward()
+                return dense(tape.gradient(again, variables, output_gradients=u), variables)
 
             return lambda v: self._tangents(forward, variables, v)[-1], hessian_at(outputs, rest), pull_back
 

@@ -276,9 +276,12 @@ class LocalObjective:
         """
         if getattr(linearized, "factors", None) is None:
             return None
-        tangents_of, hessian, pull_back = linearized.factors()
         v = unpack(v / self._size(v), self._task.variables)
-        tangents, image = tangents_of(v), linearized(v)
+        # In sequence: memory is that of one pass. What comes after a call of a function does not wait for its results, but for operations on them.
+        image = _copied(linearized(v))
+        with tf.control_dependencies(image):
+            tangents_of, hessian, pull_back = linearized.factors()
+            tangents = _copied(tangents_of(_copied(v)))
         left, right = inner_product(v, image), inner_product(tangents, hessian(tangents))
         if linearized.added is not None:
             right += inner_product(v, linearized.added(v))
@@ -289,7 +292,8 @@ class LocalObjective:
             tf.cast(tf.random.stateless_normal(tf.shape(tangent), [seed, 2], dtype=self._dtype), tangent.dtype)
             for seed, tangent in enumerate(tangents)
         ]
-        left, right = inner_product(u, tangents), inner_product(pull_back(u), v)
+        with tf.control_dependencies(tangents):
+            left, right = inner_product(u, tangents), inner_product(pull_back(u), v)
         # If all tangents are lost, their size is zero, and the right side shows the error.
         size = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
         return self._of_cases([identity, (left, right, size)])
@@ -340,6 +344,10 @@ class _LocalProduct(NamedTuple):
     product: Callable
     forms: Callable
     sides: Callable
+
+
+def _copied(tensors):
+    return [tf.identity(tensor) for tensor in tensors]
 
 
 def _forms(linearized, vectors):

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import count
-from keras_hf.common.vectors import dot
+from keras_hf.common.vectors import Rows, dot
 from keras_hf.solvers.stopping import RelativeProgress
 
 
@@ -36,7 +36,7 @@ class CGResult(NamedTuple):
     """Result of conjugate gradients.
 
     Attributes:
-        iterates: Tensor `(k, n)`, the kept iterates in order; the last iterate is the last row.
+        iterates: Tensor `(k, n)`, the kept iterates in order; the last iterate is the last row. From `minimized`, `vectors.Rows`.
         iterate_numbers: int32 `(k,)`, the iteration of each row; 0 is the start.
         values: float64 `(k,)`, the quadratic `x'Ax/2 - b'x` at each row.
         num_iterations: int32 scalar, the number of iterations that changed x. Products computed: one per iteration, one for a start other than zero,
@@ -116,24 +116,28 @@ def conjugate_gradient(product, b, x0=None, precondition=None, stopping=None, ma
         image = product(v)
         return image, dot(v, image)
 
-    return minimized(with_form, b, x0, precondition, stopping, max_iterations)
+    result = minimized(with_form, b, x0, precondition, stopping, max_iterations)
+    return result._replace(iterates=result.iterates.matrix())
 
 
-def minimized(with_form, b, x0=None, precondition=None, stopping=None, max_iterations=None, agreed=tf.identity):
-    """Minimises as `conjugate_gradient` does, on several workers that must leave the loop together.
+def minimized(
+    with_form, b, x0=None, precondition=None, stopping=None, max_iterations=None, max_kept=None, agreed=tf.identity
+):
+    """Minimises as `conjugate_gradient` does, with iterates that are not copied, and on several workers, which must leave the loop together.
 
     Args:
-        with_form: Callable `(n,) -> ((n,), float64 scalar)`, x -> Ax and x'Ax, both the same on all workers.
-        b: As `conjugate_gradient`, as all that follow but the last.
+        with_form: Callable `(n,) -> ((n,), float64 scalar)`, x -> Ax and x'Ax, the scalar the same on all workers.
+        b: As `conjugate_gradient`, as are those that follow down to `max_iterations`.
         x0: See there.
         precondition: See there.
         stopping: See there.
         max_iterations: See there.
+        max_kept: Integer >= 1: only the last so many of the iterates are kept that would be kept otherwise. `None` = all.
         agreed: Callable on a float64 vector, which returns it as the first worker has computed it. With the product, an iteration has two sums
             over replicas.
 
     Returns:
-        A `CGResult`.
+        A `CGResult`, whose iterates are `vectors.Rows`.
     """
     stopping = stopping or RelativeProgress()
     precondition = precondition or tf.identity
@@ -145,7 +149,7 @@ def minimized(with_form, b, x0=None, precondition=None, stopping=None, max_itera
     if x0 is None:
         x, residual = tf.zeros_like(b), b
     else:
-        x = tf.where(dot(b, b) > 0, x0, tf.zeros_like(b))
+        x = tf.where(dot(b, b) > 0, x0, tf.zeros([], b.dtype))
         residual = b - with_form(x)[0]
 
     def numbers(x, residual, preconditioned):
@@ -160,8 +164,11 @@ def minimized(with_form, b, x0=None, precondition=None, stopping=None, max_itera
     reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
     reason = tf.where(tf.math.is_finite(b_norm), reason, CGStop.BREAKDOWN)  # No residual is small relative to infinity.
 
-    def array(dtype, size):
-        return tf.TensorArray(dtype, size=size, dynamic_size=True, clear_after_read=False)
+    def array(dtype, size, element_shape=()):
+        return tf.TensorArray(dtype, size=size, dynamic_size=True, clear_after_read=False, element_shape=element_shape)
+
+    def place_of(row):
+        return row if max_kept is None else row % max_kept
 
     state = _State(
         iteration=tf.constant(0),
@@ -171,7 +178,7 @@ def minimized(with_form, b, x0=None, precondition=None, stopping=None, max_itera
         residual_product=residual_product,
         # It grows where a run with the default limit is longer than n.
         values=array(tf.float64, tf.minimum(max_iterations, tf.shape(b)[0]) + 1).write(0, value),
-        iterates=array(b.dtype, 2).write(0, x),
+        iterates=array(b.dtype, 1, b.shape).write(0, x),
         iterate_numbers=array(tf.int32, 2).write(0, 0),
         num_kept=tf.constant(0),
         next_kept=tf.constant(_FIRST_KEPT, tf.float64),
@@ -219,7 +226,7 @@ def minimized(with_form, b, x0=None, precondition=None, stopping=None, max_itera
             direction=direction,
             residual_product=residual_product,
             values=values,
-            iterates=state.iterates.write(state.num_kept, x),
+            iterates=state.iterates.write(place_of(state.num_kept), x),
             iterate_numbers=state.iterate_numbers.write(state.num_kept, iteration),
             num_kept=state.num_kept + tf.cast(kept, tf.int32),
             next_kept=tf.where(kept, _KEPT_RATIO * state.next_kept, state.next_kept),
@@ -232,9 +239,9 @@ def minimized(with_form, b, x0=None, precondition=None, stopping=None, max_itera
     # If the last iterate was kept, it is at num_kept - 1, and there is nothing new after it.
     last = tf.maximum(state.num_kept - 1, 0)
     last = tf.where(state.iterate_numbers.read(last) == state.iteration, last, state.num_kept)
-    rows = tf.range(last + 1)
+    rows = tf.range(0 if max_kept is None else tf.maximum(last + 1 - max_kept, 0), last + 1)
     numbers = state.iterate_numbers.gather(rows)
-    iterates = tf.ensure_shape(state.iterates.gather(rows), [None, b.shape[0]])
+    iterates = Rows(state.iterates, place_of(rows))
     course = state.values.gather(tf.range(state.iteration + 1))
     return CGResult(iterates, numbers, tf.gather(course, numbers), state.iteration, state.reason, course)
 

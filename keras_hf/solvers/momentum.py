@@ -99,7 +99,7 @@ class PreconditionedMomentum(Solver):
         coefficients, is_negative = minimizer(forms + tf.cast(damping, tf.float64) * squares, slopes, rounding)
         alpha, mu = tf.unstack(tf.cast(coefficients, direction.dtype))
         # A direction of coefficient 0 may be without numbers.
-        candidate = tf.where(alpha == 0, tf.zeros_like(direction), alpha * direction) + mu * previous
+        candidate = tf.where(alpha == 0, tf.zeros([], direction.dtype), alpha * direction) + mu * previous
 
         def next_state(step):
             return {"previous": step, "preconditioner": preconditioner_state}

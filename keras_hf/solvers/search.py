@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.common.vectors import dot
+from keras_hf.common.vectors import dot, num_rows
 
 # The constant of sufficient decrease, the factor of each cut, and the number of cuts after which the step is rejected.
 _ARMIJO, _SHORTEN, _MAX_CUTS = 1e-2, 0.8, 60
@@ -68,12 +68,12 @@ def backtrack(loss_at, iterates):
 
     Args:
         loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
-        iterates: Tensor `(k, n)`, k >= 1, in the order of CG.
+        iterates: Tensor `(k, n)` or `Rows`, k >= 1, in the order of CG.
 
     Returns:
         A `Backtrack`.
     """
-    num_rows = tf.shape(iterates)[0]
+    last = num_rows(iterates) - 1
     infinity = tf.constant(float("inf"), tf.float64)
 
     def going(row, *_):
@@ -91,8 +91,8 @@ def backtrack(loss_at, iterates):
             tf.tensor_scatter_nd_update(losses, [[row]], [at_row]),
         )
 
-    none = tf.fill([num_rows], tf.constant(float("nan"), tf.float64))
-    start = (num_rows - 1, num_rows, infinity, none)
+    none = tf.fill([last + 1], tf.constant(float("nan"), tf.float64))
+    start = (last, last + 1, infinity, none)
     _, row, loss, losses = tf.while_loop(going, go_back, start, parallel_iterations=1)
     return Backtrack(row, loss, losses)
 
@@ -102,7 +102,7 @@ def walk_back(loss_at, candidates, loss, gradient, slopes=None):
 
     Args:
         loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
-        candidates: Tensor `(k, n)`, k >= 1, in the order of CG.
+        candidates: Tensor `(k, n)` or `Rows`, k >= 1, in the order of CG.
         loss: float64 scalar, the loss at the start.
         gradient: Tensor `(n,)`, the gradient at the start.
         slopes: float64 `(k,)`, its inner products with the candidates, the same on all workers; `None` = computed here.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.part import Part
+from keras_hf.common.vectors import Rows
 from keras_hf.problem.batching import GrowingBatch
 
 
@@ -75,7 +76,7 @@ class Path(NamedTuple):
     """What a solver returns: candidate steps, how to search them, and functions of the result.
 
     Attributes:
-        candidates: Tensor `(k, n)`, k >= 1, in order.
+        candidates: Tensor `(k, n)`, k >= 1, in order, or `common.vectors.Rows`, which are not copied.
         search: Callable `(loss_at, candidates, loss, gradient) -> Taken`, such as `search.walk_back`.
         logs: Callable from the row taken (int32 scalar) to a dict of scalars, the solver's entries in the logs.
         next_state: Callable from the step applied to the weights, `(n,)`, zero if it was rejected, to the solver's next state.
@@ -86,7 +87,7 @@ class Path(NamedTuple):
         curvatures: Float64 `(k,)`, `p'Gp` of these steps p, without damping, where the solver knows them; `None` costs one more product.
     """
 
-    candidates: tf.Tensor
+    candidates: tf.Tensor | Rows
     search: Callable
     logs: Callable
     next_state: Callable

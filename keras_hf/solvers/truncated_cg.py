@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_hf.common.checks import count, finite, part
 from keras_hf.common.part import if_finite
-from keras_hf.common.vectors import dot, num_weights, vector_dtype
+from keras_hf.common.vectors import Rows, dot, num_weights, vector_dtype
 from keras_hf.solvers.cg import CGResult, CGStop, minimized
 from keras_hf.solvers.kronecker import KroneckerFactored
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner
@@ -39,6 +39,8 @@ class ConjugateGradient(Solver):
         max_iterations: Integer >= 1, the limit of CG iterations. It bounds the cost of an update, and how closely CG fits the curvature of a chunk.
         warm_start_decay: Float in [0, 1]. CG starts at this multiple of the last iterate of the previous update; 0 = from zero. The longer CG runs,
             the larger it should be: 0.95 suits hundreds of iterations, but overshoots after 25.
+        max_kept_iterates: Integer >= 1: of the iterates that are kept for backtracking (7 of 25, 16 of 250), only so many, the last ones. Each takes
+            the memory of the weights. The search then goes back no further than to the first of them. `None` = all. See docs/memory.md.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -48,13 +50,16 @@ class ConjugateGradient(Solver):
         Martens (2010), *Deep learning via Hessian-free optimization*, sections 4.4 to 4.8.
     """
 
-    def __init__(self, preconditioner=None, stopping=None, max_iterations=25, warm_start_decay=0.7):
+    def __init__(
+        self, preconditioner=None, stopping=None, max_iterations=25, warm_start_decay=0.7, max_kept_iterates=None
+    ):
         preconditioner = KroneckerFactored(interval=5) if preconditioner is None else preconditioner
         self.preconditioner = part("preconditioner", preconditioner, Preconditioner, "KroneckerFactored()")
         stopping = RelativeProgress(tolerance=1e-2) if stopping is None else stopping
         self.stopping = part("stopping", stopping, StoppingRule, "RelativeProgress()")
         self.max_iterations = count("max_iterations", max_iterations)
         self.warm_start_decay = finite("warm_start_decay", warm_start_decay, 0, 1)
+        self.max_kept_iterates = count("max_kept_iterates", max_kept_iterates, optional=True)
 
     def initial_state(self, variables, layers):
         return {
@@ -78,21 +83,27 @@ class ConjugateGradient(Solver):
         stopping = self.stopping.prepared(state["stopping"])
 
         def run(start):
-            return minimized(
-                damped.with_form, -gradient, start, precondition, stopping, self.max_iterations, model.agreed
-            )
-
-        decay = tf.constant(self.warm_start_decay, gradient.dtype)
+            limits = self.max_iterations, self.max_kept_iterates
+            return minimized(damped.with_form, -gradient, start, precondition, stopping, *limits, model.agreed)
 
         def slopes_of(result):
-            return model.agreed(tf.map_fn(lambda p: dot(gradient, p), result.iterates, fn_output_signature=tf.float64))
+            array, places = result.iterates
+            of_place = lambda place: dot(array.read(place), gradient)  # noqa: E731
+            slopes = tf.map_fn(of_place, places, fn_output_signature=tf.float64, parallel_iterations=1)
+            return model.agreed(slopes)
 
-        result, slopes, num_products = _again_from_zero(run, slopes_of, decay * state["warm_start"])
+        decay = tf.constant(self.warm_start_decay, gradient.dtype)
+        # The first product's forward pass does not depend on anything before it.
+        with tf.control_dependencies([gradient]):
+            result, slopes, num_products = _again_from_zero(
+                run, slopes_of, lambda: decay * state["warm_start"], gradient
+            )
         downhill = slopes < 0
         # If none descends, all are kept: the line search then rejects the step.
         kept = tf.where(tf.reduce_any(downhill), downhill, tf.ones_like(downhill))
         numbers, slopes = tf.boolean_mask(result.iterate_numbers, kept), tf.boolean_mask(slopes, kept)
         last = result.iterates[-1]
+        candidates = result.iterates._replace(places=tf.boolean_mask(result.iterates.places, kept))
 
         def logs(row):
             return {
@@ -106,13 +117,13 @@ class ConjugateGradient(Solver):
             moved = tf.reduce_any(step != 0)
             return {
                 # The last iterate, not the one taken: CG continues from where it stopped. After a rejection it starts from zero.
-                "warm_start": tf.where(moved, last, tf.zeros_like(last)),
+                "warm_start": tf.where(moved, last, tf.zeros([], last.dtype)),
                 "preconditioner": if_finite(preconditioner_state, state["preconditioner"], model.agreed),
                 "stopping": self.stopping.next_state(state["stopping"], result),
             }
 
         return Path(
-            candidates=tf.ensure_shape(tf.boolean_mask(result.iterates, kept), [None, last.shape[0]]),
+            candidates=candidates,
             search=functools.partial(walk_back, slopes=slopes),
             logs=logs,
             next_state=next_state,
@@ -126,6 +137,7 @@ class ConjugateGradient(Solver):
             "stopping": keras.saving.serialize_keras_object(self.stopping),
             "max_iterations": self.max_iterations,
             "warm_start_decay": self.warm_start_decay,
+            "max_kept_iterates": self.max_kept_iterates,
         }
 
     @classmethod
@@ -138,29 +150,30 @@ class ConjugateGradient(Solver):
         return cls(**{**config, **parts})
 
 
-def _again_from_zero(run, slopes_of, start):
-    """Runs CG from `start`, and again from zero, where iterates always descend, if none does.
+def _again_from_zero(run, slopes_of, start, gradient):
+    """Runs CG from `start()`, and again from zero, where iterates always descend, if none does.
 
     Returns:
         A `CGResult`, the slopes of its iterates, float64 `(k,)`, NaN where they are not finite, and the number of products.
     """
-    zero, none = tf.zeros_like(start), tf.constant(0)
+    zero, none = tf.zeros([], gradient.dtype), tf.constant(0)
     numbers = tf.zeros([0], tf.float64)
-    nothing = CGResult(zero[None], none[None], numbers, none, none, numbers)
+    array = tf.TensorArray(gradient.dtype, 0, dynamic_size=True, clear_after_read=False, element_shape=gradient.shape)
+    nothing = CGResult(Rows(array, none[None][:0]), none[None], numbers, none, none, numbers)
 
     def useless(turn, result, slopes, _):
         unmoved = (result.num_iterations == 0) & (result.reason != CGStop.CONVERGED)
         lost = unmoved | ~tf.reduce_any(slopes < 0)
-        return (turn == 0) | ((turn == 1) & lost & tf.reduce_any(start != 0))
+        return (turn == 0) | ((turn == 1) & lost & tf.reduce_any(start() != 0))
 
     def again(turn, _, __, num_products):
-        result = run(tf.where(turn == 0, start, zero))
+        result = run(tf.where(turn == 0, start(), zero))
         useless_direction = (result.reason == CGStop.NEGATIVE_CURVATURE) | (result.reason == CGStop.BREAKDOWN)
         spent = 1 + result.num_iterations + tf.cast(useless_direction, tf.int32)
         return turn + 1, result, slopes_of(result), num_products + spent
 
     shapes = CGResult(
-        tf.TensorShape([None, start.shape[0]]),
+        Rows(tf.TensorShape([]), tf.TensorShape([None])),
         *[tf.TensorShape([None])] * 2,
         *[tf.TensorShape([])] * 2,
         tf.TensorShape([None]),
