@@ -367,10 +367,13 @@ def _forms(linearized, vectors):
 
 def _over_pieces(first, stop, add_piece, sums):
     """Runs `sums = add_piece(number, sums)` for the pieces first..stop-1 in sequence: memory is that of one piece."""
+    # What comes before the loop is to be done: pieces do not depend on it, and would be computed beside it.
+    with tf.control_dependencies(tf.nest.flatten(sums)):
+        number = tf.identity(first)
     _, sums = tf.while_loop(
         lambda number, _: number < stop,
         lambda number, sums: (number + 1, add_piece(number, sums)),
-        (tf.constant(first), sums),
+        (number, sums),
         parallel_iterations=1,
     )
     return sums
