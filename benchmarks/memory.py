@@ -88,17 +88,19 @@ def main(arguments=None):
 
 def jobs(args):
     """Yields what is to be measured: over what, the source of the cases, their number, the number of weights, and the way."""
+    chosen = lambda ways: [way for way in ways if way in args.ways]  # noqa: E731
     least = lambda values: values[:1] if args.quick else values  # noqa: E731
     for cases in least(args.cases):
-        for way in OVER_CASES:
+        for way in chosen(OVER_CASES):
             yield "cases", "arrays", cases, 0, way
-        if cases > PIECE:
+        if cases > PIECE and "double" in args.ways:
             yield "cases", "dataset", cases, 0, "double"
     for weights in least(args.weights):
-        for way in OVER_WEIGHTS:
+        for way in chosen(OVER_WEIGHTS):
             yield "weights", "arrays", 256, weights, way
     for cases in least(args.direct):
-        yield "direct", "arrays", cases, 300, "direct"
+        for way in chosen(("direct",)):
+            yield "direct", "arrays", cases, 300, way
 
 
 def in_a_process(*job):

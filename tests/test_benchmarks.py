@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import levers, nystrom, time_to_error
+from benchmarks import levers, memory, nystrom, time_to_error
 from benchmarks.time_to_error import Cases, Curve, Problem
 from examples import baselines
 from examples.autoencoder import squared_error
@@ -329,3 +329,47 @@ def test_a_lever_that_did_not_reach_a_target_says_so():
     found = levers.row("defaults", 0, rows, (3, 1))
     assert (found["seconds_to_3"], found["cost_to_3"]) == (1, 3)
     assert math.isinf(found["seconds_to_1"]) and math.isinf(found["cost_to_1"])
+
+
+def test_jobs_of_the_memory_are_told_apart_by_their_rows():
+    jobs = [
+        (over, source, cases, size, way)
+        for over, source, cases, sizes in (
+            ("cases", "arrays", 10**6, (0,)),
+            ("cases", "dataset", 10**6, (0,)),
+            ("weights", "arrays", 256, memory.WEIGHTS),
+            ("direct", "arrays", 10**3, (300,)),
+        )
+        for size in sizes
+        for way in memory.WAYS
+    ]
+    keys = set()
+    for over, source, cases, size, way in jobs:
+        weights = memory.build(over, size).count_params() if size <= 10**6 else size
+        row = dict(zip(memory.COLUMNS, (over, source, cases, weights, *memory.WAYS[way]), strict=False))
+        keys.add(memory._key({name: "" if value is None else str(value) for name, value in row.items()}))
+    assert len(keys) == len(jobs)
+
+
+@pytest.mark.slow
+def test_a_bound_on_the_kept_iterates_saves_their_memory_and_no_row_is_measured_twice(tmp_path):
+    path = tmp_path / "memory.csv"
+    arguments = [
+        "--cases",
+        "--direct",
+        "--weights",
+        "1000000",
+        "--ways",
+        "double",
+        "double, 2 kept",
+        "--csv",
+        str(path),
+    ]
+    memory.main(arguments)
+    every, bounded = memory._read(path)
+    assert (every["kept"], bounded["kept"]) == ("7", "2")
+    # Five vectors of a million float32 less; TensorFlow's allocator may round either up by some.
+    assert float(every["peak_mib"]) - float(bounded["peak_mib"]) > 4 * 4 * int(every["weights"]) / 2**20
+    written = path.stat().st_mtime_ns
+    memory.main(arguments)
+    assert path.stat().st_mtime_ns == written
