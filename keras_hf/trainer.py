@@ -208,6 +208,9 @@ class HFTrainer(keras.Model):
         if one_piece and piece_size is not None and most_cases is not None and piece_size < (chunk_size or math.inf):
             # Another `fit` may use more cases.
             self._most_cases_traced = piece_size
+        if self.solver.uses_all_cases and most_cases is not None:
+            # Replicas have room for so many rows.
+            self._most_cases_traced = most_cases
         update_number = tf.cast(optimizer.iterations.value, tf.int32)
         if cases is None:
             cases = Places.of_batch(of_each_replica(data.num_cases), replica_number())
@@ -223,7 +226,7 @@ class HFTrainer(keras.Model):
             cases.append(LocalCases(fixed, data, pieces))
 
         def across(replicas, cases, *others):
-            objective = Objective(replicas, cases, fixed, chunk_is_batch=chunk_size is None)
+            objective = Objective(replicas, cases, fixed, chunk_size is None, most_cases)
             return function(objective, structure, *[Objective(replicas, o, fixed, True) for o in others])
 
         with second_derivatives_explained(structure.layer_of_op):

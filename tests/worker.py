@@ -57,6 +57,7 @@ TASKS = {
     "normalized": {"normalized": True},
     "constrained": {"constrained": True},
     "one case": {"num_cases": 1},
+    "fewer rows than weights": {"num_cases": 11, "optimizer": "direct"},
     "dataset": {"as_dataset": True},
 }
 CASES = {**{name: {"optimizer": name} for name in OPTIMIZERS}, **TASKS}

@@ -31,9 +31,10 @@ class LocalRows:
         piece: `piece.PieceFunction` of all cases of the replica. Each case must have outputs of its own: no layer may mix cases.
         dtype: Of flat vectors.
         jit_compile: Whether XLA compiles the passes.
+        most_cases: Integer, an upper bound of the number of cases, where only that is known before they come; `None` without one.
     """
 
-    def __init__(self, piece, dtype, jit_compile):
+    def __init__(self, piece, dtype, jit_compile, most_cases=None):
         self._piece, self._dtype, self._variables = piece, dtype, piece.variables
         self._jit_compile = jit_compile
         self._num_weights = sum(variable.shape.num_elements() for variable in piece.variables)
@@ -43,10 +44,16 @@ class LocalRows:
         num_cases, size = piece.static_num_cases, self._roots.shape[1]
         per_case = size * max(self._num_weights, piece.floats_per_case)
         self._block = max(1, _BLOCK_FLOATS // per_case)
-        is_kept = num_cases is not None and num_cases * size * self._num_weights <= _KEPT_FLOATS
+        most_cases = most_cases if num_cases is None else num_cases
+        is_kept = most_cases is not None and most_cases * size * self._num_weights <= _KEPT_FLOATS
         self._rows_of = self._compiled(self._rows_of_cases)
         # The whole Jacobian, or `None` where it is not kept.
         self.jacobian = self._in_blocks(self._rows_of, row_shape=[self._num_weights]) if is_kept else None
+
+    @property
+    def per_case(self):
+        """Rows of a case: an integer."""
+        return self._roots.shape[1]
 
     def gram(self):
         """Returns `B'B`, `(n, n)`."""
@@ -140,7 +147,11 @@ class LocalRows:
         _, parts = tf.while_loop(
             lambda number, _: number < num_blocks,
             add_block,
-            (tf.constant(0), tf.TensorArray(self._dtype, num_blocks, infer_shape=False)),
+            # Of a shape that is known where a replica has no cases, too.
+            (
+                tf.constant(0),
+                tf.TensorArray(self._dtype, num_blocks, infer_shape=False, element_shape=[None, *row_shape]),
+            ),
             parallel_iterations=1,
         )
         num_rows = None if num_cases is None else num_cases * self._roots.shape[1]

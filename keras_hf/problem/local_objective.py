@@ -177,10 +177,15 @@ class LocalObjective:
             total += tf.map_fn(of_one, candidates[places[id(variable)]], fn_output_signature=tf.float64)
         return tf.cast(self._regularization_share(), tf.float64) * total
 
-    def rows(self):
-        """The `jacobian.LocalRows` of all cases."""
+    def rows(self, most_cases=None):
+        """The `jacobian.LocalRows` of all cases.
+
+        Args:
+            most_cases: Integer, an upper bound of their number over all replicas, or `None`.
+        """
+        most_cases = most_cases and -(-most_cases // self._num_replicas)
         piece = PieceFunction(self._network, self._totals, self._cases.data, tf.constant(0), of_chunk=False)
-        return LocalRows(piece, self._dtype, compiles_rows(self._structure) and self._num_replicas == 1)
+        return LocalRows(piece, self._dtype, compiles_rows(self._structure) and self._num_replicas == 1, most_cases)
 
     def _regularization_share(self):
         return tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas

@@ -79,10 +79,11 @@ class Rows:
     Args:
         replicas: `replicas.Replicas`.
         parts: The `jacobian.LocalRows` of every replica, as `replicas` holds them.
+        most_cases: Integer, an upper bound of the number of cases, where it is known before they come; else `None`.
     """
 
-    def __init__(self, replicas, parts):
-        self._replicas, self._parts = replicas, parts
+    def __init__(self, replicas, parts, most_cases=None):
+        self._replicas, self._parts, self._most_cases = replicas, parts, most_cases
 
     @property
     def jacobian(self):
@@ -90,9 +91,21 @@ class Rows:
         return self._parts.jacobian if self._replicas.count == 1 else None
 
     @property
+    def num_rows(self):
+        """The number of rows of B, where it is kept: an integer, else `None`. On several replicas an upper bound."""
+        part = self._replicas.any_of(self._parts)
+        if part.jacobian is None:
+            return None
+        return part.jacobian.shape[0] if self._replicas.count == 1 else self._most_cases * part.per_case
+
+    @property
     def residuals(self):
         """s, `(rows,)` on each replica, with `B's` the gradient of the compiled loss."""
         return self._replicas.run(lambda part: part.residuals, self._parts)
+
+    def gathered(self):
+        """Returns the rows with B on every replica: these if there is one. Cost: B is sent to all."""
+        return self if self._replicas.count == 1 else GatheredRows(self._replicas, self._parts, self.num_rows)
 
     def gram(self):
         """Returns `B'B`, `(n, n)`."""
@@ -124,6 +137,51 @@ class Rows:
         return self._replicas.sum(lambda part, candidates: part.losses(candidates), self._parts, candidates)
 
 
+class GatheredRows(Rows):
+    """The rows of all replicas on each of them: less to be sent than `B'B` where there are fewer rows than weights. Vectors of rows are whole.
+
+    Args:
+        replicas: `replicas.Replicas`.
+        parts: The `jacobian.LocalRows` of every replica, as `replicas` holds them.
+        num_rows: Integer, at least the number of rows; those that are missing are zero.
+    """
+
+    def __init__(self, replicas, parts, num_rows):
+        super().__init__(replicas, parts)
+        self._num_rows = num_rows
+        self._jacobian = self._whole(lambda part: part.jacobian)
+
+    @property
+    def jacobian(self):
+        """B, `(rows, n)`."""
+        return self._jacobian
+
+    @property
+    def residuals(self):
+        """s, `(rows,)`."""
+        return self._whole(lambda part: part.residuals)
+
+    def pull(self, u):
+        """Returns `B'u`, `(n,)`."""
+        return tf.linalg.matvec(self._jacobian, u, transpose_a=True)
+
+    def plus_push(self, u, v):
+        """Returns `u + Bv`, `(rows,)`."""
+        return u + tf.linalg.matvec(self._jacobian, v)
+
+    def norm(self, u):
+        """Returns the norm of `(rows,)`, a scalar."""
+        return tf.norm(u)
+
+    def second(self, v):
+        """Returns `L'f_vv`, `(rows,)`."""
+        return self._whole(lambda part, v: part.second(v), v)
+
+    def _whole(self, function, *args):
+        """Joins `function(part, *args)` of all replicas along the first axis, and adds zeros up to the number of rows."""
+        return self._replicas.joined(function, self._num_rows, self._parts, *args)
+
+
 class Change(NamedTuple):
     """The loss before and after a step, and the standard error of their difference over cases: float64 scalars."""
 
@@ -143,12 +201,14 @@ class Objective:
         cases: The `LocalCases` of every replica, as `replicas` holds them.
         network: `FixedNetwork` of any replica.
         chunk_is_batch: Whether the curvature chunk is the whole batch.
+        most_cases: Integer, an upper bound of the number of cases, where it is known before they come; else `None`.
     """
 
-    def __init__(self, replicas, cases, network, chunk_is_batch):
+    def __init__(self, replicas, cases, network, chunk_is_batch, most_cases=None):
         self._replicas, self._task, self._structure = replicas, network.task, network.structure
         self.dtype, self.update_number, self.chunk_is_batch = network.dtype, network.update_number, chunk_is_batch
         task = self._task
+        self._most_cases = most_cases
         self.num_weights = num_weights(task.variables)
         self._start = [tf.convert_to_tensor(variable) for variable in task.variables]
         if any(task.constraints):
@@ -346,7 +406,8 @@ class Objective:
     @functools.cached_property
     def rows(self):
         """The `Rows` of the batch at the start. Cost: one vectorised gradient per case and output."""
-        return Rows(self._replicas, self._replicas.run(lambda part: part.rows(), self._parts))
+        parts = self._replicas.run(lambda part: part.rows(self._most_cases), self._parts)
+        return Rows(self._replicas, parts, self._most_cases)
 
     def losses_at(self, steps):
         """Returns the losses over the batch at start + each of several steps, `(k, n)`: float64 `(k,)`. For networks that have `rows`.

@@ -37,6 +37,29 @@ class Replicas:
             return values
         return tf.nest.map_structure(lambda value: self._strategy.reduce("SUM", value, axis=None), values)
 
+    def joined(self, function, num_rows, *args):
+        """Returns the results of `function(*args)` of all replicas, one after the other along their first axis, and zeros up to `num_rows`.
+
+        As a sum: TensorFlow's own gathering fails where replicas have different numbers of rows.
+        """
+        values = self.run(function, *args)
+        counts = self.sum(
+            lambda value: tf.one_hot(replica_number(), self.count) * tf.cast(tf.shape(value)[0], tf.float32), values
+        )
+
+        def in_place(value, starts):
+            start = starts[replica_number()]
+            rows = [start, num_rows - start - tf.shape(value)[0]]
+            return tf.ensure_shape(
+                tf.pad(value, [rows, *[[0, 0]] * (value.shape.rank - 1)]), [num_rows, *value.shape[1:]]
+            )
+
+        return self.sum(in_place, values, tf.cast(tf.cumsum(counts, exclusive=True), tf.int32))
+
+    def any_of(self, values):
+        """Returns what `run` returned on one replica of this process."""
+        return self._strategy.experimental_local_results(values)[0]
+
     def sum_with(self, function, scalar, *args):
         """Returns the sums over replicas of `function(*args)`, a vector, and of `scalar(vector, *args)` of each, a float64 scalar.
 

@@ -113,12 +113,13 @@ class _System:
     """
 
     def __init__(self, objective):
-        self._rows = objective.rows
-        jacobian = self._rows.jacobian
-        num_rows = None if jacobian is None else jacobian.shape[0]
+        num_rows = objective.rows.num_rows
         self._is_dual = (
             num_rows is not None and num_rows < objective.num_weights and objective.has_diagonal_regularization
         )
+        # Replicas send the rows to each other, or add up their `B'B`: whichever is less.
+        self._rows = objective.rows.gathered() if self._is_dual else objective.rows
+        jacobian = self._rows.jacobian
         if self._is_dual:
             self._gram = None
             self._added = objective.regularization_diagonal() if objective.has_regularization else None
