@@ -53,7 +53,8 @@ def task_of(model, whole_loss):
         whole_loss: Callable `(data, y_pred) -> scalar`, the result of an overridden `compute_loss`, without regularizers and added losses.
 
     Raises:
-        ValueError: If there is no trainable weight, if one cannot be trained, or if they are not those for which the optimizer was built.
+        ValueError: If there is no trainable weight, if one cannot be trained, if they are not those for which the optimizer was built, or if a
+            layer of several replicas is `synchronized`.
     """
     trainable, optimizer = model.trainable_variables, model.optimizer
     if not trainable:
@@ -65,6 +66,12 @@ def task_of(model, whole_loss):
         checks.weights_of_optimizer(keras_private.optimized_weights(optimizer), trainable)
     checks.trainable_weights(trainable)
     layers = keras_private.all_layers(model.network)
+    synchronized = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
+    if synchronized and model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            "`HFModel` cannot normalize by the cases of all replicas within a pass: TensorFlow has no sums over replicas in loops. Received: "
+            f"synchronized=True in {', '.join(synchronized)}. Leave it out; the statistics for evaluation are those of all replicas' cases."
+        )
     generators = [generator for layer in layers for generator in keras_private.seed_generators(layer)]
     seeds = {id(generator.state): generator.state for generator in generators}
 

@@ -326,7 +326,7 @@ class HFModel(HFTrainer):
                 x = arrays.in_batches(x, y, sample_weight, steps_per_epoch, is_shuffled=bool(shuffle))
                 y = sample_weight = batch_size = steps_per_epoch = None
                 shuffle = False
-        elif isinstance(x, tf.data.Dataset):
+        elif isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset)):
             shuffle = False  # Keras ignores True and warns about its own default.
         if source is not None:
             self._choose_solver(None, 0)

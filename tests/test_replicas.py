@@ -68,7 +68,8 @@ def both(num_cases, **arguments):
     return one.get_weights(), history, two.get_weights(), two_history
 
 
-@pytest.mark.parametrize("num_cases", [pytest.param(50, marks=pytest.mark.slow), 51])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_cases", [50, 51])
 def test_two_replicas_give_the_weights_of_one_device(num_cases, float64):
     one, history, two, two_history = both(num_cases)
     for key in history:
@@ -165,6 +166,36 @@ def test_a_growing_batch_grows_on_replicas(float64):
     growing = {"growing_batch": GrowingBatch(initial_size=6, share=1, patience=1, noise=10), "damping": 1e-3}
     _, history = trained(strategy, *cases(50), optimizer=growing)
     assert history["num_cases"][0] == 6 and 12 <= history["num_cases"][-1] <= 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_cases", [11, 10, 1])
+def test_two_replicas_gather_rows_where_they_are_fewer_than_weights(num_cases, float64):
+    one, history, two, two_history = both(num_cases, optimizer=CHOICES["direct"])
+    np.testing.assert_allclose(history["loss"], two_history["loss"], rtol=1e-6, atol=1e-12)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_gathered_rows_are_those_of_all_replicas(float64):
+    network = lambda: keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])  # noqa: E731
+
+    def of_both(objective):
+        objective.__dict__["_most_cases"] = 5
+        divided, rows = objective.rows, objective.rows.gathered()
+        u, v = rows.residuals, tf.range(objective.num_weights, dtype=tf.float64)
+        whole = tf.matmul(rows.jacobian, rows.jacobian, transpose_a=True)
+        return [rows.jacobian, divided.gram() - whole, rows.pull(u) - divided.pull(divided.residuals)] + [
+            rows.norm(rows.second(v)) - divided.norm(divided.second(v)),
+            rows.norm(rows.plus_push(u, v)) - divided.norm(divided.plus_push(divided.residuals, v)),
+        ]
+
+    jacobian, *differences = on_replicas(network, [[0, 1, 2], [3]], of_both)
+    # Rows of the fifth case, which is not there, are zero.
+    assert jacobian[0].shape == (10, 26) and not jacobian[0][8:].any() and jacobian[0][:8].any(1).all()
+    for difference in differences:
+        np.testing.assert_allclose(difference, np.zeros_like(difference), atol=1e-10)
 
 
 class States(layers.Layer):
@@ -284,3 +315,13 @@ def test_inverses_of_wide_layers_are_those_of_one_device(float64):
     states = [model.optimizer.state().solver["preconditioner"] for model in (one, two)]
     for name, value in states[0].items():
         np.testing.assert_allclose(value, states[1][name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_a_layer_that_sums_over_replicas_is_refused_by_name():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        norm = layers.BatchNormalization(synchronized=True, name="norm")
+        model = HFModel(keras.Sequential([keras.Input((3,)), norm, layers.Dense(2)]))
+        model.compile(HessianFree(0.1), loss="mse")
+    with pytest.raises(ValueError, match="Received: synchronized=True in norm"):
+        model.fit(*cases(12), callbacks=[LevenbergMarquardt()], verbose=0)
