@@ -160,6 +160,7 @@ def test_classifiers_are_measured_by_cross_entropy_and_error_rate(tmp_path):
     assert errors["train_error_rate"] == np.mean(y_pred.argmax(axis=1) != y)
 
 
+@pytest.mark.slow
 def test_cost_of_hessian_free_is_that_of_the_updates_recorded(tmp_path):
     network = tiny_network()
     recorder = baselines.Recorder(

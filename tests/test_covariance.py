@@ -163,6 +163,7 @@ def test_away_from_a_minimum_says_so(float64):
         decay().parameter_covariance(x[:, None], y[:, None] + 1)
 
 
+@pytest.mark.slow
 def test_what_has_no_covariance_is_refused(float64):
     x, y, _ = noisy()
     x, y = x[:, None], y[:, None]

@@ -188,6 +188,7 @@ class Labelled:
         raise KeyError(label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("kind", [np.asarray, tf.constant, Labelled])
 def test_a_split_trains_on_the_first_cases_and_validates_on_the_last(kind, shuffle):

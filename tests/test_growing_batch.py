@@ -100,10 +100,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     "options",
-    [
-        pytest.param(options, id=name, marks=[] if name == "chunk and pieces" else pytest.mark.slow)
-        for name, options in OPTIONS.items()
-    ],
+    [pytest.param(options, id=name, marks=pytest.mark.slow) for name, options in OPTIONS.items()],
 )
 def test_updates_and_logs_are_those_of_the_cases_used_alone(options):
     model, reference = compiled(fixed(), **options), compiled(**options)
@@ -245,6 +242,7 @@ def test_with_a_rate_it_grows_in_every_update_until_it_uses_all_cases():
     assert int(model.optimizer.state().growing_batch["size"]) == 15
 
 
+@pytest.mark.slow
 def test_its_size_outlives_fit_and_a_larger_batch():
     model = compiled(GrowingBatch(initial_size=3, share=1, patience=1, noise=10), damping=1e-3)
     sizes = fit(model, X, Y, epochs=5)["num_cases"]
@@ -270,6 +268,7 @@ def test_a_rejected_step_moves_on_and_is_no_miss_nor_are_unseen_cases_that_are_n
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
+@pytest.mark.slow
 def test_a_step_that_raises_leaves_size_and_start():
     class Rising(layers.Layer):
         """Another function in every call."""

@@ -212,7 +212,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-15, err_msg=name)
 
 
-@pytest.mark.parametrize("cases, is_kept", [(1, True), (4, False)])
+@pytest.mark.parametrize("cases, is_kept", [(1, True), pytest.param(4, False, marks=pytest.mark.slow)])
 def test_blocks_change_nothing(cases, is_kept, whole, float64, monkeypatch):
     model, data, expected = whole
     num_floats = numbers(model, data, lambda o: tf.constant(int(o.rows._parts._piece.floats_per_case)))

@@ -419,7 +419,7 @@ def inverse_and_state(model, data, preconditioner, state, update_number=0):
     return matrix.numpy(), state
 
 
-@pytest.mark.parametrize("columns", [32, 0])
+@pytest.mark.parametrize("columns", [pytest.param(32, marks=pytest.mark.slow), 0])
 def test_inverses_serve_for_an_interval_of_updates(columns, monkeypatch):
     monkeypatch.setattr(kronecker, "_MAX_COLUMNS", columns)
     model = make_model("sigmoid")
@@ -557,6 +557,7 @@ def test_a_bad_interval_is_refused(value):
 # Averages over estimates.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [32, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("interval", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_averaged_factors_are_the_explicit_average_with_bias_correction(columns, interval, monkeypatch):

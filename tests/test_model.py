@@ -97,6 +97,7 @@ def test_arrays_without_batch_size_are_one_batch_and_with_it_several():
     assert int(model.optimizer.iterations) == 4
 
 
+@pytest.mark.slow
 def test_the_order_of_a_whole_batch_is_fixed_by_the_seed():
     seen = []
 
@@ -395,6 +396,7 @@ def test_data_that_are_not_finite_reject_the_step_and_say_so(value):
     assert (model.optimizer.state().solver["warm_start"].numpy() == 0).all()
 
 
+@pytest.mark.slow
 def test_an_exploding_step_is_rejected_and_training_recovers():
     x, y = cases()
     model = compiled(

@@ -88,6 +88,7 @@ def test_coefficients_are_those_of_the_dense_two_by_two_system(preconditioner, r
     assert result.trace["num_products"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("preconditioner", [EmpiricalFisherDiagonal(), KroneckerFactored()])
 def test_the_first_update_is_one_iteration_of_conjugate_gradients(preconditioner):
@@ -311,6 +312,7 @@ def test_a_stream_of_minibatches_is_followed():
     assert model.evaluate(x, y, verbose=0) < 0.1 * np.var(y)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_is_that_of_keras_and_swaps_in_for_evaluation():
     x, y = regression()
     model = momentum_model(use_ema=True, ema_momentum=0.8)

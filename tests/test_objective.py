@@ -70,7 +70,8 @@ def test_pieces_of_7_and_8_equal_one_of_15(reduction, weighted):
 
 
 @pytest.mark.parametrize(
-    "reduction", ["sum_over_batch_size", pytest.param("sum", marks=pytest.mark.slow), "mean_with_sample_weight"]
+    "reduction",
+    ["sum_over_batch_size", *(pytest.param(r, marks=pytest.mark.slow) for r in ("sum", "mean_with_sample_weight"))],
 )
 def test_products_and_chunk_loss_are_those_of_the_chunk_alone(reduction):
     model = make_model(loss=keras.losses.MeanSquaredError(reduction=reduction))

@@ -205,6 +205,7 @@ def test_a_step_that_raises_leaves_the_state():
     assert_same(state_of(model), before)
 
 
+@pytest.mark.slow
 def test_kept_factors_outlive_cases_that_are_no_numbers():
     x, y = cases()
     model = compiled(KroneckerFactored(interval=3))

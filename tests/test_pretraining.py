@@ -130,6 +130,7 @@ def test_reconstruction_error_falls():
     assert error() < x.var(0).sum()  # Better than the mean image.
 
 
+@pytest.mark.slow
 def test_the_network_is_the_machines_unrolled():
     x = synthetic_curves(200, 0)
     network = build_autoencoder((20, 10, 4), l2=0.0, seed=0)

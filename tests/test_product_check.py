@@ -335,6 +335,7 @@ def test_negative_curvature_warns_once_with_the_alternative(float64):
     assert len([w for w in record if "negative curvature" in str(w.message)]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Training has converged to rounding")
 def test_negative_curvature_that_rounding_makes_of_a_convex_loss_is_no_cause_to_warn():
     x = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")

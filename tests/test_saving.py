@@ -36,7 +36,7 @@ def six_updates(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "way", [way if way in ("run", "weights") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+    "way", [way if way == "weights" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
 )
 def test_three_updates_and_three_are_six(six_updates, way):
     folder, expected = six_updates

@@ -48,6 +48,7 @@ def test_configuration_survives_saving(solver, damping):
     assert type(restored) is kind and restored.get_config() == solver.get_config()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @over_solvers
 def test_an_update_lowers_the_loss_and_hands_on_a_state_of_the_same_form(solver, damping):

@@ -115,6 +115,7 @@ def test_the_damped_product_equals_a_dense_matrix(make):
     assert_right(model, data)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("backwards", [False, True])
 def test_steps_under_a_mask_do_not_count(backwards):
@@ -196,6 +197,7 @@ def test_preconditioners_are_made_with_it_and_solvers_solve_with_it():
     np.testing.assert_allclose(step, np.linalg.solve(damped, -gradient), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_training_lowers_the_loss():
     model, data = problem(layers.SimpleRNN(6, unroll=True))

@@ -77,6 +77,7 @@ def test_cg_run_to_the_end_equals_the_dense_solve(name, preconditioner):
     )
 
 
+@pytest.mark.slow
 def test_a_bound_on_the_kept_iterates_takes_the_same_step_from_the_last_of_them():
     model, data = problem_data()
 
