@@ -218,7 +218,7 @@ class HFModel(HFTrainer):
             keras_private.set_losses(compile_loss, keras.tree.map_structure(compiled_model.checked, loss))
         if self.built and self.trainable_variables:
             checks.trainable_weights(self.trainable_variables)
-            workers.require_same_job(self.distribute_strategy, self._job())
+            workers.require_same_job(self.distribute_strategy, self._job)
             self._build_optimizer()
 
     def compile_from_config(self, config):
@@ -268,7 +268,7 @@ class HFModel(HFTrainer):
         strategy = self.distribute_strategy
         workers.require_same_job(
             strategy,
-            {
+            lambda: {
                 **self._job(),
                 "data": workers.describe((x, y, sample_weight)),
                 "batches": (arrays.is_arrays(x) and checks.num_cases(x, y, sample_weight), batch_size, steps_per_epoch),
@@ -494,7 +494,7 @@ class HFModel(HFTrainer):
             "weights": [(tuple(weight.shape), weight.dtype) for weight in self.trainable_variables],
             # Drawn on each; the chief's is taken.
             "optimizer": {**self.optimizer.get_config(), "seed": None},
-            "loss": compiled_model.loss_name(self.loss),
+            "loss": keras.tree.map_structure(workers.name_of, self.loss),
         }
 
     def _cases(self, method, x, y, sample_weight):

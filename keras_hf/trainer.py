@@ -219,18 +219,17 @@ class HFTrainer(keras.Model):
         seed = tf.convert_to_tensor(optimizer.seed)
         pieces = batching.divide(cases, chunk_size, piece_size, update_number, seed)
         fixed = FixedNetwork(task, structure, update_number)
-        cases = [LocalCases(fixed, data, pieces)]
+        local = [LocalCases(fixed, data, pieces)]
         if unseen is not None:
             data, run = unseen
-            pieces = batching.divide(run, None, piece_size, update_number, seed)
-            cases.append(LocalCases(fixed, data, pieces))
+            local.append(LocalCases(fixed, data, batching.divide(run, None, piece_size, update_number, seed)))
 
         def across(replicas, cases, *others):
             objective = Objective(replicas, cases, fixed, chunk_size is None, most_cases)
             return function(objective, structure, *[Objective(replicas, o, fixed, True) for o in others])
 
         with second_derivatives_explained(structure.layer_of_op):
-            return across_replicas(across, *cases)
+            return across_replicas(across, *local)
 
     def _task(self, data):
         """Returns the `Task`, its `Structure` and the `Choice` made by the trace, which is kept, too."""

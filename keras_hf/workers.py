@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_hf import compiled_model
 from keras_hf.common.checks import positive
 from keras_hf.problem.replicas import is_chief, num_workers, tasks_of, worker_number
 from keras_hf.recorder import UpdateRecorder
@@ -152,13 +153,14 @@ def require_same_job(strategy, job):
 
     Args:
         strategy: `tf.distribute.Strategy`.
-        job: Dict from what is compared to its description, of the same keys on all workers.
+        job: Callable without arguments that returns a dict from what is compared to its description, of the same keys on all workers.
 
     Raises:
         ValueError: If descriptions differ.
     """
     if num_workers(strategy) == 1:
         return
+    job = job()
     # 48 bits, which a float holds.
     numbers = [float(int(hashlib.sha256(repr(value).encode()).hexdigest()[:12], 16)) for value in job.values()]
     table = np.zeros([num_workers(strategy), len(job)])
@@ -189,16 +191,23 @@ def require_same_job(strategy, job):
 
 
 def describe(nest):
-    """Returns the types and shapes of cases, but for their number, as text: of a nest of arrays, or of a dataset."""
-    spec = getattr(nest, "element_spec", nest)
+    """Returns the types and shapes of cases, but for their number, as text: of a nest of arrays and datasets."""
 
     def of_leaf(leaf):
         if leaf is None:
             return None
+        if hasattr(leaf, "element_spec"):
+            return describe(leaf.element_spec)
         shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf).__name__)
         return f"{getattr(dtype, 'name', dtype)}{list(shape[1:])}"
 
-    return repr(keras.tree.map_structure(of_leaf, spec))
+    return repr(keras.tree.map_structure(of_leaf, nest))
+
+
+def name_of(loss):
+    """Returns the name of a loss, as all workers have it: not where it is in memory."""
+    name = compiled_model.loss_name(loss)
+    return name if isinstance(name, str) else type(name).__name__
 
 
 def callbacks_of(strategy, callbacks):

@@ -276,6 +276,7 @@ def test_products_of_sketches_count(float64):
     assert [row["products"] for row in recorder.rows] == [14, 24, 38]
 
 
+@pytest.mark.slow
 def test_the_poisson_equation_is_trained_on(float64):
     first, *_, last = nystrom.measure(Nystrom(rank=4, interval=2), updates=4, every=1, seed=0, num_points=5)
     assert float(last["loss"]) < float(first["loss"])

@@ -247,6 +247,7 @@ def test_a_trainable_weight_that_is_no_real_number_is_refused_by_name(dtype):
         compiled(network(Scaled(dtype, trainable=True)))
 
 
+@pytest.mark.slow
 def test_a_weight_of_integers_that_is_not_trained_is_fine():
     fit(compiled(network(Scaled("int32", trainable=False))), *cases())
 

@@ -122,6 +122,7 @@ def test_weighted_means_are_over_the_cases_used():
     assert_same_updates(model, history, reference, expected)
 
 
+@pytest.mark.slow
 def test_loss_and_metrics_are_what_evaluate_gives_of_the_cases_used():
     model = compiled(fixed())
     for part in PARTS:

@@ -17,7 +17,7 @@ from keras_hf import (
     LevenbergMarquardt,
     PreconditionedMomentum,
 )
-from keras_hf.common.vectors import Rows
+from keras_hf.common.vectors import SeparateRows
 from keras_hf.problem.curvature import Curvature
 from keras_hf.solvers.solver import LocalModel
 from keras_hf.solvers.stopping import StoppingRule
@@ -85,7 +85,7 @@ def test_at_rest_the_step_is_zero(solver, damping):
             tf.zeros([objective.num_weights], tf.float64),
         )
         path = solver.solve(local, tf.constant(damping, tf.float64), solver.initial_state(objective.variables, []))
-        candidates = path.candidates.matrix() if isinstance(path.candidates, Rows) else path.candidates
+        candidates = path.candidates.matrix() if isinstance(path.candidates, SeparateRows) else path.candidates
         return candidates, path.num_products
 
     candidates, num_products = with_objective(model, data, compute)

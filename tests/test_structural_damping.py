@@ -147,6 +147,7 @@ def test_the_empirical_fisher_matrix_takes_it():
     assert_right(model, data, curvature=EmpiricalFisher())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_it_is_that_of_any_pieces():
     model, data = problem(layers.SimpleRNN(3, unroll=True))

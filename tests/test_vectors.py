@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_hf.common.vectors import (
-    Rows,
+    SeparateRows,
     assign,
     dot,
     gram,
@@ -127,7 +127,7 @@ def test_rows_are_those_of_their_matrix():
     array = tf.TensorArray(tf.float64, 3, clear_after_read=False).unstack(
         tf.constant([[1.0, 2], [3, 4], [5, 6]], "float64")
     )
-    rows = Rows(array, tf.constant([2, 0]))
+    rows = SeparateRows(array, tf.constant([2, 0]))
     matrix = [[5.0, 6], [1, 2]]
     np.testing.assert_array_equal(rows.matrix(), matrix)
     np.testing.assert_array_equal([rows[0], rows[-1]], matrix)

@@ -275,3 +275,14 @@ def test_the_second_last_backup_is_kept_where_that_is_asked_for(tmp_path, float6
     assert json.loads((tmp_path / "training_metadata.json").read_text())["epoch"] == 3
     assert json.loads((tmp_path / "training_metadata.json.bkp").read_text())["epoch"] == 2
     assert (tmp_path / "latest.weights.h5.bkp").exists()
+
+
+def test_jobs_are_told_by_names_shapes_and_types():
+    x, rest = np.ones([5, 3], "float32"), tf.constant([[1]])
+    assert workers.describe((x, {"a": rest}, None)) == "('float32[3]', {'a': 'int32[1]'}, None)"
+    dataset = tf.data.Dataset.from_tensor_slices((x, x)).batch(2)
+    assert "float32[3]" in workers.describe((dataset, None, None))
+    names = [
+        workers.name_of(loss) for loss in ("mse", keras.losses.Huber(), keras.losses.poisson, worker.Hashes(), None)
+    ]
+    assert names == ["mean_squared_error", "huber_loss", "poisson", "Hashes", "NoneType"]

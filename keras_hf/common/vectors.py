@@ -10,7 +10,7 @@ _STRIP = 128
 _BLOCK = 256
 
 
-class Rows(NamedTuple):
+class SeparateRows(NamedTuple):
     """The rows of a matrix `(k, n)`, each a tensor of its own. As one tensor they would be copied, which takes their memory once more.
 
     Attributes:
@@ -22,9 +22,9 @@ class Rows(NamedTuple):
     places: tf.Tensor
 
     def __getitem__(self, row):
-        """Returns a row, or the `Rows` of a slice."""
+        """Returns a row, or the `SeparateRows` of a slice."""
         places = self.places[row]
-        return Rows(self.array, places) if isinstance(row, slice) else self.array.read(places)
+        return SeparateRows(self.array, places) if isinstance(row, slice) else self.array.read(places)
 
     def matrix(self):
         """Returns a copy of all as one tensor `(k, n)`."""
@@ -32,8 +32,8 @@ class Rows(NamedTuple):
 
 
 def num_rows(rows):
-    """Returns k, an int32 scalar, of a tensor `(k, n)` or of `Rows`."""
-    return tf.shape(rows.places if isinstance(rows, Rows) else rows)[0]
+    """Returns k, an int32 scalar, of a tensor `(k, n)` or of `SeparateRows`."""
+    return tf.shape(rows.places if isinstance(rows, SeparateRows) else rows)[0]
 
 
 def num_weights(variables):

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import count
-from keras_hf.common.vectors import Rows, dot
+from keras_hf.common.vectors import SeparateRows, dot
 from keras_hf.solvers.stopping import RelativeProgress
 
 
@@ -36,7 +36,7 @@ class CGResult(NamedTuple):
     """Result of conjugate gradients.
 
     Attributes:
-        iterates: Tensor `(k, n)`, the kept iterates in order; the last iterate is the last row. From `minimized`, `vectors.Rows`.
+        iterates: Tensor `(k, n)`, the kept iterates in order; the last iterate is the last row. From `minimized`, `vectors.SeparateRows`.
         iterate_numbers: int32 `(k,)`, the iteration of each row; 0 is the start.
         values: float64 `(k,)`, the quadratic `x'Ax/2 - b'x` at each row.
         num_iterations: int32 scalar, the number of iterations that changed x. Products computed: one per iteration, one for a start other than zero,
@@ -137,7 +137,7 @@ def minimized(
             over replicas.
 
     Returns:
-        A `CGResult`, whose iterates are `vectors.Rows`.
+        A `CGResult`, whose iterates are `vectors.SeparateRows`.
     """
     stopping = stopping or RelativeProgress()
     precondition = precondition or tf.identity
@@ -241,7 +241,7 @@ def minimized(
     last = tf.where(state.iterate_numbers.read(last) == state.iteration, last, state.num_kept)
     rows = tf.range(0 if max_kept is None else tf.maximum(last + 1 - max_kept, 0), last + 1)
     numbers = state.iterate_numbers.gather(rows)
-    iterates = Rows(state.iterates, place_of(rows))
+    iterates = SeparateRows(state.iterates, place_of(rows))
     course = state.values.gather(tf.range(state.iteration + 1))
     return CGResult(iterates, numbers, tf.gather(course, numbers), state.iteration, state.reason, course)
 

@@ -68,7 +68,7 @@ def backtrack(loss_at, iterates):
 
     Args:
         loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
-        iterates: Tensor `(k, n)` or `Rows`, k >= 1, in the order of CG.
+        iterates: Tensor `(k, n)` or `SeparateRows`, k >= 1, in the order of CG.
 
     Returns:
         A `Backtrack`.
@@ -102,7 +102,7 @@ def walk_back(loss_at, candidates, loss, gradient, slopes=None):
 
     Args:
         loss_at: Callable `(n,) -> float64 scalar`, the loss after that step.
-        candidates: Tensor `(k, n)` or `Rows`, k >= 1, in the order of CG.
+        candidates: Tensor `(k, n)` or `SeparateRows`, k >= 1, in the order of CG.
         loss: float64 scalar, the loss at the start.
         gradient: Tensor `(n,)`, the gradient at the start.
         slopes: float64 `(k,)`, its inner products with the candidates, the same on all workers; `None` = computed here.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.part import Part
-from keras_hf.common.vectors import Rows
+from keras_hf.common.vectors import SeparateRows
 from keras_hf.problem.batching import GrowingBatch
 
 
@@ -76,7 +76,7 @@ class Path(NamedTuple):
     """What a solver returns: candidate steps, how to search them, and functions of the result.
 
     Attributes:
-        candidates: Tensor `(k, n)`, k >= 1, in order, or `common.vectors.Rows`, which are not copied.
+        candidates: Tensor `(k, n)`, k >= 1, in order, or `common.vectors.SeparateRows`, which are not copied.
         search: Callable `(loss_at, candidates, loss, gradient) -> Taken`, such as `search.walk_back`.
         logs: Callable from the row taken (int32 scalar) to a dict of scalars, the solver's entries in the logs.
         next_state: Callable from the step applied to the weights, `(n,)`, zero if it was rejected, to the solver's next state.
@@ -87,7 +87,7 @@ class Path(NamedTuple):
         curvatures: Float64 `(k,)`, `p'Gp` of these steps p, without damping, where the solver knows them; `None` costs one more product.
     """
 
-    candidates: tf.Tensor | Rows
+    candidates: tf.Tensor | SeparateRows
     search: Callable
     logs: Callable
     next_state: Callable

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_hf.common.checks import count, finite, part
 from keras_hf.common.part import if_finite
-from keras_hf.common.vectors import Rows, dot, num_weights, vector_dtype
+from keras_hf.common.vectors import SeparateRows, dot, num_weights, vector_dtype
 from keras_hf.solvers.cg import CGResult, CGStop, minimized
 from keras_hf.solvers.kronecker import KroneckerFactored
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner
@@ -159,7 +159,7 @@ def _again_from_zero(run, slopes_of, start, gradient):
     zero, none = tf.zeros([], gradient.dtype), tf.constant(0)
     numbers = tf.zeros([0], tf.float64)
     array = tf.TensorArray(gradient.dtype, 0, dynamic_size=True, clear_after_read=False, element_shape=gradient.shape)
-    nothing = CGResult(Rows(array, none[None][:0]), none[None], numbers, none, none, numbers)
+    nothing = CGResult(SeparateRows(array, none[None][:0]), none[None], numbers, none, none, numbers)
 
     def useless(turn, result, slopes, _):
         unmoved = (result.num_iterations == 0) & (result.reason != CGStop.CONVERGED)
@@ -173,7 +173,7 @@ def _again_from_zero(run, slopes_of, start, gradient):
         return turn + 1, result, slopes_of(result), num_products + spent
 
     shapes = CGResult(
-        Rows(tf.TensorShape([]), tf.TensorShape([None])),
+        SeparateRows(tf.TensorShape([]), tf.TensorShape([None])),
         *[tf.TensorShape([None])] * 2,
         *[tf.TensorShape([])] * 2,
         tf.TensorShape([None]),
