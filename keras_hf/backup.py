@@ -28,7 +28,9 @@ def complete_backups(callbacks, model, writes):
     """
     with contextlib.ExitStack() as stack:
         for callback in callbacks:
-            if isinstance(callback, keras.callbacks.BackupAndRestore):
+            # Remote files are not replaced at a stroke: Keras writes them as always, but by one process.
+            is_here = "://" not in str(getattr(callback, "backup_dir", ""))
+            if isinstance(callback, keras.callbacks.BackupAndRestore) and (is_here or not writes):
                 stack.enter_context(replaced(*_replacements(callback, model, writes)))
         yield
 
@@ -41,7 +43,7 @@ def _replacements(callback, model, writes):
         if not writes:
             return
         weights.parent.mkdir(parents=True, exist_ok=True)
-        if callback.double_checkpoint and weights.exists():
+        if getattr(callback, "double_checkpoint", False) and weights.exists():
             for path in (weights, metadata):
                 shutil.copy(path, f"{path}.bkp")
         now = {"epoch": keras_private.epoch_of_backup(callback), "update": _num_updates(model)}

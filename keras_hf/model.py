@@ -507,9 +507,10 @@ class HFModel(HFTrainer):
 
 @contextlib.contextmanager
 def _saved_file(filepath, overwrite):
-    """Context that gives the path to save to: one beside `filepath`, or that itself if Keras must ask before it overwrites, or writes a folder."""
-    if not overwrite or not isinstance(filepath, (str, os.PathLike)) or os.path.isdir(filepath):
+    """Context that gives the path to save to: one beside `filepath`, or that itself where Keras must ask first or writes no file here."""
+    path = os.fspath(filepath) if isinstance(filepath, (str, os.PathLike)) else ""
+    if not overwrite or not path.endswith((".keras", ".h5", ".hdf5")) or "://" in path or os.path.isdir(path):
         yield filepath
         return
-    with files.replacing(filepath) as path:
-        yield str(path)
+    with files.replacing(path) as new:
+        yield str(new)

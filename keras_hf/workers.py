@@ -20,8 +20,8 @@ from keras_hf.recorder import UpdateRecorder
 
 # Callbacks that do nothing but write files; not those derived from them, which may do more.
 _WRITERS = (keras.callbacks.ModelCheckpoint, keras.callbacks.CSVLogger, keras.callbacks.TensorBoard, UpdateRecorder)
-# Seconds between two tries to reach the chief.
-_PAUSE = 0.1
+# Seconds between two tries to reach the chief, and those that a caller has to say who it is.
+_PAUSE, _PATIENCE = 0.1, 5.0
 
 
 def multi_worker_strategy(cluster_resolver=None, timeout=60.0, communication_options=None):
@@ -48,6 +48,7 @@ def multi_worker_strategy(cluster_resolver=None, timeout=60.0, communication_opt
     Raises:
         TimeoutError: If workers have not come in time; the message names them.
         OSError: If the port of this worker is in use; the message names it.
+        ValueError: If this task is not one of the cluster, or `timeout` is not a finite number > 0.
     """
     timeout = positive("timeout", timeout)
     resolver = cluster_resolver or tf.distribute.cluster_resolver.TFConfigClusterResolver()
@@ -102,9 +103,10 @@ def _gather(listener, missing, end, timeout):
             listener.settimeout(max(end - time.monotonic(), 1e-3))
             try:
                 connection = stack.enter_context(listener.accept()[0])
-                connection.settimeout(max(end - time.monotonic(), 1e-3))
-                task = tuple(json.loads(connection.makefile().readline()))
-            except ValueError:
+                connection.settimeout(_PATIENCE)
+                missing.discard(tuple(json.loads(connection.makefile().readline())))
+                connections.append(connection)
+            except (ValueError, TypeError):
                 # Somebody else.
                 continue
             except OSError as error:
@@ -114,8 +116,6 @@ def _gather(listener, missing, end, timeout):
                     f"{_named(sorted(missing))} did not come within {timeout:g} s. Start one process for every worker of the cluster, with its own "
                     "`task` in `TF_CONFIG`, and see whether it reaches the chief's address."
                 ) from error
-            missing.discard(task)
-            connections.append(connection)
         for connection in connections:
             connection.sendall(b"go\n")
 

@@ -181,14 +181,27 @@ def test_somebody_else_who_calls_at_the_port_does_not_end_the_meeting():
     thread = threading.Thread(target=meeting, args=(addresses, 0, 20))
     thread.start()
     address = workers._address(addresses[0])
-    while True:
-        try:
-            with socket.create_connection(address, 1) as connection:
-                connection.sendall(b"GET / HTTP/1.0\n")
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.01)
+    for said in (b"GET / HTTP/1.0\n", b"1\n", b"[[1]]\n", b""):
+        while True:
+            try:
+                with socket.create_connection(address, 1) as connection:
+                    connection.sendall(said)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
     meeting(addresses, 1, 20)
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_somebody_who_says_nothing_does_not_hold_up_the_meeting(monkeypatch):
+    monkeypatch.setattr(workers, "_PATIENCE", 0.2)
+    addresses = cluster.free_addresses(2)
+    thread = threading.Thread(target=meeting, args=(addresses, 0, 20))
+    thread.start()
+    time.sleep(0.3)
+    with socket.create_connection(workers._address(addresses[0]), 1):
+        assert meeting(addresses, 1, 20) < 10
     thread.join(20)
     assert not thread.is_alive()
 
