@@ -11,7 +11,7 @@ test: .venv/test.installed
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: .venv/test.installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: .venv/lint.installed
 	$(BIN)/ruff check .

@@ -17,9 +17,6 @@ from keras_hf import multi_worker_strategy, read_updates, workers
 from keras_hf.backup import complete_backups
 from keras_hf.problem.replicas import is_chief, num_workers, worker_number
 
-# In one process: what two of the fixtures start takes all cores.
-pytestmark = pytest.mark.xdist_group("workers")
-
 
 def found_by(num_workers, folder, names):
     """What the workers of a cluster wrote of each case."""
