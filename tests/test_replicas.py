@@ -177,6 +177,13 @@ def test_two_replicas_gather_rows_where_they_are_fewer_than_weights(num_cases, f
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_replicas_take_exact_steps_on_batches_whose_size_tensorflow_knows(float64):
+    model = untrained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), optimizer=CHOICES["direct"])
+    batches = tf.data.Dataset.from_tensor_slices(cases(10)).batch(10, drop_remainder=True)
+    losses = model.fit(batches, epochs=3, callbacks=[LevenbergMarquardt()], verbose=0).history["loss"]
+    assert np.diff(losses).max() < 0
+
+
 @pytest.mark.slow
 def test_gathered_rows_are_those_of_all_replicas(float64):
     network = lambda: keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])  # noqa: E731
