@@ -8,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read once, when TensorFlow
 import keras  # noqa: E402
 import pytest  # noqa: E402
 import tensorflow as tf  # noqa: E402
+from problems import precision  # noqa: E402
 
 # Two devices for the tests of replicas; the rest run on the first.
 tf.config.set_logical_device_configuration(
@@ -31,10 +32,6 @@ def data_dir():
 
 @pytest.fixture
 def float64():
-    """Makes float64 Keras' default: for layers, by their policy, and for losses, by `floatx`."""
-    before = keras.backend.floatx()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(before)
-    keras.config.set_dtype_policy(before)
+    """Makes float64 Keras' default."""
+    with precision("float64"):
+        yield

@@ -1,5 +1,6 @@
 """Tiny shared problems, with dense oracles. For tests with the fixture `float64`: Keras computes losses in its `floatx`."""
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -110,6 +111,19 @@ def hessian_free(
     return HessianFree(damping, solver, **arguments)
 
 
+@contextlib.contextmanager
+def precision(floatx):
+    """Makes this float type Keras' default while it is open: for layers, by their policy, and for losses."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(floatx)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+
+
 def inputs():
     """The cases of all problems, (15, 2)."""
     return np.random.default_rng(2).normal(size=(NUM_CASES, 2))
@@ -135,21 +149,29 @@ def with_objective(model, data, function, curvature_batch_size=None, micro_batch
     return compute()
 
 
-def dense_matrix(product, num_weights):
-    """The matrix of a product on float64 vectors."""
-    return tf.transpose(tf.map_fn(product, tf.eye(num_weights, dtype=tf.float64)))
+def dense_matrix(product, num_weights, dtype=tf.float64):
+    """The matrix of a product on vectors."""
+    return tf.transpose(tf.map_fn(product, tf.eye(num_weights, dtype=dtype)))
+
+
+def derivatives(function, variables):
+    """Value, gradient `(n,)` and Hessian `(n, n)` of a scalar function of variables, eagerly, by `GradientTape.jacobian`."""
+    with tf.GradientTape(persistent=True) as outer:
+        with tf.GradientTape() as inner:
+            value = function()
+        gradients = inner.gradient(value, variables, unconnected_gradients="zero")
+        gradient = flat([tf.convert_to_tensor(part) for part in gradients])
+    rows = outer.jacobian(gradient, variables, experimental_use_pfor=False, unconnected_gradients="zero")
+    return value.numpy(), gradient.numpy(), np.concatenate([row.numpy().reshape(len(gradient), -1) for row in rows], 1)
 
 
 def loss_derivatives(model, data):
-    """Loss, gradient `(n,)` and Hessian `(n, n)` of the Keras loss, regularizers included, by `GradientTape.jacobian`."""
-    variables = [variable.value for variable in model.trainable_variables]
-    with tf.GradientTape(persistent=True) as outer:
-        with tf.GradientTape() as inner:
-            y_pred = model(data.x, training=True)
-            loss = model.compute_loss(data.x, data.y, y_pred, data.sample_weight)
-        gradient = flat(inner.gradient(loss, variables))
-    rows = outer.jacobian(gradient, variables, experimental_use_pfor=False)
-    return loss.numpy(), gradient.numpy(), np.concatenate([row.numpy().reshape(len(gradient), -1) for row in rows], 1)
+    """Loss, gradient `(n,)` and Hessian `(n, n)` of the Keras loss, regularizers included."""
+
+    def loss():
+        return model.compute_loss(data.x, data.y, model(data.x, training=True), data.sample_weight)
+
+    return derivatives(loss, [variable.value for variable in model.trainable_variables])
 
 
 def flat(tensors):

@@ -12,11 +12,11 @@ from problems import (
     jacobian,
     make_model,
     model_data,
+    precision,
     second_derivative,
     update_state,
     with_objective,
 )
-from support import precision
 
 from keras_hf import (
     ConjugateGradient,

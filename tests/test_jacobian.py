@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from oracles import first_derivative, loss_at, loss_hessian, prepare
 from problems import (
     compiled,
     dense_matrix,
@@ -12,10 +13,11 @@ from problems import (
     jacobian,
     make_model,
     model_data,
+    precision,
     second_derivative,
     with_objective,
 )
-from support import LOSSES, ROWS, first_derivative, loss_at, loss_hessian, precision, prepare
+from support import LOSSES, ROWS
 
 from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.problem import jacobian as room
@@ -67,7 +69,7 @@ def numbers(model, data, function):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_give_gauss_newton_matrix_and_gradient_of_every_loss(name):
     row = ROWS[name]
-    with precision(row.dtype):
+    with precision(row.floatx):
         model, data = prepare(row)
         gram, pulled, gradient = numbers(
             model,
