@@ -165,6 +165,13 @@ def derivatives(function, variables):
     return value.numpy(), gradient.numpy(), np.concatenate([row.numpy().reshape(len(gradient), -1) for row in rows], 1)
 
 
+def loss_and_gradient(model, data):
+    """Loss and gradient `(n,)` of the Keras loss, regularizers included, by `GradientTape`."""
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(data.x, data.y, model(data.x, training=True), data.sample_weight)
+    return loss.numpy(), flat(tape.gradient(loss, [v.value for v in model.trainable_variables])).numpy()
+
+
 def loss_derivatives(model, data):
     """Loss, gradient `(n,)` and Hessian `(n, n)` of the Keras loss, regularizers included."""
 

@@ -10,7 +10,7 @@ from problems import (
     compiled,
     dense_matrix,
     inputs,
-    loss_derivatives,
+    loss_and_gradient,
     make_model,
     model_data,
     with_objective,
@@ -23,18 +23,21 @@ pytestmark = pytest.mark.usefixtures("float64")
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
 
+def a_step(objective):
+    return tf.sin(tf.range(objective.num_weights, dtype=tf.float64))
+
+
+def matrix_and_loss(objective):
+    """The matrix at the start, and the loss after a step."""
+    matrix = dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights)
+    return matrix, objective.loss_at(a_step(objective))
+
+
 def everything(objective):
-    """Loss, gradient, matrix and squares at the start, and the loss after a step."""
-    at_start = objective.loss_and_gradient()
-    step = tf.sin(tf.range(objective.num_weights, dtype=tf.float64))
-    return (
-        at_start.loss,
-        at_start.gradient,
-        dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights),
-        objective.squared_gradients(),
-        objective.loss_at(step),
-        objective.chunk_loss_at(step),
-    )
+    """Loss, gradient, matrix and squares at the start, the loss after a step, and that of the chunk."""
+    at_start, (matrix, loss) = objective.loss_and_gradient(), matrix_and_loss(objective)
+    squares, chunk_loss = objective.squared_gradients(), objective.chunk_loss_at(a_step(objective))
+    return at_start.loss, at_start.gradient, matrix, squares, loss, chunk_loss
 
 
 def assert_pieces_equal_the_whole(model, data, micro_batch_size=4):
@@ -43,7 +46,7 @@ def assert_pieces_equal_the_whole(model, data, micro_batch_size=4):
     in_pieces = with_objective(model, data, everything, micro_batch_size=micro_batch_size)
     for one, other in zip(whole, in_pieces, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(whole[0], loss_derivatives(model, data)[0], **EXACT)
+    np.testing.assert_allclose(whole[0], loss_and_gradient(model, data)[0], **EXACT)
 
 
 def weights_after(model, step):
@@ -64,7 +67,7 @@ def test_pieces_of_7_and_8_equal_one_of_15(reduction, weighted):
     in_pieces = with_objective(model, data, everything, micro_batch_size=8)
     for one, other in zip(whole, in_pieces, strict=True):
         np.testing.assert_allclose(one, other, **EXACT)
-    loss, gradient, _ = loss_derivatives(model, data)
+    loss, gradient = loss_and_gradient(model, data)
     np.testing.assert_allclose(whole[0], loss, **EXACT)
     np.testing.assert_allclose(whole[1], gradient, **EXACT)
 
@@ -79,12 +82,11 @@ def test_products_and_chunk_loss_are_those_of_the_chunk_alone(reduction):
     data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)), weight)
     of_chunk = with_objective(model, data, everything, curvature_batch_size=5, micro_batch_size=2, update_number=1)
     chunks = [data.take(tf.range(start, start + 5)) for start in (0, 5, 10)]
-    alone = [with_objective(model, chunk, everything) for chunk in chunks]
+    alone = [with_objective(model, chunk, matrix_and_loss) for chunk in chunks]
     scale = 3 if reduction == "sum" else 1  # a sum over 5 cases stands for one over 15
-    matches = [np.allclose(scale * one[2], of_chunk[2], **EXACT) for one in alone]
+    matches = [np.allclose(scale * matrix, of_chunk[2], **EXACT) for matrix, _ in alone]
     assert sum(matches) == 1
-    chosen = alone[matches.index(True)]
-    np.testing.assert_allclose(of_chunk[5], scale * chosen[4], **EXACT)
+    np.testing.assert_allclose(of_chunk[5], scale * alone[matches.index(True)][1], **EXACT)
     whole = with_objective(model, data, everything)
     for i in (0, 1, 3, 4):
         np.testing.assert_allclose(of_chunk[i], whole[i], **EXACT)
@@ -276,7 +278,7 @@ def test_multi_output_losses_add_with_their_weights():
     model = compiled(network, losses, loss_weights={"a": 0.5, "b": 2.0})
     y = {"a": np.random.default_rng(3).normal(size=(15, 1)), "b": np.eye(2)[np.arange(15) % 2]}
     data = model_data(model, inputs(), y)
-    loss, gradient, _ = loss_derivatives(model, data)
+    loss, gradient = loss_and_gradient(model, data)
     found = with_objective(model, data, everything, micro_batch_size=8)
     np.testing.assert_allclose(found[0], loss, **EXACT)
     np.testing.assert_allclose(found[1], gradient, rtol=1e-10, atol=1e-12)
@@ -326,7 +328,7 @@ def test_pieces_of_masked_sequences_equal_the_whole(reduction, weighted):
     in_pieces = with_objective(model, data, everything, micro_batch_size=4)
     for one, other in zip(whole, in_pieces, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
-    loss, gradient, _ = loss_derivatives(model, data)
+    loss, gradient = loss_and_gradient(model, data)
     np.testing.assert_allclose(whole[0], loss, **EXACT)
     np.testing.assert_allclose(whole[1], gradient, rtol=1e-10, atol=1e-12)
 
