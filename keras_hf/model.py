@@ -20,6 +20,7 @@ from keras_hf.problem.curvature import GaussNewton
 from keras_hf.problem.loss_function import LossFunction
 from keras_hf.problem.replicas import is_chief
 from keras_hf.product_check import both_ways, judged, product_errors, report
+from keras_hf.progress import UpdateProgress
 from keras_hf.trainer import HFTrainer
 
 
@@ -38,7 +39,8 @@ class HFModel(HFTrainer):
     - `compile` without an optimizer uses `HessianFree()`.
     - The moving statistics of BatchNormalization are those of the cases used, at the weights after the update, instead of averages over updates.
 
-    Logs of an update, in addition to the loss (before the update, Keras' running mean) and the metrics (before the update):
+    Logs of an update, in addition to the loss (before the update, Keras' running mean) and the metrics (before the update); the progress bar shows
+    some of them, see `fit`:
 
     | key | meaning |
     | --- | --- |
@@ -252,6 +254,10 @@ class HFModel(HFTrainer):
         - `validation_batch_size`: defaults to 32 if one batch holds all cases.
         - `callbacks`: include a `DampingCallback`, such as `LevenbergMarquardt()`. It is called before the others, so that they save the damping of
           the next update.
+        - `verbose`: "auto", 1 and 2 show loss, metrics and the numbers by which one steers: `damping`, `reduction_ratio`, `cg_iterations` (or
+          `arc_step`, or `mu`). After the ratio stands "(rejected)" where the update changed no weight, "(converged)" where none can, or the step
+          size where the step was shortened. 3 shows all numbers of an update. With several batches in an epoch they are those of the last one. A
+          `ProgbarLogger` among the callbacks, or a `CallbackList`, is left as it is.
 
         Returns:
             A `keras.callbacks.History`.
@@ -277,11 +283,16 @@ class HFModel(HFTrainer):
         )
         callbacks = workers.callbacks_of(strategy, callbacks)
         verbose = 0 if verbose == "auto" and not is_chief(strategy) else verbose
-        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
+        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
         if not any(isinstance(callback, DampingCallback) for callback in found):
             self._advice.no_damping_rule()
-        if isinstance(callbacks, (list, tuple)):
-            callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, DampingCallback))
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = sorted(found, key=lambda callback: not isinstance(callback, DampingCallback))
+            # Last, as Keras' own: it shows what the others add to the logs.
+            if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
+                callbacks.append(UpdateProgress(shows_all=verbose == 3))
+        # Keras knows no 3.
+        verbose = 1 if verbose == 3 else verbose
         source = "dataset" if isinstance(x, tf.data.Dataset) else "batches"
         most_cases = None
         if arrays.is_arrays(x):

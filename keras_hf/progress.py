@@ -1,0 +1,89 @@
+"""The progress bar of `HFModel.fit`: of the numbers of an update only those by which a user steers, in few characters."""
+
+import keras
+
+# Of the update and of the package's solvers. What has other names, such as metrics and what a solver of one's own logs, is always shown.
+_STEERED_BY = ("damping", "reduction_ratio", "cg_iterations", "arc_step", "mu")
+_OTHERS = (
+    "step_size",
+    "gradient_norm",
+    "num_cases",
+    "converged",
+    "cg_step",
+    "cg_stop",
+    "negative_curvature",
+    "acceleration",
+    "alpha",
+)
+
+
+class UpdateProgress(keras.callbacks.ProgbarLogger):
+    """Keras' progress bar, which shows the numbers of updates as they are to be read.
+
+    `reduction_ratio` says, too, what became of the update, unless its step was taken as it was: "rejected", "converged", or the step size.
+
+    Args:
+        shows_all: Boolean, whether the bar shows all numbers of an update, or else those by which a user steers.
+    """
+
+    def __init__(self, shows_all=False):
+        super().__init__()
+        self._names = _STEERED_BY + _OTHERS if shows_all else _STEERED_BY
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, self._shown(logs))
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, self._shown(logs))
+
+    def _shown(self, logs):
+        """Returns what the bar shows of the logs, in its order: loss and metrics, the update's numbers, validation."""
+        logs = logs or {}
+        others = {name: value for name, value in logs.items() if name not in _STEERED_BY + _OTHERS}
+        shown = {name: value for name, value in others.items() if not name.startswith("val_")}
+        remarks = {"reduction_ratio": _outcome(logs)}
+        shown |= {name: Shown(logs[name], remarks.get(name, "")) for name in self._names if name in logs}
+        shown |= others
+        # Keras 3.12 would show their means over the epoch's batches.
+        self.progbar.stateful_metrics = set(shown)
+        return shown
+
+
+def _outcome(logs):
+    """Returns what became of an update, or an empty string where its step was taken as it was."""
+    if logs.get("converged"):
+        return "converged"
+    step_size = logs.get("step_size", 1)
+    if step_size == 0:
+        return "rejected"
+    return "" if step_size == 1 else f"step_size {_number(step_size)}"
+
+
+def _number(value):
+    """Returns a number as text: integers as integers, others to three digits."""
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.3g}"
+
+
+class Shown(float):
+    """A number as Keras' progress bar is to show it.
+
+    The bar divides a number by the count of what it is the mean of, here 1, and formats the quotient.
+
+    Args:
+        value: Float or integer.
+        remark: String, what stands in brackets behind the number.
+
+    Attributes:
+        text: String: integers as integers, others to three digits.
+    """
+
+    def __new__(cls, value, remark=""):
+        shown = super().__new__(cls, value)
+        shown.text = _number(float(value)) + (f" ({remark})" if remark else "")
+        return shown
+
+    def __truediv__(self, count):
+        return self
+
+    def __format__(self, spec):
+        return self.text
