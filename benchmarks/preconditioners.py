@@ -20,7 +20,7 @@ from keras_hf import EmpiricalFisherDiagonal, HFModel, KroneckerFactored
 
 PRECONDITIONERS = {"EmpiricalFisherDiagonal": EmpiricalFisherDiagonal, "KroneckerFactored": KroneckerFactored}
 FIELDS = ("preconditioner", "max_cg_iterations", "reached", "updates", "cg_iterations", "seconds", "train_error")
-TARGET = 1.0
+NUM_CASES, TARGET = 1000, 1.0
 
 
 class UntilTarget(keras.callbacks.Callback):
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--preconditioner", choices=PRECONDITIONERS, nargs="+", default=tuple(PRECONDITIONERS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    x = synthetic_curves(SETTINGS["curves", "demo"].num_cases, args.seed)
+    x = synthetic_curves(NUM_CASES, args.seed)
     rows = []
     for limit in args.max_cg_iterations:
         for name in args.preconditioner:

@@ -27,9 +27,28 @@ from keras_hf import (
 )
 from keras_hf.common.files import replacing
 from keras_hf.common.vectors import num_rows
+from keras_hf.progress import Shown
 from keras_hf.recorder import update_cost
 from keras_hf.solvers.search import Taken, walk_back
 
+# What tables and figures call the methods.
+LABELS = {
+    "hf": "Hessian-free (keras_hf)",
+    "hf-momentum": "Hessian-free with momentum (keras_hf)",
+    "recipe": "Hessian-free of 2010",
+    "standard": "standard Hessian-free",
+    "lbfgs": "L-BFGS",
+    "ncg": "nonlinear CG",
+    "trust-region": "trust region",
+    "least-squares": "SciPy's least_squares",
+    "gd": "gradient descent",
+    "momentum": "momentum, all cases",
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adam-glorot": "Adam, Glorot's weights",
+    "adam+lbfgs": "Adam, then L-BFGS",
+    "nag": "Nesterov momentum",
+}
 STEPS_PER_EXECUTION = 10  # The work between calls would otherwise double the time of a step of a small network.
 
 
@@ -447,13 +466,13 @@ def standard_hessian_free(damping=1.0, curvature=None, max_iterations=250, micro
 
 
 class Recorder(keras.callbacks.Callback):
-    """Records the error of an autoencoder against time, and ends its training when the time is up.
+    """Records the error of an autoencoder against time, shows it in a progress bar, and ends training when the time is up.
 
     The clock starts after the first call of the compiled training step, so that tracing and compiling aren't timed (nor
     the update, or ten of them, in this call), and stands still while errors are measured. Each row is written to a CSV
     file at once, so that a run that is cut short leaves its trace; and, where there is a `state_path`, what it takes to
     go on with the run, about once a minute. A recorder of the same paths then goes on with it, and times the first call,
-    too: late in a run an update may take longer than compiling does.
+    too: late in a run an update may take longer than compiling does. The bar goes over the seconds, or over the updates where the time has no end.
 
     Args:
         network: Keras model that maps `(N, d)` to `(N, d)`, the one that is trained.
@@ -470,7 +489,7 @@ class Recorder(keras.callbacks.Callback):
 
     Attributes:
         rows: List of dicts, one for each row of the file.
-        is_over: Boolean, whether time or updates have run out.
+        is_over: Boolean, whether training is over.
     """
 
     STATE_INTERVAL = 60.0  # Seconds of training, at least, between two states.
@@ -490,7 +509,7 @@ class Recorder(keras.callbacks.Callback):
         self.state_path = state_path
         self.rows = []
         self.is_over = False
-        self._start = None
+        self._start, self._bar = None, None
         self._total_cg_iterations, self._cost = 0, 0.0
 
     @property
@@ -581,6 +600,7 @@ class Recorder(keras.callbacks.Callback):
     def finish(self, updates, logs):
         """Writes a last row where training came to an end by itself."""
         if not self.is_over:
+            self.is_over = True
             self._record(updates, logs)
 
     def errors(self):
@@ -591,17 +611,31 @@ class Recorder(keras.callbacks.Callback):
         }
 
     def _record(self, updates, logs):
+        seconds, errors = self.seconds, self.errors()
         row = {
             "update": updates,
             **{name: logs.get(name, math.nan) for name in self.log_names},
-            "seconds": round(self.seconds, 3),
-            **self.errors(),
+            "seconds": round(seconds, 3),
+            **errors,
         }
         if self.rows:
             add_row(self.path, row)
         else:
             write_rows(self.path, [row])
         self.rows.append(row)
+        # Not before the clock runs: the bar would count what is compiled until then as the time of its first second.
+        if self._start is not None:
+            self._show(seconds, {"update": updates, **errors})
+
+    def _show(self, seconds, numbers):
+        """Brings the progress bar up to date."""
+        by_time = math.isfinite(self.max_seconds)
+        place, target = (seconds, self.max_seconds) if by_time else (numbers["update"], self.max_updates)
+        if self._bar is None:
+            unit = "second" if by_time else "update"
+            self._bar = keras.utils.Progbar(math.ceil(target), stateful_metrics=[*numbers], unit_name=unit)
+        shown = [(name, Shown(value)) for name, value in numbers.items()]
+        self._bar.update(min(math.ceil(place), self._bar.target), shown, finalize=self.is_over)
 
 
 def reconstruction_error(network, x, batch_size=5000):

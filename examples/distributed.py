@@ -75,7 +75,7 @@ def start(args, addresses, number):
     """Starts a worker: the first writes to this terminal, the others to files."""
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": number}}
     threads = str(max(1, (os.cpu_count() or 1) // args.workers))
-    environment = {"TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3", "TF_NUM_INTRAOP_THREADS": threads}
+    environment = {"TF_CONFIG": json.dumps(config), "TF_NUM_INTRAOP_THREADS": threads}
     command = [sys.executable, "-m", "examples.distributed", "--is-worker", *args.arguments]
     log = open(args.out / f"worker-{number}.log", "w") if number else None
     return subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)

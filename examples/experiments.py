@@ -54,6 +54,7 @@ OPTIONS = {
     ("mnist", "hf"): "--damping 45",
     ("mnist", "nag"): "--learning-rate 1e-2",
     ("mnist", "sgd"): "--learning-rate 3e-2",
+    ("faces", "hf"): "--damping 45",
     ("faces", "nag"): "--learning-rate 1e-3",
     ("faces", "sgd"): "--learning-rate 1e-3",
 }

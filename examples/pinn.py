@@ -16,6 +16,7 @@ of the problem and seed, those of earlier runs too, are tabled and drawn: withou
 """
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import tensorflow as tf
 from scipy import optimize
 
 from examples import pinn_problems as problems
-from examples.baselines import LossAndGradient, Recorder, minimize_by_scipy
+from examples.baselines import LABELS, LossAndGradient, Recorder, minimize_by_scipy
 from examples.tables import read_rows
 from keras_hf import DirectSolver, HessianFree, HFModel, LevenbergMarquardt
 
@@ -51,20 +52,40 @@ def main(arguments=None):
         arguments: List of strings, as on the command line; None takes those.
     """
     args = parse(arguments)
-    keras.config.set_floatx("float64")
     folder = args.results / args.problem
     folder.mkdir(parents=True, exist_ok=True)
-    for method in args.methods:
-        for rate in args.rates if method.startswith("adam") else [None]:
-            name = method if rate is None else f"{method}-{rate:g}"
-            print(f"\n{args.problem}, {name}: {args.seconds:g} seconds", flush=True)
-            path = folder / f"{name}-seed{args.seed}.csv"
-            train(problems.PROBLEMS[args.problem](), method, rate, path, args.seed, args.seconds, args.updates)
-    runs = best_runs(folder, args.seed)
-    print_table(runs)
-    path = folder / f"seed{args.seed}.png"
-    plot(problems.PROBLEMS[args.problem](), runs, path)
+    with float64():
+        for method in args.methods:
+            for rate in args.rates if method.startswith("adam") else [None]:
+                name = method if rate is None else f"{method}-{rate:g}"
+                print(f"\n{args.problem}, {label(name)}: {args.seconds:g} seconds", flush=True)
+                path = folder / f"{name}-seed{args.seed}.csv"
+                train(problems.PROBLEMS[args.problem](), method, rate, path, args.seed, args.seconds, args.updates)
+        runs = best_runs(folder, args.seed)
+        print_table(runs)
+        path = args.results / f"{args.problem}-seed{args.seed}.png"
+        plot(problems.PROBLEMS[args.problem](), runs, path)
     print(f"\nFigure: {path}")
+
+
+@contextlib.contextmanager
+def float64():
+    """Context in which Keras computes in float64."""
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+
+
+def label(name):
+    """Returns what tables and figures call a run: the method's label, and the learning rate if it has one."""
+    method = max((method for method in METHODS if name.startswith(method)), key=len)
+    rate = name.removeprefix(method).removeprefix("-")
+    return f"{LABELS[method]}, rate {rate}" if rate else LABELS[method]
 
 
 def parse(arguments):
@@ -182,7 +203,7 @@ def fit_least_squares(objective, recorder):
 
 
 class ErrorRecorder(Recorder):
-    """Records loss and error against time, shows them in Keras' progress bar, and ends training when the time is up or it has converged.
+    """Records loss and error against time, shows them in a progress bar, and ends training when the time is up or it has converged.
 
     Args:
         problem: A `pinn_problems.Problem`.
@@ -198,7 +219,6 @@ class ErrorRecorder(Recorder):
         super().__init__(pinn, None, None, path, max_seconds, max_updates, max_seconds / NUM_ROWS, log_names)
         self._problem, self._objective = problem, objective
         self._points, self._values = problems.test_cases(problem)
-        self._bar = keras.utils.Progbar(math.ceil(max_seconds), stateful_metrics=["update", "loss", "error"])
         self._num_rejected = 0
 
     def totals(self, logs):
@@ -218,15 +238,6 @@ class ErrorRecorder(Recorder):
         }
         loss = self._objective.loss_at(self._objective.weights)
         return {"loss": loss, "error": relative_error(self.network, self._points, self._values), **coefficients}
-
-    def after_update(self, updates, logs):
-        num_rows = len(self.rows)
-        is_over = super().after_update(updates, logs)
-        if is_over or len(self.rows) > num_rows:
-            row = self.rows[-1]
-            values = [(name, row[name]) for name in ("update", "loss", "error")]
-            self._bar.update(min(math.ceil(row["seconds"]), self._bar.target), values, finalize=is_over)
-        return is_over
 
 
 def relative_error(pinn, points, values):
@@ -262,7 +273,7 @@ def print_table(runs):
     print("| --- " * (5 + len(coefficients)) + "|")
     for name, row in last.items():
         errors = [f"{row[column]:.2e}" for column in ("loss", "error", *coefficients)]
-        print("| " + " | ".join([name, f"{row['seconds']:.1f}", f"{row['update']:.0f}", *errors]) + " |")
+        print("| " + " | ".join([label(name), f"{row['seconds']:.1f}", f"{row['update']:.0f}", *errors]) + " |")
 
 
 def plot(problem, runs, path):
@@ -278,18 +289,22 @@ def plot(problem, runs, path):
     with np.load(runs[best].with_suffix(".npz")) as arrays:
         solution = arrays["solution"]
     error = np.abs(solution - problems.solution_on_grid(problem))
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure, panels = pyplot.subplot_mosaic(
+        [["course", "solution"], ["course", "error"]], figsize=(10, 4.8), width_ratios=(5, 3), layout="constrained"
+    )
     extent = problem.low[0], problem.high[0], problem.low[1], problem.high[1]
-    for axes, title, values in ((panels[0], f"solution, {best}", solution), (panels[1], "absolute error", error)):
-        image = axes.imshow(values.reshape(problems.GRID).T, origin="lower", extent=extent, aspect="auto")
-        figure.colorbar(image, ax=axes)
-        axes.set(title=title, xlabel="first coordinate", ylabel="second coordinate")
+    for name, title, values in (("solution", f"solution, {label(best)}", solution), ("error", "its error", error)):
+        image = panels[name].imshow(values.reshape(problems.GRID).T, origin="lower", extent=extent, aspect="auto")
+        figure.colorbar(image, ax=panels[name])
+        panels[name].set_title(title)
     for name, rows in courses.items():
-        panels[2].semilogy([row["seconds"] for row in rows], [row["error"] for row in rows], label=name)
-    panels[2].set(title="relative L2 error", xlabel="seconds of training")
-    panels[2].grid(alpha=0.3)
-    panels[2].legend()
-    figure.savefig(path, dpi=120)
+        panels["course"].semilogy(
+            [row["seconds"] for row in rows], [row["error"] for row in rows], label=label(name), linewidth=2
+        )
+    panels["course"].set(title="relative error of the solution (L2)", xlabel="seconds of training")
+    panels["course"].grid(alpha=0.3)
+    panels["course"].legend()
+    figure.savefig(path, dpi=160)
     pyplot.close(figure)
 
 

@@ -278,22 +278,12 @@ class SolvedRecorder(Recorder):
             rest = slice(NUM_LOOKED_AT, None)
             wrong = np.concatenate([wrong, self._problem.is_wrong(self._y[rest], self._predict(rest))])
         self.is_solved = bool(wrong.mean() < SOLVED)
+        self.is_over |= self.is_solved
         loss = keras.ops.mean(keras.losses.get(self._problem.loss)(y, y_pred))
         return {"loss": float(loss), "wrong": float(wrong.mean())}
 
     def _predict(self, cases):
         return np.concatenate([self.network.predict_on_batch(part) for part in _parts(self._x[cases], 1000)])
-
-    def after_update(self, updates, logs):
-        num_rows = len(self.rows)
-        is_over = super().after_update(updates, logs)
-        if len(self.rows) > num_rows:
-            row = self.rows[-1]
-            print(
-                f"update {updates}, {row['seconds']:.0f} s: loss {row['loss']:.4g}, {100 * row['wrong']:.4g} % wrong",
-                flush=True,
-            )
-        return is_over or self.is_solved
 
 
 def _parts(array, size):

@@ -20,7 +20,7 @@ from examples.datasets import synthetic_curves
 from keras_hf import GrowingBatch, HessianFree, HFModel, LevenbergMarquardt, UpdateRecorder, read_updates
 from keras_hf.plots import plot_updates
 
-SETTING = SETTINGS["curves", "demo"]
+WIDTHS, NUM_CASES = SETTINGS["curves", "demo"].widths, 1000
 COLUMNS = (
     "update",
     "loss",
@@ -79,7 +79,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     for folder in (args.out, args.images):
         folder.mkdir(parents=True, exist_ok=True)
-    images = synthetic_curves(SETTING.num_cases, seed=0)
+    images = synthetic_curves(NUM_CASES, seed=0)
     for name in args.run:
         updates = train(RUNS[name], images, args.updates or RUNS[name].num_updates, args.out / f"{name}.jsonl")
         print(f"\n{name}\n\n{table(updates, RUNS[name].shown)}")
@@ -103,7 +103,7 @@ def train(run, images, num_updates, path):
     x = images.copy()
     if run.is_spoiled:
         x[0, 400] = np.nan
-    model = HFModel(build_autoencoder(SETTING.widths, l2=2e-5, seed=0))
+    model = HFModel(build_autoencoder(WIDTHS, l2=2e-5, seed=0))
     growing_batch = GrowingBatch() if run.batch_size is None else None
     model.compile(optimizer=HessianFree(damping=run.damping, growing_batch=growing_batch), loss=cross_entropy)
     batch_size = run.batch_size or len(x)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from examples import autoencoder, baselines, experiments, runs_to_read
+from examples import autoencoder, baselines, experiments, pinn, runs_to_read
 from examples.tables import read_rows
 from keras_hf import read_updates
 
@@ -106,6 +106,25 @@ def test_every_baseline_learns_and_ends_after_its_updates(name, tmp_path):
     assert record.rows[0]["update"] == 0
     assert record.rows[-1]["update"] == 40
     assert record.rows[-1]["train_error"] < record.rows[0]["train_error"]
+
+
+def test_every_method_has_a_label():
+    assert {*autoencoder.METHODS, *pinn.METHODS} == set(baselines.LABELS)
+
+
+@pytest.mark.parametrize(("max_seconds", "end"), [(4.0, "2/4"), (math.inf, "40/40")])
+def test_a_bar_goes_over_the_seconds_or_where_they_have_no_end_over_the_updates(max_seconds, end, tmp_path, capsys):
+    network = tiny_network()
+    with mock.patch.object(baselines.time, "perf_counter", return_value=0.0) as clock:
+        record = recorder(network, tmp_path / "run.csv", max_seconds=max_seconds)
+        record.begin([])
+        for update, clock.return_value in ((10, 0.0), (40, 2.0)):
+            record.after_update(update, {})
+    last = capsys.readouterr().out.split("\r")[-1]
+    assert end in last and last.endswith(
+        f" - update: 40 - train_error: {record.rows[-1]['train_error']:.3g}"
+        f" - test_error: {record.rows[-1]['test_error']:.3g}\n"
+    )
 
 
 def test_training_ends_when_the_time_is_up(tmp_path):
@@ -255,8 +274,12 @@ def test_the_example_writes_its_table_figures_and_trace(tmp_path, capsys):
     trace = tmp_path / "trace.csv"
     arguments = f"--method hf adam --num-cases 50 --seconds 30 --updates 3 --out {tmp_path} --trace {trace}"
     autoencoder.main(arguments.split())
-    table = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.split()[:3:2] for line in table if line.startswith(("hf", "adam"))] == [["hf", "3"], ["adam", "10"]]
+    printed = capsys.readouterr().out
+    assert [line.split(" | ")[:3:2] for line in printed.splitlines()[-5:-2]] == [
+        ["| Hessian-free (keras_hf)", "3"],
+        ["| Adam", "10"],
+    ]
+    assert "Epoch" not in printed and " - update: 3 - train_error: " in printed
     for name in ("errors.png", "reconstructions.png", "adam.csv"):
         assert (tmp_path / name).stat().st_size > 0
     with open(trace, newline="") as file:
@@ -285,7 +308,8 @@ def test_other_methods_start_from_the_same_pretrained_weights(tmp_path, capsys):
     methods = ("standard", "lbfgs", "ncg", "trust-region", "momentum")
     arguments = f"--method {' '.join(methods)} --num-cases 50 --seconds 60 --updates 3 --pretrain 2 --out {tmp_path}"
     autoencoder.main(arguments.split())
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-7:-2]] == list(methods)
+    table = capsys.readouterr().out.splitlines()[-7:-2]
+    assert [line.split(" | ")[0] for line in table] == [f"| {baselines.LABELS[method]}" for method in methods]
     starts = set()
     for method in methods:
         with open(tmp_path / f"{method}.csv", newline="") as file:

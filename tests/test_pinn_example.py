@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -187,9 +188,9 @@ def test_the_example_writes_its_files_table_and_figure(tmp_path, capsys, monkeyp
     pinn.main([*arguments.split(), "--methods"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert table == [line for line in printed.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| hf", "| adam-0.01"]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| Hessian-free (keras_hf)", "| Adam, rate 0.01"]
     assert table[0].endswith("| diffusivity_error |")
-    assert (tmp_path / "inverse" / "seed0.png").stat().st_size > 0
+    assert (tmp_path / "inverse-seed0.png").stat().st_size > 0
 
 
 def test_training_ends_where_it_has_converged(tmp_path):
@@ -205,6 +206,23 @@ def test_training_ends_where_it_has_converged(tmp_path):
         recorder.on_train_batch_end(0, {"step_size": 0.0, "converged": converged})
     assert recorder.model.stop_training
     assert [(row["update"], row["rejected"]) for row in recorder.rows[1:]] == [(2, 2)]
+
+
+def test_float64_ends_with_the_run():
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    with pinn.float64():
+        assert keras.layers.Dense(1).dtype == keras.config.floatx() == "float64"
+    assert keras.layers.Dense(1).dtype == keras.config.floatx() == "float32"
+
+
+def test_a_run_is_named_by_its_method_and_rate():
+    assert [pinn.label(name) for name in ("hf", "adam-0.003", "adam+lbfgs-1e-05", "least-squares")] == [
+        "Hessian-free (keras_hf)",
+        "Adam, rate 0.003",
+        "Adam, then L-BFGS, rate 1e-05",
+        "SciPy's least_squares",
+    ]
 
 
 def test_the_best_rate_has_the_least_loss_in_the_end(tmp_path):

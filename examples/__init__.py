@@ -1,0 +1,27 @@
+"""What the package can do, as programs: run them as modules, from the root of the repository.
+
+TensorFlow's messages at the start are kept off the screen.
+"""
+
+import contextlib
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Read once, when TensorFlow is imported.
+
+
+@contextlib.contextmanager
+def _without_stderr():
+    """Discards what is written to stderr, also by C++."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# What TensorFlow writes before it has read the level.
+with _without_stderr():
+    import tensorflow  # noqa: F401
