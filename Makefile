@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow lint docs
 
 demo: .venv/examples.installed
-	$(BIN)/python -m examples.autoencoder
+	$(BIN)/python -m examples.demo
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -n auto -m "not slow"

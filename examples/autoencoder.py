@@ -41,7 +41,7 @@ from examples.pretraining import pretrained
 from keras_hf import HessianFree, HFModel, LevenbergMarquardt, PreconditionedMomentum, SparseNormal
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot, ticker  # noqa: E402
 
 NUM_PIXELS = 784
 NUM_TRAINING_FACES = 250
@@ -312,7 +312,12 @@ def plot_errors(recorders, path):
     mean_image = recorder.x_train.var(axis=0, dtype="float64").sum()
     axes.axhline(mean_image, color="gray", linestyle="--", linewidth=1, label="mean image", zorder=0)
     axes.set(xlabel="seconds of training", ylabel="squared error per case")
-    axes.set_title(f"{len(recorder.x_train):,} training cases (lines) and as many others (dotted)")
+    # The start is ten or a hundred times as high as what there is to see.
+    axes.set_ylim(top=2 * mean_image)
+    axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_title(f"autoencoder: {len(recorder.x_train):,} training images (lines), other images (dotted)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

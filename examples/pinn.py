@@ -293,7 +293,7 @@ def plot(problem, runs, path):
         [["course", "solution"], ["course", "error"]], figsize=(10, 4.8), width_ratios=(5, 3), layout="constrained"
     )
     extent = problem.low[0], problem.high[0], problem.low[1], problem.high[1]
-    for name, title, values in (("solution", f"solution, {label(best)}", solution), ("error", "its error", error)):
+    for name, title, values in (("solution", f"solution by {label(best)}", solution), ("error", "its error", error)):
         image = panels[name].imshow(values.reshape(problems.GRID).T, origin="lower", extent=extent, aspect="auto")
         figure.colorbar(image, ax=panels[name])
         panels[name].set_title(title)

@@ -1,0 +1,46 @@
+"""Two acts: what exact steps do for a small problem, and what Hessian-free optimization does for a deep network.
+
+    python -m examples.demo
+
+takes about four minutes on two cores. In each act every method trains the same network from the same weights for the same time; a table and a figure
+show what came out. Rates were tuned beforehand, on seed 1; shown is seed 0.
+
+Act 1, small and exact: Poisson's equation on a square by a physics-informed network (`examples/pinn.py`), 15 seconds each. Ours is
+`HessianFree(solver=DirectSolver())` with nothing to set. L-BFGS is SciPy's with 50 pairs. Adam's learning rate falls along a cosine from 3e-2, which had
+the least loss in
+
+    python -m examples.pinn --problem poisson --methods adam --rates 1e-3 3e-3 1e-2 3e-2 --seconds 15 --seed 1
+
+Act 2, deep: the paper's kind of autoencoder, 784-100-50-25-12-6 and its mirror, on 10,000 synthetic curves (`examples/autoencoder.py`), 40 seconds each,
+from the same sparse weights. On so many cases the test error falls along with the training error. Ours is `HessianFree()`, the defaults, with nothing
+to set. Learning rates are those of `examples/baselines.py`, the best of 3e-3, 1e-2 and 3e-2 by
+
+    python -m examples.autoencoder --method adam --learning-rate 3e-3 --seed 1
+"""
+
+import argparse
+from pathlib import Path
+
+from examples import autoencoder, pinn
+
+POISSON = "--problem poisson --methods hf adam lbfgs --rates 3e-2 --seconds 15"
+CURVES = "--dataset curves --size demo --method hf adam nag --seconds 40 --interval 1.5"
+
+
+def main(arguments=None):
+    """Plays both acts.
+
+    Args:
+        arguments: List of strings, as on the command line; None takes those.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs", "demo"), help="folder for what is written")
+    args = parser.parse_args(arguments)
+    print("Act 1, small and exact: Poisson's equation by a physics-informed network")
+    pinn.main([*POISSON.split(), "--results", str(args.out)])
+    print("\nAct 2, deep: an autoencoder of curves")
+    autoencoder.main([*CURVES.split(), "--out", str(args.out / "autoencoder")])
+
+
+if __name__ == "__main__":
+    main()
