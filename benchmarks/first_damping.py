@@ -12,9 +12,9 @@ import argparse
 import keras
 import numpy as np
 
+from benchmarks import rows as results
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
-from examples.tables import write_rows
 from keras_hf import HessianFree, HFModel, LevenbergMarquardt
 
 SHARES = (1.0, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
@@ -90,18 +90,18 @@ def measure(problem, shares):
 
 
 def main():
-    """Parses the command line, trains, prints and writes the rows."""
+    """Trains, prints and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="*", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--csv", help="file to write the rows to")
-    arguments = parser.parse_args()
+    parser.add_argument("--share", nargs="*", type=float, default=SHARES)
+    arguments = results.parse(parser, {"problem": ["regression", "sinc"], "share": (1.0, 1e-2, 1e-4)})
     rows = []
     for problem in arguments.problem:
-        for row in measure(problem, SHARES):
+        for row in measure(problem, arguments.share):
             rows.append(row)
             print(*row.values(), sep=",", flush=True)
             if arguments.csv:
-                write_rows(arguments.csv, rows)
+                results.write(arguments.csv, rows)
 
 
 if __name__ == "__main__":

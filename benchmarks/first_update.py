@@ -7,12 +7,12 @@ Seconds of the clock, and of the processor, which others on the machine disturb 
 """
 
 import argparse
-import csv
 import time
 
 import keras
 import numpy as np
 
+from benchmarks import rows as results
 from keras_hf import HessianFree, HFModel, LevenbergMarquardt
 
 
@@ -35,23 +35,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--cases", type=int, default=1500)
-    parser.add_argument("--csv", help="file for the results")
-    args = parser.parse_args()
+    args = results.parse(parser, {"networks": ["dense"]})
     rows = [
-        (network, method, *row)
+        {"network": network, "method": method, **row}
         for network in args.networks
         for method in ("hf", "adam")
         for row in measure(network, method, args.cases)
     ]
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["network", "method", "call", "seconds", "cpu_seconds"])
-            writer.writerows(rows)
+        results.write(args.csv, rows)
 
 
 def measure(network, method, num_cases):
-    """Times the calls of one model; returns rows of call, seconds and seconds of the processor."""
+    """Times the calls of one model; returns rows of call, seconds and seconds of the processor, dicts."""
     build, shape = NETWORKS[network]
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(num_cases, *shape)).astype("float32")
@@ -81,10 +77,9 @@ def measure(network, method, num_cases):
     for name, call in calls.items():
         start, cpu = time.perf_counter(), time.process_time()
         call()
-        rows.append((name, f"{time.perf_counter() - start:.2f}", f"{time.process_time() - cpu:.2f}"))
-        print(
-            f"{network:6s} {method:5s} {name:22s} {rows[-1][1]:>7s} s {rows[-1][2]:>7s} s of the processor", flush=True
-        )
+        seconds, cpu_seconds = f"{time.perf_counter() - start:.2f}", f"{time.process_time() - cpu:.2f}"
+        rows.append({"call": name, "seconds": seconds, "cpu_seconds": cpu_seconds})
+        print(f"{network:6s} {method:5s} {name:22s} {seconds:>7s} s {cpu_seconds:>7s} s of the processor", flush=True)
     return rows
 
 

@@ -16,9 +16,10 @@ import itertools
 from functools import partial
 from pathlib import Path
 
+from benchmarks import rows as results
 from benchmarks.time_to_error import PROBLEMS, fit_hessian_free, fit_recipe, train, until_each
 from examples.baselines import LastIterate
-from examples.tables import read_rows, write_rows
+from examples.tables import read_rows
 from keras_hf import (
     ConstantDamping,
     EmpiricalFisher,
@@ -111,6 +112,11 @@ def levers_of_recipe(num_cases):
 NEVER = RelativeProgress(tolerance=1e-12)
 BASES = {"defaults": (fit_hessian_free, levers_of_defaults), "recipe": (fit_recipe, levers_of_recipe)}
 MAX_SEEDS = 10
+QUICK = {
+    "lever": ["defaults", "no preconditioner", "all cases from the start"],
+    "seconds": 6.0,
+    "out": Path("runs", "bench", "levers"),
+}
 NO_ARGUMENTS = ("damping_rule", "sparse")  # Of `HessianFree`.
 
 
@@ -146,13 +152,13 @@ def main(arguments=None):
         arguments: List of strings, as on the command line; None takes those.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices={problem for problem, _ in SECONDS}, required=True)
+    parser.add_argument("--problem", choices={problem for problem, _ in SECONDS}, default="small-curves")
     parser.add_argument("--base", choices=BASES, default="defaults", help="what is changed")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], choices=range(MAX_SEEDS), metavar="SEED")
     parser.add_argument("--lever", nargs="+", help="names; default: all")
     parser.add_argument("--seconds", type=float, help="instead of the problem's own, to try things out")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args(arguments)
+    args = results.parse(parser, QUICK, arguments)
     seconds = args.seconds or SECONDS.get((args.problem, args.base))
     if seconds is None:
         parser.error(f"Give --seconds: none are set for {args.base} on {args.problem}.")
@@ -170,7 +176,7 @@ def main(arguments=None):
         for seed in range(MAX_SEEDS)
         if (path := path_of(folder, name, seed)).exists()
     ]
-    write_rows(folder.with_suffix(".csv"), table)
+    results.write(args.csv or folder.with_suffix(".csv"), table)
 
 
 if __name__ == "__main__":

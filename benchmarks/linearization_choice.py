@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import rows as results
 from benchmarks.product_cost import small_cnn
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
-from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, HFModel
 from keras_hf.problem.fixed_network import Data
 
@@ -64,13 +64,15 @@ def main():
     """Times and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--csv", help="file for the results")
-    args = parser.parse_args()
+    parser.add_argument("--networks", nargs="+", help="some of the names in `networks`; default: all")
+    args = results.parse(parser, {"rounds": 3, "networks": ["CURVES autoencoder", "transformer encoder"]})
     rows = []
     for name, (network, loss, cases) in networks().items():
+        if args.networks and name not in args.networks:
+            continue
         rows += measure(name, network, loss, cases, args.rounds)
         if args.csv:
-            write_rows(args.csv, rows)
+            results.write(args.csv, rows)
 
 
 def measure(name, network, loss, cases, rounds):

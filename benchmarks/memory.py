@@ -21,6 +21,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import rows as results
+
 # Solver, linearization, preconditioner, and the bound of the kept iterates.
 WAYS = {
     "forward": ("cg", "forward", "identity", None),
@@ -43,6 +45,7 @@ COLUMNS = (
 ).split()
 MIB = 2**20
 PIECE = 100_000
+QUICK = {"cases": [10**4], "weights": [10**6], "direct": [], "ways": ["double, kronecker", "momentum"]}
 
 
 def main(arguments=None):
@@ -52,14 +55,13 @@ def main(arguments=None):
     parser.add_argument("--weights", type=int, nargs="*", default=list(WEIGHTS))
     parser.add_argument("--direct", type=int, nargs="*", default=[10**3, 10**4], help="cases for DirectSolver")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--quick", action="store_true", help="the smallest of each only")
-    parser.add_argument("--csv", help="file for the results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    args = results.parse(parser, QUICK, arguments)
     if args.one:
         print(json.dumps(measure(*json.loads(args.one))))
         return
-    known = {_key(row): row for row in _read(args.csv)}
+    rows = _read(args.csv)
+    known = {_key(row) for row in rows}
     gradients = {}
     for over, source, cases, size, way in jobs(args):
         key = (over, source, str(cases), *map(str, WAYS[way]))
@@ -83,22 +85,22 @@ def main(arguments=None):
         }
         print(*row.values(), sep="  ", flush=True)
         if args.csv:
-            _add(args.csv, row)
+            rows.append(row)
+            results.write(args.csv, rows)
 
 
 def jobs(args):
     """Yields what is to be measured: over what, the source of the cases, their number, the number of weights, and the way."""
     chosen = lambda ways: [way for way in ways if way in args.ways]  # noqa: E731
-    least = lambda values: values[:1] if args.quick else values  # noqa: E731
-    for cases in least(args.cases):
+    for cases in args.cases:
         for way in chosen(OVER_CASES):
             yield "cases", "arrays", cases, 0, way
         if cases > PIECE and "double" in args.ways:
             yield "cases", "dataset", cases, 0, "double"
-    for weights in least(args.weights):
+    for weights in args.weights:
         for way in chosen(OVER_WEIGHTS):
             yield "weights", "arrays", 256, weights, way
-    for cases in least(args.direct):
+    for cases in args.direct:
         for way in chosen(("direct",)):
             yield "direct", "arrays", cases, 300, way
 
@@ -249,15 +251,6 @@ def _read(path):
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def _add(path, row):
-    from examples.tables import add_row, write_rows
-
-    if Path(path).exists():
-        add_row(path, row)
-    else:
-        write_rows(path, [row])
 
 
 if __name__ == "__main__":

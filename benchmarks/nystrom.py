@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import rows as results
 from examples.baselines import recipe
-from examples.tables import write_rows
 from keras_hf import EmpiricalFisherDiagonal, HFModel, Identity, Nystrom
 
 PRECONDITIONERS = {
@@ -128,19 +128,18 @@ def measure(preconditioner, updates, every, seed, num_points=32):
 def main():
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", help="file for the results")
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--every", type=int, default=50, help="updates between rows")
     parser.add_argument("--preconditioner", choices=PRECONDITIONERS, nargs="+", default=tuple(PRECONDITIONERS))
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = results.parse(parser, {"updates": 60, "every": 20})
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
     rows = []
     for name in args.preconditioner:
         rows += measure(PRECONDITIONERS[name], args.updates, args.every, args.seed)
         if args.csv and rows:
-            write_rows(args.csv, rows)
+            results.write(args.csv, rows)
 
 
 if __name__ == "__main__":

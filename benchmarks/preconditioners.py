@@ -12,10 +12,10 @@ import time
 
 import keras
 
+from benchmarks import rows as results
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy, squared_error
 from examples.baselines import recipe
 from examples.datasets import synthetic_curves
-from examples.tables import write_rows
 from keras_hf import EmpiricalFisherDiagonal, HFModel, KroneckerFactored
 
 PRECONDITIONERS = {"EmpiricalFisherDiagonal": EmpiricalFisherDiagonal, "KroneckerFactored": KroneckerFactored}
@@ -66,12 +66,11 @@ def measure(preconditioner, max_cg_iterations, x, seconds, seed):
 def main():
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", help="file for the results")
     parser.add_argument("--seconds", type=float, default=90.0, help="of training in one run, at most")
     parser.add_argument("--max-cg-iterations", type=int, nargs="+", default=(250, 50))
     parser.add_argument("--preconditioner", choices=PRECONDITIONERS, nargs="+", default=tuple(PRECONDITIONERS))
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = results.parse(parser, {"seconds": 12.0, "max_cg_iterations": (50,)})
     x = synthetic_curves(NUM_CASES, args.seed)
     rows = []
     for limit in args.max_cg_iterations:
@@ -79,7 +78,7 @@ def main():
             rows.append(measure(PRECONDITIONERS[name], limit, x, args.seconds, args.seed))
             print(rows[-1], flush=True)
             if args.csv:
-                write_rows(args.csv, rows)
+                results.write(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import rows as results
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
-from examples.tables import write_rows
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
 from keras_hf.problem.fixed_network import Data
 from keras_hf.solvers.stopping import StoppingRule
@@ -46,8 +46,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--csv", help="file for the results")
-    args = parser.parse_args()
+    args = results.parse(parser, {"cases": 1000, "rounds": 3})
 
     x = tf.constant(synthetic_curves(args.cases, seed=0))
     model = HFModel(build_autoencoder(SETTINGS["curves", "full"].widths, l2=2e-5, seed=0))
@@ -60,7 +59,7 @@ def main():
     model.compile(optimizer=HessianFree(micro_batch_size=args.cases), loss=loss)
     rows += measure("small CNN", model, images, labels, args.rounds)
     if args.csv:
-        write_rows(args.csv, rows)
+        results.write(args.csv, rows)
 
 
 def measure(network, model, x, y, rounds):
@@ -99,17 +98,24 @@ def small_cnn():
     )
 
 
-def timed_quantities(model, x, y):
-    """Returns a dict from name to a callable that gives the seconds of one."""
+def compiled_gradient(model, x, y):
+    """Returns a function without arguments: the gradient of the loss as one array `(n,)`, compiled as Keras compiles it."""
     variables = [variable.value for variable in model.trainable_variables]
-    v = tf.random.stateless_normal([model.count_params()], seed=[0, 0])
-    diagonal = 0.1 + tf.random.stateless_uniform([model.count_params()], seed=[0, 1])
 
     @tf.function
     def gradient():
         with tf.GradientTape() as tape:
             loss = model.compute_loss(x, y, model.network(x, training=True))
         return tf.concat([tf.reshape(g, [-1]) for g in tape.gradient(loss, variables)], 0)
+
+    gradient()
+    return lambda: gradient().numpy()
+
+
+def timed_quantities(model, x, y):
+    """Returns a dict from name to a callable that gives the seconds of one."""
+    v = tf.random.stateless_normal([model.count_params()], seed=[0, 0])
+    diagonal = 0.1 + tf.random.stateless_uniform([model.count_params()], seed=[0, 1])
 
     def on_objective(function):
         compiled = tf.function(autograph=False)(
@@ -147,7 +153,7 @@ def timed_quantities(model, x, y):
     loss_at = on_objective(lambda objective, count: objective.loss_at(tf.zeros_like(v)))
     squares = on_objective(lambda objective, count: objective.squared_gradients())
     return {
-        "gradient": once(gradient),
+        "gradient": once(compiled_gradient(model, x, y)),
         "loss": once(loss_at),
         "squared gradients of all cases": once(squares),
         **{name: per_repeat(products(curvature)) for name, curvature in PRODUCTS.items()},

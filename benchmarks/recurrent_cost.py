@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+from benchmarks import rows as results
+
 WAYS = {
     "loop, double": (False, "double", False),
     "loop, double, XLA": (False, "double", True),
@@ -33,9 +35,8 @@ def main():
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     parser.add_argument("--units", type=int, default=100)
     parser.add_argument("--no-structural", action="store_true", help="products without hidden states in them")
-    parser.add_argument("--csv", help="file for the results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = results.parse(parser, {"lengths": [50], "cases": [100], "ways": ["loop, double", "unrolled, forward"]})
     if args.one:
         print(json.dumps(measure(*json.loads(args.one))))
         return
@@ -52,9 +53,7 @@ def main():
                 rows.append({"length": length, "cases": cases, "way": way, **json.loads(done.stdout.splitlines()[-1])})
                 print(rows[-1], flush=True)
     if args.csv and rows:
-        from examples.tables import write_rows
-
-        write_rows(args.csv, rows)
+        results.write(args.csv, rows)
 
 
 def measure(length, cases, units, way, structural):

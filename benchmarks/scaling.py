@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import rows as results
 from examples.distributed import free_addresses
 
 
@@ -28,9 +29,8 @@ def main():
     parser.add_argument("--cases", type=int, nargs="+", default=[2000, 8000], help="of one process")
     parser.add_argument("--size", choices=("demo", "full"), default="full", help="of the network")
     parser.add_argument("--updates", type=int, default=8)
-    parser.add_argument("--csv", help="file for the results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = results.parse(parser, {"cases": [1000], "size": "demo", "updates": 4})
     if args.one:
         measure(**json.loads(args.one))
         return
@@ -46,9 +46,7 @@ def main():
             rows.append({"cases": cases, "setting": name, **run(args, clusters)})
             print(rows[-1], flush=True)
     if args.csv:
-        from examples.tables import write_rows
-
-        write_rows(args.csv, rows)
+        results.write(args.csv, rows)
 
 
 def run(args, clusters):

@@ -9,13 +9,14 @@ first compiled call did to weights and state is undone, and the clock starts. It
     python -m benchmarks.time_to_error run --problem small-curves --method adam --grid --seed 0
     python -m benchmarks.time_to_error run --problem small-curves --method adam --best --seed 0 1 2
     python -m benchmarks.time_to_error table --problem small-curves
+    python -m benchmarks.time_to_error quick
 
 Each run writes a CSV file of its own, PROBLEM/METHOD-SETTING-seedSEED.csv, and a run whose file is complete is not made
 again: calls that were cut short can be repeated. Shorter runs of a grid lie in PROBLEM/grid. `train_error` and
 `test_error` are squared errors per case (autoencoders) or cross-entropies without penalty (classifiers), `cost` the
 passes over the training set in gradients, of Hessian-free updates as `keras_hf.recorder.update_cost` counts them; the
 runs in `results` have another formula (docs/faster.md). `table` writes the seconds until the first row at or below each
-target, and a figure.
+target, and a figure. `quick` runs four methods for ten seconds each, and then `table`.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from benchmarks import rows as results
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy, squared_error
 from examples.baselines import (
     NesterovMomentum,
@@ -49,7 +51,7 @@ from examples.baselines import (
 )
 from examples.datasets import mnist, synthetic_curves
 from examples.experiments import plot
-from examples.tables import read_rows, write_rows
+from examples.tables import read_rows
 from keras_hf import (
     ConjugateGradient,
     GrowingBatch,
@@ -315,6 +317,8 @@ def _product(**choices):
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+# The settings of `quick`.
+QUICK = {"hf": 1, "adam": 2, "muon": 2, "lbfgs": 0}
 SHARED = ("l2",)  # What any setting may hold besides its method's own arguments.
 # By method and kind of problem or, before that, by method and problem. The number of a setting is its place: append. Learning rates are for a
 # loss summed over pixels (autoencoders) and averaged over cases.
@@ -485,12 +489,25 @@ def train(path, problem, fit, setting, seed, seconds, sparse=True):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
     cases = problem.load(seed)
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(seed)
-    network = problem.build(setting.get("l2", problem.l2), sparse)
+    network = starting_network(problem, setting.get("l2", problem.l2), seed, sparse)
     recorder = Curve(problem, network, cases, partial_path, seconds)
     fit(problem, setting, network, cases, recorder, seed)
     partial_path.rename(path)
+    results.note(path)
+
+
+def starting_network(problem, l2, seed, sparse=True):
+    """Builds a problem's network with the weights that every run of a seed starts from.
+
+    Args:
+        problem: A `Problem`.
+        l2: Float c of the penalty `c/2 ||w||^2`.
+        seed: Integer, which also becomes Keras' global seed.
+        sparse: Boolean, whether weights start sparse.
+    """
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    return problem.build(l2, sparse)
 
 
 def until(rows, target, measure="seconds"):
@@ -593,7 +610,7 @@ def write_table(name, problem, runs, path):
                 **{column: last[column] for column in last if column != "num_cases"},
             }
         )
-    write_rows(path, table)
+    results.write(path, table)
 
 
 def print_table(problem, runs):
@@ -682,13 +699,24 @@ def table_command(args):
     print_table(problem, best)
 
 
+def quick_command(args):
+    """Runs some methods on small curves, each with the setting that was its best there, and writes the table."""
+    args.problem, args.seed, args.grid = "small-curves", [0], False
+    for method, number in QUICK.items():
+        args.method, args.setting = [method], [number]
+        run_command(args)
+    table_command(args)
+
+
 def parse(arguments):
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running, table = commands.add_parser("run"), commands.add_parser("table")
+    running, table, quick = (commands.add_parser(name) for name in ("run", "table", "quick"))
+    quick.set_defaults(seconds=10.0)
     for command in (running, table):
         command.add_argument("--problem", choices=PROBLEMS, required=True)
+    for command in (running, table, quick):
         command.add_argument("--out", type=Path, help=f"folder; default: {RESULTS}, or {TRIALS} with --seconds")
         command.add_argument("--seconds", type=float, help="instead of the problem's own, to try things out")
     running.add_argument("--method", choices=METHODS, nargs="+", required=True)
@@ -709,7 +737,7 @@ def main(arguments=None):
         arguments: List of strings, as on the command line; None takes those.
     """
     args = parse(arguments)
-    {"run": run_command, "table": table_command}[args.command](args)
+    {"run": run_command, "table": table_command, "quick": quick_command}[args.command](args)
 
 
 if __name__ == "__main__":
