@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint docs
+.PHONY: demo test test-slow lint docs bench peers
 
 demo: .venv/examples.installed
 	$(BIN)/python -m examples.demo
@@ -23,6 +23,19 @@ lint: .venv/lint.installed
 # Into site/; warnings fail.
 docs: .venv/docs.installed
 	$(BIN)/python -m mkdocs build --strict
+
+# The quick form of every benchmark, about ten minutes, into runs/bench.
+bench: .venv/benchmarks.installed peers
+	$(BIN)/python -m benchmarks
+
+# Other libraries, each in an environment of its own: about 2.5 GB with wheels for CPUs, more where pip finds those with CUDA alone.
+PEERS := jax torch kfac
+peers: $(PEERS:%=.venv-peers/%.installed)
+
+.venv-peers/%.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 # One stamp for each extra of setup.cfg; a change there installs it again.
 .venv/%.installed: setup.cfg | .venv

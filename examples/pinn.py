@@ -102,7 +102,14 @@ def parse(arguments):
 
 
 def train(problem, method, rate, path, seed, seconds, max_updates=10**9):
-    """Trains a network by a method, for a given time, and writes the file and, beside it, what the figure shows of the solution.
+    """Does what `run` does, writes beside the file what the figure shows of the solution, and returns the `ErrorRecorder`."""
+    pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates)
+    np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
+    return recorder
+
+
+def run(problem, method, rate, path, seed, seconds, max_updates=10**9):
+    """Trains a network by a method, for a given time, and writes the file.
 
     Args:
         problem: A `pinn_problems.Problem`, whose coefficients are trained from what they are.
@@ -114,7 +121,7 @@ def train(problem, method, rate, path, seed, seconds, max_updates=10**9):
         max_updates: Integer, after which training ends even earlier.
 
     Returns:
-        The `ErrorRecorder`.
+        The `PINN` and the `ErrorRecorder`.
     """
     pinn = problems.build(problem, seed)
     x, y, sample_weight = problems.training_cases(problem, pinn, seed)
@@ -136,8 +143,7 @@ def train(problem, method, rate, path, seed, seconds, max_updates=10**9):
         if method.endswith("lbfgs"):
             options = {"maxcor": 50, "maxfun": 10**9, "ftol": 0.0}
             minimize_by_scipy("L-BFGS-B", options, function, len(y), recorder)
-    np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
-    return recorder
+    return pinn, recorder
 
 
 def weighted_squares(y_true, y_pred):
