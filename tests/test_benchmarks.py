@@ -1,16 +1,21 @@
 import math
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import levers, memory, nystrom, time_to_error
+from benchmarks import __main__ as runner
+from benchmarks import figures, levers, memory, nystrom, time_to_error
+from benchmarks import rows as results
 from benchmarks.time_to_error import Cases, Curve, Problem
 from examples import baselines
 from examples.autoencoder import squared_error
 from examples.tables import read_rows
 from keras_hf import HFModel, Nystrom, UpdateRecorder, read_updates
+
+ROOT = Path(runner.__file__).parent
 
 
 def tiny_cases(seed):
@@ -305,7 +310,7 @@ def test_levers_change_one_thing_each(tmp_path, monkeypatch):
     names = ["defaults", "damping lowered above .75"]
     arguments = ["--problem", "small-curves", "--seconds", "0.2", "--out", str(tmp_path), "--lever", *names]
     levers.main(arguments)
-    paths = sorted((tmp_path / "small-curves-defaults").iterdir())
+    paths = sorted((tmp_path / "small-curves-defaults").glob("*.csv"))
     assert [path.name for path in paths] == [levers.path_of(tmp_path, name, 0).name for name in sorted(names)]
     written = [path.stat().st_mtime_ns for path in paths]
     levers.main(arguments)
@@ -375,3 +380,32 @@ def test_a_bound_on_the_kept_iterates_saves_their_memory_and_no_row_is_measured_
     written = path.stat().st_mtime_ns
     memory.main(arguments)
     assert path.stat().st_mtime_ns == written
+
+
+def test_every_script_is_run_by_make_bench_and_has_a_quick_form():
+    scripts = {path.stem for path in ROOT.glob("*.py")} - {"__main__", "rows", "figures"}
+    assert scripts == {name for name in runner.BENCHMARKS if "." not in name}
+    commands = [runner.command(name, False, Path("out")) for name in runner.BENCHMARKS]
+    assert all("--quick" in command or "quick" in command for command in commands)
+    outputs = [command[-1] for command in commands]
+    assert len(set(outputs)) == len(outputs) and all(Path(output).parent == Path("out") for output in outputs)
+
+
+def test_a_benchmark_of_another_name_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        runner.main(["products"])
+    assert "NAME must be one of first_update" in capsys.readouterr().err
+
+
+def test_comparisons_are_drawn_from_their_files(tmp_path):
+    row = {"network": "small", "cases": 5, "library": "keras_hf", "gradients": 1.2, "product_seconds": 0.1}
+    course = [{"seconds": t, "error": 1 / (1 + t), "train_error": 1 / (1 + t)} for t in range(3)]
+    for folder, name, rows in (
+        ("peers.products", "keras_hf", [row]),
+        ("peers.products", "jax", [{**row, "library": "JAX"}]),
+        ("peers.fits", "poisson-scipy-trf-seed0", course),
+        ("peers.minibatches/mnist-autoencoder", "kfac-jax-0-seed0", course),
+    ):
+        results.write(tmp_path / folder / f"{name}.csv", rows)
+    figures.main([str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fits.png", "minibatches.png", "products.png"]
