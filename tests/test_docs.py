@@ -22,7 +22,16 @@ from keras_hf.solvers.solver import LocalModel
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
 # An index and measurements.
-WITHOUT_CODE = {"README.md", "experiments.md", "faster.md", "scaling.md", "support.md", "which-solver.md"}
+WITHOUT_CODE = {
+    "README.md",
+    "architecture.md",
+    "experiments.md",
+    "faster.md",
+    "keras-460.md",
+    "scaling.md",
+    "support.md",
+    "which-solver.md",
+}
 WITH_CODE = sorted(set(PAGES) - WITHOUT_CODE)
 # Pages that take more than five seconds.
 SLOW = set(WITH_CODE) - {"how-it-works.md"}
@@ -99,6 +108,20 @@ def test_the_index_of_the_reference_links_every_name():
     assert sorted(linked) == sorted(
         (path, anchor) for path in REFERENCE for anchor in anchors(path) if anchor.startswith("keras_hf.")
     )
+
+
+def test_the_architecture_names_every_room_and_program():
+    text = PAGES["architecture.md"].read_text(encoding="utf-8")
+    sections = re.split(r"^`(keras_hf/.*?|examples/)`", text, flags=re.MULTILINE)
+    named = {
+        folder.rstrip("/"): sorted(
+            name for row in re.findall(r"^\| (`.*?) \|", rows, re.M) for name in re.findall(r"`(\w+\.py)`", row)
+        )
+        for folder, rows in zip(sections[1::2], sections[2::2], strict=True)
+    }
+    assert set(named) == {"keras_hf", "keras_hf/solvers", "keras_hf/problem", "keras_hf/common", "examples"}
+    for folder, names in named.items():
+        assert names == sorted(path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
 
 
 @pytest.mark.parametrize("name", hooks.NOTEBOOKS)
