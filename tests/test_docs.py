@@ -124,6 +124,25 @@ def test_the_architecture_names_every_room_and_program():
         assert names == sorted(path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
 
 
+RESULTS = ROOT / "benchmarks" / "results"
+_CITED = {
+    (ROOT / path.rstrip("/.")).resolve()
+    for page in [ROOT / "README.md", *PAGES.values()]
+    for path in re.findall(r"benchmarks/results/[\w./-]+", page.read_text(encoding="utf-8"))
+}
+
+
+def test_cited_results_are_there():
+    assert len(_CITED) > 10
+    assert [path for path in _CITED if not path.exists()] == []
+
+
+def test_every_result_is_cited_by_a_page():
+    """By its name, or by that of a folder which holds it."""
+    files = [path for path in RESULTS.rglob("*") if path.is_file()]
+    assert [path for path in files if not _CITED & {path, *path.parents}] == []
+
+
 @pytest.mark.parametrize("name", hooks.NOTEBOOKS)
 def test_a_notebook_runs_what_its_page_runs(name):
     cells = hooks.notebook(PAGES[name].read_text(encoding="utf-8")).cells
