@@ -1,8 +1,10 @@
 # Every target makes the virtual environment it needs, and installs nothing outside it.
 PYTHON ?= python3
 BIN := .venv/bin
+# tensorflow==2.20.0 and so on.
+LOWEST = $(shell sed -En 's/^    (tensorflow|keras|numpy)>=(.*)/\1==\2.0/p' setup.cfg)
 
-.PHONY: demo test test-slow lint docs bench peers
+.PHONY: demo test test-slow test-lowest lint docs bench peers
 
 demo: .venv/examples.installed
 	$(BIN)/python -m examples.demo
@@ -15,6 +17,10 @@ test-slow: .venv/test.installed
 # Starts processes of its own, as many as two cores can take. Of several workers each would start them again: `--dist loadgroup` does not keep tests
 # of one fixture together under pytest 9.2 (pytest-xdist, issue 1386).
 	$(BIN)/python -m pytest -m slow tests/test_workers.py
+
+# The lowest versions that setup.cfg allows, in an environment of their own; PYTHON=python3.11, since NumPy 2.0 has no wheels for 3.13.
+test-lowest: .venv-lowest/test.installed
+	.venv-lowest/bin/python -m pytest -n auto -m "not slow"
 
 lint: .venv/lint.installed
 	$(BIN)/ruff check .
@@ -40,6 +46,11 @@ peers: $(PEERS:%=.venv-peers/%.installed)
 # One stamp for each extra of setup.cfg; a change there installs it again.
 .venv/%.installed: setup.cfg | .venv
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv-lowest/test.installed: setup.cfg
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --editable ".[test]" $(LOWEST)
 	touch $@
 
 .venv:
