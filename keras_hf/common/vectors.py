@@ -86,12 +86,19 @@ def inner_product(a, b):
 
 def gram(matrix):
     """Returns `B'B`, `(n, n)`, of B `(m, n)`, n static. Of large ones only the upper half is multiplied, strip by strip."""
-    num_columns = matrix.shape[1]
-    if num_columns < 3 * _STRIP:
-        return tf.matmul(matrix, matrix, transpose_a=True)
-    strips = [
-        tf.pad(tf.matmul(matrix[:, i : i + _STRIP], matrix[:, i:], transpose_a=True), [[0, 0], [i, 0]])
-        for i in range(0, num_columns, _STRIP)
-    ]
+    return _of_upper_half(matrix.shape[1], lambda i, j: tf.matmul(matrix[:, i:j], matrix[:, i:], transpose_a=True))
+
+
+def row_gram(matrix):
+    """Returns `BB'`, `(m, m)`, of B `(m, n)`, m static, as `gram` does; B is not transposed, which would take its memory once more."""
+    return _of_upper_half(matrix.shape[0], lambda i, j: tf.matmul(matrix[i:j], matrix[i:], transpose_b=True))
+
+
+def _of_upper_half(size, strip):
+    """The symmetric matrix `(size, size)` of which `strip(i, j)` is rows i to j of the upper half, from column i on."""
+    if size < 3 * _STRIP:
+        return strip(0, size)
+    starts = range(0, size, _STRIP)
+    strips = [tf.pad(strip(i, i + _STRIP), [[0, 0], [i, 0]]) for i in starts]
     upper = tf.linalg.band_part(tf.concat(strips, 0), 0, -1)
     return upper + tf.transpose(upper) - tf.linalg.diag(tf.linalg.diag_part(upper))

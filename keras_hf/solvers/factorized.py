@@ -8,7 +8,7 @@ Fukaya et al. (2020), *Shifted Cholesky QR for computing the QR factorization of
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common.vectors import gram
+from keras_hf.common.vectors import row_gram
 
 # Below this power of the rounding, relative to the trace of B'B, a damping leaves no digits of the step.
 LEAST_DAMPING_POWER = 1.25
@@ -34,7 +34,8 @@ def primal_solver(rows, product, damping, added=None):
     identity = tf.eye(product.shape[0], dtype=product.dtype)
     beside = damping * identity if added is None else added + damping * identity
 
-    factor = _factor(product, beside, damping, rows.jacobian)
+    transposed = None if rows.jacobian is None else lambda: tf.transpose(rows.jacobian)
+    factor = _factor(product, beside, damping, transposed)
 
     def apply(x):
         return damping * x if added is None else tf.linalg.matvec(beside, x)
@@ -63,11 +64,12 @@ def dual_solver(jacobian, damping, added=None):
     largest = tf.reduce_max(inverse)
     # Divided by the largest: then nothing overflows however small the damping is.
     share, shift = inverse / largest, 1 / largest
-    weighted = jacobian * share
-    tall = tf.transpose(jacobian * tf.sqrt(share))
+    # Without regularizers the share is 1, and no copy of the Jacobian is made.
+    weighted = jacobian if added is None else jacobian * share
+    rooted = jacobian if added is None else jacobian * tf.sqrt(share)
     identity = tf.eye(jacobian.shape[0], dtype=jacobian.dtype)
 
-    factor = _factor(gram(tall), shift * identity, shift, tall)
+    factor = _factor(row_gram(rooted), shift * identity, shift, lambda: rooted)
 
     def solve(u, h=None):
         right = u if h is None else u - tf.linalg.matvec(jacobian, inverse * h)
@@ -80,24 +82,24 @@ def dual_solver(jacobian, damping, added=None):
     return solve
 
 
-def _factor(product, beside, damping, jacobian):
-    """A lower factor F with `FF' = product + beside`, where the product is `jacobian' jacobian` and beside is at least the damping.
+def _factor(product, beside, damping, root):
+    """A lower factor F with `FF' = product + beside`, where the product is `root() root()'` and beside is at least the damping.
 
-    Cholesky's. Where the damping is lost in the rounding of the Gram matrix, that of a shifted one serves to orthogonalize the Jacobian nearly, and
-    Cholesky's factor of what is left makes it exact, as a QR factorization would: without its many small steps.
+    Cholesky's. Where the damping is lost in the rounding of the Gram matrix, that of a shifted one serves to orthogonalize the root's rows nearly,
+    and Cholesky's factor of what is left makes it exact, as a QR factorization would: without its many small steps.
     """
     rounding = float(np.finfo(product.dtype.as_numpy_dtype).eps)
     shift = _SHIFT * rounding * tf.linalg.trace(product)
-    if jacobian is None:
+    if root is None:
         return tf.linalg.cholesky(product + beside)
     identity = tf.eye(product.shape[0], dtype=product.dtype)
 
     def twice():
         first = tf.linalg.cholesky(product + beside + shift * identity)
-        orthogonal = tf.linalg.triangular_solve(first, tf.transpose(jacobian))
+        orthogonal = tf.linalg.triangular_solve(first, root())
         left = tf.linalg.triangular_solve(first, beside)
         left = tf.linalg.triangular_solve(first, tf.transpose(left))
-        return tf.matmul(first, tf.linalg.cholesky(gram(tf.transpose(orthogonal)) + left))
+        return tf.matmul(first, tf.linalg.cholesky(row_gram(orthogonal) + left))
 
     return tf.cond(damping < _LOST * shift, twice, lambda: tf.linalg.cholesky(product + beside))
 
