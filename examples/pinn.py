@@ -6,7 +6,8 @@ Run from the root of the repository:
     python -m examples.pinn --problem burgers --seconds 300 --methods hf
     python -m examples.pinn --problem poisson --methods
 
-`examples/pinn_problems.py` holds the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with `LevenbergMarquardt()`; `adam` is the best,
+`examples/pinn_problems.py` holds the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with `LevenbergMarquardt()`; `cg` has
+`ConjugateGradient` in its place, for networks of which a factorization takes too long; `adam` is the best,
 by the loss in the end, of the rates of `--rates`, each of which gets the whole time and decays along a cosine; `adam+lbfgs` is L-BFGS after the
 best of them, which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the trust-region method of `scipy.optimize.least_squares`.
 
@@ -29,19 +30,22 @@ from scipy import optimize
 from examples import pinn_problems as problems
 from examples.baselines import LABELS, LossAndGradient, Recorder, minimize_by_scipy
 from examples.tables import read_rows
-from keras_hf import DirectSolver, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import ConjugateGradient, DirectSolver, HessianFree, HFModel, LevenbergMarquardt, Nystrom
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-METHODS = ("hf", "adam", "lbfgs", "adam+lbfgs", "least-squares")
+METHODS = ("hf", "cg", "adam", "lbfgs", "adam+lbfgs", "least-squares")
 RESULTS = Path("runs", "pinn")
 # Adam's steps in one call: the work between calls would otherwise be as long as a step.
 STEPS_PER_EXECUTION = 20
 # Of the time of "adam+lbfgs".
 ADAM_SHARE = 0.2
 STEPS_PER_EPOCH = 1000
-HF_LOGS = "damping", "arc_step", "acceleration", "step_size", "rejected"
+HF_LOGS = {
+    "hf": ("damping", "arc_step", "acceleration", "step_size", "rejected"),
+    "cg": ("damping", "cg_iterations", "reduction_ratio", "step_size", "rejected"),
+}
 NUM_ROWS = 60
 
 
@@ -126,10 +130,11 @@ def run(problem, method, rate, path, seed, seconds, max_updates=10**9):
     pinn = problems.build(problem, seed)
     x, y, sample_weight = problems.training_cases(problem, pinn, seed)
     model = HFModel(pinn)
-    model.compile(HessianFree(solver=DirectSolver(), seed=seed), "mse")
+    solver = ConjugateGradient(preconditioner=Nystrom(rank=60)) if method == "cg" else DirectSolver()
+    model.compile(HessianFree(solver=solver, growing_batch=None, seed=seed), "mse")
     objective = model.objective(x, y, sample_weight)
-    recorder = ErrorRecorder(problem, pinn, objective, path, seconds, max_updates, HF_LOGS if method == "hf" else ())
-    if method == "hf":
+    recorder = ErrorRecorder(problem, pinn, objective, path, seconds, max_updates, HF_LOGS.get(method, ()))
+    if method in HF_LOGS:
         fit(model, [LevenbergMarquardt(), recorder], x=x, y=y, sample_weight=sample_weight, batch_size=len(y))
     elif method == "least-squares":
         fit_least_squares(objective, recorder)

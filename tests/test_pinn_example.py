@@ -12,6 +12,7 @@ from scipy.integrate import solve_ivp
 from examples import pinn
 from examples import pinn_problems as problems
 from examples.tables import read_rows, write_rows
+from keras_hf.pinn import derivatives
 
 KNOWN = [name for name, make in problems.PROBLEMS.items() if make().exact]
 pytestmark = pytest.mark.usefixtures("float64")
@@ -75,6 +76,32 @@ def test_hard_constraints_hold_for_any_network(name):
     is_given = (np.abs(points[:, 1]) == 1) | (points[:, 0] == 0 if name == "burgers" else np.abs(points[:, 0]) == 1)
     expected = -np.sin(np.pi * points[:, 1:]) * (points[:, :1] == 0) if name == "burgers" else np.zeros_like(points)
     np.testing.assert_allclose(network.solution(points[is_given]), expected[is_given, :1], atol=1e-14)
+
+
+def test_allen_cahns_start_is_met_and_its_kink_rounded_off():
+    problem = problems.allen_cahn()
+    network = problems.build(problem, seed=0)
+    x = np.linspace(-1, 1, 41)[:, None]
+    np.testing.assert_allclose(network.solution(np.hstack([0 * x, x])), x**2 * np.cos(np.pi * x), atol=1e-9)
+
+    def slopes(t):
+        points = tf.constant([[t, -1.0], [t, 1.0]], "float64")
+        return derivatives(network.solution, points, "tx", "u_x").numpy()[:, 0]
+
+    for t in (1e-3, 0.05):
+        np.testing.assert_allclose(slopes(t)[0], slopes(t)[1], atol=1e-9)
+
+
+def test_allen_cahns_constraint_leaves_no_kink_to_the_network():
+    problem, solution = problems.allen_cahn(), problems.allen_cahn_solution()
+    points = problems.grid_points(problem)
+    constraint = problem.transform(tf.constant(points), tf.zeros([len(points), 1], "float64")).numpy()
+    # Between the first two points of the grid, at the kink; all is even in x.
+    for row in (1, 10, 50):
+        by_start, by_constraint = (
+            np.diff((solution - known)[row, :2]).item() for known in (solution[0], constraint.reshape(solution.shape))
+        )
+        assert abs(by_constraint) < 0.05 * abs(by_start)
 
 
 @pytest.mark.parametrize("name", ["convection", "reaction", "allen-cahn"])
