@@ -46,6 +46,7 @@ def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False, num_
     batch = batch.map(_of_any_length) if is_of_any_length else batch
     if seed is not None or num_replicas > 1:
 
+        @tf.autograph.experimental.do_not_convert
         def permuted(*tensors):
             places = tf.range(_num_cases(tensors))
             if seed is not None:
@@ -70,6 +71,7 @@ def in_batches(x, y, sample_weight, num_batches, is_shuffled):
         is_shuffled: Whether every epoch has the cases in another random order.
     """
 
+    @tf.autograph.experimental.do_not_convert
     def cut(*tensors):
         num_cases = tf.cast(_num_cases(tensors), tf.int64)
         places = tf.random.shuffle(tf.range(num_cases)) if is_shuffled else tf.range(num_cases)
@@ -105,6 +107,7 @@ def _num_cases(tensors):
     return tf.shape(next(t for t in keras.tree.flatten(tensors[0]) if t is not None))[0]
 
 
+@tf.autograph.experimental.do_not_convert
 def _of_any_length(*arrays):
     """The same arrays, their numbers of cases unknown to TensorFlow: another number then needs no other trace."""
 

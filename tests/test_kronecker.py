@@ -266,7 +266,7 @@ def test_pieces_of_any_size_give_the_same(micro_batch_size):
 def test_signs_are_fair_and_others_in_another_update():
     seeds = tf.stack([tf.range(200), tf.zeros([200], tf.int32)], 1)
     like = tf.zeros([200, 50], tf.float64)
-    signs, next_signs = (kronecker._signs(like, seeds + [0, i], 0).numpy() for i in (0, 1))
+    signs, next_signs = (kronecker._signs(like, seeds + [0, i], [0])[0].numpy() for i in (0, 1))
     assert set(np.unique(signs)) == {-1.0, 1.0}
     # A mean of 10,000 fair signs has a standard deviation of 0.01.
     assert abs(signs.mean()) < 0.04

@@ -2,6 +2,9 @@
 
 import tensorflow as tf
 
+# Numbers of a small state: choosing each costs less than a branch, whose operations are a tenth of those of a small network's update.
+_MOST_CHOSEN = 2**16
+
 
 class Part:
     """Base class of the parts passed to `HessianFree`. Subclasses with settings override `get_config`, those with state `initial_state`."""
@@ -38,8 +41,13 @@ def if_finite(new, old, agreed=tf.identity):
         agreed: Callable on a bool scalar, which returns what all workers go by; see `Objective.agreed`.
     """
     floats = [tensor for tensor in tf.nest.flatten(new) if tensor.dtype.is_floating]
+    if not floats:
+        return new
+    is_finite = agreed(all_finite(floats))
+    if sum(tensor.shape.num_elements() or _MOST_CHOSEN for tensor in floats) < _MOST_CHOSEN:
+        return tf.nest.map_structure(lambda new, old: tf.where(is_finite, new, old), new, old)
     # A branch, not a choice of every number: factors and inverses are many megabytes.
-    return tf.cond(agreed(all_finite(floats)), lambda: _copied(new), lambda: _copied(old))
+    return tf.cond(is_finite, lambda: _copied(new), lambda: _copied(old))
 
 
 def all_finite(tensors):

@@ -8,6 +8,8 @@ import tensorflow as tf
 _STRIP = 128
 # Products of an inner product that are summed in their own dtype.
 _BLOCK = 256
+# Below this, what a graph's operations cost outweighs what converting costs.
+_FEWEST_IN_BLOCKS = 2**14
 
 
 class SeparateRows(NamedTuple):
@@ -73,6 +75,8 @@ def dot(a, b):
     """Inner product of two vectors `(n,)`, summed in float64: relative progress of 1e-6 must be seen in float32 runs."""
     # Products and sums of a block stay in their dtype: their rounding averages out over blocks, at a third of the time of converting each product.
     products = a * b
+    if a.shape[0] and a.shape[0] < _FEWEST_IN_BLOCKS:
+        return tf.reduce_sum(tf.cast(products, tf.float64))
     in_blocks = a.shape[0] // _BLOCK * _BLOCK if a.shape[0] else 0
     blocks = tf.reduce_sum(tf.reshape(products[:in_blocks], [-1, _BLOCK]), 1)
     return tf.reduce_sum(tf.cast(tf.concat([blocks, products[in_blocks:]], 0), tf.float64))

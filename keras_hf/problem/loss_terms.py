@@ -95,7 +95,7 @@ class LossTerm:
 
     def case_losses(self):
         """What each case adds to the term, its weight included, float64 `(cases,)`; `None` where only the whole is known."""
-        _, values = self._evaluate(self._sample_weight)
+        values = self._unreduced()
         if values is None or values.shape.rank == 0 or self._loss.reduction not in (*_MEANS, "sum"):
             return None
         if self._sample_weight is None:
@@ -104,7 +104,9 @@ class LossTerm:
             weight = tf.cast(self._sample_weight, values.dtype)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weight)
-            value = self._scaled(*self._evaluate(weight))
+            # Of the values that are there: only how Keras reduces them depends on the weight.
+            with replaced((self._loss, "call", lambda *args, **kwargs: values)):
+                value = self._scaled(self._loss(self._y, self._y_pred, weight), values)
         losses = tape.gradient(value, weight, unconnected_gradients="zero")
         return tf.reduce_sum(tf.cast(weight * losses, tf.float64), list(range(1, weight.shape.rank)))
 

@@ -320,13 +320,14 @@ def _square_roots(piece, evaluation, seeds):
             vectors[number] = tf.cast(u, vectors[number].dtype)
             return at_least_float32(hessian(vectors)[number])
 
-        signs, others = (at_least_float32(_signs(output, seeds, 2 * number + salt)) for salt in (0, 1))
         if output.shape.rank > 1 and output.shape[-1] <= _MAX_COLUMNS:
+            (signs,) = _signs(output, seeds, [2 * number])
             root = _cholesky(product, output)
-            pull = tf.linalg.matvec(root, signs)
+            pull = tf.linalg.matvec(root, at_least_float32(signs))
             rows = tf.reshape(root, [-1, *root.shape[-2:]])
             mean = tf.einsum("nij,nkj->ik", rows, rows)
         else:
+            signs, others = map(at_least_float32, _signs(output, seeds, [2 * number, 2 * number + 1]))
             diagonal = tf.abs(others * product(others))
             pull = tf.sqrt(diagonal) * signs
             mean = tf.reduce_sum(diagonal, range(max(output.shape.rank - 1, 1)))
@@ -361,16 +362,16 @@ def _epsilon(dtype):
     return 2.0 ** -{"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[dtype.name]
 
 
-def _signs(like, seeds, salt):
-    """Returns random signs for every entry of `like`, as a function of the case's seeds and the entry's position in the case."""
+def _signs(like, seeds, salts):
+    """Returns random signs for every entry of `like`, for each salt, as a function of the case's seeds and the entry's position in the case."""
     # A hash: streams of TensorFlow's stateless generators depend on how many cases are drawn together.
-    of_case = tf.cast(tf.fill(tf.shape(seeds)[:1], salt), tf.uint32)
-    for seed in tf.unstack(seeds, axis=1):
-        of_case = _mixed(tf.bitwise.bitwise_xor(of_case, _mixed(tf.bitcast(seed, tf.uint32) + 1)))
+    of_case = tf.constant([salts], tf.uint32)
+    for seed in tf.split(_mixed(tf.bitcast(seeds, tf.uint32) + 1), seeds.shape[1], axis=1):
+        of_case = _mixed(tf.bitwise.bitwise_xor(of_case, seed))
     of_entry = _mixed(tf.cast(tf.range(tf.size(like) // tf.maximum(tf.shape(like)[0], 1)), tf.uint32))
-    bits = _mixed(of_case[:, None] + of_entry)
-    signs = 1 - 2 * tf.cast(bits >= 2**31, tf.int8)
-    return tf.cast(tf.reshape(signs, tf.shape(like)), like.dtype)
+    bits = _mixed(of_case[:, :, None] + of_entry)
+    signs = tf.cast(1 - 2 * tf.cast(bits >= 2**31, tf.int8), like.dtype)
+    return [tf.reshape(of_salt, tf.shape(like)) for of_salt in tf.unstack(signs, axis=1, num=len(salts))]
 
 
 def _mixed(bits):
