@@ -11,11 +11,15 @@ from keras_hf.problem.fixed_network import Task
 from keras_hf.problem.linearization import without_fused_kernels
 from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
 from keras_hf.problem.structure import second_derivatives_explained, trace_structure
+from keras_hf.solvers.kronecker import num_factored_weights
 
 _logger = logging.getLogger("keras_hf")
 
 # Where forming and factorizing the system takes about a second on two cores, and its Jacobian half a GiB.
 _MOST_OPERATIONS, _MOST_FLOATS = 2e10, 2**26
+# Where minibatches were measured (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all have Kronecker factors.
+_CLASSIFYING = {"categorical_crossentropy", "sparse_categorical_crossentropy"}
+_FEWEST_WEIGHTS, _LEAST_FACTORED = 10_000, 0.9
 
 
 class Choice(NamedTuple):
@@ -157,6 +161,25 @@ def exact_solver_pays(model, data, num_cases):
     with second_derivatives_explained({}):
         structure = trace_structure(task_of(model, None), data)
     return structure.is_vectorizable and not structure.without_rows
+
+
+def momentum_pays(model):
+    """Whether `PreconditionedMomentum` is the choice for a compiled and built model.
+
+    It is for classifiers whose weights nearly all have Kronecker factors, whatever the number of cases (docs/which-solver.md has the measurements).
+
+    Args:
+        model: `HFModel`, compiled and built.
+    """
+    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
+    if not names or not names <= _CLASSIFYING or overrides_compute_loss(model):
+        return False
+    variables = [variable.value for variable in model.trainable_variables]
+    num_weights = vectors.num_weights(variables)
+    if num_weights < _FEWEST_WEIGHTS:
+        return False
+    layers = keras_private.all_layers(model.network)
+    return num_factored_weights(layers, variables) >= _LEAST_FACTORED * num_weights
 
 
 def overrides_compute_loss(model):

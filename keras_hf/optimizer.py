@@ -55,9 +55,10 @@ class HessianFree(keras.optimizers.Optimizer):
         damping: Float >= 0, the coefficient of the identity at the start of training, in the scale of the loss. `None` (default): the first update
             sets it to a tenth of the curvature along the gradient, `g'Gg / g'g`, so that the scale of the loss does not matter. Once built,
             `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has set it.
-        solver: Computes steps from the quadratic model: `ConjugateGradient()`, or `DirectSolver()` for small networks to high precision. `None`
-            (default) takes `DirectSolver()` where digits are likely to count: a float64 network, the squared loss, all cases in one batch, and a
-            system that takes at most about a second to factorize; else `ConjugateGradient()`. The choice is logged at INFO.
+        solver: Computes steps from the quadratic model. `None` (default) leaves the choice to `HFModel`: `DirectSolver()` where digits are likely to
+            count (a float64 network, the squared loss, all cases in one batch, and a system that takes at most about a second to factorize),
+            `PreconditionedMomentum()` for classifiers of dense layers and convolutions with a categorical cross-entropy, else `ConjugateGradient()`.
+            It is logged at INFO. docs/which-solver.md has the measurements.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
         growing_batch: `GrowingBatch`: an update uses a part of the batch, which grows. `None`: an update uses all of it. The default is the solver's:
             `GrowingBatch()` for `ConjugateGradient`, a slower one for `PreconditionedMomentum`, `None` for `DirectSolver`.
@@ -127,7 +128,7 @@ class HessianFree(keras.optimizers.Optimizer):
         self.curvature = part(
             "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
         )
-        # Whether `HFModel` may take another solver, where that one keeps nothing between updates and is the better one.
+        # Whether `HFModel` may take another solver: one with a state before this optimizer is built, one without in every `fit`.
         self.chooses_solver = solver is None
         self.solver = part("solver", ConjugateGradient() if solver is None else solver, Solver, "ConjugateGradient()")
         if growing_batch is _GROWING:
@@ -165,6 +166,8 @@ class HessianFree(keras.optimizers.Optimizer):
         self._initial_seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
         # Returns all layers of the network; set by `HFModel`, because Keras builds optimizers from variables alone, sometimes before layers exist.
         self.find_layers = list
+        # Returns the solver to take in place of the default, or `None`; called when the state is made. Set by `HFModel`.
+        self.choose_solver = lambda: None
         self._seed = None
         # An `UpdateState` of variables.
         self._state = None
@@ -212,6 +215,9 @@ class HessianFree(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
+        chosen = self.choose_solver() if self.chooses_solver else None
+        if chosen is not None:
+            self.solver, self.growing_batch = chosen, self.growing_batch and chosen.growing_batch()
         values, layers = [variable.value for variable in variables], self.find_layers()
         dtype = vector_dtype(values)
         # Not by keras.initializers.Constant, which rounds numbers to float32.
@@ -275,7 +281,9 @@ class HessianFree(keras.optimizers.Optimizer):
         }
         parts = {name: getattr(self, name) for name in _PARTS}
         if self.chooses_solver:
+            # It will be chosen again, from the same network and loss; the growing batch with it, unless there is none.
             parts["solver"] = None
+            parts["growing_batch"] = self.growing_batch and _GROWING
         return {
             **config,
             **{name: part and keras.saving.serialize_keras_object(part) for name, part in parts.items()},

@@ -23,6 +23,7 @@ from keras_hf.problem.places import Places
 from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
 from keras_hf.problem.structure import second_derivatives_explained
 from keras_hf.solvers.direct import DirectSolver
+from keras_hf.solvers.momentum import PreconditionedMomentum
 from keras_hf.update import hf_update
 
 
@@ -147,6 +148,7 @@ class HFTrainer(keras.Model):
     def _hand_layers_to_optimizer(self):
         # Before each call that may build the optimizer: until it is built, it may be compiled into several models.
         self.optimizer.find_layers = lambda: keras_private.all_layers(self.network)
+        self.optimizer.choose_solver = lambda: PreconditionedMomentum() if compiled_model.momentum_pays(self) else None
 
     @property
     def losses(self):

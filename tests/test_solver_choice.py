@@ -1,4 +1,4 @@
-"""Which solver `HessianFree(solver=None)` takes: the exact one for small regressions in float64, conjugate gradients elsewhere."""
+"""Which solver `HessianFree()` takes: the exact one for small regressions in float64, momentum for classifiers, else conjugate gradients."""
 
 import keras
 import numpy as np
@@ -13,6 +13,7 @@ from keras_hf import (
     HessianFree,
     HFModel,
     LevenbergMarquardt,
+    PreconditionedMomentum,
     compiled_model,
 )
 from keras_hf.problem.fixed_network import Data
@@ -94,3 +95,70 @@ def test_a_small_optimizer_state_is_that_of_conjugate_gradients(float64):
     model = compiled()
     train(model)
     assert set(model.optimizer.state().solver) == {"warm_start", "preconditioner", "stopping"}
+
+
+# Of 10,230 weights.
+IMAGES, DIGITS = np.random.default_rng(0).random((600, 1, 100)).astype("float32"), np.arange(600) % 10
+
+
+def classifier(loss="sparse_categorical_crossentropy", optimizer=None, layers=(), units=92):
+    widths = [keras.layers.Dense(units, "tanh"), *layers, keras.layers.Dense(10, "softmax")]
+    model = HFModel(keras.Sequential([keras.Input((1, 100)), keras.layers.Flatten(), *widths]))
+    model.compile(optimizer=HessianFree(seed=0) if optimizer is None else optimizer, loss=loss)
+    return model
+
+
+def test_a_classifier_takes_momentum_and_its_growing_batch():
+    optimizer = classifier().optimizer
+    assert isinstance(optimizer.solver, PreconditionedMomentum)
+    assert optimizer.growing_batch.get_config() == PreconditionedMomentum().growing_batch().get_config()
+    assert set(optimizer.state().solver) == {"previous", "preconditioner"}
+
+
+def test_losses_are_known_as_strings_and_as_objects():
+    for loss in ("categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy(from_logits=True)):
+        assert isinstance(classifier(loss).optimizer.solver, PreconditionedMomentum)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"loss": "mse"},
+        {"units": 80},
+        {"layers": [keras.layers.Reshape((92, 1)), keras.layers.SimpleRNN(92)]},
+        {"optimizer": lambda: HessianFree(growing_batch=GrowingBatch(initial_size=10))},
+        {"optimizer": lambda: HessianFree(curvature=EmpiricalFisher())},
+        {"optimizer": lambda: HessianFree(solver=ConjugateGradient())},
+    ],
+    ids=["loss", "few weights", "weights without factors", "growing batch", "curvature", "solver"],
+)
+def test_other_networks_and_settings_take_conjugate_gradients(arguments):
+    made = {name: value() if callable(value) else value for name, value in arguments.items()}
+    assert isinstance(classifier(**made).optimizer.solver, ConjugateGradient)
+
+
+def test_no_growing_batch_stays_none():
+    assert classifier(optimizer=HessianFree(growing_batch=None)).optimizer.growing_batch is None
+
+
+def test_a_network_that_is_built_by_its_first_batch_takes_momentum_then():
+    network = keras.Sequential(
+        [keras.layers.Flatten(), keras.layers.Dense(92, "tanh"), keras.layers.Dense(10, "softmax")]
+    )
+    model = HFModel(network)
+    model.compile(optimizer=HessianFree(seed=0), loss="sparse_categorical_crossentropy")
+    assert isinstance(model.optimizer.solver, ConjugateGradient)
+    history = train(model, IMAGES, DIGITS)
+    assert isinstance(model.solver, PreconditionedMomentum)
+    assert "alpha" in history
+
+
+@pytest.mark.slow
+def test_a_saved_classifier_goes_on_with_momentum(tmp_path):
+    model = classifier()
+    train(model, IMAGES, DIGITS, epochs=3)
+    model.save(tmp_path / "run.keras")
+    restored = keras.models.load_model(tmp_path / "run.keras")
+    assert restored.optimizer.get_config()["solver"] is None
+    assert isinstance(restored.optimizer.solver, PreconditionedMomentum)
+    assert train(restored, IMAGES, DIGITS, epochs=2)["loss"] == train(model, IMAGES, DIGITS, epochs=2)["loss"]

@@ -6,6 +6,7 @@ with respect to the outputs. Martens & Grosse treat the two factors as independe
 factor: it takes vectors u with `E[uu'] = H`, for which `E[(J'u)(J'u)'] = J'HJ`.
 """
 
+import math
 from typing import NamedTuple
 
 import keras
@@ -105,17 +106,15 @@ class KroneckerFactored(Preconditioner):
             state |= {"others": tf.ones([num_weights(variables)], dtype), **never_made()}
         if self.decay:
             state["num_averaged"] = tf.zeros([], dtype)
-        trained = {id(variable) for variable in variables}
-        for layer in layers:
-            if _is_factored(layer) and all(id(weight.value) in trained for weight in kernel_and_bias(layer)):
-                rows, units = _shape(layer)
-                name = _name(layer, variables)
-                a = tf.ones([rows], dtype) if has_tokens(layer) else tf.eye(rows, dtype=dtype)
-                s = tf.eye(units, dtype=dtype)
-                if self.interval > 1:
-                    state |= {f"{name}_a": a, f"{name}_s": s}
-                if self.decay:
-                    state |= {f"{name}_mean_a": tf.zeros_like(a), f"{name}_mean_s": tf.zeros_like(s)}
+        for layer in _factored(layers, variables):
+            rows, units = _shape(layer)
+            name = _name(layer, variables)
+            a = tf.ones([rows], dtype) if has_tokens(layer) else tf.eye(rows, dtype=dtype)
+            s = tf.eye(units, dtype=dtype)
+            if self.interval > 1:
+                state |= {f"{name}_a": a, f"{name}_s": s}
+            if self.decay:
+                state |= {f"{name}_mean_a": tf.zeros_like(a), f"{name}_mean_s": tf.zeros_like(s)}
         return state
 
     def inverse(self, objective, linearize, damping, state):
@@ -265,6 +264,21 @@ def _is_factored(layer):
     rows, units = _shape(layer)
     # The factor of one-hot inputs is diagonal.
     return (has_tokens(layer) or rows <= _MAX_ROWS) and units <= _MAX_ROWS
+
+
+def _factored(layers, variables):
+    """Returns the layers that have factors, of those whose weights are all among `variables`, tensors or variables."""
+    trained = {id(variable) for variable in variables}
+    return [
+        layer
+        for layer in layers
+        if _is_factored(layer) and all(id(weight.value) in trained for weight in kernel_and_bias(layer))
+    ]
+
+
+def num_factored_weights(layers, variables):
+    """Returns how many of the weights `variables` have Kronecker factors, an integer."""
+    return sum(math.prod(_shape(layer)) for layer in _factored(layers, variables))
 
 
 def _name(layer, variables):

@@ -1,0 +1,172 @@
+"""Which solver trains classifiers soonest: conjugate gradients, preconditioned momentum, or Keras' Adam; over networks and numbers of cases.
+
+`HessianFree()` decides by these measurements. All have their defaults, Adam its rate of 1e-3 and batches of 128. MNIST's digits, and
+synthetic rows of 20 numbers in five classes, a part of them mislabelled. Seconds of training until the cross-entropy of (at most 20,000 of) the
+training cases is at or below given losses; the clock stands still while they are measured, and in the first update, which compiles.
+
+    python -m benchmarks.classifier_solvers --csv benchmarks/results/classifier_solvers.csv
+    python -m benchmarks.classifier_solvers --problems perceptron:5000 --seconds 15
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import layers
+
+from benchmarks.time_to_error import Cases, convolutional_network, load_mnist_digits, multilayer_perceptron
+from examples.tables import add_row, write_rows
+from keras_hf import ConjugateGradient, HessianFree, HFModel, LevenbergMarquardt, PreconditionedMomentum
+
+LOSSES = 0.5, 0.2, 0.1, 0.05, 0.01, 0.001
+GRID = (
+    "perceptron:1000",
+    "perceptron:5000",
+    "perceptron:60000",
+    "narrow:5000",
+    "convolutions:2000",
+    "convolutions:60000",
+    "transformer:10000",
+    "rows:2000",
+    "rows:20000",
+)
+SOLVERS = {"cg": ConjugateGradient, "momentum": PreconditionedMomentum, "adam": None}
+MOST_MEASURED = 20_000
+
+
+def main():
+    """Trains, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", default=GRID, help="NETWORK:CASES")
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
+    parser.add_argument("--seconds", type=float, default=15.0, help="of training")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and batches")
+    parser.add_argument("--csv", type=Path, help="file for the results")
+    args = parser.parse_args()
+    is_begun = False
+    for problem in args.problems:
+        name, num_cases = problem.split(":")
+        for solver in args.solvers:
+            row = {"network": name, "cases": int(num_cases), **train(name, int(num_cases), solver, args)}
+            print(" ".join(f"{column}={value}" for column, value in row.items()), flush=True)
+            if args.csv:
+                add_row(args.csv, row) if is_begun else write_rows(args.csv, [row])
+                is_begun = True
+
+
+def train(name, num_cases, solver, args):
+    """Trains one network by one method; returns a row of results."""
+    keras.utils.set_random_seed(args.seed)
+    network, cases = NETWORKS[name](num_cases)
+    if solver == "adam":
+        model, batch_size, callbacks = network, 128, []
+        model.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy")
+    else:
+        model, batch_size, callbacks = HFModel(network), None, [LevenbergMarquardt()]
+        model.compile(HessianFree(solver=SOLVERS[solver](), seed=args.seed), "sparse_categorical_crossentropy")
+    clock = Clock(network, cases, args.seconds)
+    callbacks = [*callbacks, clock]
+    model.fit(
+        cases.x_train, cases.y_train, epochs=10**6, batch_size=batch_size, shuffle=True, callbacks=callbacks, verbose=0
+    )
+    seconds_to = {
+        f"seconds_to_{loss:g}": next((f"{look[0]:.1f}" for look in clock.looks if look[1] <= loss), "")
+        for loss in LOSSES
+    }
+    last = clock.looks[-1]
+    best = min(look[2] for look in clock.looks), min(look[3] for look in clock.looks)
+    return {
+        "weights": network.count_params(),
+        "solver": solver,
+        "updates": clock.num_updates,
+        **seconds_to,
+        "last_loss": f"{last[1]:.5f}",
+        "least_test_loss": f"{best[0]:.4f}",
+        "least_test_errors": f"{best[1]:.4f}",
+    }
+
+
+class Clock(keras.callbacks.Callback):
+    """Looks at the losses, ever more rarely, and ends training when its time is over.
+
+    `looks` are tuples of seconds, training loss, test loss, and the share of test cases that are classified wrongly.
+    """
+
+    def __init__(self, network, cases, max_seconds):
+        super().__init__()
+        self.network, self.cases, self.max_seconds = network, cases, max_seconds
+        self.num_updates, self.seconds, self.looks = 0, 0.0, []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._begun_at = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.num_updates += 1
+        if self.num_updates > 1:
+            self.seconds += time.perf_counter() - self._begun_at
+        is_over = self.seconds > self.max_seconds
+        if is_over or not self.looks or self.seconds > max(1.15 * self.looks[-1][0], self.looks[-1][0] + 0.1):
+            train_loss, _ = self._look(self.cases.x_train[:MOST_MEASURED], self.cases.y_train)
+            self.looks.append((self.seconds, train_loss, *self._look(self.cases.x_test, self.cases.y_test)))
+        self.model.stop_training = is_over
+
+    def _look(self, x, y):
+        probabilities = self.network.predict(x, batch_size=5000, verbose=0)
+        of_class = np.maximum(probabilities[np.arange(len(x)), y[: len(x)]], 1e-30)
+        return -np.log(of_class).mean(), (probabilities.argmax(1) != y[: len(x)]).mean()
+
+
+def perceptron(num_cases):
+    """784-500-300-10 on digits."""
+    return multilayer_perceptron(0.0, False), digits((784,), num_cases)
+
+
+def narrow(num_cases):
+    """784-32-10 on digits."""
+    dense = layers.Dense(32, "relu", kernel_initializer="he_normal")
+    return keras.Sequential([keras.Input((784,)), dense, layers.Dense(10, "softmax")]), digits((784,), num_cases)
+
+
+def convolutions(num_cases):
+    """Two convolutions on digits."""
+    return convolutional_network(0.0, False), digits((28, 28, 1), num_cases)
+
+
+def transformer(num_cases):
+    """One encoder block on digits as sequences of 28 rows."""
+    rows = keras.Input((28, 28))
+    tokens = layers.Dense(64)(rows) + layers.Dense(64, use_bias=False)(_positions(rows))
+    attended = layers.LayerNormalization()(tokens + layers.MultiHeadAttention(4, 16)(tokens, tokens))
+    widened = layers.Dense(64)(layers.Dense(128, "gelu")(attended))
+    pooled = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(attended + widened))
+    return keras.Model(rows, layers.Dense(10, "softmax")(pooled)), digits((28, 28), num_cases)
+
+
+def _positions(rows):
+    return keras.ops.zeros_like(rows) + keras.ops.eye(28)
+
+
+def rows(num_cases):
+    """20-64-64-5 on synthetic rows of numbers."""
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(20, 30)), generator.normal(size=(30, 5))
+    x = generator.normal(size=(num_cases + 5000, 20)).astype("float32")
+    scores = np.tanh(x @ first / 3) @ second
+    y = (scores + 0.5 * generator.normal(size=scores.shape)).argmax(1)
+    widths = [layers.Dense(64, "tanh"), layers.Dense(64, "tanh"), layers.Dense(5, "softmax")]
+    cases = Cases(x[:num_cases], y[:num_cases], x[num_cases:], y[num_cases:])
+    return keras.Sequential([keras.Input((20,)), *widths]), cases
+
+
+def digits(shape, num_cases):
+    """The first digits of MNIST, and all of its test set."""
+    cases = load_mnist_digits(shape, 0)
+    return cases._replace(x_train=cases.x_train[:num_cases], y_train=cases.y_train[:num_cases])
+
+
+NETWORKS = {f.__name__: f for f in (perceptron, narrow, convolutions, transformer, rows)}
+
+if __name__ == "__main__":
+    main()
