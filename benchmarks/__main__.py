@@ -26,6 +26,7 @@ BENCHMARKS = {
     "scaling": ("What does a second worker bring?", "file"),
     "recurrent_cost": ("What does a product of a recurrent network cost?", "file"),
     "first_damping": ("Where should the damping start?", "file"),
+    "classifier_solvers": ("Which solver trains classifiers soonest?", "file"),
     "levers": ("What is each part worth?", "folder"),
     "time_to_error": ("How long until given errors?", "folder"),
     "peers.products": ("Products: JAX and PyTorch?", "folder"),

@@ -10,14 +10,13 @@ training cases is at or below given losses; the clock stands still while they ar
 
 import argparse
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 from keras import layers
 
+from benchmarks import rows as results
 from benchmarks.time_to_error import Cases, convolutional_network, load_mnist_digits, multilayer_perceptron
-from examples.tables import add_row, write_rows
 from keras_hf import ConjugateGradient, HessianFree, HFModel, LevenbergMarquardt, PreconditionedMomentum
 
 LOSSES = 0.5, 0.2, 0.1, 0.05, 0.01, 0.001
@@ -43,17 +42,15 @@ def main():
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--seconds", type=float, default=15.0, help="of training")
     parser.add_argument("--seed", type=int, default=1, help="of weights and batches")
-    parser.add_argument("--csv", type=Path, help="file for the results")
-    args = parser.parse_args()
-    is_begun = False
+    args = results.parse(parser, {"problems": ["rows:2000"], "seconds": 3.0})
+    table = []
     for problem in args.problems:
         name, num_cases = problem.split(":")
         for solver in args.solvers:
-            row = {"network": name, "cases": int(num_cases), **train(name, int(num_cases), solver, args)}
-            print(" ".join(f"{column}={value}" for column, value in row.items()), flush=True)
+            table.append({"network": name, "cases": int(num_cases), **train(name, int(num_cases), solver, args)})
+            print(" ".join(f"{column}={value}" for column, value in table[-1].items()), flush=True)
             if args.csv:
-                add_row(args.csv, row) if is_begun else write_rows(args.csv, [row])
-                is_begun = True
+                results.write(args.csv, table)
 
 
 def train(name, num_cases, solver, args):

@@ -124,9 +124,10 @@ def trace(task, data, curvature, solver, num_replicas, name):
     checks.has_loss(structure.combinations or structure.has_added_loss)
     solver.require(structure)
     fitted = curvature.fitted_to(structure, num_replicas)
-    if solver.uses_all_cases:
-        _logger.info("Steps for '%s': by %s on all cases.", name, type(solver).__name__)
-    elif fitted.linearization is not None:
+    _logger.info(
+        "Steps for '%s': by %s%s.", name, type(solver).__name__, " on all cases" if solver.uses_all_cases else ""
+    )
+    if fitted.linearization is not None and not solver.uses_all_cases:
         _logger.info(
             "Products for '%s': %s by %s(jit_compile=%s)%s.",
             name,

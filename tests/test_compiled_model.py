@@ -115,6 +115,7 @@ def test_a_trace_chooses_the_linearization_and_says_so(caplog):
     model = compiled()
     with caplog.at_level(logging.INFO, "keras_hf"):
         structure, choice = traced(model, GaussNewton())
+    assert "Steps for 'of mine': by ConjugateGradient." in caplog.text
     assert isinstance(choice.linearization, DoubleBackward)
     assert (choice.rounding, choice.suspects) == (structure.rounding, [])
     assert (
