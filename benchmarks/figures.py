@@ -64,7 +64,6 @@ def products(folder):
             axes.bar(places, values, 1 / (len(libraries) + 1), label=library)
         axes.set_xticks(range(len(problems)), [f"{network},\n{cases} cases" for network, cases in problems])
         axes.set_ylabel(label)
-    panels[0].set_yscale("linear")
     panels[1].set_yscale("log")
     panels[0].legend()
     return figure
@@ -96,7 +95,7 @@ def _parts(path):
 
 
 def _against_seconds(courses, column, label):
-    figure = Figure(figsize=(6.5 * len(courses), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(6.5 * len(courses), 8), 5), layout="constrained")
     panels = figure.subplots(1, len(courses), squeeze=False)[0]
     order = list(LABELS)
     for axes, ((problem, seed), of_problem) in zip(panels, courses.items(), strict=True):
@@ -106,7 +105,8 @@ def _against_seconds(courses, column, label):
             axes.semilogy([row["seconds"] for row in rows], [row[column] for row in rows], label=name)
         axes.set(title=f"{problem}, {seed}", xlabel="seconds of training", ylabel=label)
         axes.grid(alpha=0.3)
-    panels[-1].legend(fontsize="small")
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 

@@ -114,7 +114,7 @@ BASES = {"defaults": (fit_hessian_free, levers_of_defaults), "recipe": (fit_reci
 MAX_SEEDS = 10
 QUICK = {
     "lever": ["defaults", "no preconditioner", "all cases from the start"],
-    "seconds": 6.0,
+    "seconds": 5.0,
     "out": Path("runs", "bench", "levers"),
 }
 NO_ARGUMENTS = ("damping_rule", "sparse")  # Of `HessianFree`.

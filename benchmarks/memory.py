@@ -45,7 +45,7 @@ COLUMNS = (
 ).split()
 MIB = 2**20
 PIECE = 100_000
-QUICK = {"cases": [10**4], "weights": [10**6], "direct": [], "ways": ["double, kronecker", "momentum"]}
+QUICK = {"cases": [10**4], "weights": [10**6], "direct": [], "ways": ["double, kronecker"]}
 
 
 def main(arguments=None):

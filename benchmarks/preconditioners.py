@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--max-cg-iterations", type=int, nargs="+", default=(250, 50))
     parser.add_argument("--preconditioner", choices=PRECONDITIONERS, nargs="+", default=tuple(PRECONDITIONERS))
     parser.add_argument("--seed", type=int, default=0)
-    args = results.parse(parser, {"seconds": 12.0, "max_cg_iterations": (50,)})
+    args = results.parse(parser, {"seconds": 6.0, "max_cg_iterations": (50,)})
     x = synthetic_curves(NUM_CASES, args.seed)
     rows = []
     for limit in args.max_cg_iterations:

@@ -17,7 +17,7 @@ runs behind tables and figures; of settings that lost, their rows in PROBLEM.csv
 `test_error` are squared errors per case (autoencoders) or cross-entropies without penalty (classifiers), `cost` the
 passes over the training set in gradients, of Hessian-free updates as `keras_hf.recorder.update_cost` counts them; the
 runs in `results` have another formula (docs/faster.md). `table` writes the seconds until the first row at or below each
-target, and a figure. `quick` runs four methods for ten seconds each, and then `table`.
+target, and a figure. `quick` runs four methods for six seconds each, and then `table`.
 """
 
 import argparse
@@ -714,7 +714,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running, table, quick = (commands.add_parser(name) for name in ("run", "table", "quick"))
-    quick.set_defaults(seconds=10.0)
+    quick.set_defaults(seconds=6.0)
     for command in (running, table):
         command.add_argument("--problem", choices=PROBLEMS, required=True)
     for command in (running, table, quick):

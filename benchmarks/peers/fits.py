@@ -55,7 +55,7 @@ def main(arguments=None):
     parser.add_argument("--methods", choices=METHODS, nargs="*", default=list(METHODS))
     parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
     parser.add_argument("--out", type=Path, default=Path("runs", "peers", "fits"), help="folder of the results")
-    args = results.parse(parser, {"seconds": 4.0}, arguments)
+    args = results.parse(parser, {"seconds": 3.0}, arguments)
     keras.config.set_floatx("float64")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.problem:
