@@ -25,6 +25,7 @@ PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
 WITHOUT_CODE = {
     "README.md",
     "architecture.md",
+    "benchmarks.md",
     "experiments.md",
     "faster.md",
     "keras-460.md",
