@@ -153,17 +153,28 @@ def test_allen_cahn_solution_converges():
     np.testing.assert_allclose(solution, solution[:, ::-1], atol=1e-9)  # It is even, as the start is.
 
 
-def test_allen_cahn_solution_is_that_of_finite_differences():
-    # On [0, 1], since it is even with the period 2; second order, with 8 points to a layer.
+def allen_cahn_by_finite_differences(times, slope_at_end=0.0):
+    """The solution on [0, 1], `(len(times), N)`, by its slope at 1: 0, since it is even with the period 2. Second order, 8 points to a layer."""
     x = np.linspace(0, 1, 1 + 255 * 8)
     step = x[1]
 
     def rate(t, u):
-        second = np.diff(u, 2, prepend=u[1], append=u[-2]) / step**2
+        second = np.diff(u, 2, prepend=u[1], append=u[-2] + 2 * step * slope_at_end) / step**2
         return 1e-4 * second + 5 * (u - u**3)
 
-    found = solve_ivp(rate, (0, 0.2), x**2 * np.cos(np.pi * x), "LSODA", [0.2], rtol=1e-8, atol=1e-8, lband=1, uband=1)
-    np.testing.assert_allclose(found.y[8::16, -1], problems.allen_cahn_solution()[20, 128:], atol=1e-4)
+    start, span = x**2 * np.cos(np.pi * x), (0, times[-1])
+    return solve_ivp(rate, span, start, "LSODA", times, rtol=1e-8, atol=1e-8, lband=1, uband=1).y.T
+
+
+def test_allen_cahn_solution_is_that_of_finite_differences():
+    found = allen_cahn_by_finite_differences([0.2])[-1]
+    np.testing.assert_allclose(found[8::16], problems.allen_cahn_solution()[20, 128:], atol=1e-4)
+
+
+def test_a_constraint_that_kept_allen_cahns_kink_would_end_far_from_the_solution():
+    times = np.linspace(0, 1, 21)
+    solution, with_kink = (allen_cahn_by_finite_differences(times, slope) for slope in (0.0, -2.0))
+    assert np.linalg.norm(with_kink - solution) / np.linalg.norm(solution) == pytest.approx(3.6e-4, rel=0.1)
 
 
 # Training.
