@@ -3,19 +3,23 @@
     python -m examples.demo
 
 takes about four minutes on two cores. In each act every method trains the same network from the same weights for the same time; a table and a figure
-show what came out. Rates were tuned beforehand, on seed 1; shown is seed 0.
+show what came out. Rates were tuned beforehand on other seeds than 0, the one shown.
 
 Act 1, small and exact: Poisson's equation on a square by a physics-informed network (`examples/pinn.py`), 15 seconds each. Ours is
-`HessianFree(solver=DirectSolver())` with nothing to set. L-BFGS is SciPy's with 50 pairs. Adam's learning rate falls along a cosine from 3e-2, which had
-the least loss in
+`HessianFree(solver=DirectSolver())`, with nothing to set. L-BFGS is SciPy's with 50 pairs. Adam's learning rate falls along a cosine from 3e-2:
 
     python -m examples.pinn --problem poisson --methods adam --rates 1e-3 3e-3 1e-2 3e-2 --seconds 15 --seed 1
 
-Act 2, deep: the paper's kind of autoencoder, 784-100-50-25-12-6 and its mirror, on 10,000 synthetic curves (`examples/autoencoder.py`), 40 seconds each,
-from the same sparse weights. On so many cases the test error falls along with the training error. Ours is `HessianFree()`, the defaults, with nothing
-to set. Learning rates are those of `examples/baselines.py`, the best of 3e-3, 1e-2 and 3e-2 by
+ended at losses of 7.3e-2, 3.4e-3, 4.8e-4 and 4.1e-4.
+
+Act 2, deep: the paper's kind of autoencoder, 784-100-50-25-12-6 and its mirror, on 10,000 synthetic curves (`examples/autoencoder.py`), 40 seconds
+each, from the same sparse weights. On so many curves the test error falls along with the training error. Ours is `HessianFree()`, the defaults, with
+nothing to set. Adam and Nesterov momentum have a rate of 1e-2: of a grid in factors of three, the best on 1,000 curves of another seed
+(`examples/baselines.py`). On 10,000 curves of seed 1,
 
     python -m examples.autoencoder --method adam --learning-rate 3e-3 --seed 1
+
+ended at training and test errors of 2.56 and 3.33, and with 1e-2 at 2.18 and 3.22.
 """
 
 import argparse
