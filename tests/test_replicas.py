@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import compiled, hessian_free, model_data
+from problems import compiled, model_data
+from worker import OPTIMIZERS
 
 from keras_hf import (
     ConjugateGradient,
-    DirectSolver,
     DoubleBackward,
     EmpiricalFisher,
-    EmpiricalFisherDiagonal,
     FiniteDifferenceHessian,
     GaussNewton,
     GrowingBatch,
@@ -20,8 +19,6 @@ from keras_hf import (
     HFModel,
     KroneckerFactored,
     LevenbergMarquardt,
-    Nystrom,
-    PreconditionedMomentum,
     UpdateRecorder,
     read_updates,
 )
@@ -40,16 +37,9 @@ def untrained(strategy, loss="mse", optimizer=None):
         l2 = keras.regularizers.L2(1e-2)
         stack = [layers.Dense(4, "tanh", kernel_regularizer=l2), layers.Dense(2)]
         model = HFModel(keras.Sequential([keras.Input((3,)), *stack]))
-        # CG at its end would amplify the order of sums, and backtracking choose among iterates that differ by rounding. Kronecker factors draw signs.
-        fixed = {"damping": 0.1, "seed": 1, "max_iterations": 8, "preconditioner": EmpiricalFisherDiagonal()}
-        optimizer = {**fixed, **(optimizer or {})}
-        if "solver" in optimizer:
-            optimizer = HessianFree(
-                **{name: optimizer[name] for name in ("solver", "damping", "seed", "growing_batch")}
-            )
-        else:
-            optimizer = hessian_free(**optimizer)
-        model.compile(optimizer=optimizer, loss=loss, metrics=["mae"])
+        # Kronecker factors draw signs.
+        fixed = {"damping": 0.1, "seed": 1, **OPTIMIZERS["diagonal"]}
+        model.compile(HessianFree(**{**fixed, **(optimizer or {})}), loss=loss, metrics=["mae"])
     return model
 
 
@@ -106,7 +96,7 @@ def test_two_replicas_form_the_products_of_one_device(curvature, float64):
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_two_replicas_form_products_on_the_chunk_of_one_device(shuffle, float64):
-    one, _, two, _ = both(51, optimizer={"curvature_batch_size": 25}, shuffle=shuffle)
+    one, _, two, _ = both(51, optimizer=OPTIMIZERS["chunk"], shuffle=shuffle)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
 
@@ -125,27 +115,11 @@ def test_two_replicas_are_recorded_and_saved_as_one_device_is(tmp_path):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
-# Every part that chooses cases or draws numbers for them.
-CHOICES = {
-    "growing": {"growing_batch": GrowingBatch(initial_size=12, patience=1, share=1, noise=1e6)},
-    "growing from 13": {"growing_batch": GrowingBatch(initial_size=13, patience=100, noise=1e6)},
-    "Kronecker": {"preconditioner": KroneckerFactored()},
-    "Kronecker of 20 cases": {"preconditioner": KroneckerFactored(num_cases=20, interval=2)},
-    "Kronecker of a growing part": {
-        "preconditioner": KroneckerFactored(num_cases=0.5, decay=0.5),
-        "growing_batch": GrowingBatch(initial_size=20, patience=1, share=1, noise=1e6),
-    },
-    "Nystrom": {"preconditioner": Nystrom(rank=4)},
-    "momentum": {"solver": PreconditionedMomentum(share=0.5), "growing_batch": GrowingBatch(initial_size=20, rate=0.2)},
-    "direct": {"solver": DirectSolver(), "growing_batch": None},
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("diagonal", "chunk")])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_two_replicas_use_the_cases_and_numbers_of_one_device(name, shuffle, float64):
-    one, history, two, two_history = both(51, optimizer=CHOICES[name], shuffle=shuffle)
+    one, history, two, two_history = both(51, optimizer=OPTIMIZERS[name], shuffle=shuffle)
     assert history["num_cases"] == two_history["num_cases"]
     np.testing.assert_allclose(history["loss"], two_history["loss"], rtol=1e-6)
     for a, b in zip(one, two, strict=True):
@@ -171,14 +145,14 @@ def test_a_growing_batch_grows_on_replicas(float64):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_cases", [11, 10, 1])
 def test_two_replicas_gather_rows_where_they_are_fewer_than_weights(num_cases, float64):
-    one, history, two, two_history = both(num_cases, optimizer=CHOICES["direct"])
+    one, history, two, two_history = both(num_cases, optimizer=OPTIMIZERS["direct"])
     np.testing.assert_allclose(history["loss"], two_history["loss"], rtol=1e-6, atol=1e-12)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_replicas_take_exact_steps_on_batches_whose_size_tensorflow_knows(float64):
-    model = untrained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), optimizer=CHOICES["direct"])
+    model = untrained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), optimizer=OPTIMIZERS["direct"])
     batches = tf.data.Dataset.from_tensor_slices(cases(10)).batch(10, drop_remainder=True)
     losses = model.fit(batches, epochs=3, callbacks=[LevenbergMarquardt()], verbose=0).history["loss"]
     assert np.diff(losses).max() < 0

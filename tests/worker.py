@@ -31,23 +31,29 @@ from keras_hf import (
 from keras_hf.problem.replicas import num_workers, worker_number
 from keras_hf.solvers.solver import LocalModel
 
-GROWS = GrowingBatch(initial_size=12, patience=1, share=1, noise=1e6)
-
 
 def by_cg(preconditioner, **arguments):
     """CG at its end would amplify the order of sums."""
     return {"solver": ConjugateGradient(preconditioner, max_iterations=8), "growing_batch": None, **arguments}
 
 
+def growing(initial_size):
+    """A part that grows after every update: of so much noise nothing generalises."""
+    return GrowingBatch(initial_size, patience=1, share=1, noise=1e6)
+
+
 # Solvers, preconditioners and choices of cases.
 OPTIMIZERS = {
     "diagonal": by_cg(EmpiricalFisherDiagonal()),
-    "Kronecker": by_cg(KroneckerFactored(num_cases=20, interval=2)),
-    "Nystrom": by_cg(Nystrom(rank=4)),
-    "growing": by_cg(EmpiricalFisherDiagonal(), growing_batch=GROWS),
     "chunk": by_cg(EmpiricalFisherDiagonal(), curvature_batch_size=25),
+    "growing": by_cg(EmpiricalFisherDiagonal(), growing_batch=growing(12)),
+    "growing from 13": by_cg(EmpiricalFisherDiagonal(), growing_batch=GrowingBatch(13, patience=100, noise=1e6)),
+    "Kronecker": by_cg(KroneckerFactored()),
+    "Kronecker of 20 cases": by_cg(KroneckerFactored(num_cases=20, interval=2)),
+    "Kronecker of a growing part": by_cg(KroneckerFactored(num_cases=0.5, decay=0.5), growing_batch=growing(20)),
+    "Nystrom": by_cg(Nystrom(rank=4)),
     "momentum": {"solver": PreconditionedMomentum(share=0.5), "growing_batch": GrowingBatch(20, rate=0.2)},
-    "direct": {"solver": DirectSolver()},
+    "direct": {"solver": DirectSolver(), "growing_batch": None},
 }
 # Networks, losses and data, with the diagonal.
 TASKS = {
@@ -132,7 +138,7 @@ def train(strategy, folder, *names):
 def long_run(strategy, folder, *, epochs=6, stop=None):
     """A run that is backed up, with every callback that writes; `stop` is called as a callback would be."""
     x, y = cases(51, "mse")
-    model = model_of(strategy, "Kronecker")
+    model = model_of(strategy, "Kronecker of 20 cases")
     callbacks = [
         keras.callbacks.BackupAndRestore(f"{folder}/backup", delete_checkpoint=False),
         keras.callbacks.ModelCheckpoint(f"{folder}/best.keras"),
