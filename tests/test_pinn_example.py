@@ -200,7 +200,7 @@ def test_three_updates_lower_the_loss_of_every_problem(name, tmp_path):
 @pytest.mark.slow
 def test_every_other_method_starts_from_the_same_weights_and_lowers_the_loss(tmp_path):
     starts = set()
-    for method in ("adam", "lbfgs", "least-squares"):
+    for method in ("cg", "adam", "lbfgs", "least-squares"):
         rows = train("inverse", method, tmp_path / f"{method}.csv", 2, 1e-3 if method == "adam" else None)
         starts.add((rows[0]["error"], rows[0]["diffusivity_error"]))
         assert rows[-1]["loss"] < rows[0]["loss"]
