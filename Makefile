@@ -30,7 +30,7 @@ lint: .venv/lint.installed
 docs: .venv/docs.installed
 	$(BIN)/python -m mkdocs build --strict
 
-# The quick form of every benchmark, about ten minutes, into runs/bench.
+# The quick form of every benchmark, into runs/bench.
 bench: .venv/benchmarks.installed peers
 	$(BIN)/python -m benchmarks
 

@@ -1,6 +1,6 @@
 """Runs benchmarks one after the other, each in a process of its own, and draws the figures: `make bench`.
 
-    python -m benchmarks                   # the quick form of all, about ten minutes
+    python -m benchmarks                   # the quick form of all
     python -m benchmarks product_cost peers.products
     python -m benchmarks --full            # as each one's own defaults are: hours
 

@@ -113,8 +113,8 @@ NEVER = RelativeProgress(tolerance=1e-12)
 BASES = {"defaults": (fit_hessian_free, levers_of_defaults), "recipe": (fit_recipe, levers_of_recipe)}
 MAX_SEEDS = 10
 QUICK = {
-    "lever": ["defaults", "no preconditioner", "all cases from the start"],
-    "seconds": 5.0,
+    "lever": ["defaults", "no preconditioner"],
+    "seconds": 4.0,
     "out": Path("runs", "bench", "levers"),
 }
 NO_ARGUMENTS = ("damping_rule", "sparse")  # Of `HessianFree`.

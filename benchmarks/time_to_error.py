@@ -17,7 +17,7 @@ runs behind tables and figures; of settings that lost, their rows in PROBLEM.csv
 `test_error` are squared errors per case (autoencoders) or cross-entropies without penalty (classifiers), `cost` the
 passes over the training set in gradients, of Hessian-free updates as `keras_hf.recorder.update_cost` counts them; the
 runs in `results` have another formula (docs/faster.md). `table` writes the seconds until the first row at or below each
-target, and a figure. `quick` runs four methods for six seconds each, and then `table`.
+target, and a figure. `quick` runs three methods for six seconds each, and then `table`.
 """
 
 import argparse
@@ -319,7 +319,7 @@ def _product(**choices):
 
 
 # The settings of `quick`.
-QUICK = {"hf": 1, "adam": 2, "muon": 2, "lbfgs": 0}
+QUICK = {"hf": 1, "adam": 2, "muon": 2}
 SHARED = ("l2",)  # What any setting may hold besides its method's own arguments.
 # By method and kind of problem or, before that, by method and problem. The number of a setting is its place: append. Learning rates are for a
 # loss summed over pixels (autoencoders) and averaged over cases.
