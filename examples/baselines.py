@@ -633,9 +633,10 @@ class Recorder(keras.callbacks.Callback):
         place, target = (seconds, self.max_seconds) if by_time else (numbers["update"], self.max_updates)
         if self._bar is None:
             unit = "second" if by_time else "update"
-            self._bar = keras.utils.Progbar(math.ceil(target), stateful_metrics=[*numbers], unit_name=unit)
+            target = math.ceil(target) if math.isfinite(target) else None
+            self._bar = keras.utils.Progbar(target, stateful_metrics=[*numbers], unit_name=unit)
         shown = [(name, Shown(value)) for name, value in numbers.items()]
-        self._bar.update(min(math.ceil(place), self._bar.target), shown, finalize=self.is_over)
+        self._bar.update(math.ceil(min(place, self._bar.target or math.inf)), shown, finalize=self.is_over)
 
 
 def reconstruction_error(network, x, batch_size=5000):

@@ -2,8 +2,8 @@
 
     python -m examples.demo
 
-takes about four minutes on two cores. In each act every method trains the same network from the same weights for the same time; a table and a figure
-show what came out. Rates were tuned beforehand on other seeds than 0, the one shown.
+takes four to six minutes on two cores, 165 seconds of them training. In each act every method trains the same network from the same weights for the
+same time; a table and a figure show what came out. Rates were tuned beforehand on other seeds than 0, the one shown.
 
 Act 1, small and exact: Poisson's equation on a square by a physics-informed network (`examples/pinn.py`), 15 seconds each. Ours is
 `HessianFree(solver=DirectSolver())`, with nothing to set. L-BFGS is SciPy's with 50 pairs. Adam's learning rate falls along a cosine from 3e-2:
