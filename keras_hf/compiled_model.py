@@ -17,9 +17,11 @@ _logger = logging.getLogger("keras_hf")
 
 # Where forming and factorizing the system takes about a second on two cores, and its Jacobian half a GiB.
 _MOST_OPERATIONS, _MOST_FLOATS = 2e10, 2**26
-# Where minibatches were measured (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all have Kronecker factors.
+# Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all are in dense layers and
+# convolutions. With attention it was behind.
 _CLASSIFYING = {"categorical_crossentropy", "sparse_categorical_crossentropy"}
-_FEWEST_WEIGHTS, _LEAST_FACTORED = 10_000, 0.9
+_FEWEST_WEIGHTS, _LEAST_SHARE = 5_000, 0.9
+_ELSEWHERE = keras.layers.EinsumDense, keras.layers.Embedding
 
 
 class Choice(NamedTuple):
@@ -167,7 +169,8 @@ def exact_solver_pays(model, data, num_cases):
 def momentum_pays(model):
     """Whether `PreconditionedMomentum` is the choice for a compiled and built model.
 
-    It is for classifiers whose weights nearly all have Kronecker factors, whatever the number of cases (docs/which-solver.md has the measurements).
+    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases (docs/which-solver.md has
+    the measurements).
 
     Args:
         model: `HFModel`, compiled and built.
@@ -179,8 +182,8 @@ def momentum_pays(model):
     num_weights = vectors.num_weights(variables)
     if num_weights < _FEWEST_WEIGHTS:
         return False
-    layers = keras_private.all_layers(model.network)
-    return num_factored_weights(layers, variables) >= _LEAST_FACTORED * num_weights
+    layers = [layer for layer in keras_private.all_layers(model.network) if not isinstance(layer, _ELSEWHERE)]
+    return num_factored_weights(layers, variables) >= _LEAST_SHARE * num_weights
 
 
 def overrides_compute_loss(model):
