@@ -64,7 +64,8 @@ def main(arguments=None):
                 name = method if rate is None else f"{method}-{rate:g}"
                 print(f"\n{args.problem}, {label(name)}: {args.seconds:g} seconds", flush=True)
                 path = folder / f"{name}-seed{args.seed}.csv"
-                train(problems.PROBLEMS[args.problem](), method, rate, path, args.seed, args.seconds, args.updates)
+                problem, limits = problems.PROBLEMS[args.problem](), (args.seconds, args.updates, args.min_damping)
+            train(problem, method, rate, path, args.seed, *limits)
         runs = best_runs(folder, args.seed)
         print_table(runs)
         path = args.results / f"{args.problem}-seed{args.seed}.png"
@@ -99,20 +100,21 @@ def parse(arguments):
     parser.add_argument("--methods", choices=METHODS, nargs="*", default=METHODS, help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each method")
     parser.add_argument("--updates", type=int, default=10**9, help="after which training ends even earlier")
+    parser.add_argument("--min-damping", type=float, default=0.0, help="of hf and cg; default: 0")
     parser.add_argument("--seed", type=int, default=0, help="of weights and points")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates of Adam")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     return parser.parse_args(arguments)
 
 
-def train(problem, method, rate, path, seed, seconds, max_updates=10**9):
+def train(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0):
     """Does what `run` does, writes beside the file what the figure shows of the solution, and returns the `ErrorRecorder`."""
-    pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates)
+    pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates, min_damping)
     np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
     return recorder
 
 
-def run(problem, method, rate, path, seed, seconds, max_updates=10**9):
+def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0):
     """Trains a network by a method, for a given time, and writes the file.
 
     Args:
@@ -123,6 +125,7 @@ def run(problem, method, rate, path, seed, seconds, max_updates=10**9):
         seed: Integer, of weights and points.
         seconds: Float, of training.
         max_updates: Integer, after which training ends even earlier.
+        min_damping: Float >= 0, the least damping of "hf" and "cg".
 
     Returns:
         The `PINN` and the `ErrorRecorder`.
@@ -135,7 +138,8 @@ def run(problem, method, rate, path, seed, seconds, max_updates=10**9):
     objective = model.objective(x, y, sample_weight)
     recorder = ErrorRecorder(problem, pinn, objective, path, seconds, max_updates, HF_LOGS.get(method, ()))
     if method in HF_LOGS:
-        fit(model, [LevenbergMarquardt(), recorder], x=x, y=y, sample_weight=sample_weight, batch_size=len(y))
+        rule = LevenbergMarquardt(min_damping=min_damping)
+        fit(model, [rule, recorder], x=x, y=y, sample_weight=sample_weight, batch_size=len(y))
     elif method == "least-squares":
         fit_least_squares(objective, recorder)
     else:

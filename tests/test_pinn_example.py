@@ -208,6 +208,12 @@ def test_every_other_method_starts_from_the_same_weights_and_lowers_the_loss(tmp
 
 
 @pytest.mark.slow
+def test_the_damping_does_not_fall_below_the_least(tmp_path):
+    recorder = pinn.train(toy(problems.heat), "hf", None, tmp_path / "run.csv", 0, 60.0, 3, min_damping=9.0)
+    assert recorder.rows[-1]["damping"] == 9.0
+
+
+@pytest.mark.slow
 def test_lbfgs_goes_on_where_adam_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(pinn, "ADAM_SHARE", 1e-9)  # After the first steps of Adam.
     rows = train("poisson", "adam+lbfgs", tmp_path / "run.csv", pinn.STEPS_PER_EXECUTION + 3, 1e-3)
