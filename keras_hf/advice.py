@@ -127,8 +127,9 @@ class Advice:
             logs: Dict, the logs of the update.
             rounding: Float, the rounding error of the curvature along a unit vector.
         """
-        # The undamped curvature that CG met is below `-damping`. If that is within rounding, the loss may be convex.
-        if int(logs.get("negative_curvature", 0)) and float(logs["damping"]) > rounding:
+        # The undamped curvature that CG met is below `-damping`. If that is within rounding, the loss may be convex. Not of other solvers: where a
+        # classifier is sure of every case, what `PreconditionedMomentum` sees along its two directions is rounding alone.
+        if "cg_stop" in logs and int(logs["negative_curvature"]) and float(logs["damping"]) > rounding:
             self.warn_once(
                 "negative curvature",
                 "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "

@@ -92,12 +92,13 @@ def test_changed_weights_are_said_once_each(advice, silence):
     advice.changed_weights(["dense/kernel"])
 
 
-def test_negative_curvature_is_said_where_the_solver_counts_it_beyond_rounding(advice, silence):
+def test_negative_curvature_is_said_where_cg_met_it_beyond_rounding(advice, silence):
     advice.negative_curvature({}, 1e-7)
-    advice.negative_curvature({"negative_curvature": 0, "damping": 1e-2}, 1e-7)
-    advice.negative_curvature({"negative_curvature": 1, "damping": 1e-8}, 1e-7)
+    advice.negative_curvature({"cg_stop": 1, "negative_curvature": 0, "damping": 1e-2}, 1e-7)
+    advice.negative_curvature({"cg_stop": 1, "negative_curvature": 1, "damping": 1e-8}, 1e-7)
+    advice.negative_curvature({"alpha": 1.0, "negative_curvature": 1, "damping": 1e-2}, 1e-7)
     with pytest.warns(UserWarning, match="CG met negative curvature"):
-        advice.negative_curvature({"negative_curvature": 1, "damping": 1e-2}, 1e-7)
+        advice.negative_curvature({"cg_stop": 1, "negative_curvature": 1, "damping": 1e-2}, 1e-7)
 
 
 @pytest.mark.parametrize(
