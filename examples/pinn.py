@@ -65,7 +65,7 @@ def main(arguments=None):
                 print(f"\n{args.problem}, {label(name)}: {args.seconds:g} seconds", flush=True)
                 path = folder / f"{name}-seed{args.seed}.csv"
                 problem, limits = problems.PROBLEMS[args.problem](), (args.seconds, args.updates, args.min_damping)
-            train(problem, method, rate, path, args.seed, *limits)
+                train(problem, method, rate, path, args.seed, *limits)
         runs = best_runs(folder, args.seed)
         print_table(runs)
         path = args.results / f"{args.problem}-seed{args.seed}.png"
