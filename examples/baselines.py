@@ -35,6 +35,7 @@ from keras_hf.solvers.search import Taken, walk_back
 LABELS = {
     "hf": "Hessian-free (keras_hf)",
     "hf-momentum": "Hessian-free with momentum (keras_hf)",
+    "cg": "conjugate gradients (keras_hf)",
     "recipe": "Hessian-free of 2010",
     "standard": "standard Hessian-free",
     "lbfgs": "L-BFGS",

@@ -151,6 +151,7 @@ def test_two_replicas_gather_rows_where_they_are_fewer_than_weights(num_cases, f
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_replicas_take_exact_steps_on_batches_whose_size_tensorflow_knows(float64):
     model = untrained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), optimizer=OPTIMIZERS["direct"])
     batches = tf.data.Dataset.from_tensor_slices(cases(10)).batch(10, drop_remainder=True)
