@@ -67,6 +67,13 @@ class HFModel(HFTrainer):
     | `arc_step` | the place on the arc at which the step was taken: 1 = its end |
     | `acceleration` | norm of the geodesic acceleration over that of the step |
 
+    and those of `PreconditionedMomentum`:
+
+    | key | meaning |
+    | --- | --- |
+    | `alpha`, `mu` | coefficients of the preconditioned direction and of the previous step |
+    | `negative_curvature` | 1 if a direction has negative curvature |
+
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
     The first update of a compiled model computes its loss twice and its step's curvature in two ways. If they differ by more than rounding (a network

@@ -229,6 +229,10 @@ def test_the_example_writes_its_files_table_and_figure(tmp_path, capsys, monkeyp
     arguments = f"--problem inverse --seconds 60 --updates 2 --rates 1e-3 1e-2 --results {tmp_path}"
     pinn.main([*arguments.split(), "--methods", "hf", "adam"])
     printed = capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "inverse").glob("adam-*.csv")} == {
+        "adam-0.001-seed0.csv",
+        "adam-0.01-seed0.csv",
+    }
     pinn.main([*arguments.split(), "--methods"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert table == [line for line in printed.splitlines() if line.startswith("|")]

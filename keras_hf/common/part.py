@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-# Numbers of a small state: choosing each costs less than a branch, whose operations are a tenth of those of a small network's update.
+# Numbers of a small state: choosing each costs less than a branch, for which every tensor is handed over twice.
 _MOST_CHOSEN = 2**16
 
 
