@@ -21,7 +21,7 @@ def prepare(row):
     outputs = row.network(inputs)
     network = outputs if isinstance(outputs, keras.Model) else keras.Model(inputs, outputs)
     y = row.y(rng) if row.y else keras.tree.map_structure(lambda output: rng.normal(size=output.shape), network(x))
-    model = compiled(network, row.loss() if callable(row.loss) else row.loss)
+    model = compiled(network, row.loss)
     data = model_data(model, x, y, row.sample_weight and row.sample_weight(rng))
     for weight in network.trainable_weights:
         weight.assign(rng.normal(scale=0.7, size=weight.shape))

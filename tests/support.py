@@ -437,8 +437,7 @@ LAYERS = [
     on("Hashing", integers(2, below=9), 3, **HOT),
     on(
         "HashedCrossing",
-        lambda rng: {name: integers(1)(rng) for name in "ab"},
-        before=lambda x: (x["a"], x["b"]),
+        lambda rng: (integers(1)(rng), integers(1)(rng)),
         **{"num_bins": 4, "output_mode": "one_hot", **ENCODED},
     ),
     on("StringLookup", strings("a", "b", "c", "a"), vocabulary=["a", "b", "c"], **HOT),
