@@ -5,10 +5,12 @@ import math
 import keras
 
 from keras_hf.common.checks import count, finite, positive
-from keras_hf.scale import damping_limits
+from keras_hf.scale import damping_limits, noise_damping
 
 # With 2.5 as factor: 1.12 an update. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
 _OF_SMALL_UPDATES = 1 / 8
+# A loss so many times the least one is no matter of which cases the batch has.
+_HARM = 4.0
 
 
 def _number(value):
@@ -22,6 +24,10 @@ class DampingCallback(keras.callbacks.Callback):
     Subclasses implement `next_damping`. The damping is kept from one `fit` call to the next and saved with the optimizer; nothing is reset. It stays
     within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `DirectSolver` and `PreconditionedMomentum`) to eps^-2 times
     the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
+
+    Below `eps sqrt(n)` times that curvature, n being the number of weights, the reduction ratio of a batch cannot tell what a step does to the cases
+    of other batches: rounding decides that. There the damping is lowered only after an update whose loss, before its step, was the least so far, and
+    it returns to that value where the loss is more than four times the least. A run on one batch is not affected.
 
     Args:
         min_damping: Float >= 0, the smallest damping assigned.
@@ -68,16 +74,36 @@ class DampingCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # NaN: the first update could not find it yet, and there is nothing to adapt.
         if self.adaptive and not math.isnan(logs["damping"]):
-            self.model.optimizer.damping.assign(self.within_limits(self.next_damping(logs["damping"], logs)))
+            damping = self._as_other_cases_allow(self.next_damping(logs["damping"], logs), logs["damping"])
+            self.model.optimizer.damping.assign(self.within_limits(damping))
 
     def within_limits(self, damping):
         """Returns the damping, clipped to the limits."""
-        optimizer = self.model.optimizer
-        scale = _number(optimizer.curvature_scale) if damping and optimizer.built else 0
+        optimizer, scale = self.model.optimizer, self._scale(damping)
         if scale:
             least, greatest = damping_limits(scale, optimizer.damping.dtype, self.model.solver.least_damping_power)
             damping = min(max(damping, least), greatest)
         return min(max(damping, self.min_damping), self.max_damping)
+
+    def _as_other_cases_allow(self, damping, before):
+        """Returns the damping, or a larger one where it is small enough for rounding to decide what steps do to other cases."""
+        optimizer, scale = self.model.optimizer, self._scale(damping)
+        if not scale:
+            return damping
+        num_weights = sum(math.prod(weight.shape) for weight in self.model.trainable_variables)
+        enough = noise_damping(scale, optimizer.damping.dtype, num_weights)
+        # The logs have the mean of the epoch.
+        loss, least_loss = map(_number, optimizer.loss_and_least)
+        if damping >= enough or loss <= least_loss:
+            return damping
+        if loss - least_loss > (_HARM - 1) * abs(least_loss):
+            return enough
+        return max(damping, min(before, enough))
+
+    def _scale(self, damping):
+        """Returns the scale of the curvature; 0 where it is not known, or the damping is 0 and to stay so."""
+        optimizer = self.model.optimizer
+        return _number(optimizer.curvature_scale) if damping and optimizer.built else 0
 
 
 class ConstantDamping(DampingCallback):

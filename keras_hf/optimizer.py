@@ -186,6 +186,19 @@ class HessianFree(keras.optimizers.Optimizer):
         return None if self._state is None else self._state.scale
 
     @property
+    def loss_and_least(self):
+        """The loss before the last update, on its batch alone, and the least such loss since `fit` began; `None` before the optimizer is built.
+
+        Float64 scalar variables, infinity before the first update.
+        """
+        return None if self._state is None else (self._state.loss, self._state.least_loss)
+
+    def forget_least_loss(self):
+        """Lets the next update find the least loss anew: its cases may be others."""
+        if self._state is not None:
+            self._state.least_loss.assign(math.inf)
+
+    @property
     def learning_rate(self):
         """Always 1, for callbacks that read it. Assigning another value warns and has no effect."""
         return keras.optimizers.Optimizer.learning_rate.fget(self)
@@ -226,6 +239,8 @@ class HessianFree(keras.optimizers.Optimizer):
         initial = UpdateState(
             damping=number(damping),
             scale=number(0.0),
+            loss=tf.constant(math.inf, tf.float64),
+            least_loss=tf.constant(math.inf, tf.float64),
             convergence=Convergence(number(0.0), number(0.0), number(0.0)),
             solver=self.solver.initial_state(values, layers),
             curvature=self.curvature.initial_state(values, layers),

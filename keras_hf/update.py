@@ -21,6 +21,8 @@ class UpdateState(NamedTuple):
     Attributes:
         damping: Scalar >= 0 of the weights' dtype; NaN = the first update derives it.
         scale: Scalar of the weights' dtype, the scale of the curvature; 0 = the first update computes it. See `scale.curvature_scale`.
+        loss: float64 scalar, the loss at the start of the last update; infinity before the first.
+        least_loss: float64 scalar, the least of these losses so far.
         convergence: `Convergence`, the record of updates at rounding.
         solver: Nest of tensors, the solver's state.
         curvature: Dict of tensors, the curvature's state.
@@ -31,6 +33,8 @@ class UpdateState(NamedTuple):
 
     damping: tf.Tensor
     scale: tf.Tensor
+    loss: tf.Tensor
+    least_loss: tf.Tensor
     convergence: Convergence
     solver: Any
     curvature: dict
@@ -173,6 +177,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         state=state._replace(
             damping=found_damping,
             scale=scale,
+            loss=at_start.loss,
+            least_loss=tf.where(at_start.loss < state.least_loss, at_start.loss, state.least_loss),
             convergence=state.convergence.after(
                 is_at_rounding, accepted & (reduction > rounding) & ~is_hidden, norm, damping
             ),

@@ -227,6 +227,8 @@ def update_state(objective, solver, damping=0.3, scale=0.0, curvature=None):
     return UpdateState(
         damping=number(damping),
         scale=number(scale),
+        loss=tf.constant(np.inf, tf.float64),
+        least_loss=tf.constant(np.inf, tf.float64),
         convergence=Convergence(number(0.0), number(0.0), number(0.0)),
         solver=solver.initial_state(objective.variables, []),
         curvature=curvature.initial_state(objective.variables, []) if curvature else {},

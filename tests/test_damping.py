@@ -5,7 +5,16 @@ import keras
 import numpy as np
 import pytest
 
-from keras_hf import ArcStepDamping, ConstantDamping, DampingCallback, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import (
+    ArcStepDamping,
+    ConjugateGradient,
+    ConstantDamping,
+    DampingCallback,
+    EmpiricalFisherDiagonal,
+    HessianFree,
+    HFModel,
+    LevenbergMarquardt,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -241,6 +250,69 @@ def test_damping_stays_within_what_rounding_leaves_of_the_scale(ratio, limit):
     for _ in range(1000):
         end = damping_after(LevenbergMarquardt(), logs(ratio, damping=end), model)
     assert end == 8 * limit
+
+
+# With two weights and a scale of 2 rounding decides below eps sqrt(2) 2, which is 2^-21.5.
+NOISE = 2.0**-21.5
+
+
+@pytest.mark.parametrize(
+    ("losses", "damping", "expected"),
+    [
+        # The least loss so far: as the rule says.
+        ((0.5, 0.5), NOISE, NOISE / 2),
+        # Another loss: not below.
+        ((0.6, 0.5), 1.5 * NOISE, NOISE),
+        ((0.6, 0.5), NOISE / 4, NOISE / 4),
+        ((-0.4, -0.5), NOISE / 4, NOISE / 4),
+        # More than four times the least: back.
+        ((2.1, 0.5), NOISE / 4, NOISE),
+        ((1.6, -0.5), NOISE / 4, NOISE),
+        # Above, whatever the loss.
+        ((2.1, 0.5), 4 * NOISE, 2 * NOISE),
+    ],
+)
+def test_dampings_that_rounding_decides_need_the_least_loss(losses, damping, expected):
+    model = linear_model()
+    model.optimizer.curvature_scale.assign(2.0)
+    for variable, loss in zip(model.optimizer.loss_and_least, losses, strict=True):
+        variable.assign(loss)
+    end = damping_after(LevenbergMarquardt(factor=2), logs(1.0, damping=damping), model)
+    assert end == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_batches_that_are_fitted_do_not_ruin_each_other():
+    """Without that rule the damping falls to 1e-8, and the losses rise to 950 after 30 updates."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 30)), rng.integers(0, 5, size=60)
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((30,)), keras.layers.Dense(20, "tanh"), keras.layers.Dense(5)]
+    model = HFModel(keras.Sequential(layers))
+    solver = ConjugateGradient(preconditioner=EmpiricalFisherDiagonal())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(HessianFree(solver=solver, growing_batch=None, seed=0), loss)
+    losses = []
+    record = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: losses.append(float(model.optimizer.loss_and_least[0].numpy()))
+    )
+    with pytest.warns(UserWarning, match="An update on 20 cases fits their noise"):
+        model.fit(x, y, 20, 25, shuffle=False, callbacks=[LevenbergMarquardt(), record], verbose=0)
+    assert max(losses[30:]) < 1e-2
+    assert max(losses[-10:]) < 1e-5
+
+
+def test_the_least_loss_is_that_of_the_batches_of_one_fit():
+    model, (x, y) = linear_model(), least_squares()
+    model.network.set_weights([np.zeros((2, 1))])
+    rule, y = LevenbergMarquardt(), np.concatenate([y[:4], y[4:] + 9])
+    with pytest.warns(UserWarning, match="An update on 4 cases fits their noise"):
+        model.fit(x, y, 4, shuffle=False, callbacks=[rule], verbose=0)
+    last, least = [float(variable) for variable in model.optimizer.loss_and_least]
+    # The logs have the mean of both.
+    assert least == pytest.approx(np.mean(y[:4] ** 2), rel=1e-6) and last > 10 * least
+    model.fit(x, y + 100, callbacks=[rule], verbose=0)
+    assert float(model.optimizer.loss_and_least[1]) > 1000
 
 
 @pytest.mark.parametrize("ratio", [-INF, 1.0])

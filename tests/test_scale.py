@@ -13,7 +13,7 @@ from keras_hf import (
     HFModel,
     LevenbergMarquardt,
 )
-from keras_hf.scale import curvature_scale, damping_limits, first_damping
+from keras_hf.scale import curvature_scale, damping_limits, first_damping, noise_damping
 
 
 def vector(*values):
@@ -42,6 +42,10 @@ def test_limits_are_relative_to_the_scale():
     assert (least, greatest) == (8 * 2.0**-46, 8 * 2.0**46)
     # No factor of a rule may overflow.
     assert np.isfinite(np.float32(damping_limits(1e37, "float32")[1]) * np.float32(1e6))
+
+
+def test_noise_damping_grows_with_the_root_of_the_number_of_weights():
+    assert noise_damping(8.0, "float32", 16) == 8 * 4 * 2.0**-23
 
 
 def run(loss_weight, damping=None, **parts):
