@@ -1,5 +1,6 @@
 """Warnings that a user can act on, each given once. This room receives logs, numbers and names; it knows no model."""
 
+import collections
 import math
 import warnings
 
@@ -8,6 +9,10 @@ import warnings
 _SPURIOUS = 100.0
 # Rejected updates in a row that call for a warning: a damping that starts far too small is large enough after fewer.
 _MANY_REJECTIONS = 30
+# Updates in a row that are looked at together, to see whether what they gain on their own batches is there on the next.
+_NUM_COMPARED = 40
+# The share of it that must be there.
+_SHARE_KEPT = 0.05
 _NO_CURVATURE = {
     "mean_absolute_error": "keras.losses.Huber() or LogCosh()",
     "mean_absolute_percentage_error": "keras.losses.MeanSquaredLogarithmicError()",
@@ -36,6 +41,7 @@ class Advice:
         self._given = set()
         self._source, self._largest_batch = "batches", 0
         self._num_rejected = 0
+        self._losses = collections.deque(maxlen=_NUM_COMPARED)
 
     def warn_once(self, key, message):
         """Warns with `message`, unless a warning with this `key` was given before. Call it from a method that the model calls: see `stacklevel`."""
@@ -48,6 +54,7 @@ class Advice:
     def cases_come_as(self, source):
         """Records at the start of `fit` how cases come: as "arrays", "dataset" or "batches"; `None` if one batch holds all of them."""
         self._source, self._largest_batch = source, 0
+        self._losses.clear()
 
     def no_damping_rule(self):
         """Warns that `fit` runs without a damping callback."""
@@ -119,6 +126,26 @@ class Advice:
             self.warn_once("small batch", what + _LARGER_BATCHES[self._source])
         elif 4 * num_cases < self._largest_batch:
             self.warn_once("remainder", f"{what}Others held up to {self._largest_batch}. {_NO_REMAINDER[self._source]}")
+
+    def batches_disagree(self, loss, reduction):
+        """Warns if hardly anything of what many updates in a row gained on their own batches was there on the next ones.
+
+        Args:
+            loss: Float, the loss of the batch before the update.
+            reduction: Float, by how much the update lowered it.
+        """
+        self._losses.append((loss, reduction))
+        if self._source is None or len(self._losses) < _NUM_COMPARED:
+            return
+        gained = sum(reduction for _, reduction in list(self._losses)[:-1])
+        # Less is not worth a word: a run that goes slowly, or is at rounding.
+        if gained > abs(loss) and self._losses[0][0] - loss < _SHARE_KEPT * gained:
+            self.warn_once(
+                "disagreement",
+                f"In the last {_NUM_COMPARED} updates, next to nothing of what an update gained on its own batch was there on the next one: the sum "
+                f"of the gains is {gained:.3g}, and the loss went from {self._losses[0][0]:.3g} to {loss:.3g}. Each update fits what only its batch "
+                f"has. {_LARGER_BATCHES[self._source]}",
+            )
 
     def negative_curvature(self, logs, rounding):
         """Warns if CG met negative curvature of a Gauss-Newton matrix. With a convex loss there is none.

@@ -74,11 +74,13 @@ class HFTrainer(keras.Model):
                     logs = dict(step(iterator))
                 trace = logs.pop("trace", None)
                 num_nonfinite = int(logs.pop("num_nonfinite_cases", 0))
-                errors = [float(logs.pop(key, 0.0)) for key in ("product_error", "repeat_error")]
+                reduction, *errors = [
+                    float(logs.pop(key, 0.0)) for key in ("reduction", "product_error", "repeat_error")
+                ]
                 guard.raise_if_wrong(self.network.name, self._choice, float(logs["loss"]), *errors)
             self._is_first_update.assign(False)
             self._keep("last_trace", trace)
-            self._advise_after_update(logs, num_nonfinite)
+            self._advise_after_update(logs, num_nonfinite, reduction)
             return logs
 
         with self.distribute_strategy.scope():
@@ -322,6 +324,7 @@ class HFTrainer(keras.Model):
             "step_size": result.step_size,
             "gradient_norm": result.gradient_norm,
             # For `train_function`, which removes them, as it removes the trace.
+            "reduction": result.actual_reduction,
             "product_error": result.product_error,
             "repeat_error": result.repeat_error,
         }
@@ -379,12 +382,15 @@ class HFTrainer(keras.Model):
                 [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
             )
 
-    def _advise_after_update(self, logs, num_nonfinite):
+    def _advise_after_update(self, logs, num_nonfinite, reduction):
         optimizer, growing_batch = self.optimizer, self._growing_batch
         if not self.solver.uses_all_cases:
             # A growing batch that starts small does so on purpose.
             starts_with = growing_batch.initial_size if growing_batch else math.inf
             self._advice.small_batch(logs, min(self.solver.fewest_cases, starts_with))
+        if not self.solver.judges_by_chunk:
+            # Not of small updates, each of which may gain little that lasts.
+            self._advice.batches_disagree(float(optimizer.loss_and_least[0].numpy()), reduction)
         if isinstance(optimizer.curvature, GaussNewton):
             # Errors add up in the sums of a product: negative curvature of 2.3 epsilons was measured with a convex loss under BatchNormalization.
             rounding = 10 * self._choice.epsilon * float(optimizer.curvature_scale.numpy())

@@ -76,6 +76,44 @@ def test_one_batch_of_all_cases_and_a_part_that_starts_small_are_as_they_should_
     advice.small_batch({"num_cases": 32}, 256)
 
 
+def after_updates(advice, losses, reductions):
+    for loss, reduction in zip(losses, reductions, strict=True):
+        advice.batches_disagree(loss, reduction)
+
+
+def test_gains_that_the_next_batches_do_not_have_are_said_with_the_cure(advice, silence):
+    advice.cases_come_as("dataset")
+    after_updates(advice, [1.0] * 39, [0.1] * 39)
+    # 39 gains before the last loss.
+    message = "the sum of the gains is 3.9, and the loss went from 1 to 0.9. .*Batch the dataset by more cases"
+    with pytest.warns(UserWarning, match=message):
+        advice.batches_disagree(0.9, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "reductions"),
+    [
+        # A sixteenth of each gain is there on the next batch.
+        ([1.0 - 0.01 * number for number in range(60)], [0.16] * 60),
+        # Hardly any gain.
+        ([1.0] * 60, [0.02] * 60),
+        ([1.0] * 60, [0.0] * 60),
+        ([math.nan] * 60, [math.nan] * 60),
+    ],
+)
+def test_gains_that_last_or_are_small_need_no_advice(advice, silence, losses, reductions):
+    advice.cases_come_as("dataset")
+    after_updates(advice, losses, reductions)
+
+
+def test_gains_are_not_compared_on_one_batch_nor_from_fit_to_fit(advice, silence):
+    advice.cases_come_as(None)
+    after_updates(advice, [1.0] * 60, [0.1] * 60)
+    for _ in range(3):
+        advice.cases_come_as("arrays")
+        after_updates(advice, [1.0] * 39, [0.1] * 39)
+
+
 def test_losses_without_curvature_are_named_with_their_smooth_cousin(advice, silence):
     advice.loss_of_gauss_newton("mean_squared_error")
     advice.loss_of_gauss_newton(lambda y, y_pred: y)
