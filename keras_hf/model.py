@@ -349,8 +349,7 @@ class HFModel(HFTrainer):
         if source is not None:
             self._choose_solver(None, 0)
         self._advice.cases_come_as(source)
-        if initial_epoch == 0:
-            self.optimizer.forget_least_loss()
+        self._keep("_begins_at", None if initial_epoch else int(self.optimizer.iterations.numpy()))
         with self._batches_of_at_most(most_cases), complete_backups(found, self, is_chief(strategy)):
             history = super().fit(
                 x,

@@ -46,6 +46,8 @@ class HFTrainer(keras.Model):
         self._advice = Advice()
         # The largest number of cases of a batch: in the running `fit`, if known; and the number that the traced update supports.
         self._most_cases, self._most_cases_traced = None, math.inf
+        # The number of updates before a `fit` that goes on from no other; `BackupAndRestore` brings back another number.
+        self._begins_at = None
         self.last_trace = None
         # What was chosen where the optimizer leaves the choice of the solver to the model; `None` = the optimizer's.
         self._chosen_solver = None
@@ -69,6 +71,10 @@ class HFTrainer(keras.Model):
                 is_to_be_found=float(self.optimizer.curvature_scale.numpy()) == 0,
             )
             with guard.values_kept_on_error(self._values(), but=guard.END_OF_DATA):
+                if self._begins_at is not None:
+                    if self._begins_at == int(self.optimizer.iterations.numpy()):
+                        self.optimizer.forget_least_loss()
+                    self._keep("_begins_at", None)
                 explained = guard.xla_explained(self.network.name, lambda: self._choice)
                 with guard.unaltered_arithmetic(), explained, keras_private.results_of_first_replica():
                     logs = dict(step(iterator))
