@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import keras
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -34,6 +36,8 @@ WITHOUT_CODE = {
     "which-solver.md",
 }
 WITH_CODE = sorted(set(PAGES) - WITHOUT_CODE)
+# Those that are notebooks, too, run as such.
+AS_PRINTED = sorted(set(WITH_CODE) - set(hooks.NOTEBOOKS))
 # Pages that take more than five seconds.
 SLOW = set(WITH_CODE) - {"how-it-works.md"}
 
@@ -50,7 +54,7 @@ def run(name, code, namespace):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in WITH_CODE]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in AS_PRINTED]
 )
 def test_code_runs_as_printed(name, tmp_path, monkeypatch):
     assert blocks(name)
@@ -149,6 +153,17 @@ def test_a_notebook_runs_what_its_page_runs(name):
     cells = hooks.notebook(PAGES[name].read_text(encoding="utf-8")).cells
     assert [cell.source for cell in cells if cell.cell_type == "code"] == [code.strip() for code in blocks(name)]
     assert not any("](" in cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hooks.NOTEBOOKS)
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
+    """In a kernel of its own, where a warning is an error as in the other tests."""
+    notebook = hooks.notebook(PAGES[name].read_text(encoding="utf-8"))
+    strict = "import warnings; warnings.simplefilter('error', UserWarning)"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(strict))
+    nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 
 def test_prompts_of_docstrings_are_a_section_on_the_site():
