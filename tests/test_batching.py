@@ -292,7 +292,10 @@ def test_the_next_part_holds_none_of_the_last_also_in_a_new_round(num_cases, siz
         assert not set(used) & set(then)
 
 
-@pytest.mark.parametrize(("num_batches", "size"), [(4, 25), (2, 50), (3, 33), (2, 25), (8, 25), (5, 20), (40, 20)])
+@pytest.mark.parametrize(
+    ("num_batches", "size"),
+    [(4, 25), (2, 50), (3, 33), (2, 25), (8, 25), (5, 20), pytest.param(40, 20, marks=pytest.mark.slow)],
+)
 def test_every_case_of_each_of_several_batches_has_its_turn(num_batches, size):
     # 30 epochs; were each batch married to one part, all but that one would be left out.
     num_epochs, visits = 30, np.zeros((num_batches, 100), int)

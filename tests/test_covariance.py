@@ -62,8 +62,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("reduction", "is_weighted", "absolute_sigma"), CASES.values(), ids=CASES.keys())
-def test_covariance_is_that_of_curve_fit(float64, reduction, is_weighted, absolute_sigma):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("weights", "absolute") else []) for name in CASES]
+)
+def test_covariance_is_that_of_curve_fit(float64, name):
+    reduction, is_weighted, absolute_sigma = CASES[name]
     x, y, sigma = noisy()
     sigma, sample_weight = (sigma, 1 / sigma**2) if is_weighted else (None, None)
     w, expected = by_scipy(x, y, sigma, absolute_sigma)
@@ -96,7 +99,7 @@ def test_weights_of_the_same_path_keep_an_entry_each():
     assert {name: value.tolist() for name, value in errors.items()} == {"w_0": [0, 1], "w_1": 2, "w_2": [[3, 4]]}
 
 
-@pytest.mark.parametrize("absolute_sigma", [False, True])
+@pytest.mark.parametrize("absolute_sigma", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cases_of_weight_zero_do_not_count(float64, absolute_sigma):
     x, y, _ = noisy()
     w, expected = by_scipy(x, y, absolute_sigma=absolute_sigma)

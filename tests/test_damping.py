@@ -51,7 +51,9 @@ class CountedModel(HFModel):
 def linear_model(damping=1.0, loss="mse", **kwargs):
     """A linear network of two weights, least squares by default."""
     model = CountedModel(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)]))
-    model.compile(optimizer=HessianFree(damping), loss=loss, **kwargs)
+    # Parts that take half as long to trace as the default ones.
+    solver = ConjugateGradient(EmpiricalFisherDiagonal())
+    model.compile(optimizer=HessianFree(damping, solver, growing_batch=None), loss=loss, **kwargs)
     return model
 
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, Identity, LevenbergMarquardt
+from keras_hf.advice import Advice
 from keras_hf.common import checks
 
 
@@ -118,13 +119,13 @@ def test_an_empty_batch_changes_nothing_and_says_so(regularizer):
     assert_rejected(model, history, before)
 
 
-@pytest.mark.parametrize("length", [12, 30])
-def test_a_batch_of_unequal_lengths_is_refused_when_it_comes(length):
-    (x, _), (_, y) = cases(), cases(length)
-    with pytest.raises(
-        Exception, match="must hold the same number of cases.*Received: a batch where y is not as long as x"
-    ):
-        fit(compiled(network()), dataset((x, y)))
+def test_a_batch_of_unequal_lengths_is_refused_when_it_comes():
+    model, (x, _) = compiled(network()), cases()
+    for length in (12, 30):
+        with pytest.raises(
+            Exception, match="must hold the same number of cases.*Received: a batch where y is not as long as x"
+        ):
+            fit(model, dataset((x, cases(length)[1])))
 
 
 def test_train_on_batch_refuses_unequal_lengths_and_no_cases():
@@ -188,13 +189,24 @@ def test_targets_of_the_wrong_shape_are_refused_by_keras(loss, y):
         fit(compiled(network(), loss), cases()[0], y)
 
 
+@pytest.fixture(scope="module")
+def traced():
+    return compiled(network())
+
+
+@pytest.fixture
+def weighted(traced):
+    """A model for twenty weighted cases, traced once, that has given no warning yet."""
+    traced._advice = Advice()
+    return traced
+
+
 @pytest.mark.parametrize("where", ["x", "y", "sample_weight"])
-def test_a_nan_anywhere_rejects_the_step(where):
+def test_a_nan_anywhere_rejects_the_step(where, weighted):
     x, y = cases()
     data = {"x": x, "y": y, "sample_weight": np.ones(20)}
     data[where].flat[3] = np.nan
-    model = compiled(network())
-    before = model.get_weights()
+    model, before = weighted, weighted.get_weights()
     with pytest.warns(UserWarning, match="1 of the 20 cases of an update hold numbers that are not finite"):
         history = fit(model, **data)
     assert np.isnan(history["loss"]).all() and np.isnan(history["reduction_ratio"]).all()
@@ -211,12 +223,12 @@ def test_weights_of_zero_leave_nothing_to_do():
     assert_rejected(model, history, before)
 
 
-def test_negative_weights_are_taken_as_they_are():
-    x, y = cases()
-    model = compiled(network())
+def test_negative_weights_are_taken_as_they_are(weighted):
+    x, y = cases(16)
     # Two opposite weights of one case take everything from each other.
-    expected = model.evaluate(x, y, batch_size=20, verbose=0) * 20 / 28
-    history = fit(model, np.r_[x, x[:4], x[:4]], np.r_[y, y[:4], y[:4]], sample_weight=np.r_[np.ones(24), -np.ones(4)])
+    expected = weighted.evaluate(x, y, batch_size=16, verbose=0) * 16 / 20
+    sample_weight = np.r_[np.ones(18), -np.ones(2)]
+    history = fit(weighted, np.r_[x, x[:2], x[:2]], np.r_[y, y[:2], y[:2]], sample_weight=sample_weight)
     assert history["loss"][0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -322,7 +334,7 @@ def test_a_loss_with_fewer_values_than_cases_is_refused_by_name():
 
 def test_the_check_of_a_loss_leaves_its_name_and_what_is_saved(tmp_path):
     model = compiled(network(), keras.losses.huber)
-    fit(model, *cases())
+    model.evaluate(*cases(), verbose=0)
     assert model.loss is keras.losses.huber
     model.save(tmp_path / "run.keras")
     assert keras.models.load_model(tmp_path / "run.keras").loss is keras.losses.huber

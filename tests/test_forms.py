@@ -632,7 +632,10 @@ def test_the_loss_falls_in_every_update(net, x):
     assert model.num_traces == 1
 
 
-@pytest.mark.parametrize("shape", [(6, 2), (5, 6, 2), (3, 4, 5, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param((6, 2), marks=pytest.mark.slow), (5, 6, 2), pytest.param((3, 4, 5, 1), marks=pytest.mark.slow)],
+)
 def test_losses_of_any_rank_are_means_over_all_their_values(shape):
     net = keras.Sequential([keras.Input(shape), layers.Dense(1)])
     y = normal(24, *shape[:-1], 1, seed=1)

@@ -31,7 +31,6 @@ QUICK = {
     "BinaryFocalCrossentropy, from sigmoid",
     "MeanSquaredError, mean_with_sample_weight, weighted",
     "MeanSquaredError, sum_over_batch_size, masked",
-    "Huber",
     "MeanAbsoluteError",
     "Poisson",
     "CosineSimilarity",
@@ -248,7 +247,7 @@ def test_losses_of_several_candidates_are_those_of_each(problem, float64):
     def compute(objective):
         rng = np.random.default_rng(0)
         steps = tf.constant(rng.normal(size=(4, objective.num_weights)))
-        return objective.losses_at(steps), tf.stack([objective.loss_at(step) for step in tf.unstack(steps)])
+        return objective.losses_at(steps), tf.map_fn(objective.loss_at, steps)
 
     together, one_by_one = numbers(model, data, compute)
     assert together.dtype == np.float64

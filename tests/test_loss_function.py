@@ -221,10 +221,14 @@ def dense_residuals(model, w, x, y, sample_weight, l2):
 
 
 ZERO_WEIGHTS = np.where(np.arange(15) % 4, WEIGHTS, 0)
-SQUARES = {"plain": (None, 0), "weights": (WEIGHTS, 0), "regularizers, and weights of 0": (ZERO_WEIGHTS, 0.125)}
+SQUARES = [
+    pytest.param(None, 0, id="plain"),
+    pytest.param(WEIGHTS, 0, id="weights", marks=pytest.mark.slow),
+    pytest.param(ZERO_WEIGHTS, 0.125, id="regularizers, and weights of 0"),
+]
 
 
-@pytest.mark.parametrize(("sample_weight", "l2"), SQUARES.values(), ids=SQUARES.keys())
+@pytest.mark.parametrize(("sample_weight", "l2"), SQUARES)
 def test_residuals_and_jacobian_equal_those_by_numpy(float64, sample_weight, l2):
     model = make_model(regularizer=keras.regularizers.L2(l2) if l2 else None)
     f, w = at(model, inputs(), targets(), sample_weight)
@@ -251,19 +255,19 @@ def test_residuals_of_two_outputs_with_loss_weights(float64):
     np.testing.assert_allclose(f.jacobian(w).T @ residuals, gradient, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("method", ["trf", "lm"])
-def test_least_squares_finds_the_minimum(float64, method):
+def test_least_squares_finds_the_minimum(float64):
     # A linear network with L2: the minimum by the normal equations.
     model = compiled(keras.Sequential([keras.Input((2,)), layers.Dense(3, kernel_regularizer="l2", use_bias=False)]))
     f, w = at(model, inputs(), targets())
-    found = optimize.least_squares(f.residuals, w, f.jacobian, method=method, xtol=1e-12, ftol=1e-12, gtol=1e-12)
     x = inputs()
     expected = np.linalg.solve(x.T @ x / 45 + 0.01 * np.eye(2), x.T @ targets() / 45)
-    np.testing.assert_allclose(found.x.reshape(2, 3), expected, rtol=1e-7)
-    assert found.cost == pytest.approx(f.loss_at(found.x), rel=1e-12)
+    for method in ("trf", "lm"):
+        found = optimize.least_squares(f.residuals, w, f.jacobian, method=method, xtol=1e-12, ftol=1e-12, gtol=1e-12)
+        np.testing.assert_allclose(found.x.reshape(2, 3), expected, rtol=1e-7)
+        assert found.cost == pytest.approx(f.loss_at(found.x), rel=1e-12)
 
 
-@pytest.mark.parametrize("floatx", ["float32", "float64"])
+@pytest.mark.parametrize("floatx", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_a_perfect_fit_has_residuals_of_rounding(floatx, request):
     if floatx == "float64":
         request.getfixturevalue("float64")
@@ -287,9 +291,11 @@ NO_SQUARES = {
 }
 
 
-@pytest.mark.parametrize("make", NO_SQUARES.values(), ids=NO_SQUARES.keys())
-def test_losses_without_squares_have_no_residuals(float64, make):
-    f, w = at(make(), inputs(), (targets() > 0).astype("float64"))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "log_cosh" else []) for name in NO_SQUARES]
+)
+def test_losses_without_squares_have_no_residuals(float64, name):
+    f, w = at(NO_SQUARES[name](), inputs(), (targets() > 0).astype("float64"))
     with pytest.raises(
         ValueError, match=r"half a sum of squares, such as 'mse'.*Received: a loss of .*`loss_and_gradient` and"
     ):
