@@ -270,8 +270,8 @@ class HFModel(HFTrainer):
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: If the model is not compiled, if there are no cases, if arrays have different numbers of cases, or if `batch_size` is not a
-                positive integer.
+            ValueError: If the model is not compiled, if there are no cases, if arrays have different numbers of cases, if `batch_size` is not a
+                positive integer, or if `steps_per_execution` is more than 1 on several workers.
         """
         keras_private.require_compiled(self, "fit")
         if x is None:
@@ -279,6 +279,7 @@ class HFModel(HFTrainer):
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
             )
         strategy = self.distribute_strategy
+        workers.require_single_steps(strategy, self.steps_per_execution)
         workers.require_same_job(
             strategy,
             lambda: {
@@ -289,7 +290,7 @@ class HFModel(HFTrainer):
             },
         )
         callbacks = workers.callbacks_of(strategy, callbacks)
-        verbose = 0 if verbose == "auto" and not is_chief(strategy) else verbose
+        verbose = workers.verbose_of(strategy, verbose)
         found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
         if not any(isinstance(callback, DampingCallback) for callback in found):
             self._advice.no_damping_rule()
@@ -372,6 +373,16 @@ class HFModel(HFTrainer):
         if isinstance(self.network, PINN):
             self._advice.spurious_solution(history.history)
         return history
+
+    def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", *args, **kwargs):
+        """Computes loss and metrics; arguments as `keras.Model.evaluate`. Of several workers the chief alone shows the progress bar."""
+        return super().evaluate(
+            x, y, batch_size, workers.verbose_of(self.distribute_strategy, verbose), *args, **kwargs
+        )
+
+    def predict(self, x, batch_size=None, verbose="auto", *args, **kwargs):
+        """Computes predictions; arguments as `keras.Model.predict`. Of several workers the chief alone shows the progress bar."""
+        return super().predict(x, batch_size, workers.verbose_of(self.distribute_strategy, verbose), *args, **kwargs)
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Performs one update on these cases; arguments as `keras.Model.train_on_batch`."""

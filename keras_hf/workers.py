@@ -210,8 +210,26 @@ def name_of(loss):
     return name if isinstance(name, str) else type(name).__name__
 
 
+def require_single_steps(strategy, steps_per_execution):
+    """Raises an error for several steps in one execution on several workers: TensorFlow cannot run their loop, be the model this package's or Keras'.
+
+    Raises:
+        ValueError: If so.
+    """
+    if steps_per_execution > 1 and num_workers(strategy) > 1:
+        raise ValueError(
+            "On several workers TensorFlow runs one step per execution. "
+            f"Received: steps_per_execution={steps_per_execution} and {num_workers(strategy)} workers. Compile with `steps_per_execution=1`."
+        )
+
+
 def callbacks_of(strategy, callbacks):
     """Returns the callbacks that this process calls: on workers other than the chief, without those that only write files."""
     if is_chief(strategy) or not isinstance(callbacks, (list, tuple)):
         return callbacks
     return [callback for callback in callbacks if type(callback) not in _WRITERS]
+
+
+def verbose_of(strategy, verbose):
+    """Returns how much this process shows: of "auto", workers other than the chief show nothing."""
+    return 0 if verbose == "auto" and not is_chief(strategy) else verbose

@@ -8,7 +8,7 @@ import numpy as np
 import problems
 import pytest
 
-from keras_hf import ConstantDamping, LevenbergMarquardt, progress
+from keras_hf import ConstantDamping, LevenbergMarquardt, progress, workers
 from keras_hf.progress import UpdateProgress
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype("float32")
@@ -160,6 +160,16 @@ def test_a_users_own_bar_or_list_of_callbacks_is_left_as_it_is(model, capsys):
         assert ("num_cases", "60.0000") in numbers(lines(capsys.readouterr().out)[-1])
     model.fit(X, Y, callbacks=keras.callbacks.CallbackList([ConstantDamping()], **arguments))
     assert capsys.readouterr().out == ""
+
+
+def test_workers_other_than_the_chief_show_no_bar_unless_they_are_told_to(model, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "is_chief", lambda strategy: False)
+    model.fit(X, Y, callbacks=[ConstantDamping()])
+    model.evaluate(X, Y)
+    model.predict(X)
+    assert capsys.readouterr().out == ""
+    model.evaluate(X, Y, verbose=1)
+    assert [name for name, _ in numbers(lines(capsys.readouterr().out)[-1])] == ["loss", "mae"]
 
 
 def test_evaluate_shows_loss_and_metrics_as_keras_does(model, capsys):

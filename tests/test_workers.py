@@ -223,6 +223,15 @@ def test_a_timeout_must_be_positive(timeout):
         multi_worker_strategy(timeout=timeout)
 
 
+def test_several_steps_in_one_execution_are_refused_on_several_workers(monkeypatch):
+    one = tf.distribute.get_strategy()
+    workers.require_single_steps(one, 3)
+    monkeypatch.setattr(workers, "num_workers", lambda strategy: 2)
+    workers.require_single_steps(one, 1)
+    with pytest.raises(ValueError, match="one step per execution. Received: steps_per_execution=3 and 2 workers"):
+        workers.require_single_steps(one, 3)
+
+
 def test_one_process_is_its_own_chief():
     for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
         assert (num_workers(strategy), worker_number(strategy), is_chief(strategy)) == (1, 0, True)
