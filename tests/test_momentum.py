@@ -1,4 +1,4 @@
-"""What preconditioned momentum promises: coefficients, the relation to conjugate gradients, rejection, and runs that go on bit-equally."""
+"""What preconditioned momentum promises: coefficients, the relation to conjugate gradients, rejection, and runs through `fit`."""
 
 import itertools
 
@@ -68,7 +68,7 @@ def update(model, data, solver, previous=None, damping=DAMPING, curvature=None, 
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("regularizer", [None, keras.regularizers.L2(0.1)])
+@pytest.mark.parametrize("regularizer", [pytest.param(None, marks=pytest.mark.slow), keras.regularizers.L2(0.1)])
 @pytest.mark.parametrize("preconditioner", [Identity(), EmpiricalFisherDiagonal(), KroneckerFactored()])
 def test_coefficients_are_those_of_the_dense_two_by_two_system(preconditioner, regularizer):
     model, data = problem(regularizer=regularizer)
@@ -171,7 +171,7 @@ def test_a_quadratic_of_kronecker_structure_takes_one_update():
     ],
     ids=lambda c: f"{type(c).__name__}-{type(c.linearization).__name__}",
 )
-@pytest.mark.parametrize("sizes", [(None, None), (9, 4)])
+@pytest.mark.parametrize("sizes", [pytest.param((None, None), marks=pytest.mark.slow), (9, 4)])
 def test_forms_are_those_of_the_dense_matrix(curvature, sizes):
     model, data = problem(regularizer=keras.regularizers.L2(0.1))
     vectors = np.random.default_rng(6).normal(size=(3, model.count_params()))
@@ -327,20 +327,6 @@ def test_the_average_of_the_weights_is_that_of_keras_and_swaps_in_for_evaluation
     for one, other in zip(average, model.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     assert HessianFree.from_config(model.optimizer.get_config()).use_ema
-
-
-@pytest.mark.slow
-def test_a_saved_model_goes_on_bit_equally(tmp_path):
-    x, y = regression()
-    model = momentum_model(PreconditionedMomentum(KroneckerFactored(0.5, interval=3, decay=0.9)))
-    arguments = {"x": x, "y": y, "verbose": 0, "callbacks": [LevenbergMarquardt()]}
-    model.fit(epochs=5, **arguments)
-    model.save(tmp_path / "run.keras")
-    again = keras.models.load_model(tmp_path / "run.keras")
-    histories = [one.fit(epochs=5, **arguments).history for one in (model, again)]
-    assert histories[0] == histories[1]
-    for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
 @pytest.mark.slow
