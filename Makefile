@@ -4,23 +4,26 @@ BIN := .venv/bin
 # tensorflow==2.20.0 and so on.
 LOWEST = $(shell sed -En 's/^    (tensorflow|keras|numpy)>=(.*)/\1==\2.0/p' setup.cfg)
 
+# Of pytest: one a core. Each begins with a share of the tests in their order, so that few of them make a fixture that another one makes, too.
+WORKERS := -n auto --dist worksteal
+
 .PHONY: demo test test-slow test-lowest lint docs bench peers
 
 demo: .venv/examples.installed
 	$(BIN)/python -m examples.demo
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-slow: .venv/test.installed
-	$(BIN)/python -m pytest -n auto -m slow --ignore tests/test_workers.py
+	$(BIN)/python -m pytest $(WORKERS) -m slow --ignore tests/test_workers.py
 # Starts processes of its own, as many as two cores can take. Of several workers each would start them again: `--dist loadgroup` does not keep tests
 # of one fixture together under pytest 9.2 (pytest-xdist, issue 1386).
 	$(BIN)/python -m pytest -m slow tests/test_workers.py
 
 # The lowest versions that setup.cfg allows, in an environment of their own; PYTHON=python3.11, since NumPy 2.0 has no wheels for 3.13.
 test-lowest: .venv-lowest/test.installed
-	.venv-lowest/bin/python -m pytest -n auto -m "not slow"
+	.venv-lowest/bin/python -m pytest $(WORKERS) -m "not slow"
 
 lint: .venv/lint.installed
 	$(BIN)/ruff check .
