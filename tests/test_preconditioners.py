@@ -258,8 +258,17 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("micro_batch_size", [None, 3])
+# In one piece, which is the easier case, some in the quick suite.
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size"),
+    [
+        pytest.param(
+            name, size, marks=[] if size or name in ("Dense", "embedding", "recurrent") else [pytest.mark.slow]
+        )
+        for name in NETWORKS
+        for size in (None, 3)
+    ],
+)
 def test_squared_gradients_equal_the_sum_over_single_cases(name, micro_batch_size):
     make, x_shape, y_shape, num_captured = NETWORKS[name]
     rng = np.random.default_rng(5)

@@ -145,7 +145,7 @@ class Counting(layers.Layer):
         return x * (1 + 0.1 * self.calls[0].assign_add(1.0))
 
 
-@pytest.mark.parametrize("layer", [PythonNoise, Counting])
+@pytest.mark.parametrize("layer", [PythonNoise, pytest.param(Counting, marks=pytest.mark.slow)])
 def test_a_network_whose_calls_differ_is_refused_and_its_weights_kept(layer):
     model = compiled(keras.Sequential([keras.Input((2,)), layer(), layers.Dense(3)], name="net"))
     before = model.get_weights()
