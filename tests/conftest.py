@@ -1,5 +1,6 @@
 """What every test starts from: quiet TensorFlow, fixed seeds, and the data where there are any."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from problems import precision  # noqa: E402
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
+
+
+def pytest_collection_finish():
+    """Has the garbage collector look seldom, and never at what was imported: graphs are made of many objects, most of which stay."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture(autouse=True)

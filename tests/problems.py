@@ -223,7 +223,7 @@ def squared_case_gradients(model, data):
 
 def update_state(objective, solver, damping=0.3, scale=0.0, curvature=None):
     """What an update of an objective goes on from at the start: an `UpdateState`."""
-    number = lambda value: tf.constant(value, objective.dtype)  # noqa: E731
+    number = lambda value: tf.convert_to_tensor(value, objective.dtype)  # noqa: E731
     return UpdateState(
         damping=number(damping),
         scale=number(scale),

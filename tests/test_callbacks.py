@@ -89,12 +89,12 @@ def test_a_callback_that_lowers_the_learning_rate_is_told_that_there_is_none(mod
     assert float(model.optimizer.learning_rate) == 1.0
 
 
-def test_a_callback_of_ones_own_may_lower_the_damping_on_a_plateau():
+def test_a_callback_of_ones_own_may_lower_the_damping_on_a_plateau(model):
     class Plateau(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             self.model.optimizer.damping.assign(0.5 * logs["damping"])
 
-    model = make()
+    model.optimizer.damping.assign(0.1)
     history = model.fit(X, Y, epochs=3, callbacks=[Plateau(), ConstantDamping()], verbose=0).history
     np.testing.assert_allclose(history["damping"], [0.1, 0.05, 0.025], rtol=1e-6)
 

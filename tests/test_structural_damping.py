@@ -109,9 +109,11 @@ LAYERS = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_the_damped_product_equals_a_dense_matrix(make):
-    model, data = problem(make())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "stacked cells" else []) for name in LAYERS]
+)
+def test_the_damped_product_equals_a_dense_matrix(name):
+    model, data = problem(LAYERS[name]())
     assert_right(model, data)
 
 
@@ -126,10 +128,13 @@ def test_steps_under_a_mask_do_not_count(backwards):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "linearization",
-    [DoubleBackward(), DoubleBackward(jit_compile=True), ForwardAccumulation(), ForwardAccumulation(jit_compile=True)],
-    ids=["double", "double, XLA", "forward", "forward, XLA"],
+    [
+        pytest.param(DoubleBackward(jit_compile=True), id="double, XLA"),
+        pytest.param(ForwardAccumulation(), id="forward"),
+        pytest.param(ForwardAccumulation(jit_compile=True), id="forward, XLA", marks=pytest.mark.slow),
+    ],
 )
-def test_any_linearization_gives_it(linearization):
+def test_other_linearizations_give_it(linearization):
     model, data = problem(layers.SimpleRNN(3, unroll=True))
     assert_right(model, data, curvature=GaussNewton(linearization))
 

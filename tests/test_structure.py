@@ -285,6 +285,34 @@ COUPLED = {
 }
 
 
+# Losses like another one of the tables; all of Keras' are in the table of docs/support.md, too.
+ALIKE = {
+    *(
+        "mse on softmax",
+        "summed mse",
+        "msle",
+        "log-cosh",
+        "squared hinge",
+        "Kullback-Leibler",
+        "binary from logits",
+        "smoothed binary",
+    ),
+    *(
+        "sparse categorical by logits",
+        "sparse categorical from logits",
+        "categorical focal",
+        "dice",
+        "tversky",
+        "with a loop",
+    ),
+}
+
+
+def of(table):
+    """The names of a table; those of losses like another one are slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in table]
+
+
 def model_and_data(activation, loss, targets, sample_weight=None):
     model = make_model(activation, loss())
     return model, model_data(model, inputs()[:FEW], targets(np.random.default_rng(3)), sample_weight)
@@ -324,7 +352,7 @@ def assert_product_is_dense(model, structure, data):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", DIAGONAL)
+@pytest.mark.parametrize("name", of(DIAGONAL))
 def test_products_of_a_loss_of_single_entries_take_a_diagonal_hessian(name):
     model, data = model_and_data(*DIAGONAL[name])
     structure = model._task(data)[1]
@@ -335,7 +363,7 @@ def test_products_of_a_loss_of_single_entries_take_a_diagonal_hessian(name):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.filterwarnings("ignore:The loss of a batch cannot be put together")
-@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("name", of(COUPLED))
 def test_products_of_a_loss_that_couples_entries_take_all_of_the_hessian(name):
     model, data = model_and_data(*COUPLED[name])
     structure = model._task(data)[1]

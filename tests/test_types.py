@@ -1,6 +1,7 @@
 """What float types promise: CG's numbers in float32 at least, products right to the type's rounding, progress of 1e-6 seen."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -77,6 +78,12 @@ def numbers(kind, policy, loss="mse", scale=1.0, way=None):
         keras.config.set_dtype_policy(before[1])
 
 
+@functools.cache
+def exact_numbers(kind):
+    """The same in float64."""
+    return numbers(kind, "float64")
+
+
 def relative_error(found, exact):
     return np.linalg.norm(found - exact) / np.linalg.norm(exact)
 
@@ -86,7 +93,7 @@ def relative_error(found, exact):
 )
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
 def test_gradient_product_and_squares_are_right_to_rounding(kind, policy):
-    exact, found = numbers(kind, "float64"), numbers(kind, policy)
+    exact, found = exact_numbers(kind), numbers(kind, policy)
     for name, one, other in zip(("gradient", "product", "squares"), found, exact, strict=True):
         # Squares double the relative error.
         assert relative_error(one, other) < ROUNDING[policy] * (2 if name == "squares" else 1), name
@@ -94,12 +101,12 @@ def test_gradient_product_and_squares_are_right_to_rounding(kind, policy):
 
 @pytest.mark.parametrize("scale", [1e-7, 1e6])
 def test_vectors_of_any_size_pass_through_float16(scale):
-    exact, found = numbers("dense", "float64"), numbers("dense", "mixed_float16", scale=scale)
+    exact, found = exact_numbers("dense"), numbers("dense", "mixed_float16", scale=scale)
     assert relative_error(found[1], exact[1]) < ROUNDING["mixed_float16"]
 
 
 def test_forward_accumulation_takes_mixed_types_too():
-    exact = numbers("dense", "float64")
+    exact = exact_numbers("dense")
     found = numbers("dense", "mixed_float16", way=ForwardAccumulation())
     assert relative_error(found[1], exact[1]) < ROUNDING["mixed_float16"]
 
