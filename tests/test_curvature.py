@@ -164,7 +164,22 @@ def test_products_are_symmetric_and_those_of_any_pieces(curvature):
     assert_equal(curvature, matrix(model, data, curvature, micro_batch_size=4), whole)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+# Sums of every kind of product in the quick suite, means of every way to differentiate.
+@pytest.mark.parametrize(
+    ("curvature", "reduction"),
+    [
+        pytest.param(
+            curvature,
+            reduction,
+            id=f"{name_of(curvature)}-{reduction}",
+            marks=[pytest.mark.slow]
+            if reduction == "sum" and isinstance(curvature.linearization, ForwardAccumulation)
+            else [],
+        )
+        for curvature in CURVATURES
+        for reduction in ("sum", "mean_with_sample_weight")
+    ],
+)
 def test_products_on_a_chunk_are_those_of_the_chunk_alone(curvature, reduction):
     model = make_model(loss=keras.losses.MeanSquaredError(reduction=reduction))
     data = model_data(
@@ -305,6 +320,7 @@ def test_gauss_newton_equals_hessian_where_the_network_is_linear_in_its_weights(
     )
 
 
+@pytest.mark.parametrize("curvature", [*(make() for make in LINEARIZED), FiniteDifferenceHessian()], ids=name_of)
 def test_regularizers_enter_with_their_second_derivative(curvature):
     data_free = make_model()
     regularized = make_model(regularizer=keras.regularizers.L2(0.25))
