@@ -146,8 +146,12 @@ def test_a_kept_iterate_is_what_a_run_of_so_many_iterations_ends_with():
         np.testing.assert_array_equal(shorter.iterates[-1], iterate)
 
 
-@modes
-@pytest.mark.parametrize("last", [3, 15, 17, 60])  # No iterate of the grid, one, and several more.
+# No iterate of the grid, one, and several more.
+@pytest.mark.parametrize(
+    ("last", "mode"),
+    [(3, compiled), (15, lambda solve: solve), (17, compiled), (60, lambda solve: solve)],
+    ids=["3, compiled", "15, eager", "17, compiled", "60, eager"],
+)
 def test_a_bound_keeps_the_last_of_the_kept_iterates_bit_for_bit(last, mode):
     problem = diagonal_problem(100, 1e8, "float64")
 

@@ -63,7 +63,11 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("weights", "absolute") else []) for name in CASES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name not in ("plain", "weights, absolute") else [])
+        for name in CASES
+    ],
 )
 def test_covariance_is_that_of_curve_fit(float64, name):
     reduction, is_weighted, absolute_sigma = CASES[name]

@@ -139,7 +139,7 @@ def products_and_rows(objective):
     return matrix, rows.gram() + (0 if added is None else added), rest, gradient
 
 
-@pytest.mark.parametrize("problem", [two_outputs, weighted_sum])
+@pytest.mark.parametrize("problem", [two_outputs, pytest.param(weighted_sum, marks=pytest.mark.slow)])
 def test_rows_agree_with_products_on_any_network(problem, float64):
     matrix, gram, rest, gradient = numbers(*problem(), products_and_rows)
     np.testing.assert_allclose(gram, matrix, rtol=0, atol=1e-13 * np.abs(matrix).max())
@@ -239,7 +239,7 @@ def test_a_number_of_cases_that_is_not_known_changes_nothing(whole, float64):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("problem", [two_outputs, regularized])
+@pytest.mark.parametrize("problem", [pytest.param(two_outputs, marks=pytest.mark.slow), regularized])
 def test_losses_of_several_candidates_are_those_of_each(problem, float64):
     model, data = problem()
     before = [weight.copy() for weight in model.get_weights()]

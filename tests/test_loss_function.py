@@ -222,7 +222,7 @@ def dense_residuals(model, w, x, y, sample_weight, l2):
 
 ZERO_WEIGHTS = np.where(np.arange(15) % 4, WEIGHTS, 0)
 SQUARES = [
-    pytest.param(None, 0, id="plain"),
+    pytest.param(None, 0, id="plain", marks=pytest.mark.slow),
     pytest.param(WEIGHTS, 0, id="weights", marks=pytest.mark.slow),
     pytest.param(ZERO_WEIGHTS, 0.125, id="regularizers, and weights of 0"),
 ]

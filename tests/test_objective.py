@@ -42,8 +42,13 @@ def everything(objective):
 
 def assert_pieces_equal_the_whole(model, data, micro_batch_size=4):
     """And the whole has the loss that Keras computes."""
-    whole = with_objective(model, data, everything)
-    in_pieces = with_objective(model, data, everything, micro_batch_size=micro_batch_size)
+
+    def compute(objective):
+        at_start = objective.loss_and_gradient()
+        return at_start.loss, at_start.gradient, *matrix_and_loss(objective)
+
+    whole = with_objective(model, data, compute)
+    in_pieces = with_objective(model, data, compute, micro_batch_size=micro_batch_size)
     for one, other in zip(whole, in_pieces, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(whole[0], loss_and_gradient(model, data)[0], **EXACT)
@@ -57,8 +62,20 @@ def weights_after(model, step):
         start += size
 
 
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
-@pytest.mark.parametrize("weighted", [False, True])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weighted"),
+    [
+        pytest.param("sum_over_batch_size", False, marks=SLOW),
+        pytest.param("sum_over_batch_size", True, marks=SLOW),
+        pytest.param("sum", False, marks=SLOW),
+        ("sum", True),
+        pytest.param("mean_with_sample_weight", False, marks=SLOW),
+        ("mean_with_sample_weight", True),
+    ],
+)
 def test_pieces_of_7_and_8_equal_one_of_15(reduction, weighted):
     model = make_model(loss=keras.losses.MeanSquaredError(reduction=reduction), regularizer=keras.regularizers.L2(0.25))
     weight = np.linspace(0.1, 2, 15) if weighted else None
@@ -81,8 +98,9 @@ def test_products_and_chunk_loss_are_those_of_the_chunk_alone(reduction):
     weight = np.linspace(0.1, 2, 15)
     data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)), weight)
     of_chunk = with_objective(model, data, everything, curvature_batch_size=5, micro_batch_size=2, update_number=1)
-    chunks = [data.take(tf.range(start, start + 5)) for start in (0, 5, 10)]
-    alone = [with_objective(model, chunk, matrix_and_loss) for chunk in chunks]
+    # One trace for all places.
+    of_place = tf.function(lambda start: with_objective(model, data.take(start + tf.range(5)), matrix_and_loss))
+    alone = [of_place(tf.constant(start)) for start in (0, 5, 10)]
     scale = 3 if reduction == "sum" else 1  # a sum over 5 cases stands for one over 15
     matches = [np.allclose(scale * matrix, of_chunk[2], **EXACT) for matrix, _ in alone]
     assert sum(matches) == 1
@@ -112,7 +130,7 @@ def test_loss_at_is_the_keras_loss_there_and_leaves_the_weights_bit_equal():
     model = make_model(regularizer=keras.regularizers.L2(0.25))
     data = model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
     before = model.get_weights()
-    found = with_objective(model, data, everything)[4]
+    found = with_objective(model, data, lambda objective: objective.loss_at(a_step(objective)))
     assert all((one == other).all() for one, other in zip(before, model.get_weights(), strict=True))
     weights_after(model, np.sin(np.arange(27.0)))
     np.testing.assert_allclose(found, model.evaluate(data.x, data.y, batch_size=15, verbose=0), **EXACT)
@@ -205,7 +223,7 @@ def test_renormalization_keeps_the_moving_averages_that_training_normalizes_by()
         np.testing.assert_allclose(found[names.index(name)], 0.01 * inputs().mean(0), **EXACT)
 
 
-@pytest.mark.parametrize(("num_before", "share"), [(0, 1), (10, 1), (15, 1), (60, 0.25)])
+@pytest.mark.parametrize(("num_before", "share"), [(0, 1), pytest.param(10, 1, marks=SLOW), (15, 1), (60, 0.25)])
 def test_batch_statistics_follow_the_weights_and_weigh_by_the_cases_behind_them(num_before, share):
     dense, normalization = layers.Dense(3, use_bias=False), layers.BatchNormalization()
     model = compiled(keras.Sequential([keras.Input((2,)), dense, normalization, layers.Dense(1)]))
@@ -279,9 +297,9 @@ def test_multi_output_losses_add_with_their_weights():
     y = {"a": np.random.default_rng(3).normal(size=(15, 1)), "b": np.eye(2)[np.arange(15) % 2]}
     data = model_data(model, inputs(), y)
     loss, gradient = loss_and_gradient(model, data)
-    found = with_objective(model, data, everything, micro_batch_size=8)
-    np.testing.assert_allclose(found[0], loss, **EXACT)
-    np.testing.assert_allclose(found[1], gradient, rtol=1e-10, atol=1e-12)
+    found = with_objective(model, data, lambda o: o.loss_and_gradient(), micro_batch_size=8)
+    np.testing.assert_allclose(found.loss, loss, **EXACT)
+    np.testing.assert_allclose(found.gradient, gradient, rtol=1e-10, atol=1e-12)
     assert model._task(data)[1].cuts == ("output", "logits")
 
 

@@ -58,7 +58,9 @@ class ExactInverse(Preconditioner):
         return lambda residual: tf.linalg.matvec(inverse, residual), state
 
 
-@pytest.mark.parametrize("name", ["mse", "binary from probabilities", "categorical from probabilities"])
+@pytest.mark.parametrize(
+    "name", ["mse", pytest.param("binary from probabilities", marks=pytest.mark.slow), "categorical from probabilities"]
+)
 def test_cg_run_to_the_end_equals_the_dense_solve(name):
     model, data = problem_data(name)
 
