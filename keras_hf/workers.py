@@ -211,7 +211,7 @@ def name_of(loss):
 
 
 def require_single_steps(strategy, steps_per_execution):
-    """Raises an error for several steps in one execution on several workers: TensorFlow cannot run their loop, be the model this package's or Keras'.
+    """Raises an error for several steps in one execution on several workers: TensorFlow ends their loop with an error about its placeholders.
 
     Raises:
         ValueError: If so.
