@@ -155,7 +155,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         is_to_be_checked = tf.identity(check)
     product_error, repeat_error = tf.cond(
         is_to_be_checked,
-        lambda: (_product_error(product, model_step), _repeat_error(objective, at_start.loss)),
+        lambda: (_product_error(product, model_step, scale), _repeat_error(objective, at_start.loss)),
         lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
     )
     wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)
@@ -212,9 +212,9 @@ def _scale_and_damping(objective, linearize, gradient, state):
     return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale), state.damping)
 
 
-def _product_error(product, step):
-    """Returns the larger relative error of `product.errors(step)`; 0 for a curvature without a Jacobian J."""
-    errors = product.errors(step)
+def _product_error(product, step, scale):
+    """Returns the larger relative error of `product.errors(step, scale)`; 0 for a curvature without a Jacobian J."""
+    errors = product.errors(step, scale)
     return tf.zeros([], tf.float64) if errors is None else tf.reduce_max(errors)
 
 

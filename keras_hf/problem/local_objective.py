@@ -12,6 +12,9 @@ from keras_hf.problem.jacobian import LocalRows, compiles_rows
 from keras_hf.problem.linearization import DoubleBackward, dense
 from keras_hf.problem.piece import PieceFunction, Totals
 
+# Roundings of a form `v'Gv`, in machine epsilons of the curvature's scale.
+_NOISE = 10.0
+
 
 class Pass(NamedTuple):
     """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
@@ -249,7 +252,7 @@ class LocalObjective:
             return total + tf.stack([tf.stack([dot(v, image) for image in images]) for v in vectors])
 
         # The kept piece is checked: another linearization would take seconds to trace.
-        return _LocalProduct(product, forms, lambda v: self._sides(first, v))
+        return _LocalProduct(product, forms, lambda v, scale: self._sides(first, v, scale * piece.loss_scale))
 
     def _of_cases(self, sums):
         """Returns the results of the chunk's first piece, a nest of tensors; zeros if the piece is empty, as on a replica without cases.
@@ -272,7 +275,7 @@ class LocalObjective:
         largest = tf.reduce_max(tf.abs(v), -1, keepdims=v.shape.rank == 2)
         return tf.where(largest > 0, largest, tf.ones_like(largest))
 
-    def _sides(self, linearized, v):
+    def _sides(self, linearized, v, scale):
         """Computes `v'Gv = (Jv)'H(Jv)` and, for a random u, `u'(Jv) = (J'u)'v` on a piece.
 
         Returns:
@@ -282,6 +285,7 @@ class LocalObjective:
         if getattr(linearized, "factors", None) is None:
             return None
         v = unpack(v / self._size(v), self._task.variables)
+        noise = _NOISE * self._structure.epsilon * tf.cast(scale, tf.float64) * inner_product(v, v)
         # In sequence: memory is that of one pass. What comes after a call of a function does not wait for its results, but for operations on them.
         image = _copied(linearized(v))
         with tf.control_dependencies(image):
@@ -292,6 +296,7 @@ class LocalObjective:
             right += inner_product(v, linearized.added(v))
         # The last term: if positive and negative curvature cancel, rounding is not small compared with the remainder.
         size = tf.abs(left) + tf.abs(right) + 1e-4 * tf.sqrt(inner_product(v, v) * inner_product(image, image))
+        size += noise / self._structure.rounding
         identity = left, right, size
         u = [
             tf.cast(tf.random.stateless_normal(tf.shape(tangent), [seed, 2], dtype=self._dtype), tangent.dtype)

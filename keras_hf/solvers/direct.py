@@ -136,7 +136,7 @@ class _System:
         image = tf.linalg.matvec(self._gram, v)
         return image if self._added is None else image + tf.linalg.matvec(self._added, v)
 
-    def errors(self, v):
+    def errors(self, v, scale=0.0):
         """By how much the rows times v and a forward derivative along v differ, relative to them: a float64 scalar."""
         return tf.cast(self._rows.tangent_error(v), tf.float64)
 
