@@ -228,6 +228,16 @@ def test_a_rise_beyond_two_standard_errors_is_rejected(after, accepted):
     assert taken.start_loss == 1.0
 
 
+@pytest.mark.parametrize(("before", "loss", "most"), [(1.0, 5.0, 5.0), (1.0, 0.2, 1.0), (-1.0, -3.0, 3.0)])
+def test_a_rise_beyond_the_loss_itself_is_rejected_however_noisy(before, loss, most):
+    for rise, accepted in ((0.99 * most, True), (1.01 * most, False)):
+        numbers = [tf.constant(value, tf.float64) for value in (before, before + rise, 100.0)]
+        taken = take_unless_it_rises(
+            lambda step, numbers=numbers: Change(*numbers), None, tf.ones([1, 2]), tf.constant(loss, tf.float64), None
+        )
+        assert taken.step_size == float(accepted)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sizes", [(None, None), (9, 4)])
 def test_a_change_and_its_standard_error_are_those_of_the_cases_one_by_one(sizes):

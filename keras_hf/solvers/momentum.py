@@ -32,8 +32,8 @@ class PreconditionedMomentum(Solver):
     is worth more than a more accurate solution on the same ones. On a fixed quadratic these steps are those of preconditioned CG.
 
     The quadratic's forms come from forward derivatives along d and s, without a backward pass, on a share of the cases of the update. The loss is
-    checked on the same cases: a step is rejected if it is not finite there, or rises by more than the cases' noise explains. The next update then
-    begins without s.
+    checked on the same cases: a step is rejected if it is not finite there, or rises by more than the cases' noise explains, or by more than the loss
+    itself. The next update then begins without s.
 
     Use it with fresh cases in each update: `fit` on arrays, where the default is `GrowingBatch(500, share=0.0, patience=10, rate=0.0116)`, which
     doubles in 60 updates; or a `tf.data` stream of batches, for which `HessianFree(use_ema=True)` averages the weights.

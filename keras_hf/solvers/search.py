@@ -150,13 +150,14 @@ def least_loss(losses_at, loss_at, candidates, loss, gradient):
 def take_unless_it_rises(change_at, loss_at, candidates, loss, gradient):
     """Takes the only candidate of a path, unless the loss rises there by more than the noise of the cases explains.
 
-    It is rejected if the mean change of the loss exceeds twice its standard error over cases, or is not finite.
+    It is rejected if the mean change of the loss is not finite, exceeds twice its standard error over cases, or exceeds the loss itself: where a few
+    cases of a classifier that is sure of the others go wrong, the error is as large as the change.
 
     Args:
         change_at: Callable `(n,) -> Change`, the effect of a step on some cases.
         loss_at: Not used, as every search gets it.
         candidates: Tensor `(1, n)`.
-        loss: float64 scalar, the loss at the start.
+        loss: float64 scalar, the loss at the start, of all cases of the update.
         gradient: Not used.
 
     Returns:
@@ -165,7 +166,8 @@ def take_unless_it_rises(change_at, loss_at, candidates, loss, gradient):
     del loss_at, gradient
     change = change_at(candidates[0])
     rise = change.loss_after - change.loss_before
-    accepted = tf.math.is_finite(loss) & tf.math.is_finite(rise) & (rise <= _STANDARD_ERRORS * change.standard_error)
+    most = tf.minimum(_STANDARD_ERRORS * change.standard_error, tf.maximum(tf.abs(loss), tf.abs(change.loss_before)))
+    accepted = tf.math.is_finite(loss) & tf.math.is_finite(rise) & (rise <= most)
     return Taken(
         tf.constant(0),
         candidates[0],
