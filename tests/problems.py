@@ -1,6 +1,7 @@
 """Tiny shared problems, with dense oracles. For tests with the fixture `float64`: Keras computes losses in its `floatx`."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -196,11 +197,22 @@ def jacobian(function, variables):
 
 def second_derivative(model, x, v):
     """The second directional derivative of the outputs of the 2-4-3 network along v, by hand: `(cases, 3)`."""
-    w, c, u, _ = model.get_weights()
-    w_v, c_v, u_v = v[:8].reshape(2, 4), v[8:12], v[12:24].reshape(4, 3)
-    hidden, along = np.tanh(x @ w + c), x @ w_v + c_v
-    first = (1 - hidden**2) * along
-    return 2 * first @ u_v - 2 * hidden * first * along @ u
+    return derivative_along(model, x, [v])
+
+
+def derivative_along(model, x, curve):
+    """The next derivative at 0 of the outputs of the 2-4-3 network along a curve whose derivatives are given, by Taylor series: `(cases, 3)`."""
+    k = len(curve) + 1
+    series = [np.concatenate([w.ravel() for w in model.get_weights()])]
+    series += [term / math.factorial(power) for power, term in enumerate(curve, 1)] + [np.zeros(27)]
+    w, c, u = ([term[part] for term in series] for part in (slice(0, 8), slice(8, 12), slice(12, 24)))
+    inner = [x @ w.reshape(2, 4) + c for w, c in zip(w, c, strict=True)]
+    # tanh' = 1 - tanh^2, coefficient by coefficient.
+    hidden, slope = [np.tanh(inner[0])], [1 - np.tanh(inner[0]) ** 2]
+    for order in range(1, k + 1):
+        hidden.append(sum(j * inner[j] * slope[order - j] for j in range(1, order + 1)) / order)
+        slope.append(-sum(hidden[j] * hidden[order - j] for j in range(order + 1)))
+    return math.factorial(k) * sum(hidden[j] @ u[k - j].reshape(4, 3) for j in range(k + 1))
 
 
 def case_gradients(model, data):

@@ -169,7 +169,7 @@ def test_gathered_rows_are_those_of_all_replicas(float64):
         u, v = rows.residuals, tf.range(objective.num_weights, dtype=tf.float64)
         whole = tf.matmul(rows.jacobian, rows.jacobian, transpose_a=True)
         return [rows.jacobian, divided.gram() - whole, rows.pull(u) - divided.pull(divided.residuals)] + [
-            rows.norm(rows.second(v)) - divided.norm(divided.second(v)),
+            rows.norm(rows.next_derivative(v[None])) - divided.norm(divided.next_derivative(v[None])),
             rows.norm(rows.plus_push(u, v)) - divided.norm(divided.plus_push(divided.residuals, v)),
         ]
 

@@ -28,7 +28,7 @@ SOLVERS = {
     "ConjugateGradient": (ConjugateGradient(EmpiricalFisherDiagonal(), max_iterations=12), 0.3),
     "LastIterate": (LastIterate(EmpiricalFisherDiagonal(), max_iterations=12), 0.3),
     "WholeStep": (WholeStep(EmpiricalFisherDiagonal(), max_iterations=12), 3.0),
-    "DirectSolver": (DirectSolver(acceleration=False), 0.3),
+    "DirectSolver": (DirectSolver(order=1), 0.3),
     "PreconditionedMomentum": (PreconditionedMomentum(EmpiricalFisherDiagonal(), 0.5), 0.3),
 }
 over_solvers = pytest.mark.parametrize("solver, damping", SOLVERS.values(), ids=SOLVERS)

@@ -5,6 +5,8 @@ With J the Jacobian of the network's outputs and `H = LL'` the second derivative
 gradient of the loss if r lies in the range of H, as it does for squares and for cross-entropies.
 """
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
@@ -13,6 +15,8 @@ from keras_hf.problem.linearization import dense
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
 _BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27
+# Derivatives of order 2, 3, ... from second ones: at which places along a curve, and with which weights. Central differences, of second order.
+_DIFFERENCES = (((0,), (1,)), ((1, -1), (1 / 2, -1 / 2)), ((1, 0, -1), (1, -2, 1)))
 
 
 def compiles_rows(structure):
@@ -69,12 +73,20 @@ class LocalRows:
             return tf.linalg.matvec(self.jacobian, v)
         return self._in_blocks(lambda indices: tf.linalg.matvec(self._rows_of(indices), v))
 
-    def second(self, v):
-        """Returns `L'f_vv`, `(rows,)`: f_vv is the second directional derivative of the outputs along v, `(n,)`.
+    def next_derivative(self, curve, step=1.0):
+        """Returns `L'f^(k)`, `(rows,)`: the derivative of order k at 0 of the outputs along a curve of degree k - 1.
 
-        Exact. Cost: about four gradients.
+        The second is exact, those after it are differences of second ones. Cost: about four gradients for every one of them: one, two and three.
+
+        Args:
+            curve: Tensor `(k - 1, n)`, the derivatives at 0 of a curve of weights `w(t)`, which is `w + t c_1 + t^2 / 2 c_2 + ...`; k is 2, 3 or 4.
+            step: Scalar > 0, of the differences in t.
         """
-        return self._in_blocks(self._compiled(self._second_of_cases), v)
+        places, weights = (tf.constant(values, self._dtype) for values in _DIFFERENCES[curve.shape[0] - 1])
+        step = tf.cast(step, self._dtype)
+        second = self._compiled(self._second_of_cases)
+        values = self._in_blocks(second, curve, step * places, row_shape=[places.shape[0]])
+        return tf.linalg.matvec(values, weights / step ** (curve.shape[0] - 1))
 
     def tangent_squares(self, v):
         """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
@@ -234,21 +246,31 @@ class LocalRows:
 
     def _tangents_of_cases(self, indices, v):
         """`L'(Jv)` of some cases, `(cases * k,)`."""
-        return self._weighted(indices, _derivative(self._outputs_along(indices, v), tf.zeros([], self._dtype)))
+        return self._weighted(indices, _derivative(self._outputs_along(indices, v[None]), tf.zeros([], self._dtype)))
 
-    def _second_of_cases(self, indices, v):
-        """`L'f_vv` of some cases, `(cases * k,)`."""
-        outputs = self._outputs_along(indices, v)
-        return self._weighted(indices, _derivative(lambda t: _derivative(outputs, t), tf.zeros([], self._dtype)))
+    def _second_of_cases(self, indices, curve, places):
+        """L' times the second derivatives of some cases' outputs at places along a curve, `(cases * k, places)`."""
+        outputs = self._outputs_along(indices, curve)
 
-    def _outputs_along(self, indices, v):
-        """Outputs of some cases at `weights + t v`, as a function of t: `(cases, k)`."""
-        cases, direction = self._piece.cases(indices), unpack(v, self._variables)
+        def second_at(place):
+            return self._weighted(indices, _derivative(lambda t: _derivative(outputs, t), place))
+
+        if places.shape[0] == 1:
+            return second_at(places[0])[:, None]
+        return tf.transpose(tf.map_fn(second_at, places, parallel_iterations=1))
+
+    def _outputs_along(self, indices, curve):
+        """Outputs of some cases at weights along a curve, see `next_derivative`, as a function of t: `(cases, k)`."""
+        cases = self._piece.cases(indices)
         start = [tf.convert_to_tensor(variable) for variable in self._variables]
 
         def outputs(t):
-            weights = [w + tf.cast(t, w.dtype) * d for w, d in zip(start, direction, strict=True)]
-            return self._flat(cases.forward(weights).outputs)
+            # By Horner's scheme: a power of t = 0 has no second derivative in TensorFlow.
+            change = tf.zeros_like(curve[0])
+            for power in range(curve.shape[0], 0, -1):
+                change = t * (curve[power - 1] / math.factorial(power) + change)
+            moved = [w + d for w, d in zip(start, unpack(change, self._variables), strict=True)]
+            return self._flat(cases.forward(moved).outputs)
 
         return outputs
 

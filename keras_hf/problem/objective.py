@@ -136,9 +136,9 @@ class Rows:
         """Returns the norm of `(rows,)`, a scalar."""
         return tf.sqrt(self._replicas.sum(lambda u: tf.reduce_sum(u**2), u))
 
-    def second(self, v):
-        """Returns `L'f_vv`, `(rows,)` on each replica: the second directional derivative of the outputs along v."""
-        return self._replicas.run(lambda part, v: part.second(v), self._parts, v)
+    def next_derivative(self, curve, step=1.0):
+        """Returns `L'f^(k)`, `(rows,)` on each replica: the next derivative of the outputs along a curve; see `LocalRows.next_derivative`."""
+        return self._replicas.run(lambda part, *args: part.next_derivative(*args), self._parts, curve, step)
 
     def losses(self, candidates):
         """Returns the compiled loss at several weights, a list of tensors `(k, *shape)`: float64 `(k,)`."""
@@ -181,9 +181,9 @@ class GatheredRows(Rows):
         """Returns the norm of `(rows,)`, a scalar."""
         return tf.norm(u)
 
-    def second(self, v):
-        """Returns `L'f_vv`, `(rows,)`."""
-        return self._whole(lambda part, v: part.second(v), v)
+    def next_derivative(self, curve, step=1.0):
+        """Returns `L'f^(k)`, `(rows,)`."""
+        return self._whole(lambda part, *args: part.next_derivative(*args), curve, step)
 
     def _whole(self, function, *args):
         """Joins `function(part, *args)` of all replicas along the first axis, and adds zeros up to the number of rows."""
