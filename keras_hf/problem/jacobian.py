@@ -50,7 +50,7 @@ class LocalRows:
         self._block = max(1, _BLOCK_FLOATS // per_case)
         most_cases = most_cases if num_cases is None else num_cases
         is_kept = most_cases is not None and most_cases * size * self._num_weights <= _KEPT_FLOATS
-        self._rows_of = self._compiled(self._rows_of_cases)
+        self._rows_of, self._second = self._compiled(self._rows_of_cases), self._compiled(self._second_of_cases)
         # The whole Jacobian, or `None` where it is not kept.
         self.jacobian = self._in_blocks(self._rows_of, row_shape=[self._num_weights]) if is_kept else None
 
@@ -82,11 +82,17 @@ class LocalRows:
             curve: Tensor `(k - 1, n)`, the derivatives at 0 of a curve of weights `w(t)`, which is `w + t c_1 + t^2 / 2 c_2 + ...`; k is 2, 3 or 4.
             step: Scalar > 0, of the differences in t.
         """
-        places, weights = (tf.constant(values, self._dtype) for values in _DIFFERENCES[curve.shape[0] - 1])
+        differences = curve.shape[0] - 1
+        # All orders by one program: that of the longest curve.
+        curve = tf.pad(curve, [[0, len(_DIFFERENCES) - curve.shape[0]], [0, 0]])
         step = tf.cast(step, self._dtype)
-        second = self._compiled(self._second_of_cases)
-        values = self._in_blocks(second, curve, step * places, row_shape=[places.shape[0]])
-        return tf.linalg.matvec(values, weights / step ** (curve.shape[0] - 1))
+        derivative = tf.zeros([], self._dtype)
+        for place, weight in zip(*_DIFFERENCES[differences], strict=True):
+            # In sequence: the graph would otherwise hold the activations of all.
+            with tf.control_dependencies([derivative]):
+                place_along = place * step
+            derivative += weight * self._in_blocks(self._second, curve, place_along)
+        return derivative / step**differences
 
     def tangent_squares(self, v):
         """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
@@ -170,16 +176,20 @@ class LocalRows:
         return tf.ensure_shape(parts.concat(), [num_rows, *row_shape])
 
     def _compiled(self, function):
-        """Returns the function, compiled by XLA where that is wanted.
+        """Returns the function, compiled by XLA where that is wanted: once for all calls with arguments of the same shapes.
 
         It is traced before, outside of XLA's context: inside, gradients of `tf.concat` and `tf.slice` are made of operations without a gradient.
         """
         if not self._jit_compile or tf.executing_eagerly():
             return function
+        programs = {}
 
         def compiled(*args):
-            traced = tf.function(function, autograph=False).get_concrete_function(*args)
-            return tf.function(lambda *args: traced(*args), autograph=False, jit_compile=True)(*args)
+            signature = tuple(tuple(tensor.shape) for tensor in tf.nest.flatten(args))
+            if signature not in programs:
+                traced = tf.function(function, autograph=False).get_concrete_function(*args)
+                programs[signature] = tf.function(lambda *args: traced(*args), autograph=False, jit_compile=True)
+            return programs[signature](*args)
 
         return compiled
 
@@ -248,16 +258,10 @@ class LocalRows:
         """`L'(Jv)` of some cases, `(cases * k,)`."""
         return self._weighted(indices, _derivative(self._outputs_along(indices, v[None]), tf.zeros([], self._dtype)))
 
-    def _second_of_cases(self, indices, curve, places):
-        """L' times the second derivatives of some cases' outputs at places along a curve, `(cases * k, places)`."""
+    def _second_of_cases(self, indices, curve, place):
+        """L' times the second derivatives of some cases' outputs at a place along a curve, `(cases * k,)`."""
         outputs = self._outputs_along(indices, curve)
-
-        def second_at(place):
-            return self._weighted(indices, _derivative(lambda t: _derivative(outputs, t), place))
-
-        if places.shape[0] == 1:
-            return second_at(places[0])[:, None]
-        return tf.transpose(tf.map_fn(second_at, places, parallel_iterations=1))
+        return self._weighted(indices, _derivative(lambda t: _derivative(outputs, t), place))
 
     def _outputs_along(self, indices, curve):
         """Outputs of some cases at weights along a curve, see `next_derivative`, as a function of t: `(cases, k)`."""
