@@ -6,10 +6,10 @@ Run from the root of the repository:
     python -m examples.pinn --problem burgers --seconds 300 --methods hf
     python -m examples.pinn --problem poisson --methods
 
-`examples/pinn_problems.py` holds the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with `LevenbergMarquardt()`; `cg` has
-`ConjugateGradient` in its place, for networks of which a factorization takes too long; `adam` is the best,
-by the loss in the end, of the rates of `--rates`, each of which gets the whole time and decays along a cosine; `adam+lbfgs` is L-BFGS after the
-best of them, which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the trust-region method of `scipy.optimize.least_squares`.
+`examples/pinn_problems.py` holds the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with `LevenbergMarquardt()`, its arc of the
+order of `--order`; `cg` has `ConjugateGradient` in its place, for networks of which a factorization takes too long; `adam` is the best, by the loss
+in the end, of the rates of `--rates`, each of which gets the whole time and decays along a cosine; `adam+lbfgs` is L-BFGS after the best of them,
+which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the trust-region method of `scipy.optimize.least_squares`.
 
 A run writes `PROBLEM/METHOD-seedSEED.csv` as it goes. A row has the seconds of training (the clock stands still while errors are measured, and while
 functions are compiled, in the first update), the loss, and the error: the relative L2 error at points that are not trained on. In the end all files
@@ -64,8 +64,8 @@ def main(arguments=None):
                 name = method if rate is None else f"{method}-{rate:g}"
                 print(f"\n{args.problem}, {label(name)}: {args.seconds:g} seconds", flush=True)
                 path = folder / f"{name}-seed{args.seed}.csv"
-                problem, limits = problems.PROBLEMS[args.problem](), (args.seconds, args.updates, args.min_damping)
-                train(problem, method, rate, path, args.seed, *limits)
+                problem, limits = problems.PROBLEMS[args.problem](), (args.seconds, args.updates)
+                train(problem, method, rate, path, args.seed, *limits, args.min_damping, args.order)
         runs = best_runs(folder, args.seed)
         print_table(runs)
         path = args.results / f"{args.problem}-seed{args.seed}.png"
@@ -101,20 +101,21 @@ def parse(arguments):
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each method")
     parser.add_argument("--updates", type=int, default=10**9, help="after which training ends even earlier")
     parser.add_argument("--min-damping", type=float, default=0.0, help="of hf and cg; default: 0")
+    parser.add_argument("--order", type=int, default=4, help="of the arc of hf, 1 to 4; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="of weights and points")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates of Adam")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     return parser.parse_args(arguments)
 
 
-def train(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0):
+def train(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0, order=4):
     """Does what `run` does, writes beside the file what the figure shows of the solution, and returns the `ErrorRecorder`."""
-    pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates, min_damping)
+    pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates, min_damping, order)
     np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
     return recorder
 
 
-def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0):
+def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0, order=4):
     """Trains a network by a method, for a given time, and writes the file.
 
     Args:
@@ -126,6 +127,7 @@ def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_dampi
         seconds: Float, of training.
         max_updates: Integer, after which training ends even earlier.
         min_damping: Float >= 0, the least damping of "hf" and "cg".
+        order: Integer in [1, 4], that of the arc of "hf".
 
     Returns:
         The `PINN` and the `ErrorRecorder`.
@@ -133,7 +135,7 @@ def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_dampi
     pinn = problems.build(problem, seed)
     x, y, sample_weight = problems.training_cases(problem, pinn, seed)
     model = HFModel(pinn)
-    solver = ConjugateGradient(preconditioner=Nystrom(rank=60)) if method == "cg" else DirectSolver()
+    solver = ConjugateGradient(preconditioner=Nystrom(rank=60)) if method == "cg" else DirectSolver(order=order)
     model.compile(HessianFree(solver=solver, growing_batch=None, seed=seed), "mse")
     objective = model.objective(x, y, sample_weight)
     recorder = ErrorRecorder(problem, pinn, objective, path, seconds, max_updates, HF_LOGS.get(method, ()))

@@ -214,6 +214,12 @@ def test_the_damping_does_not_fall_below_the_least(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_arc_of_first_order_has_no_acceleration(tmp_path):
+    recorder = pinn.train(toy(problems.heat), "hf", None, tmp_path / "run.csv", 0, 60.0, 3, order=1)
+    assert recorder.rows[-1]["acceleration"] == 0
+
+
+@pytest.mark.slow
 def test_lbfgs_goes_on_where_adam_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(pinn, "ADAM_SHARE", 1e-9)  # After the first steps of Adam.
     rows = train("poisson", "adam+lbfgs", tmp_path / "run.csv", pinn.STEPS_PER_EXECUTION + 3, 1e-3)
