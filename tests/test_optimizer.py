@@ -233,6 +233,8 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
         "learning_rate",
         "damping",
         "scale",
+        "loss",
+        "least_loss",
         "convergence_count",
         "convergence_gradient_norm",
         "convergence_damping",
