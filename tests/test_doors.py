@@ -422,7 +422,7 @@ def test_steps_per_epoch_are_updates_on_the_one_batch_that_holds_all_cases():
         assert int(model.optimizer.iterations) == 6
 
 
-@pytest.mark.filterwarnings("ignore:An update on 3 cases")
+@pytest.mark.filterwarnings("ignore:(An update on 3 cases|In the last 40 updates)")
 @pytest.mark.parametrize("steps_per_execution", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_steps_per_epoch_are_updates_where_they_do_not_divide_the_cases(steps_per_execution):
     model = HFModel(network())
