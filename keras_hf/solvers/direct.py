@@ -23,7 +23,7 @@ _MOST_TERMS = 4
 
 @keras.saving.register_keras_serializable("keras_hf")
 class DirectSolver(Solver):
-    """Exact damped Gauss-Newton steps with geodesic acceleration, for small networks.
+    """Exact damped Gauss-Newton steps along an arc of up to fourth order, for small networks.
 
     The Jacobian B of the outputs, its rows weighted by a root of the loss's second derivative, is formed by one vectorised gradient per case and
     output. With `G = B'B` and the regularizers' second derivative in it,
@@ -36,10 +36,10 @@ class DirectSolver(Solver):
 
     where f^(k) is the derivative of order k, at t = 0, of the outputs along the arc of the terms before: f^(2) the second directional derivative
     along c_1. Without damping the outputs would go straight along an arc of infinite order, and residuals shrink as 1 - t. The more terms, the
-    farther the arc is valid: with four, fits take larger steps at smaller dampings than with two, and end lower. Candidates are evaluated in
-    vectorised passes, the powers of 2 and then the neighbours of the best; that of least loss is taken, if it is less than the loss at the start.
-    The system is factorized once, in the space of weights (n by n) or of rows (rows by rows), whichever is smaller. Where the damping is lost in
-    the rounding of `B'B`, B is factorized instead.
+    farther the arc is valid: with four, steps are larger at smaller dampings than with two (docs/physics-informed.md has the measurements).
+    Candidates are evaluated in vectorised passes, the powers of 2 and then the neighbours of the best; that of least loss is taken, if it is less
+    than the loss at the start. The system is factorized once, in the space of weights (n by n) or of rows (rows by rows), whichever is smaller. Where
+    the damping is lost in the rounding of `B'B`, B is factorized instead.
 
     Every update uses all cases of its batch: give `fit` all cases in one batch. Use float64 (`keras.config.set_floatx("float64")`): float32 ends at a
     relative accuracy of about 1e-4. `LevenbergMarquardt` adapts the damping by how far along the arc the step was taken.
