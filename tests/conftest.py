@@ -29,6 +29,15 @@ def fixed_seed():
     keras.utils.set_random_seed(1234)
 
 
+@pytest.fixture(autouse=True)
+def no_caching_device_is_left():
+    """TensorFlow's loops leave one in the scope of the whole process where their function raises: the test that did it fails, not the next."""
+    yield
+    scope = tf.compat.v1.get_variable_scope()
+    left, scope._caching_device = scope.caching_device, None
+    assert left is None
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """Folder of `mnist.npz` and `olivettifaces.mat`."""

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel
+from keras_hf.common.loops import map_rows
 from keras_hf.convergence import Convergence
 from keras_hf.problem.fixed_network import Data
 from keras_hf.update import UpdateState
@@ -152,7 +153,7 @@ def with_objective(model, data, function, curvature_batch_size=None, micro_batch
 
 def dense_matrix(product, num_weights, dtype=tf.float64):
     """The matrix of a product on vectors."""
-    return tf.transpose(tf.map_fn(product, tf.eye(num_weights, dtype=dtype)))
+    return tf.transpose(map_rows(product, tf.eye(num_weights, dtype=dtype)))
 
 
 def derivatives(function, variables):

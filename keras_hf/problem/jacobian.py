@@ -10,6 +10,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
+from keras_hf.common.loops import map_rows
 from keras_hf.common.vectors import gram, pack, unpack
 from keras_hf.problem.linearization import dense
 
@@ -129,7 +130,7 @@ class LocalRows:
         """Applies a function to every row of nested tensors: vectorised where TensorFlow can."""
         if self._piece.is_vectorizable:
             return tf.vectorized_map(function, args)
-        return tf.map_fn(function, args, fn_output_signature=dtype, parallel_iterations=1)
+        return map_rows(function, args, dtype)
 
     def _sum_of(self, function, shape, u=None):
         """The sum over blocks of `function(rows, u)`; u is cut as the rows are."""

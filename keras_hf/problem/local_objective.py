@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_hf.common.loops import map_rows
 from keras_hf.common.vectors import dot, inner_product, num_weights, pack, unpack
 from keras_hf.problem.batching import share_of
 from keras_hf.problem.capture import squared_gradients
@@ -177,7 +178,7 @@ class LocalObjective:
         total = tf.zeros([tf.shape(candidates[0])[0]], tf.float64)
         for variable, regularizer in self._task.regularizers:
             of_one = lambda value, regularizer=regularizer: tf.cast(regularizer(value), tf.float64)  # noqa: E731
-            total += tf.map_fn(of_one, candidates[places[id(variable)]], fn_output_signature=tf.float64)
+            total += map_rows(of_one, candidates[places[id(variable)]], tf.float64)
         return tf.cast(self._regularization_share(), tf.float64) * total
 
     def rows(self, most_cases=None):
@@ -391,4 +392,4 @@ def _over_pieces(first, stop, add_piece, sums):
 
 def _by_rows(function, v):
     """Applies `(n,) -> (n,)` to a vector, or to every row of `(k, n)` in sequence: memory is that of one row."""
-    return function(v) if v.shape.rank == 1 else tf.map_fn(function, v, parallel_iterations=1)
+    return function(v) if v.shape.rank == 1 else map_rows(function, v)

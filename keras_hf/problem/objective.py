@@ -10,6 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_hf.common.loops import map_rows
 from keras_hf.common.vectors import assign, dot, num_weights, pack, unpack, unpack_rows
 from keras_hf.problem import batch_statistics
 from keras_hf.problem.local_objective import LocalObjective
@@ -424,7 +425,7 @@ class Objective:
         """
         candidates = unpack_rows(self._start_vector + steps, self._task.variables)
         if any(self._task.constraints):
-            candidates = tf.map_fn(self._project, candidates)
+            candidates = map_rows(self._project, candidates)
         regularizations = self._replicas.sum(lambda part, c: part.regularizations(c), self._parts, candidates)
         return self.rows.losses(candidates) + regularizations
 

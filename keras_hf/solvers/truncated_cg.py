@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common.checks import count, finite, part
+from keras_hf.common.loops import map_rows
 from keras_hf.common.part import if_finite
 from keras_hf.common.vectors import SeparateRows, dot, num_weights, vector_dtype
 from keras_hf.solvers.cg import CGResult, CGStop, minimized
@@ -89,7 +90,7 @@ class ConjugateGradient(Solver):
         def slopes_of(result):
             array, places = result.iterates
             of_place = lambda place: dot(array.read(place), gradient)  # noqa: E731
-            slopes = tf.map_fn(of_place, places, fn_output_signature=tf.float64, parallel_iterations=1)
+            slopes = map_rows(of_place, places, tf.float64)
             return model.agreed(slopes)
 
         decay = tf.constant(self.warm_start_decay, gradient.dtype)

@@ -1,0 +1,24 @@
+"""A loop over rows that leaves nothing behind."""
+
+import tensorflow as tf
+
+
+def map_rows(function, rows, dtype=None):
+    """Applies a function to every row of a tensor or of nested ones, in sequence: memory is that of one row.
+
+    `tf.map_fn` leaves a caching device in the variable scope of the whole process where the function raises (TensorFlow 2.21), and no
+    `tf.distribute` strategy can be entered afterwards. Functions do raise: products refuse what they cannot differentiate.
+
+    Args:
+        function: Takes a row, returns a tensor.
+        rows: Tensor `(k, ...)`, or nested ones of the same k.
+        dtype: Of what the function returns; of its argument by default.
+    """
+    scope = tf.compat.v1.get_variable_scope()
+    caching_device = scope.caching_device
+    try:
+        return tf.map_fn(function, rows, fn_output_signature=dtype, parallel_iterations=1)
+    finally:
+        # Eagerly nothing is left, and nothing can be set.
+        if not tf.executing_eagerly():
+            scope.set_caching_device(caching_device)
