@@ -216,8 +216,13 @@ class PINN(keras.Model):
     def _sizes(self, point):
         """Components of every term's residual, a dict."""
         if self._num_residuals is None:
-            found = {name: _as_matrix(term(self.solution, tf.constant(point))) for name, term in self.terms.items()}
-            self._num_residuals = {name: residual.shape[1] for name, residual in found.items()}
+            self.solution(point)  # makes weights, which no trace may
+            # Traced, as in training: `tf.gradients` works nowhere else.
+            residuals = tf.function(
+                lambda point: {name: _as_matrix(term(self.solution, point)) for name, term in self.terms.items()},
+                autograph=False,
+            )(tf.constant(point))
+            self._num_residuals = {name: residual.shape[1] for name, residual in residuals.items()}
         return self._num_residuals
 
     def get_config(self):

@@ -1,0 +1,128 @@
+"""What the adapter for DeepXDE promises: the loss that DeepXDE forms, and the network trained in place."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from examples import deepxde_adapter
+from examples.deepxde_adapter import as_pinn, dde
+from keras_hf import HessianFree, HFModel, LevenbergMarquardt
+
+SQUARE = dde.geometry.Rectangle([0, 0], [1, 1])
+# What DeepXDE prints is not a warning; corners have no normal.
+CORNERS = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+
+
+@pytest.fixture(autouse=True)
+def float64_in_deepxde(float64):
+    dde.config.set_default_float("float64")
+
+
+def is_at(column, value):
+    return lambda x, on: on and bool(np.isclose(x[column], value))
+
+
+def network(num_inputs=2, num_outputs=2):
+    return dde.nn.FNN([num_inputs, 5, num_outputs], "tanh", "Glorot normal")
+
+
+def two_equations(x, y):
+    first = dde.grad.hessian(y, x, component=0, i=0, j=0) + y[:, 1:]
+    return [first - x[:, :1], 3.0 * dde.grad.jacobian(y, x, i=1, j=0) * y[:, :1]]
+
+
+def one_equation(x, y):
+    return dde.grad.jacobian(y, x, i=0, j=1) - dde.grad.hessian(y, x, component=0, i=0, j=0)
+
+
+OBSERVED = np.array([[0.2, 0.3], [0.7, 0.1], [0.5, 0.5]])
+CONDITIONS = {
+    "Dirichlet": lambda: dde.icbc.DirichletBC(SQUARE, lambda x: x[:, 1:] ** 2, is_at(0, 0), component=1),
+    "Neumann": lambda: dde.icbc.NeumannBC(SQUARE, lambda x: x[:, :1], lambda x, on: on, component=1),
+    "Robin": lambda: dde.icbc.RobinBC(SQUARE, lambda x, y: y[:, :1] ** 2 + x[:, 1:], is_at(1, 1)),
+    "periodic": lambda: dde.icbc.PeriodicBC(SQUARE, 0, is_at(0, 0), component=1),
+    "periodic slope": lambda: dde.icbc.PeriodicBC(SQUARE, 1, is_at(1, 0), derivative_order=1, component=1),
+    "operator": lambda: dde.icbc.OperatorBC(
+        SQUARE, lambda x, y, _: dde.grad.jacobian(y, x, i=0, j=1) * x[:, :1], is_at(0, 1)
+    ),
+    "points": lambda: dde.icbc.PointSetBC(OBSERVED, np.array([[1.0], [2.0], [-1.0]]), component=1),
+    "one value at points": lambda: dde.icbc.PointSetBC(OBSERVED, 2.0),
+    "operator at points": lambda: dde.icbc.PointSetOperatorBC(
+        OBSERVED, np.array([[1.0], [0.0], [2.0]]), lambda x, y, _: y[:, :1] * y[:, 1:]
+    ),
+}
+
+
+def losses_of_both(data, net, loss_weights=None):
+    """The loss of DeepXDE's own model, and that of ours."""
+    pinn, (points, targets, weights) = as_pinn(data, net, loss_weights)
+    model = HFModel(pinn)
+    model.compile(loss="mse")
+    theirs = dde.Model(data, net)
+    theirs.compile("adam", lr=1e-3, loss_weights=loss_weights, verbose=0)
+    losses = theirs.outputs_losses_train(data.train_x, data.train_y, data.train_aux_vars)[1]
+    return float(np.sum(losses)), model.evaluate(points, targets, sample_weight=weights, verbose=0)
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_loss_is_that_of_deepxde(name):
+    data = dde.data.PDE(SQUARE, two_equations, CONDITIONS[name](), num_domain=20, num_boundary=16, exclusions=CORNERS)
+    expected, found = losses_of_both(data, network(), [2.0, 0.5, 3.0])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_loss_of_a_problem_in_time_is_that_of_deepxde():
+    area = dde.geometry.GeometryXTime(dde.geometry.Interval(-1, 1), dde.geometry.TimeDomain(0, 1))
+    conditions = [
+        dde.icbc.DirichletBC(area, lambda x: 0 * x[:, :1], lambda _, on: on),
+        dde.icbc.IC(area, lambda x: -np.sin(np.pi * x[:, :1]), lambda _, on: on),
+        dde.icbc.NeumannBC(area, lambda x: x[:, 1:], lambda _, on: on),
+    ]
+    data = dde.data.TimePDE(area, one_equation, conditions, num_domain=20, num_boundary=8, num_initial=6)
+    net = network(num_outputs=1)
+    net.apply_output_transform(lambda x, y: x[:, 1:] * y + x[:, :1])
+    expected, found = losses_of_both(data, net)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_the_network_is_trained_in_place_and_a_coefficient_is_found():
+    coefficient = keras.Variable(0.5, dtype="float64")
+
+    def decay(t, y):
+        return dde.grad.jacobian(y, t, i=0, j=0) + coefficient * y
+
+    line = dde.geometry.Interval(0, 1)
+    times = np.linspace(0, 1, 11)[:, None]
+    data = dde.data.PDE(line, decay, dde.icbc.PointSetBC(times, np.exp(-2 * times)), num_domain=30, num_boundary=2)
+    net = network(1, 1)
+    pinn, (points, targets, weights) = as_pinn(data, net, external_trainable_variables=[coefficient])
+    model = HFModel(pinn)
+    model.compile(optimizer=HessianFree(), loss="mse")
+    model.fit(points, targets, sample_weight=weights, epochs=60, callbacks=[LevenbergMarquardt()], verbose=0)
+    np.testing.assert_allclose(coefficient.numpy(), 2.0, atol=1e-4)
+    theirs = dde.Model(data, net)
+    theirs.compile("adam", lr=1e-3, verbose=0)
+    np.testing.assert_allclose(theirs.predict(times), np.exp(-2 * times), atol=1e-4)
+
+
+def test_what_cannot_be_taken_is_refused_by_name():
+    conditions = [dde.icbc.Interface2DBC(SQUARE, lambda x: 0 * x[:, :1], is_at(0, 0), is_at(0, 1))]
+    data = dde.data.PDE(SQUARE, two_equations, conditions, num_domain=10, num_boundary=12)
+    with pytest.raises(ValueError, match="residuals of a point.*Interface2DBC"):
+        as_pinn(data, network())
+    data = dde.data.PDE(SQUARE, two_equations, CONDITIONS["Dirichlet"](), num_domain=10, num_boundary=12)
+    with pytest.raises(ValueError, match="2 weights of equations, then 1 of conditions"):
+        as_pinn(data, network(), [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"keras.Variable\(2.0\)"):
+        as_pinn(data, network(), external_trainable_variables=[tf.Variable(2.0)])
+
+
+@pytest.mark.slow
+def test_the_command_compares_both(tmp_path):
+    deepxde_adapter.main(["--seconds", "8", "--out", str(tmp_path)])
+    with open(tmp_path / "errors.csv", newline="") as file:
+        errors = {row["method"]: float(row["error"]) for row in csv.DictReader(file)}
+    assert set(errors) == {"deepxde", "keras_hf"} and np.isfinite(list(errors.values())).all()
