@@ -49,8 +49,8 @@ def as_pinn(data, network, loss_weights=None, external_trainable_variables=()):
         external_trainable_variables: List of `keras.Variable`: the unknown coefficients of an inverse problem, in place of `dde.Variable`.
 
     Raises:
-        ValueError: If a condition is of a class that compares outputs of several points beyond a periodic one, if the weights do not fit, or if an
-            unknown coefficient is not a `keras.Variable`.
+        ValueError: If a condition is of a class that compares outputs of several points beyond a periodic one, if the weights do not fit, if an
+            unknown coefficient is not a `keras.Variable`, or if `data` has auxiliary variables.
     """
     for variable in external_trainable_variables:
         if not isinstance(variable, keras.Variable):
@@ -58,14 +58,19 @@ def as_pinn(data, network, loss_weights=None, external_trainable_variables=()):
                 "`external_trainable_variables` must hold `keras.Variable`s, which Keras can train and save: "
                 f"`keras.Variable(2.0)` in place of `dde.Variable(2.0)`. Received: {type(variable).__name__}."
             )
-    dim = data.geom.dim if data.train_x is None else data.train_x.shape[1]
+    if data.auxiliary_var_fn is not None:
+        raise ValueError(
+            "`data` must have no `auxiliary_var_function`: its numbers belong into the network's inputs, as further coordinates."
+        )
+    dim = data.train_x.shape[1]
     network(np.zeros((1, dim), keras.config.floatx()))  # makes its weights
     starts = np.cumsum([0, *data.num_bcs])
     conditions = [
         _condition(condition, data.train_x[begin:end], dim)
         for condition, begin, end in zip(data.bcs, starts[:-1], starts[1:], strict=True)
     ]
-    num_equations = _num_equations(data, network) if data.pde is not None else 0
+    sizes = _sizes_of_equations(data, network) if data.pde is not None else []
+    num_equations = len(sizes)
     weights = [1.0] * (num_equations + len(conditions)) if loss_weights is None else list(loss_weights)
     if len(weights) != num_equations + len(conditions):
         raise ValueError(
@@ -76,10 +81,10 @@ def as_pinn(data, network, loss_weights=None, external_trainable_variables=()):
         name = f"condition_{place}"
         terms[name], points[name], shares[name] = residual, (where, values), weights[num_equations + place]
     if num_equations:
-        roots = np.sqrt(weights[:num_equations])
-        # The mean over points is also one over equations.
-        terms["equation"] = lambda u, p: _equations(data.pde, u, p[:, :dim]) * tf.constant(roots, p.dtype)
-        points["equation"], shares["equation"] = _extended(data.train_x_all, None, dim), float(num_equations)
+        # The mean of DeepXDE is over points and over the columns of an equation, that of a `PINN` over the columns of all.
+        roots = np.sqrt(np.repeat(np.divide(weights[:num_equations], sizes), sizes))
+        terms["equation"] = lambda u, p: tf.concat(_equations(data.pde, u, p[:, :dim]), 1) * tf.constant(roots, p.dtype)
+        points["equation"], shares["equation"] = _extended(data.train_x_all, None, dim), float(sum(sizes))
     # The second half of a point belongs to its condition.
     pinn = PINN(
         network, terms, features=lambda p: p[:, :dim], external_trainable_variables=external_trainable_variables
@@ -88,16 +93,18 @@ def as_pinn(data, network, loss_weights=None, external_trainable_variables=()):
 
 
 def _equations(pde, u, points):
-    """The residuals of the equations, `(N, m)`."""
+    """The residuals of the equations, a list of tensors `(N, m)`."""
     found = pde(points, u(points))
     # DeepXDE keeps every derivative by the tensors that it is of.
     dde.gradients.clear()
-    return tf.concat(found if isinstance(found, list | tuple) else [found], 1)
+    return list(found) if isinstance(found, list | tuple) else [found]
 
 
-def _num_equations(data, network):
+def _sizes_of_equations(data, network):
+    """The columns of every equation's residual, a list of integers."""
     point = tf.constant(data.train_x_all[:1], keras.config.floatx())
-    return tf.function(lambda p: _equations(data.pde, network, p), autograph=False)(point).shape[1]
+    residuals = tf.function(lambda p: _equations(data.pde, network, p), autograph=False)(point)
+    return [residual.shape[1] for residual in residuals]
 
 
 def _condition(condition, where, dim):

@@ -31,7 +31,7 @@ def network(num_inputs=2, num_outputs=2):
 
 def two_equations(x, y):
     first = dde.grad.hessian(y, x, component=0, i=0, j=0) + y[:, 1:]
-    return [first - x[:, :1], 3.0 * dde.grad.jacobian(y, x, i=1, j=0) * y[:, :1]]
+    return [first - x[:, :1], 3.0 * dde.grad.jacobian(y, x, i=1, j=0) * y]  # one column, and two
 
 
 def one_equation(x, y):
@@ -116,6 +116,9 @@ def test_what_cannot_be_taken_is_refused_by_name():
     data = dde.data.PDE(SQUARE, two_equations, CONDITIONS["Dirichlet"](), num_domain=10, num_boundary=12)
     with pytest.raises(ValueError, match="2 weights of equations, then 1 of conditions"):
         as_pinn(data, network(), [1.0, 1.0])
+    auxiliary = dde.data.PDE(SQUARE, lambda x, y, z: z * y, [], num_domain=9, auxiliary_var_function=lambda x: x[:, :1])
+    with pytest.raises(ValueError, match="no `auxiliary_var_function`"):
+        as_pinn(auxiliary, network())
     with pytest.raises(ValueError, match=r"keras.Variable\(2.0\)"):
         as_pinn(data, network(), external_trainable_variables=[tf.Variable(2.0)])
 
