@@ -28,6 +28,7 @@ GRID = (
     "convolutions:2000",
     "convolutions:60000",
     "transformer:10000",
+    "recurrent:10000",
     "rows:2000",
     "rows:20000",
 )
@@ -141,6 +142,12 @@ def transformer(num_cases):
     return keras.Model(rows, layers.Dense(10, "softmax")(pooled)), digits((28, 28), num_cases)
 
 
+def recurrent(num_cases):
+    """A GRU on digits as sequences of 28 rows."""
+    stack = [keras.Input((28, 28)), layers.GRU(64), layers.Dense(10, "softmax")]
+    return keras.Sequential(stack), digits((28, 28), num_cases)
+
+
 def _positions(rows):
     return keras.ops.zeros_like(rows) + keras.ops.eye(28)
 
@@ -163,7 +170,7 @@ def digits(shape, num_cases):
     return cases._replace(x_train=cases.x_train[:num_cases], y_train=cases.y_train[:num_cases])
 
 
-NETWORKS = {f.__name__: f for f in (perceptron, narrow, convolutions, transformer, rows)}
+NETWORKS = {f.__name__: f for f in (perceptron, narrow, convolutions, transformer, recurrent, rows)}
 
 if __name__ == "__main__":
     main()

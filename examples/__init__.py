@@ -4,6 +4,7 @@ TensorFlow's messages at the start are kept off the screen.
 """
 
 import contextlib
+import importlib.util
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Read once, when TensorFlow is imported.
@@ -22,6 +23,7 @@ def _without_stderr():
         os.close(kept)
 
 
-# What TensorFlow writes before it has read the level.
-with _without_stderr():
-    import tensorflow  # noqa: F401
+# Other libraries, in environments without TensorFlow, write their tables by `examples.tables`.
+if importlib.util.find_spec("tensorflow"):
+    with _without_stderr():  # what TensorFlow writes before it has read the level
+        import tensorflow  # noqa: F401

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -55,8 +57,26 @@ def test_a_network_is_handed_over_as_it_is(tmp_path):
 
 def test_a_peer_that_is_not_installed_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(handover, "ENVIRONMENTS", tmp_path)
-    assert not handover.run("jax", "products_in_jax")
+    handover.run_all([("jax", "products_in_jax")])
     assert "`make peers` makes it" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_named_once_the_others_have_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(handover, "ENVIRONMENTS", tmp_path)
+    for environment, status in {"jax": 3, "torch": 0}.items():
+        python = tmp_path / environment / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\necho $2 >> {tmp_path}/ran\nexit {status}\n")
+        python.chmod(0o755)
+    with pytest.raises(SystemExit, match="Failed: fits_in_jax."):
+        handover.run_all([("jax", "fits_in_jax", 1), ("torch", "fits_in_torch")])
+    assert (tmp_path / "ran").read_text().split() == ["benchmarks.peers.fits_in_jax", "benchmarks.peers.fits_in_torch"]
+
+
+def test_what_peers_import_needs_no_tensorflow():
+    modules = "benchmarks.rows, benchmarks.peers.handover, benchmarks.peers.small_problems, benchmarks.peers.timings"
+    program = f"import sys; sys.modules.update(tensorflow=None, keras=None); import {modules}"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("name", fits.PROBLEMS)

@@ -58,6 +58,7 @@ def main(arguments=None):
     args = results.parse(parser, {"seconds": 3.0}, arguments)
     keras.config.set_floatx("float64")
     args.out.mkdir(parents=True, exist_ok=True)
+    runs = []
     for name in args.problem:
         path = handover.FOLDER / f"{name}-seed{args.seed}.npz"
         hand_over(PROBLEMS[name](), path, args.seed)
@@ -66,8 +67,8 @@ def main(arguments=None):
             _, recorder = pinn.run(PROBLEMS[name](), METHODS[method], None, csv, args.seed, args.seconds)
             results.note(csv)
             print(name, method, recorder.rows[-1], flush=True)
-        for peer in args.peers:
-            handover.run(peer, PEERS[peer], path, "--seconds", args.seconds, "--out", args.out)
+        runs += [(peer, PEERS[peer], path, "--seconds", args.seconds, "--out", args.out) for peer in args.peers]
+    handover.run_all(runs)
 
 
 def hand_over(problem, path, seed):

@@ -70,17 +70,26 @@ def split(vector, layers):
     return parts
 
 
-def run(environment, module, *arguments):
-    """Runs a module in the environment of a peer; returns whether it was there and the run succeeded.
+def run_all(runs):
+    """Runs modules in the environments of peers, in sequence. A peer that is not installed is left out, with a message.
 
     Args:
-        environment: String, the folder in `.venv-peers`, which `make peers` fills.
-        module: String, a module of this package.
-        *arguments: What stands on its command line.
+        runs: Iterable of tuples: the folder in `.venv-peers`, which `make peers` fills, a module of this package, and what stands on its command
+            line.
+
+    Raises:
+        SystemExit: If a run failed, with the names of all that did, once the others have ended.
     """
+    failed = [module for environment, module, *arguments in runs if not _run(environment, module, arguments)]
+    if failed:
+        raise SystemExit(f"Failed: {', '.join(failed)}.")
+
+
+def _run(environment, module, arguments):
+    """Runs a module; returns whether it did not fail."""
     python = ENVIRONMENTS / environment / "bin" / "python"
     if not python.exists():
         print(f"{module}: no {python}; `make peers` makes it.", flush=True)
-        return False
+        return True
     command = [str(python), "-m", f"benchmarks.peers.{module}", *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}).returncode == 0

@@ -46,7 +46,7 @@ def main(arguments=None):
         path = handover.FOLDER / f"{args.problem}-seed{args.seed}.npz"
         hand_over(problem, path, args.seed)
         options = ["--seed", args.seed, "--seconds", args.seconds, "--out", folder]
-        handover.run("kfac", "minibatches_in_jax", path, "--setting", *args.setting, *options)
+        handover.run_all([("kfac", "minibatches_in_jax", path, "--setting", *args.setting, *options)])
 
 
 def hand_over(problem, path, seed):

@@ -64,8 +64,9 @@ def main(arguments=None):
             rows.append(measure(name, *make(cases), args.rounds, paths[-1]))
             print(rows[-1], flush=True)
     results.write(args.out / "keras_hf.csv", rows)
-    for peer in args.peers:
-        handover.run(peer, PEERS[peer], *paths, "--rounds", args.rounds, "--csv", args.out / f"{peer}.csv")
+    handover.run_all(
+        (peer, PEERS[peer], *paths, "--rounds", args.rounds, "--csv", args.out / f"{peer}.csv") for peer in args.peers
+    )
 
 
 def measure(name, network, loss, x, y, rounds, path):
