@@ -115,7 +115,7 @@ def muon(learning_rate, network):
         network: Keras model, built.
 
     Returns:
-        A `keras.optimizers.Muon`.
+        A `keras.optimizers.Muon`. That of Keras 3.12 fails on TensorFlow.
     """
     last = f"(^|/){network.layers[-1].name}/"
     return keras.optimizers.Muon(learning_rate, weight_decay=None, adam_weight_decay=None, exclude_layers=[last])

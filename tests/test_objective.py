@@ -6,6 +6,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from problems import (
+    KERAS,
+    MASK_ROUNDING,
     PROBLEMS,
     compiled,
     dense_matrix,
@@ -40,7 +42,7 @@ def everything(objective):
     return at_start.loss, at_start.gradient, matrix, squares, loss, chunk_loss
 
 
-def assert_pieces_equal_the_whole(model, data, micro_batch_size=4):
+def assert_pieces_equal_the_whole(model, data, micro_batch_size=4, rtol=1e-10):
     """And the whole has the loss that Keras computes."""
 
     def compute(objective):
@@ -50,7 +52,7 @@ def assert_pieces_equal_the_whole(model, data, micro_batch_size=4):
     whole = with_objective(model, data, compute)
     in_pieces = with_objective(model, data, compute, micro_batch_size=micro_batch_size)
     for one, other in zip(whole, in_pieces, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=1e-12)
     np.testing.assert_allclose(whole[0], loss_and_gradient(model, data)[0], **EXACT)
 
 
@@ -212,6 +214,7 @@ def test_batch_statistics_of_a_layer_called_twice_are_the_mean_of_both():
     np.testing.assert_allclose(found[1], (variance + 9 * variance / (variance + 1e-3)) / 2, rtol=1e-10)
 
 
+@pytest.mark.skipif(KERAS < (3, 14), reason="BatchNormalization has `renorm` from Keras 3.14 on")
 def test_renormalization_keeps_the_moving_averages_that_training_normalizes_by():
     normalization = layers.BatchNormalization(renorm=True)
     model = compiled(keras.Sequential([keras.Input((2,)), normalization, layers.Dense(1)]))
@@ -360,14 +363,14 @@ def test_a_mask_is_as_good_as_leaving_the_steps_out():
     valid = (x != 0).any(-1).astype("float64")
     weighted = with_objective(plain, model_data(plain, x, y, valid * valid.size / valid.sum()), everything)
     for one, other in zip(masked, weighted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(one, other, rtol=max(1e-10, MASK_ROUNDING), atol=max(1e-12, MASK_ROUNDING))
 
 
 def test_ignored_classes_are_a_mask_too():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)
     model = compiled(keras.Sequential([keras.Input((2,)), layers.Dense(3)]), loss)
     data = model_data(model, inputs(), np.arange(15) % 3)
-    assert_pieces_equal_the_whole(model, data)
+    assert_pieces_equal_the_whole(model, data, rtol=max(1e-10, 10 * MASK_ROUNDING))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import compiled, dense_matrix, flat, inputs, make_model, model_data, with_objective
+from problems import KERAS, compiled, dense_matrix, flat, inputs, make_model, model_data, with_objective
 
 from examples.autoencoder import cross_entropy
 from keras_hf import DoubleBackward, GaussNewton
@@ -101,7 +101,8 @@ def test_memory_of_a_dense_layer_on_sequences_counts_every_place():
         return sequence_structure(network, 9).bytes_per_case
 
     # At 9 places the product, which Keras forms with places among the cases, its reshape and the bias; and the mean over places.
-    assert of(107) - of(7) == 2 * 4 * 100 * (9 * 3 + 1)
+    # Keras 3.12 has no reshape.
+    assert of(107) - of(7) == 2 * 4 * 100 * (9 * (3 if KERAS >= (3, 13) else 2) + 1)
 
 
 def test_memory_of_a_loss_that_reshapes_counts_every_class():

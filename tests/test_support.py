@@ -47,7 +47,7 @@ def check(row, ways):
 
 
 def test_classes_alike_have_rows():
-    assert FIRST.keys() > ALIKE
+    assert FIRST.keys() > {name for name in ALIKE if hasattr(keras.layers, name) or hasattr(keras.losses, name)}
 
 
 @pytest.mark.parametrize("name,way", QUICK)
