@@ -179,6 +179,26 @@ def test_rows_through_derivatives_of_the_network_equal_differences(float64):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
+def test_residuals_may_use_gradients_of_graphs(float64):
+    def by_graph(u, points):
+        return tf.gradients(u(points), points)[0]
+
+    def by_tapes(u, points):
+        return tf.concat(derivatives(u, points, "xy", "u_x", "u_y"), 1)
+
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential([layers.Dense(3, "tanh"), layers.Dense(1)])  # without weights before the first call
+    losses = []
+    for residual in (by_graph, by_tapes):
+        pinn = PINN(network, {"slope": residual})
+        x, y, weights = pinn.cases({"slope": np.random.default_rng(0).normal(size=(5, 2))})
+        model = HFModel(pinn)
+        model.compile(optimizer=HessianFree(), loss="mse")
+        losses.append(model.evaluate(x, y, sample_weight=weights, verbose=0))
+    assert y.shape == (5, 2)
+    np.testing.assert_allclose(*losses, rtol=1e-12)
+
+
 def test_a_hard_constraint_and_features_make_the_solution(float64):
     features = lambda p: tf.concat([tf.sin(p), tf.cos(p)], 1)  # noqa: E731
     pinn, _ = made(inputs=4, features=features, transform=lambda p, u: p[:, :1] * (1 - p[:, :1]) * u)
