@@ -1,6 +1,6 @@
 """A problem of DeepXDE, trained by this package: its geometry, equation, conditions and network stay as they are.
 
-    pip install "keras_hf[deepxde]"
+    pip install ".[deepxde]"
     python -m examples.deepxde_adapter --seconds 20 --out runs/deepxde
 
 trains a Poisson equation with a Dirichlet, a Neumann and a periodic condition, beside DeepXDE's own Adam and L-BFGS, from the same weights.
@@ -87,6 +87,7 @@ def as_pinn(data, network, loss_weights=None, external_trainable_variables=()):
         roots = np.sqrt(np.repeat(np.divide(weights[:num_equations], sizes), sizes))
         terms["equation"] = lambda u, p: tf.concat(_equations(data.pde, u, p[:, :dim]), 1) * tf.constant(roots, p.dtype)
         points["equation"], shares["equation"] = _extended(data.train_x_all, None, dim), float(sum(sizes))
+    terms = {name: _forgetful(residual) for name, residual in terms.items()}
     # The second half of a point belongs to its condition.
     pinn = PINN(
         network, terms, features=lambda p: p[:, :dim], external_trainable_variables=external_trainable_variables
@@ -94,11 +95,20 @@ def as_pinn(data, network, loss_weights=None, external_trainable_variables=()):
     return pinn, pinn.cases(points, shares)
 
 
+def _forgetful(residual):
+    """A term after which DeepXDE forgets the derivatives: it would keep each, by the tensors of the trace that it is of."""
+
+    def term(u, points):
+        found = residual(u, points)
+        dde.gradients.clear()
+        return found
+
+    return term
+
+
 def _equations(pde, u, points):
     """The residuals of the equations, a list of tensors `(N, m)`."""
     found = pde(points, u(points))
-    # DeepXDE keeps every derivative by the tensors that it is of.
-    dde.gradients.clear()
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
@@ -114,13 +124,13 @@ def _condition(condition, where, dim):
 
     The columns beyond the first d are the outward normal at the point, or the point that a periodic condition compares it with.
     """
-    column = slice(getattr(condition, "component", 0), getattr(condition, "component", 0) + 1)
+    component = getattr(condition, "component", 0)
+    column = slice(component, component + 1)
 
     def slope(u, points):
         """The derivative by the outward normal, `(N, 1)`."""
         inputs = points[:, :dim]
-        gradient = dde.grad.jacobian(u(inputs), inputs, i=condition.component)
-        dde.gradients.clear()
+        gradient = dde.grad.jacobian(u(inputs), inputs, i=component)
         return tf.reduce_sum(gradient * points[:, dim:], 1, keepdims=True)
 
     def normals():
@@ -140,31 +150,26 @@ def _condition(condition, where, dim):
         return residual, _extended(where, normals(), dim), None
     if isinstance(condition, dde.icbc.PeriodicBC):
         here, there = np.split(where, 2)
-        sides = lambda u, p: (p[:, :dim], p[:, dim:])  # noqa: E731
-        if condition.derivative_order == 0:
-            difference = lambda u, p: tf.subtract(*[u(side)[:, column] for side in sides(u, p)])  # noqa: E731
-        else:
-            difference = lambda u, p: tf.subtract(*[_partial(u, side, condition) for side in sides(u, p)])  # noqa: E731
+
+        def compared(u, side):
+            if condition.derivative_order == 0:
+                return u(side)[:, column]
+            return dde.grad.jacobian(u(side), side, i=component, j=condition.component_x)
+
+        difference = lambda u, p: compared(u, p[:, :dim]) - compared(u, p[:, dim:])  # noqa: E731
         return difference, _extended(here, there, dim), None
     if isinstance(condition, dde.icbc.OperatorBC | dde.icbc.PointSetOperatorBC):
         target = _as_column(condition.values, where) if isinstance(condition, dde.icbc.PointSetOperatorBC) else None
-        return lambda u, p: _of_operator(condition, u, p[:, :dim]), _extended(where, None, dim), target
+
+        def of_operator(u, points):
+            inputs = points[:, :dim]
+            return condition.func(inputs, u(inputs), inputs)
+
+        return of_operator, _extended(where, None, dim), target
     raise ValueError(
         "Conditions must be residuals of a point: DirichletBC, NeumannBC, RobinBC, PeriodicBC, OperatorBC, PointSetBC, PointSetOperatorBC, IC. "
         f"Received: {type(condition).__name__}."
     )
-
-
-def _partial(u, points, condition):
-    found = dde.grad.jacobian(u(points), points, i=condition.component, j=condition.component_x)
-    dde.gradients.clear()
-    return found
-
-
-def _of_operator(condition, u, points):
-    found = condition.func(points, u(points), points)
-    dde.gradients.clear()
-    return found
 
 
 def _extended(where, more, dim):
