@@ -34,6 +34,7 @@ from keras_hf import (
 )
 from keras_hf.problem import jacobian as jacobian_room
 from keras_hf.problem.fixed_network import Data
+from keras_hf.solvers.direct import next_terms
 from keras_hf.update import hf_update
 
 DAMPING = 0.02
@@ -116,6 +117,28 @@ def test_an_update_is_the_one_by_hand(num_cases, order, float64):
     b_squares = np.sum((2 / data.y.numpy().size) * jacobian_times(model, data, straight) ** 2)
     predicted = -(gradient @ straight + b_squares / 2)
     assert float(result.reduction_ratio) == pytest.approx(result.actual_reduction.numpy() / predicted, rel=error)
+
+
+def test_derivatives_along_the_arc_equal_those_by_hand(float64):
+    model, data = least_squares(15)
+    curve = np.random.default_rng(1).normal(size=(3, 27))
+
+    def derivatives(objective):
+        rows, found, terms = objective.rows, [], iter([tf.constant(term) for term in curve[1:]])
+
+        def term_of(derivative):
+            found.append(rows.combined([1.0], [derivative]))
+            return next(terms, tf.zeros([27], tf.float64))
+
+        next_terms(rows, term_of, tf.constant(curve[0]), 4)
+        return found
+
+    found = with_objective(model, data, derivatives)
+    for order, derivative in enumerate(found, 2):
+        expected = np.sqrt(2 / 45) * derivative_along(model, inputs(), list(curve[: order - 1])).ravel()
+        # The error of differences is that of the square of the step, and rounding over its square.
+        error = 1e-12 if order == 2 else 1e-6
+        np.testing.assert_allclose(derivative, expected, rtol=0, atol=error * np.abs(expected).max())
 
 
 def jacobian_times(model, data, v):

@@ -168,10 +168,13 @@ def test_gathered_rows_are_those_of_all_replicas(float64):
         divided, rows = objective.rows, objective.rows.gathered()
         u, v = rows.residuals, tf.range(objective.num_weights, dtype=tf.float64)
         whole = tf.matmul(rows.jacobian, rows.jacobian, transpose_a=True)
-        return [rows.jacobian, divided.gram() - whole, rows.pull(u) - divided.pull(divided.residuals)] + [
-            rows.norm(rows.next_derivative(v[None])) - divided.norm(divided.next_derivative(v[None])),
-            rows.norm(rows.plus_push(u, v)) - divided.norm(divided.plus_push(divided.residuals, v)),
-        ]
+
+        def norms(rows):
+            combined = rows.combined([2.0, 3.0], [rows.residuals, rows.second_derivative(v, v)])
+            return rows.norm(combined), rows.norm(rows.plus_push(rows.residuals, v))
+
+        differences = [whole - of_parts for whole, of_parts in zip(norms(rows), norms(divided), strict=True)]
+        return [rows.jacobian, divided.gram() - whole, rows.pull(u) - divided.pull(divided.residuals), *differences]
 
     jacobian, *differences = on_replicas(network, [[0, 1, 2], [3]], of_both)
     # Rows of the fifth case, which is not there, are zero.

@@ -5,8 +5,6 @@ With J the Jacobian of the network's outputs and `H = LL'` the second derivative
 gradient of the loss if r lies in the range of H, as it does for squares and for cross-entropies.
 """
 
-import math
-
 import numpy as np
 import tensorflow as tf
 
@@ -16,8 +14,6 @@ from keras_hf.problem.linearization import dense
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
 _BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27
-# Derivatives of order 2, 3, ... from second ones: at which places along a curve, and with which weights. Central differences, of second order.
-_DIFFERENCES = (((0,), (1,)), ((1, -1), (1 / 2, -1 / 2)), ((1, 0, -1), (1, -2, 1)))
 
 
 def compiles_rows(structure):
@@ -74,26 +70,19 @@ class LocalRows:
             return tf.linalg.matvec(self.jacobian, v)
         return self._in_blocks(lambda indices: tf.linalg.matvec(self._rows_of(indices), v))
 
-    def next_derivative(self, curve, step=1.0):
-        """Returns `L'f^(k)`, `(rows,)`: the derivative of order k at 0 of the outputs along a curve of degree k - 1.
-
-        The second is exact, those after it are differences of second ones. Cost: about four gradients for every one of them: one, two and three.
+    def second_derivative(self, p, q, at=None, r=None, after=None):
+        """Returns `L'(f''[p, q] + J r)`, `(rows,)`: f'' and J the derivatives of the outputs at weights `w + at`. Cost: about four gradients.
 
         Args:
-            curve: Tensor `(k - 1, n)`, the derivatives at 0 of a curve of weights `w(t)`, which is `w + t c_1 + t^2 / 2 c_2 + ...`; k is 2, 3 or 4.
-            step: Scalar > 0, of the differences in t.
+            p: Tensor `(n,)`.
+            q: Tensor `(n,)`.
+            at: Tensor `(n,)`; `None` = zeros.
+            r: Tensor `(n,)`; `None` = zeros.
+            after: Tensor that is computed first; `None` = nothing. Side by side, several calls would hold the activations of all.
         """
-        differences = curve.shape[0] - 1
-        # All orders by one program: that of the longest curve.
-        curve = tf.pad(curve, [[0, len(_DIFFERENCES) - curve.shape[0]], [0, 0]])
-        step = tf.cast(step, self._dtype)
-        derivative = tf.zeros([], self._dtype)
-        for place, weight in zip(*_DIFFERENCES[differences], strict=True):
-            # In sequence: the graph would otherwise hold the activations of all.
-            with tf.control_dependencies([derivative]):
-                place_along = place * step
-            derivative += weight * self._in_blocks(self._second, curve, place_along)
-        return derivative / step**differences
+        at, r = (tf.zeros_like(p) if v is None else v for v in (at, r))
+        with tf.control_dependencies([] if after is None else [after]):
+            return self._in_blocks(self._second, *(tf.identity(v) for v in (at, p, q, r)))
 
     def tangent_squares(self, v):
         """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
@@ -257,23 +246,24 @@ class LocalRows:
 
     def _tangents_of_cases(self, indices, v):
         """`L'(Jv)` of some cases, `(cases * k,)`."""
-        return self._weighted(indices, _derivative(self._outputs_along(indices, v[None]), tf.zeros([], self._dtype)))
+        outputs_at, zero = self._outputs_at(indices), tf.zeros([], self._dtype)
+        return self._weighted(indices, _derivative(lambda t: outputs_at(t * v), zero))
 
-    def _second_of_cases(self, indices, curve, place):
-        """L' times the second derivatives of some cases' outputs at a place along a curve, `(cases * k,)`."""
-        outputs = self._outputs_along(indices, curve)
-        return self._weighted(indices, _derivative(lambda t: _derivative(outputs, t), place))
+    def _second_of_cases(self, indices, at, p, q, r):
+        """`L'(f''[p, q] + J r)` of some cases at weights `w + at`, `(cases * k,)`: the derivative by s and t along `at + t p + s (q + t r)`."""
+        outputs_at, zero = self._outputs_at(indices), tf.zeros([], self._dtype)
 
-    def _outputs_along(self, indices, curve):
-        """Outputs of some cases at weights along a curve, see `next_derivative`, as a function of t: `(cases, k)`."""
+        def by_t(s):
+            return _derivative(lambda t: outputs_at(at + t * p + s * (q + t * r)), zero)
+
+        return self._weighted(indices, _derivative(by_t, zero))
+
+    def _outputs_at(self, indices):
+        """Outputs of some cases as a function of the change of the weights: `(n,) -> (cases, k)`."""
         cases = self._piece.cases(indices)
         start = [tf.convert_to_tensor(variable) for variable in self._variables]
 
-        def outputs(t):
-            # By Horner's scheme: a power of t = 0 has no second derivative in TensorFlow.
-            change = tf.zeros_like(curve[0])
-            for power in range(curve.shape[0], 0, -1):
-                change = t * (curve[power - 1] / math.factorial(power) + change)
+        def outputs(change):
             moved = [w + d for w, d in zip(start, unpack(change, self._variables), strict=True)]
             return self._flat(cases.forward(moved).outputs)
 
@@ -291,6 +281,7 @@ def _derivative(function, t):
     By two backward passes, the second of which transposes the first: right wherever there are second derivatives. (Nested forward accumulators are
     exact, too, but XLA compiles what they make anew in every call.)
     """
+    t = tf.identity(t)  # A tensor of its own: the outer derivative may be taken at the same one.
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(t)
         value = function(t)

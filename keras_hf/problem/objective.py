@@ -137,9 +137,13 @@ class Rows:
         """Returns the norm of `(rows,)`, a scalar."""
         return tf.sqrt(self._replicas.sum(lambda u: tf.reduce_sum(u**2), u))
 
-    def next_derivative(self, curve, step=1.0):
-        """Returns `L'f^(k)`, `(rows,)` on each replica: the next derivative of the outputs along a curve; see `LocalRows.next_derivative`."""
-        return self._replicas.run(lambda part, *args: part.next_derivative(*args), self._parts, curve, step)
+    def combined(self, weights, vectors):
+        """Returns the sum of weights, scalars, times vectors, `(rows,)` on each replica."""
+        return self._replicas.run(lambda vectors: _combined(weights, vectors), vectors)
+
+    def second_derivative(self, *args):
+        """Returns `L'(f''[p, q] + J r)`, `(rows,)` on each replica; see `LocalRows.second_derivative`."""
+        return self._replicas.run(lambda part, *args: part.second_derivative(*args), self._parts, *args)
 
     def losses(self, candidates):
         """Returns the compiled loss at several weights, a list of tensors `(k, *shape)`: float64 `(k,)`."""
@@ -182,13 +186,21 @@ class GatheredRows(Rows):
         """Returns the norm of `(rows,)`, a scalar."""
         return tf.norm(u)
 
-    def next_derivative(self, curve, step=1.0):
-        """Returns `L'f^(k)`, `(rows,)`."""
-        return self._whole(lambda part, *args: part.next_derivative(*args), curve, step)
+    def combined(self, weights, vectors):
+        """Returns the sum of weights, scalars, times vectors, `(rows,)`."""
+        return _combined(weights, vectors)
+
+    def second_derivative(self, *args):
+        """Returns `L'(f''[p, q] + J r)`, `(rows,)`."""
+        return self._whole(lambda part, *args: part.second_derivative(*args), *args)
 
     def _whole(self, function, *args):
         """Joins `function(part, *args)` of all replicas along the first axis, and adds zeros up to the number of rows."""
         return self._replicas.joined(function, self._num_rows, self._parts, *args)
+
+
+def _combined(weights, vectors):
+    return tf.add_n([tf.cast(weight, vector.dtype) * vector for weight, vector in zip(weights, vectors, strict=True)])
 
 
 class Change(NamedTuple):

@@ -47,7 +47,7 @@ class DirectSolver(Solver):
     Logs: `arc_step` (t of the candidate taken), `acceleration` (norm of c_2 over that of c_1).
 
     Cost: the Jacobian, about as much as one or two gradients; `rows n min(rows, n)` multiplications and a factorization; about 17 forward passes;
-    for c_2, c_3 and c_4 about 4, 8 and 12 gradients. Memory: the Jacobian, up to 1 GiB; a larger one is formed anew in pieces.
+    for the terms c_2, c_3 and c_4 about 4, 8 and 4 gradients. Memory: the Jacobian, up to 1 GiB; a larger one is formed anew in pieces.
 
     Args:
         order: Integer in [1, 4], the number of terms of the arc: 1 = a line, 2 = geodesic acceleration.
@@ -83,16 +83,15 @@ class DirectSolver(Solver):
     def solve(self, model, damping, state):
         system, objective = model.linearize(), model.objective
         direction, solve = system.steps(model.gradient, damping)
-        curve = model.agreed(direction)[None]
-        norm, step, acceleration = tf.norm(curve[0]), _difference_step(curve.dtype), tf.zeros([], curve.dtype)
-        for number in range(2, self.order + 1):
-            term = solve(curve, step)
-            # Where there is none (no second derivative, or numbers out of range), the arc is of a lower order.
-            term = model.agreed(tf.where(tf.reduce_all(tf.math.is_finite(term)), term, tf.zeros_like(term)))
-            if number == 2:
-                acceleration = tf.math.divide_no_nan(tf.norm(term), norm)
-                step /= tf.maximum(acceleration, tf.ones_like(step))
-            curve = tf.concat([curve, term[None]], 0)
+        first = model.agreed(direction)
+
+        def term_of(derivative):
+            """The term of the arc that undoes a derivative of the outputs, zero where that is not finite: then the arc is of a lower order."""
+            term = solve(derivative)
+            return model.agreed(tf.where(tf.reduce_all(tf.math.is_finite(term)), term, tf.zeros_like(term)))
+
+        curve = tf.stack([first, *next_terms(system.rows, term_of, first, self.order)])
+        acceleration = tf.zeros([], curve.dtype) if self.order == 1 else _ratio(curve[1], first)
         arc = tf.constant(_ARC, curve.dtype)
         powers = np.arange(1, self.order + 1)
         coefficients = _ARC[:, None] ** powers / [math.factorial(power) for power in powers]
@@ -109,16 +108,50 @@ class DirectSolver(Solver):
             num_products=tf.constant(0),
             trace={"arc": arc},
             # Along the arc the residuals change as they would in the linear model along c_1: the other terms undo what the outputs' curvature adds.
-            model_steps=arc[:, None] * curve[0],
+            model_steps=arc[:, None] * first,
         )
 
     def get_config(self):
         return {"order": self.order}
 
 
-def _difference_step(dtype):
-    """The step in t of differences along an arc: the fourth root of the rounding, whose square is the error of either kind."""
-    return tf.constant(float(np.finfo(dtype.as_numpy_dtype).eps) ** 0.25, dtype)
+def next_terms(rows, term_of, first, order):
+    """Returns the terms c_2, ..., c_order of the arc, a list of tensors `(n,)`.
+
+    With s(t) the second derivative of the outputs along `t c_1 + t^2 / 2 c_2`, exact at any t, f^(2) is what of `s(0) = f^(2) + J c_2` does not depend
+    on c_2. Then f^(3) = s'(0) and f^(4) = s''(0) + 4 f''[c_1, c_3], the derivatives of s by central differences. Cost: about 4, 12 or 16 gradients.
+
+    Args:
+        rows: `objective.Rows`.
+        term_of: Callable `(rows,) -> (n,)`, the term for a derivative of the outputs.
+        first: Tensor `(n,)`, c_1.
+        order: Integer in [1, 4].
+    """
+    if order == 1:
+        return []
+    start = rows.second_derivative(first, first)
+    second = term_of(start)
+    if order == 2:
+        return [second]
+    # In t: the fourth root of the rounding, whose square is the error of either kind, as long as the terms are of the same size.
+    step = float(np.finfo(first.dtype.as_numpy_dtype).eps) ** 0.25 / tf.maximum(_ratio(second, first), 1.0)
+
+    def along(t, after=None):
+        slope = first + t * second
+        return rows.second_derivative(slope, slope, t * first + t**2 / 2 * second, second, after)
+
+    ahead = along(step)
+    behind = along(-step, ahead)
+    third = term_of(rows.combined([0.5 / step, -0.5 / step], [ahead, behind]))
+    if order == 3:
+        return [second, third]
+    middle, mixed = rows.plus_push(start, second), rows.second_derivative(first, third)
+    weights = 1 / step**2, -2 / step**2, 1 / step**2, 4.0
+    return [second, third, term_of(rows.combined(weights, [ahead, middle, behind, mixed]))]
+
+
+def _ratio(term, first):
+    return tf.math.divide_no_nan(tf.norm(term), tf.norm(first))
 
 
 class _System:
@@ -126,6 +159,9 @@ class _System:
 
     Args:
         objective: `objective.Objective`.
+
+    Attributes:
+        rows: `objective.Rows`.
     """
 
     def __init__(self, objective):
@@ -134,19 +170,19 @@ class _System:
             num_rows is not None and num_rows < objective.num_weights and objective.has_diagonal_regularization
         )
         # Replicas send the rows to each other, or add up their `B'B`: whichever is less.
-        self._rows = objective.rows.gathered() if self._is_dual else objective.rows
-        jacobian = self._rows.jacobian
+        self.rows = objective.rows.gathered() if self._is_dual else objective.rows
+        jacobian = self.rows.jacobian
         if self._is_dual:
             self._gram = None
             self._added = objective.regularization_diagonal() if objective.has_regularization else None
             self._size = tf.reduce_sum(jacobian**2)
         else:
-            self._gram, self._added = self._rows.gram(), objective.regularization_matrix()
+            self._gram, self._added = self.rows.gram(), objective.regularization_matrix()
             self._size = tf.linalg.trace(self._gram)
 
     def __call__(self, v):
         if self._is_dual:
-            jacobian = self._rows.jacobian
+            jacobian = self.rows.jacobian
             image = tf.linalg.matvec(jacobian, tf.linalg.matvec(jacobian, v), transpose_a=True)
             return image if self._added is None else image + self._added * v
         image = tf.linalg.matvec(self._gram, v)
@@ -154,11 +190,11 @@ class _System:
 
     def errors(self, v, scale=0.0):
         """By how much the rows times v and a forward derivative along v differ, relative to them: a float64 scalar."""
-        return tf.cast(self._rows.tangent_error(v), tf.float64)
+        return tf.cast(self.rows.tangent_error(v), tf.float64)
 
     def steps(self, gradient, damping):
-        """Returns the step `-(G + damping I)^-1 gradient`, and what gives the next term of a curve `(k, n)`, by differences of a step in t."""
-        rows, rounding = self._rows, float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
+        """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`."""
+        rows, rounding = self.rows, float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
         moves = tf.cast(tf.reduce_any(gradient != 0), gradient.dtype)
         damping = tf.maximum(damping, rounding**LEAST_DAMPING_POWER * self._size)
         if self._is_dual:
@@ -170,4 +206,4 @@ class _System:
         rest = gradient - rows.pull(residuals)
         noise = 100 * rounding * tf.sqrt(self._size) * rows.norm(residuals)
         rest = tf.where(tf.norm(rest) > noise, rest, tf.zeros_like(rest))
-        return moves * solve(residuals, rest), lambda curve, step: solve(rows.next_derivative(curve, step), None)
+        return moves * solve(residuals, rest), solve
