@@ -118,8 +118,8 @@ class DirectSolver(Solver):
 def next_terms(rows, term_of, first, order):
     """Returns the terms c_2, ..., c_order of the arc, a list of tensors `(n,)`.
 
-    With s(t) the second derivative of the outputs along `t c_1 + t^2 / 2 c_2`, exact at any t, f^(2) is what of `s(0) = f^(2) + J c_2` does not depend
-    on c_2. Then f^(3) = s'(0) and f^(4) = s''(0) + 4 f''[c_1, c_3], the derivatives of s by central differences. Cost: about 4, 12 or 16 gradients.
+    With s(t) the second derivative of the outputs along `t c_1 + t^2 / 2 c_2`, exact at any t: `s(0) = f^(2) + J c_2`, `f^(3) = s'(0)` and
+    `f^(4) = s''(0) + 4 f''[c_1, c_3]`, the derivatives of s by central differences. Cost: about 4, 12 or 16 gradients.
 
     Args:
         rows: `objective.Rows`.
