@@ -16,6 +16,8 @@ LEAST_DAMPING_POWER = 1.25
 _SHIFT = 10.0
 # Where the damping is less than so many shifts, B'B alone gives too few digits of the step.
 _LOST = 10.0
+# TensorFlow solves a triangular system on one core: columns are cut into so many parts at most, of so many columns at least.
+_MOST_PARTS, _FEWEST_COLUMNS = 16, 128
 
 
 def primal_solver(rows, product, damping, added=None):
@@ -31,20 +33,17 @@ def primal_solver(rows, product, damping, added=None):
         Callable `(u, h) -> x` of u `(rows,)` and h `(n,)` or `None`. Cost: n^3 / 3 once, then 4 n^2 and two products with B and B' per call. Where
         the damping is lost in the rounding of B'B, 3 rows n^2 more once.
     """
-    identity = tf.eye(product.shape[0], dtype=product.dtype)
-    beside = damping * identity if added is None else added + damping * identity
-
     transposed = None if rows.jacobian is None else lambda: tf.transpose(rows.jacobian)
-    factor = _factor(product, beside, damping, transposed)
+    factors = _factors(product, added, damping, transposed)
 
     def apply(x):
-        return damping * x if added is None else tf.linalg.matvec(beside, x)
+        return damping * x if added is None else tf.linalg.matvec(added, x) + damping * x
 
     def solve(u, h=None):
         plus = (lambda x: x) if h is None else (lambda x: x + h)
-        x = -_apply_inverse(factor, plus(rows.pull(u)))
+        x = -_apply_inverse(factors, plus(rows.pull(u)))
         # Once more for what is left, through B itself: as accurate as if B had been factorized.
-        return x - _apply_inverse(factor, plus(rows.pull(rows.plus_push(u, x)) + apply(x)))
+        return x - _apply_inverse(factors, plus(rows.pull(rows.plus_push(u, x)) + apply(x)))
 
     return solve
 
@@ -67,42 +66,60 @@ def dual_solver(jacobian, damping, added=None):
     # Without regularizers the share is 1, and no copy of the Jacobian is made.
     weighted = jacobian if added is None else jacobian * share
     rooted = jacobian if added is None else jacobian * tf.sqrt(share)
-    identity = tf.eye(jacobian.shape[0], dtype=jacobian.dtype)
 
-    factor = _factor(row_gram(rooted), shift * identity, shift, lambda: rooted)
+    factors = _factors(row_gram(rooted), None, shift, lambda: rooted)
 
     def solve(u, h=None):
         right = u if h is None else u - tf.linalg.matvec(jacobian, inverse * h)
-        z = _apply_inverse(factor, right)
+        z = _apply_inverse(factors, right)
         left = right - shift * z - tf.linalg.matvec(jacobian, tf.linalg.matvec(weighted, z, transpose_a=True))
-        z += _apply_inverse(factor, left)
+        z += _apply_inverse(factors, left)
         x = -tf.linalg.matvec(weighted, z, transpose_a=True)
         return x if h is None else x - inverse * h
 
     return solve
 
 
-def _factor(product, beside, damping, root):
-    """A lower factor F with `FF' = product + beside`, where the product is `root() root()'` and beside is at least the damping.
+def _factors(product, added, damping, root):
+    """Lower factors E and F with `EF(EF)' = product + added + damping I`, where the product is `root() root()'`.
 
-    Cholesky's. Where the damping is lost in the rounding of the Gram matrix, that of a shifted one serves to orthogonalize the root's rows nearly,
-    and Cholesky's factor of what is left makes it exact, as a QR factorization would: without its many small steps.
+    F is the identity, and E Cholesky's factor. Where the damping is lost in the rounding of the Gram matrix, E is that of a shifted one, by which the
+    root's rows become nearly orthogonal, and F, Cholesky's of what is left, makes the factorization exact, as a QR factorization would: without its
+    many small steps.
     """
     rounding = float(np.finfo(product.dtype.as_numpy_dtype).eps)
     shift = _SHIFT * rounding * tf.linalg.trace(product)
-    if root is None:
-        return tf.linalg.cholesky(product + beside)
     identity = tf.eye(product.shape[0], dtype=product.dtype)
+    beside = product if added is None else product + added
+
+    def once():
+        return tf.linalg.cholesky(beside + damping * identity), identity
+
+    if root is None:
+        return once()
 
     def twice():
-        first = tf.linalg.cholesky(product + beside + shift * identity)
-        orthogonal = tf.linalg.triangular_solve(first, root())
-        left = tf.linalg.triangular_solve(first, beside)
-        left = tf.linalg.triangular_solve(first, tf.transpose(left))
-        return tf.matmul(first, tf.linalg.cholesky(row_gram(orthogonal) + left))
+        first = tf.linalg.cholesky(beside + (damping + shift) * identity)
+        orthogonal = _solved(first, root())
+        left = row_gram(orthogonal) + damping * row_gram(_solved(first, identity))
+        if added is not None:
+            left += _solved(first, tf.transpose(_solved(first, added)))
+        return first, tf.linalg.cholesky(left)
 
-    return tf.cond(damping < _LOST * shift, twice, lambda: tf.linalg.cholesky(product + beside))
+    return tf.cond(damping < _LOST * shift, twice, once)
 
 
-def _apply_inverse(factor, vector):
-    return tf.linalg.cholesky_solve(factor, vector[:, None])[:, 0]
+def _solved(factor, right):
+    """Returns `factor^-1 right`, of matrices, the columns divided among cores if their number is known."""
+    columns = right.shape[1] or 0
+    parts = max(1, min(_MOST_PARTS, columns // _FEWEST_COLUMNS))
+    sizes = [columns * (part + 1) // parts - columns * part // parts for part in range(parts)]
+    split = tf.split(right, sizes, 1) if parts > 1 else [right]
+    return tf.concat([tf.linalg.triangular_solve(factor, part) for part in split], 1)
+
+
+def _apply_inverse(factors, vector):
+    """Returns `(EF(EF)')^-1 vector`."""
+    outer, inner = factors
+    x = tf.linalg.cholesky_solve(inner, tf.linalg.triangular_solve(outer, vector[:, None]))
+    return tf.linalg.triangular_solve(outer, x, adjoint=True)[:, 0]
