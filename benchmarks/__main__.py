@@ -27,6 +27,7 @@ BENCHMARKS = {
     "recurrent_cost": ("What does a product of a recurrent network cost?", "file"),
     "first_damping": ("Where should the damping start?", "file"),
     "classifier_solvers": ("Which solver trains classifiers soonest?", "file"),
+    "exact_solver": ("Where does the exact solver pay?", "file"),
     "levers": ("What is each part worth?", "folder"),
     "time_to_error": ("How long until given errors?", "folder"),
     "peers.products": ("Products: JAX and PyTorch?", "folder"),

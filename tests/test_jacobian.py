@@ -189,8 +189,8 @@ def everything(objective):
         "gram": rows.gram(),
         "residuals": rows.residuals,
         "pull": rows.pull(rows.plus_push(rows.residuals, v)),
-        "pull of second": rows.pull(rows.second_derivative(v, v)),
-        "second": rows.second_derivative(v, v),
+        "pull of second": rows.pull(rows.second_derivative(v)),
+        "second": rows.second_derivative(v),
         "losses": objective.losses_at(tf.stack([0 * v, v, -3 * v])),
     }
     # Shapes are known: what is solved later asks for them.
@@ -260,22 +260,21 @@ def test_losses_of_several_candidates_are_those_of_each(problem, float64):
 def test_second_derivatives_of_least_squares_equal_those_by_hand(float64):
     model, data = model_of()
     v = np.random.default_rng(1).normal(size=27)
-    second = numbers(model, data, lambda objective: objective.rows.second_derivative(tf.constant(v), tf.constant(v)))
+    second = numbers(model, data, lambda objective: objective.rows.second_derivative(tf.constant(v)))
     # L is the root of 2 / (cases * outputs).
     expected = np.sqrt(2 / 45) * second_derivative(model, inputs(), v)
     np.testing.assert_allclose(second, expected.ravel(), rtol=1e-12, atol=1e-14)
 
 
-def test_mixed_second_derivatives_elsewhere_equal_those_by_hand(float64):
+def test_second_derivatives_along_a_curve_elsewhere_equal_those_by_hand(float64):
     model, data = model_of()
-    p, q, at, r = np.random.default_rng(1).normal(size=(4, 27))
-    found = numbers(model, data, lambda o: o.rows.second_derivative(*map(tf.constant, (p, q, at, r))))
+    slope, second, at = np.random.default_rng(1).normal(size=(3, 27))
+    found = numbers(model, data, lambda o: o.rows.second_derivative(*map(tf.constant, (slope, second, at))))
     start = model.get_weights()
     parts = np.split(at, np.cumsum([weight.size for weight in start])[:-1])
     model.set_weights([w + part.reshape(w.shape) for w, part in zip(start, parts, strict=True)])
-    both, apart = (second_derivative(model, inputs(), v) for v in (p + q, p - q))
     j = jacobian(lambda: model(data.x), [variable.value for variable in model.trainable_variables])
-    expected = np.sqrt(2 / 45) * ((both - apart) / 4 + j @ r)
+    expected = np.sqrt(2 / 45) * (second_derivative(model, inputs(), slope) + j @ second)
     np.testing.assert_allclose(found, expected.ravel(), rtol=1e-12, atol=1e-13)
 
 
@@ -286,8 +285,8 @@ def test_second_derivatives_of_classifiers_are_those_of_the_logits_weighted_by_t
         model,
         data,
         lambda o: (
-            o.rows.pull(o.rows.second_derivative(tf.constant(v), tf.constant(v))),
-            o.rows.norm(o.rows.second_derivative(tf.constant(v), tf.constant(v))),
+            o.rows.pull(o.rows.second_derivative(tf.constant(v))),
+            o.rows.norm(o.rows.second_derivative(tf.constant(v))),
         ),
     )
     f_vv, p = second_derivative(model, inputs(), v), tf.nn.softmax(model(data.x)).numpy()
@@ -309,7 +308,7 @@ def test_a_network_that_cannot_be_vectorised_is_mapped_over_cases(float64):
         one_by_one = tf.stack([objective.loss_at(tf.constant(step)) for step in steps])
         return (
             products_and_rows(objective),
-            objective.rows.second_derivative(tf.constant(v), tf.constant(v)),
+            objective.rows.second_derivative(tf.constant(v)),
             objective.losses_at(tf.constant(steps)),
             one_by_one,
             tf.constant(objective.rows._parts._piece.is_vectorizable),

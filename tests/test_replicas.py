@@ -170,7 +170,7 @@ def test_gathered_rows_are_those_of_all_replicas(float64):
         whole = tf.matmul(rows.jacobian, rows.jacobian, transpose_a=True)
 
         def norms(rows):
-            combined = rows.combined([2.0, 3.0], [rows.residuals, rows.second_derivative(v, v)])
+            combined = rows.combined([2.0, 3.0], [rows.residuals, rows.second_derivative(v)])
             return rows.norm(combined), rows.norm(rows.plus_push(rows.residuals, v))
 
         differences = [whole - of_parts for whole, of_parts in zip(norms(rows), norms(divided), strict=True)]

@@ -70,19 +70,20 @@ class LocalRows:
             return tf.linalg.matvec(self.jacobian, v)
         return self._in_blocks(lambda indices: tf.linalg.matvec(self._rows_of(indices), v))
 
-    def second_derivative(self, p, q, at=None, r=None, after=None):
-        """Returns `L'(f''[p, q] + J r)`, `(rows,)`: f'' and J the derivatives of the outputs at weights `w + at`. Cost: about four gradients.
+    def second_derivative(self, slope, second=None, at=None, after=None):
+        """Returns `L'(f''[slope, slope] + J second)`, `(rows,)`, with f'' and J the derivatives of the outputs at weights `w + at`.
+
+        That is L' times the second derivative of the outputs along a curve of these first and second derivatives. Cost: about four gradients.
 
         Args:
-            p: Tensor `(n,)`.
-            q: Tensor `(n,)`.
+            slope: Tensor `(n,)`.
+            second: Tensor `(n,)`; `None` = zeros.
             at: Tensor `(n,)`; `None` = zeros.
-            r: Tensor `(n,)`; `None` = zeros.
             after: Tensor that is computed first; `None` = nothing. Side by side, several calls would hold the activations of all.
         """
-        at, r = (tf.zeros_like(p) if v is None else v for v in (at, r))
+        second, at = (tf.zeros_like(slope) if v is None else v for v in (second, at))
         with tf.control_dependencies([] if after is None else [after]):
-            return self._in_blocks(self._second, *(tf.identity(v) for v in (at, p, q, r)))
+            return self._in_blocks(self._second, *(tf.identity(v) for v in (slope, second, at)))
 
     def tangent_squares(self, v):
         """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
@@ -249,14 +250,15 @@ class LocalRows:
         outputs_at, zero = self._outputs_at(indices), tf.zeros([], self._dtype)
         return self._weighted(indices, _derivative(lambda t: outputs_at(t * v), zero))
 
-    def _second_of_cases(self, indices, at, p, q, r):
-        """`L'(f''[p, q] + J r)` of some cases at weights `w + at`, `(cases * k,)`: the derivative by s and t along `at + t p + s (q + t r)`."""
+    def _second_of_cases(self, indices, slope, second, at):
+        """`L'(f''[slope, slope] + J second)` of some cases at weights `w + at`, `(cases * k,)`."""
         outputs_at, zero = self._outputs_at(indices), tf.zeros([], self._dtype)
 
-        def by_t(s):
-            return _derivative(lambda t: outputs_at(at + t * p + s * (q + t * r)), zero)
+        def outputs(t):
+            # Not by a power: that of t = 0 has no second derivative in TensorFlow.
+            return outputs_at(at + t * (slope + t * (second / 2)))
 
-        return self._weighted(indices, _derivative(by_t, zero))
+        return self._weighted(indices, _derivative(lambda t: _derivative(outputs, t), zero))
 
     def _outputs_at(self, indices):
         """Outputs of some cases as a function of the change of the weights: `(n,) -> (cases, k)`."""
@@ -281,7 +283,6 @@ def _derivative(function, t):
     By two backward passes, the second of which transposes the first: right wherever there are second derivatives. (Nested forward accumulators are
     exact, too, but XLA compiles what they make anew in every call.)
     """
-    t = tf.identity(t)  # A tensor of its own: the outer derivative may be taken at the same one.
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(t)
         value = function(t)

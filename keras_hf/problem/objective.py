@@ -142,7 +142,7 @@ class Rows:
         return self._replicas.run(lambda vectors: _combined(weights, vectors), vectors)
 
     def second_derivative(self, *args):
-        """Returns `L'(f''[p, q] + J r)`, `(rows,)` on each replica; see `LocalRows.second_derivative`."""
+        """Returns `L'(f''[slope, slope] + J second)`, `(rows,)` on each replica; see `LocalRows.second_derivative`."""
         return self._replicas.run(lambda part, *args: part.second_derivative(*args), self._parts, *args)
 
     def losses(self, candidates):
@@ -191,7 +191,7 @@ class GatheredRows(Rows):
         return _combined(weights, vectors)
 
     def second_derivative(self, *args):
-        """Returns `L'(f''[p, q] + J r)`, `(rows,)`."""
+        """Returns `L'(f''[slope, slope] + J second)`, `(rows,)`."""
         return self._whole(lambda part, *args: part.second_derivative(*args), *args)
 
     def _whole(self, function, *args):
