@@ -18,9 +18,10 @@ Run from the root of the repository:
 First-order methods run once for each of `--rates`. The network has no biases, a trained first state, 15 connections into every unit, and a recurrent
 kernel of spectral radius 1.1.
 
-A run ends when it has solved the problem (less than 1 % of 10,000 fresh sequences wrong; 1,000 are looked at until so few of these are), or when the
-time is up. It writes `PROBLEM-LENGTH/METHOD-seedSEED.csv` as it goes, and adds a row to `results.csv` in the end. The clock stands still while errors
-are measured, and while the update is traced. All files of the problem and seed, those of earlier runs too, are tabled and drawn.
+A run ends when it has solved the problem (less than 1 % of 10,000 fresh sequences wrong; 1,000 are looked at until so few of these are), when the
+time is up, or on `memory-5` when it has converged to rounding. It writes `PROBLEM-LENGTH/METHOD-seedSEED.csv` as it goes, and adds a row to
+`results.csv` in the end. The clock stands still while errors are measured, and while the update is traced. All files of the problem and seed, those
+of earlier runs too, are tabled and drawn.
 """
 
 import argparse
@@ -269,6 +270,13 @@ class SolvedRecorder(Recorder):
     def totals(self, logs):
         self._total_iterations += int(logs["cg_iterations"])
         return {"total_cg_iterations": self._total_iterations}
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, logs)
+        # Where sequences are always the same: fresh ones go on with a run that has converged.
+        if logs["converged"] and self._problem.all_cases is not None:
+            self.finish(int(self.model.optimizer.iterations), {**logs, **self.totals({"cg_iterations": 0})})
+            self.model.stop_training = True
 
     def errors(self):
         y_pred = self._predict(slice(NUM_LOOKED_AT))

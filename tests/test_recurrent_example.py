@@ -6,6 +6,7 @@ import pytest
 from examples import recurrent
 from examples.recurrent_problems import PROBLEMS
 from examples.tables import read_rows
+from keras_hf import HessianFree, HFModel
 
 
 def arguments(tmp_path, *more):
@@ -30,6 +31,23 @@ def test_test_sequences_are_none_of_training(tmp_path):
     (x, _) = next(iter(data))
     assert len(recorder._x) == 10_000
     assert not {row.tobytes() for row in recorder._x} & {row.tobytes() for row in x.numpy()}
+
+
+@pytest.mark.parametrize("name, ends", [("memory-5", True), ("addition", False)])
+def test_a_run_that_has_converged_ends_where_sequences_are_always_the_same(name, ends, tmp_path):
+    problem = PROBLEMS[name](4)
+    network = recurrent.build_network(problem, recurrent.sequences(problem, 5, seed=0)[1], units=4)
+    recorder = recurrent.SolvedRecorder(problem, network, tmp_path / "run.csv", 60.0, 10, 0, recurrent.HF_LOGS)
+    model = HFModel(network)
+    model.compile(HessianFree(), problem.loss)
+    recorder.set_model(model)
+    recorder.on_train_begin()
+    logs = dict.fromkeys(recurrent.HF_LOGS, 1.0) | {"cg_iterations": 5, "converged": 0}
+    recorder.on_train_batch_end(0, logs)
+    assert not model.stop_training
+    recorder.on_train_batch_end(1, logs | {"converged": 1})
+    assert model.stop_training == ends and len(recorder.rows) == 1 + ends
+    assert not ends or recorder.rows[-1]["total_cg_iterations"] == 10
 
 
 def test_weights_are_sparse_and_of_the_spectral_radius():
