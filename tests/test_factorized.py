@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_hf.solvers import factorized as room
 from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
 
 TALL, WIDE = (12, 5), (5, 12)
@@ -124,19 +125,34 @@ def test_rows_that_are_not_kept_give_the_same_step(shape):
         np.testing.assert_allclose(formed_anew, kept, rtol=1e-12)
 
 
+def nearly_singular(shape):
+    """B and u. Squared, the smallest singular value of B is as small as dampings that are lost."""
+    rng, size = np.random.default_rng(0), min(shape)
+    left, right = (np.linalg.qr(rng.normal(size=(length, size)))[0] for length in shape)
+    b = left * np.logspace(0, -7.5, size) @ right.T
+    return b, b @ rng.normal(size=shape[1])
+
+
 @pytest.mark.parametrize("shape", [TALL, WIDE])
 @pytest.mark.parametrize("share", [1e-15, 1e-17])
 def test_a_damping_lost_in_the_gram_matrix_is_found_in_the_rows(shape, share):
-    rng, size = np.random.default_rng(0), min(shape)
-    left, right = (np.linalg.qr(rng.normal(size=(length, size)))[0] for length in shape)
-    # Squared, the smallest of these singular values is as small as the damping.
-    b = left * np.logspace(0, -7.5, size) @ right.T
-    u = b @ rng.normal(size=shape[1])
+    b, u = nearly_singular(shape)
     exact = exact_solve(b, u, share)
     # Rounding times the condition number of B, 3e7, and times its square.
     for found in (primal(b, u, share), dual(b, u, share)):
         assert relative(found, exact) < 1e-7
     assert relative(normal_equations(b, u, share), exact) > 1e-4
+
+
+@pytest.mark.parametrize("fewest_columns", [2, 128])
+def test_regularizers_count_where_the_damping_is_lost_however_columns_are_divided(fewest_columns, monkeypatch):
+    monkeypatch.setattr(room, "_FEWEST_COLUMNS", fewest_columns)
+    b, u = nearly_singular(TALL)
+    added = 1e-15 * full(5)
+    exact = exact_solve(b, u, 1e-17, added=added)
+    assert relative(primal(b, u, 1e-17, added=added), exact) < 1e-7
+    assert relative(exact_solve(b, u, 1e-17), exact) > 1e-2
+    assert relative(dual(*nearly_singular(WIDE), 1e-17), exact_solve(*nearly_singular(WIDE), 1e-17)) < 1e-7
 
 
 def test_extreme_dampings_lose_no_digits():
