@@ -9,13 +9,13 @@ training cases is at or below given losses; the clock stands still while they ar
 """
 
 import argparse
-import time
 
 import keras
 import numpy as np
 from keras import layers
 
 from benchmarks import rows as results
+from benchmarks.clock import Clock
 from benchmarks.time_to_error import Cases, convolutional_network, load_mnist_digits, multilayer_perceptron
 from keras_hf import ConjugateGradient, HessianFree, HFModel, LevenbergMarquardt, PreconditionedMomentum
 
@@ -64,7 +64,13 @@ def train(name, num_cases, solver, args):
     else:
         model, batch_size, callbacks = HFModel(network), None, [LevenbergMarquardt()]
         model.compile(HessianFree(solver=SOLVERS[solver](), seed=args.seed), "sparse_categorical_crossentropy")
-    clock = Clock(network, cases, args.seconds)
+
+    def look():
+        """Training loss, test loss, and the share of test cases that are classified wrongly."""
+        train_loss, _ = losses_of(network, cases.x_train[:MOST_MEASURED], cases.y_train)
+        return train_loss, *losses_of(network, cases.x_test, cases.y_test)
+
+    clock = Clock(args.seconds, look)
     callbacks = [*callbacks, clock]
     model.fit(
         cases.x_train, cases.y_train, epochs=10**6, batch_size=batch_size, shuffle=True, callbacks=callbacks, verbose=0
@@ -86,34 +92,11 @@ def train(name, num_cases, solver, args):
     }
 
 
-class Clock(keras.callbacks.Callback):
-    """Looks at the losses, ever more rarely, and ends training when its time is over.
-
-    `looks` are tuples of seconds, training loss, test loss, and the share of test cases that are classified wrongly.
-    """
-
-    def __init__(self, network, cases, max_seconds):
-        super().__init__()
-        self.network, self.cases, self.max_seconds = network, cases, max_seconds
-        self.num_updates, self.seconds, self.looks = 0, 0.0, []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self._begun_at = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.num_updates += 1
-        if self.num_updates > 1:
-            self.seconds += time.perf_counter() - self._begun_at
-        is_over = self.seconds > self.max_seconds
-        if is_over or not self.looks or self.seconds > max(1.15 * self.looks[-1][0], self.looks[-1][0] + 0.1):
-            train_loss, _ = self._look(self.cases.x_train[:MOST_MEASURED], self.cases.y_train)
-            self.looks.append((self.seconds, train_loss, *self._look(self.cases.x_test, self.cases.y_test)))
-        self.model.stop_training = is_over
-
-    def _look(self, x, y):
-        probabilities = self.network.predict(x, batch_size=5000, verbose=0)
-        of_class = np.maximum(probabilities[np.arange(len(x)), y[: len(x)]], 1e-30)
-        return -np.log(of_class).mean(), (probabilities.argmax(1) != y[: len(x)]).mean()
+def losses_of(network, x, y):
+    """Returns the mean cross-entropy of cases, and the share that is classified wrongly."""
+    probabilities = network.predict(x, batch_size=5000, verbose=0)
+    of_class = np.maximum(probabilities[np.arange(len(x)), y[: len(x)]], 1e-30)
+    return -np.log(of_class).mean(), (probabilities.argmax(1) != y[: len(x)]).mean()
 
 
 def perceptron(num_cases):

@@ -10,12 +10,12 @@ at other points. Same weights and cases for both; the clock starts after the fir
 """
 
 import argparse
-import time
 
 import keras
 import numpy as np
 
 from benchmarks import rows as results
+from benchmarks.clock import Clock
 from examples.pinn import float64
 from examples.regression import friedman
 from keras_hf import ConjugateGradient, DirectSolver, HessianFree, HFModel, LevenbergMarquardt
@@ -51,12 +51,17 @@ def measure(units, num_cases, solver, seconds, seed):
     network = keras.Sequential([keras.Input((5,)), *hidden, keras.layers.Dense(1)])
     rng = np.random.default_rng(seed)
     x, x_test = rng.random((num_cases, 5)), rng.random((NUM_TEST, 5))
-    clock = Clock(network, (x, friedman(x)), (x_test, friedman(x_test)), seconds)
+
+    def mean_square(x):
+        return float(np.mean((network.predict(x, batch_size=10_000, verbose=0) - friedman(x)) ** 2))
+
+    clock = Clock(seconds, lambda: (mean_square(x), mean_square(x_test) ** 0.5))
     model = HFModel(network)
     model.compile(HessianFree(solver=SOLVERS[solver](), seed=seed), "mse")
     model.fit(x, friedman(x), epochs=10**9, callbacks=[LevenbergMarquardt(), clock], verbose=0)
     weights = network.count_params()
-    looks = {part: clock.look_at(part * seconds) for part in (0.25, 1.0)}
+    # The last looks until a quarter of the time, or the first, and until the end.
+    looks = {0.25: [look for look in clock.looks if look[0] <= 0.25 * seconds][-1], 1.0: clock.looks[-1]}
     return {
         "weights": weights,
         "cases": num_cases,
@@ -70,38 +75,6 @@ def measure(units, num_cases, solver, seconds, seed):
         "error_at_quarter": f"{looks[0.25][2]:.2e}",
         "error": f"{looks[1.0][2]:.2e}",
     }
-
-
-class Clock(keras.callbacks.Callback):
-    """Looks at loss and error, ever more rarely, and ends training when its time is over or it has converged.
-
-    `looks` are tuples of seconds, mean square error of the cases, and root of that of the test cases.
-    """
-
-    def __init__(self, network, cases, test_cases, max_seconds):
-        super().__init__()
-        self.network, self.cases, self.test_cases, self.max_seconds = network, cases, test_cases, max_seconds
-        self.num_updates, self.seconds, self.looks = 0, 0.0, []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self._begun_at = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.num_updates += 1
-        if self.num_updates > 1:
-            self.seconds += time.perf_counter() - self._begun_at
-        is_over = self.seconds > self.max_seconds or bool(logs["converged"])
-        if is_over or not self.looks or self.seconds > 1.1 * self.looks[-1][0] + 0.1:
-            mean_squares = [self._mean_square(*cases) for cases in (self.cases, self.test_cases)]
-            self.looks.append((self.seconds, mean_squares[0], mean_squares[1] ** 0.5))
-        self.model.stop_training = is_over
-
-    def look_at(self, seconds):
-        """Returns the last look up to a time, or the first."""
-        return [look for look in self.looks if look[0] <= seconds * 1.1][-1]
-
-    def _mean_square(self, x, y):
-        return float(np.mean((self.network.predict(x, batch_size=10_000, verbose=0) - y) ** 2))
 
 
 if __name__ == "__main__":

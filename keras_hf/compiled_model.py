@@ -16,7 +16,7 @@ from keras_hf.solvers.kronecker import num_factored_weights
 _logger = logging.getLogger("keras_hf")
 
 # Where forming and factorizing the system takes about a second on two cores, and its Jacobian half a GiB. Measured in benchmarks/exact_solver.py:
-# on smooth data conjugate gradients are ahead from a quarter of that on, on equations behind at ten times as much.
+# on smooth data conjugate gradients are ahead from a quarter of that on, on Poisson's equation behind at ten times as much, after some minutes.
 _MOST_OPERATIONS, _MOST_FLOATS = 2e10, 2**26
 # Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all are in dense layers and
 # convolutions. With attention it was behind.
