@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_hf.common import checks, keras_private, vectors
+from keras_hf.pinn import PINN
 from keras_hf.problem.fixed_network import Task
 from keras_hf.problem.linearization import without_fused_kernels
 from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
@@ -15,9 +16,10 @@ from keras_hf.solvers.kronecker import num_factored_weights
 
 _logger = logging.getLogger("keras_hf")
 
-# Where forming and factorizing the system takes about a second on two cores, and its Jacobian half a GiB. Measured in benchmarks/exact_solver.py:
-# on smooth data conjugate gradients are ahead from a quarter of that on, on Poisson's equation behind at ten times as much, after some minutes.
-_MOST_OPERATIONS, _MOST_FLOATS = 2e10, 2**26
+# Up to which the exact solver is the choice: operations that form the system, on data and on differential equations, and numbers of its Jacobian
+# (half a GiB). Conjugate gradients are ahead on smooth data from about the first bound on (benchmarks/exact_solver.py); on equations they stall, and
+# are behind in the end at twice the second, too, where an update of the exact solver takes 6 s or more (docs/physics-informed.md).
+_MOST_OPERATIONS, _MOST_OPERATIONS_FOR_EQUATIONS, _MOST_FLOATS = 5e9, 1e11, 2**26
 # Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all are in dense layers and
 # convolutions. With attention it was behind.
 _CLASSIFYING = {"categorical_crossentropy", "sparse_categorical_crossentropy"}
@@ -145,8 +147,8 @@ def trace(task, data, curvature, solver, num_replicas, name):
 def exact_solver_pays(model, data, num_cases):
     """Whether `DirectSolver` can train a compiled model and is the choice for it.
 
-    It ends at far smaller losses where digits count: on squared losses in float64, if the system is small. Conjugate gradients may be ahead early,
-    and were on the two classifiers measured.
+    It ends at far smaller losses where digits count: on squared losses in float64, if the system is small; of a `PINN` it may be larger. Conjugate
+    gradients may be ahead early, and were on the two classifiers measured.
 
     Args:
         model: `HFModel`, compiled and built.
@@ -156,7 +158,8 @@ def exact_solver_pays(model, data, num_cases):
     num_weights = vectors.num_weights([variable.value for variable in model.trainable_variables])
     outputs = [leaf for leaf in keras.tree.flatten(data.y) if leaf is not None]
     num_rows = num_cases * sum(math.prod(leaf.shape[1:]) for leaf in outputs)
-    is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= _MOST_OPERATIONS
+    most = _MOST_OPERATIONS_FOR_EQUATIONS if isinstance(model.network, PINN) else _MOST_OPERATIONS
+    is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= most
     is_precise = all(variable.dtype == "float64" for variable in model.trainable_variables)
     names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
     is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)

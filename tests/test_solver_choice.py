@@ -16,6 +16,7 @@ from keras_hf import (
     PreconditionedMomentum,
     compiled_model,
 )
+from keras_hf.pinn import PINN
 from keras_hf.problem.fixed_network import Data
 
 X = np.linspace(-1, 1, 600)[:, None]
@@ -88,6 +89,18 @@ def test_the_system_must_be_small(float64):
     model, data = compiled(), Data(tf.constant(X[:1]), tf.constant(Y[:1]), None)
     assert compiled_model.exact_solver_pays(model, data, 10**6)  # 13 weights
     assert not compiled_model.exact_solver_pays(model, data, 10**8)
+
+
+def test_the_system_of_equations_may_be_larger(float64):
+    hidden = [keras.layers.Dense(units, "tanh") for units in (30, 30, 30)]
+    network = keras.Sequential([keras.Input((3,)), *hidden, keras.layers.Dense(1)])  # 2,011 weights
+    pinn = PINN(network, {"data": lambda u, points: u(points)})
+    x, y, weights = pinn.cases({"data": np.zeros((1, 3))})
+    for trained, data, pays in ((pinn, Data(x, y, weights), True), (network, Data(x["points"], y, weights), False)):
+        model = HFModel(trained)
+        model.compile(HessianFree(seed=0), "mse")
+        assert compiled_model.exact_solver_pays(model, data, 3000) is pays
+        assert not compiled_model.exact_solver_pays(model, data, 30_000)
 
 
 def test_a_small_optimizer_state_is_that_of_conjugate_gradients(float64):
