@@ -150,6 +150,19 @@ def denser_around_zero(low, high):
     return draw
 
 
+def partly_denser_at_ends(low, high):
+    """Returns what draws quasi-random points; a third of them are denser at both ends of the last coordinate, as by the cube around its middle."""
+
+    def draw(num_points, seed):
+        points = evenly_random(low, high)(num_points, seed)
+        # Not every third one: Halton's second coordinate is a number in base 3.
+        part, width = points[-(num_points // 3) :, -1], high[-1] - low[-1]
+        part[:] = low[-1] + width * ((2 * (part - low[-1]) / width - 1) ** 3 / 2 % 1)
+        return points
+
+    return draw
+
+
 def grid(low, high):
     """Returns what draws the grid that has the greatest square number of points up to the number wanted, without the sides of the box."""
 
@@ -279,7 +292,11 @@ def convection():
 
 
 def reaction():
-    """u_t = 5 u (1 - u), a bell at the start, periodic by features; the true solution has a kink at x = 0, of 2e-3 in u_x at the start."""
+    """u_t = 5 u (1 - u), a bell at the start, periodic by features.
+
+    The true solution has a kink at x = 0, the end of the period: u_x jumps there by 3e-3 at the start, and by 0.46 in the end. Points are denser
+    there: what evenly spread ones leave open around the kink is an error of 2e-5 to 8e-5.
+    """
     low, high = (0, 0), (1, 2 * PI)
 
     def exact(p):
@@ -292,8 +309,8 @@ def reaction():
         return u_t - 5 * value * (1 - value)
 
     terms = {
-        "equation": Term(equation, evenly_random(low, high), 1800),
-        "initial": Term(equals(exact), evenly_random(low, (0, 2 * PI)), 200),
+        "equation": Term(equation, partly_denser_at_ends(low, high), 1800),
+        "initial": Term(equals(exact), partly_denser_at_ends(low, (0, 2 * PI)), 200),
     }
     return Problem((20, 20, 20, 1), low, high, terms, exact, features=periodic)
 

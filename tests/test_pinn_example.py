@@ -63,6 +63,14 @@ def test_conditions_are_on_the_sides_where_they_hold():
     assert [[np.sum(boundary[:, axis] == end) for end in (0, 1)] for axis in range(5)] == [[50, 50]] * 5
 
 
+def test_points_of_the_reaction_are_denser_at_the_kink():
+    for points in problems.training_points(problems.reaction(), seed=0).values():
+        from_kink = np.minimum(points[:, 1], 2 * math.pi - points[:, 1])
+        assert from_kink.min() >= 0
+        # Of a third, (1 / 8)^(1/3) are in an eighth of the period, an eighth of the others.
+        assert np.mean(from_kink < math.pi / 8) == pytest.approx(1 / 3 / 2 + 2 / 3 / 8, abs=0.01)
+
+
 def test_a_third_of_burgers_points_are_close_to_the_shock():
     points = problems.training_points(problems.burgers(), seed=0)["equation"]
     assert np.mean(np.abs(points[:, 1]) < 1 / 27) == pytest.approx(1 / 3, abs=0.01)
