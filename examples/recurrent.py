@@ -109,9 +109,10 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0, help="of weights and sequences")
     parser.add_argument("--units", type=int, default=100)
     parser.add_argument("--cases", type=int, default=2000, help="sequences of a Hessian-free update")
-    parser.add_argument("--curvature-cases", type=int, default=500, help="those of them for products")
-    parser.add_argument("--iterations", type=int, default=100, help="of CG in an update, at most")
-    parser.add_argument("--weight", type=float, default=1.0, help="of structural damping")
+    # As in the released code of 2011, which takes five times as many sequences.
+    parser.add_argument("--curvature-cases", type=int, default=300, help="those of them for products")
+    parser.add_argument("--iterations", type=int, default=300, help="of CG in an update, at most")
+    parser.add_argument("--weight", type=float, default=0.03, help="of structural damping")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3], help="learning rates of first-order methods")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     return parser.parse_args(arguments)
