@@ -225,22 +225,6 @@ def test_blocks_change_nothing(cases, is_kept, whole, float64, monkeypatch):
     assert_same(found, expected)
 
 
-def test_parts_side_by_side_change_nothing(whole, float64, monkeypatch):
-    model, data, expected = whole
-    monkeypatch.setattr(room, "_FEWEST_IN_PART", 2)
-    lengths, cut = [], room.LocalRows._parts
-
-    def noted(rows, num_cases):
-        parts = cut(rows, num_cases)
-        lengths.append([part.shape[0] for part in parts])
-        return parts
-
-    monkeypatch.setattr(room.LocalRows, "_parts", noted)
-    found, _, _ = numbers(model, data, everything)
-    assert lengths and all(length == [3] * 5 for length in lengths)  # 15 cases
-    assert_same(found, expected)
-
-
 def test_a_number_of_cases_that_is_not_known_changes_nothing(whole, float64):
     model, data, expected = whole
 

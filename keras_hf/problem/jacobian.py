@@ -14,8 +14,6 @@ from keras_hf.problem.linearization import dense
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
 _BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27
-# XLA runs most of a small program on one core of a CPU: cases are cut into equal parts, at most so many, of so many cases at least.
-_MOST_PARTS, _FEWEST_IN_PART = 8, 400
 
 
 def compiles_rows(structure):
@@ -109,7 +107,7 @@ class LocalRows:
         compiled = self._compiled(of_cases)
         num_cases = self._piece.static_num_cases
         if num_cases is not None and num_cases * num_candidates <= block:
-            return tf.add_n([compiled(part, *candidates) for part in self._parts(num_cases)])
+            return compiled(tf.range(num_cases), *candidates)
 
         def add_block(start, total):
             stop = tf.minimum(start + max(1, block // num_candidates), self._piece.num_cases)
@@ -147,7 +145,7 @@ class LocalRows:
         """Calls `function(indices of cases, *args)` for blocks of cases and joins what comes, whose first axis is the rows."""
         num_cases = self._piece.static_num_cases
         if num_cases is not None and num_cases <= self._block:
-            return tf.concat([function(part, *args) for part in self._parts(num_cases)], 0)
+            return function(tf.range(num_cases), *args)
         num_blocks = (self._piece.num_cases + self._block - 1) // self._block
 
         def add_block(number, parts):
@@ -167,14 +165,6 @@ class LocalRows:
         )
         num_rows = None if num_cases is None else num_cases * self._roots.shape[1]
         return tf.ensure_shape(parts.concat(), [num_rows, *row_shape])
-
-    def _parts(self, num_cases):
-        """The indices of all cases in parts to be computed side by side, a list of int32 vectors of the same length: XLA compiles one program."""
-        number = 1
-        if self._jit_compile and not tf.config.list_logical_devices("GPU"):
-            most = min(_MOST_PARTS, num_cases // _FEWEST_IN_PART)
-            number = max(part for part in range(1, max(most, 1) + 1) if num_cases % part == 0)
-        return tf.split(tf.range(num_cases), number)
 
     def _compiled(self, function):
         """Returns the function, compiled by XLA where that is wanted: once for all calls with arguments of the same shapes.
