@@ -151,7 +151,7 @@ def denser_around_zero(low, high):
 
 
 def partly_denser_at_ends(low, high):
-    """Returns what draws quasi-random points; a third of them are denser at both ends of the last coordinate, as by the cube around its middle."""
+    """Returns what draws quasi-random points; a third of them are denser at both ends of the last coordinate, by the cube."""
 
     def draw(num_points, seed):
         points = evenly_random(low, high)(num_points, seed)

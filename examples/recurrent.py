@@ -109,7 +109,7 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0, help="of weights and sequences")
     parser.add_argument("--units", type=int, default=100)
     parser.add_argument("--cases", type=int, default=2000, help="sequences of a Hessian-free update")
-    # As in the released code of 2011, which takes five times as many sequences.
+    # Iterations and weight are those of the released code of 2011, which has 10,000 sequences, and 1,000 for products.
     parser.add_argument("--curvature-cases", type=int, default=300, help="those of them for products")
     parser.add_argument("--iterations", type=int, default=300, help="of CG in an update, at most")
     parser.add_argument("--weight", type=float, default=0.03, help="of structural damping")
