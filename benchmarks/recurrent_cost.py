@@ -1,12 +1,16 @@
 """What a Gauss-Newton product of a recurrent network costs beside a gradient: loops, unrolled, under XLA, by both linearizations.
 
-Network: SimpleRNN(100) without biases, a trained first state, a softmax on every step; sequences of `memory-20`. Seconds are the least of
-several rounds, of products in a loop as CG makes them; memory is the most that the process ever held, less what it held before tracing.
+Network: SimpleRNN(100) without biases, a trained first state, a softmax on every step; or a GRU or an LSTM of as many units. Sequences are those of
+`memory-20`. Seconds are the least of several rounds, of products in a loop as CG makes them; memory is the most that the process ever held, less
+what it held before tracing.
 
     python -m benchmarks.recurrent_cost --lengths 100 200 --cases 300 1000 --csv benchmarks/results/recurrent_cost.csv
+    python -m benchmarks.recurrent_cost --cells gru lstm --ways "loop, double" --csv benchmarks/results/recurrent_cost_gated.csv
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import resource
@@ -24,6 +28,7 @@ WAYS = {
     "unrolled, forward": (True, "forward", False),
     "unrolled, forward, XLA": (True, "forward", True),
 }
+CELLS = {"simple": None, "gru": "GRU", "lstm": "LSTM"}
 PRODUCTS, ROUNDS = 5, 4
 
 
@@ -33,6 +38,7 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 200])
     parser.add_argument("--cases", type=int, nargs="+", default=[300, 1000])
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
+    parser.add_argument("--cells", choices=CELLS, nargs="+", default=["simple"])
     parser.add_argument("--units", type=int, default=100)
     parser.add_argument("--no-structural", action="store_true", help="products without hidden states in them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -41,24 +47,24 @@ def main():
         print(json.dumps(measure(*json.loads(args.one))))
         return
     rows = []
-    for length in args.lengths:
-        for cases in args.cases:
-            for way in args.ways:
-                what = json.dumps([length, cases, args.units, way, not args.no_structural])
-                command = [sys.executable, "-m", "benchmarks.recurrent_cost", "--one", what]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    print(f"T={length}, {cases} cases, {way}: {done.stderr.splitlines()[-1]}", flush=True)
-                    continue
-                rows.append({"length": length, "cases": cases, "way": way, **json.loads(done.stdout.splitlines()[-1])})
-                print(rows[-1], flush=True)
+    for cell, length, cases, way in itertools.product(args.cells, args.lengths, args.cases, args.ways):
+        what = json.dumps([length, cases, args.units, cell, way, not args.no_structural])
+        command = [sys.executable, "-m", "benchmarks.recurrent_cost", "--one", what]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{cell}, T={length}, {cases} cases, {way}: {done.stderr.splitlines()[-1]}", flush=True)
+            continue
+        measured = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"cell": cell, "length": length, "cases": cases, "way": way, **measured})
+        print(rows[-1], flush=True)
     if args.csv and rows:
         results.write(args.csv, rows)
 
 
-def measure(length, cases, units, way, structural):
+def measure(length, cases, units, cell, way, structural):
     """Returns seconds and MiB of one way, a dict."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
     import numpy as np
     import tensorflow as tf
 
@@ -79,7 +85,8 @@ def measure(length, cases, units, way, structural):
     unroll, kind, jit = WAYS[way]
     problem = PROBLEMS["memory-20"](length)
     x, y = problem.draw(cases, np.random.default_rng(0))
-    network = build_network(problem, x.shape[1:], units=units, seed=0, unroll=unroll)
+    layer = CELLS[cell] and functools.partial(getattr(keras.layers, CELLS[cell]), unroll=unroll)
+    network = build_network(problem, x.shape[1:], units, 0, layer, unroll)
     linearization = {"double": DoubleBackward, "forward": ForwardAccumulation}[kind](jit_compile=jit)
     model = HFModel(network)
     optimizer = HessianFree(

@@ -235,8 +235,8 @@ class HFTrainer(keras.Model):
             local.append(LocalCases(fixed, data, batching.divide(run, None, piece_size, update_number, seed)))
 
         def across(replicas, cases, *others):
-            objective = Objective(replicas, cases, fixed, chunk_size is None, most_cases)
-            return function(objective, structure, *[Objective(replicas, o, fixed, True) for o in others])
+            objective = Objective(replicas, cases, fixed, most_cases)
+            return function(objective, structure, *[Objective(replicas, o, fixed) for o in others])
 
         with second_derivatives_explained(structure.layer_of_op):
             return across_replicas(across, *local)

@@ -51,9 +51,9 @@ class UpdateResult(NamedTuple):
         loss: float64 scalar, before the update.
         gradient_norm: float64 scalar.
         damping: Scalar, the damping of this update; NaN if it cannot be derived yet, because the gradient is zero or not finite.
-        reduction_ratio: float64 scalar, actual over predicted reduction of the chunk's loss at the candidate, damping excluded from the prediction.
-            Minus infinity if the chunk's loss rose or is not finite at the candidate. NaN if the update gives no information about the damping: the
-            gradient is zero, loss or gradient are not finite at the start, or the change of the loss cannot be distinguished from rounding.
+        reduction_ratio: float64 scalar, actual over predicted reduction of the loss at the candidate, damping excluded from the prediction. Minus
+            infinity if the loss rose or is not finite there. NaN if the update gives no information about the damping: the gradient is zero, loss or
+            gradient are not finite at the start, or the change of the loss cannot be distinguished from rounding.
         actual_reduction: float64 scalar, the decrease of the loss in the step.
         unseen: The result of `unseen(step)`; `None` without it.
         state: `UpdateState`, for the next update.
@@ -122,7 +122,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 
-    # As in Martens' released code, the ratio is that of the chunk, whose curvature the solver used, at step size 1 and without damping.
+    # At step size 1 and without damping, as in Martens' released code, which has the loss of the chunk, though, and the gradient of all cases. Then
+    # the ratio of short steps is not 1: where the gradients of cases cancel, it stays below `low`, and the damping rises for ever.
     product = linearize()
     model_step = taken.candidate if path.model_steps is None else path.model_steps[taken.row]
     if path.curvatures is None:
@@ -137,11 +138,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
             dot(weights, weights),
         )
     )
-    if objective.chunk_is_batch or solver.judges_by_chunk:
-        actual_reduction = taken.start_loss - taken.candidate_loss
-    else:
-        nothing = tf.zeros_like(taken.candidate)
-        actual_reduction = objective.chunk_loss_at(nothing) - objective.chunk_loss_at(taken.candidate)
+    actual_reduction = taken.start_loss - taken.candidate_loss
     rounding = rounding_of(at_start.loss, objective.dtype)
     is_at_rounding = (tf.abs(predicted_reduction) <= rounding) | (actual_reduction == 0)
     # If the rounding of the weights hides the step, the loss changes by whatever that rounding makes of it.

@@ -38,7 +38,7 @@ def matrix_and_loss(objective):
 def everything(objective):
     """Loss, gradient, matrix and squares at the start, the loss after a step, and that of the chunk."""
     at_start, (matrix, loss) = objective.loss_and_gradient(), matrix_and_loss(objective)
-    squares, chunk_loss = objective.squared_gradients(), objective.chunk_loss_at(a_step(objective))
+    squares, chunk_loss = objective.squared_gradients(), objective.chunk_change_at(a_step(objective)).loss_after
     return at_start.loss, at_start.gradient, matrix, squares, loss, chunk_loss
 
 

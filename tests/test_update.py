@@ -104,16 +104,23 @@ def test_exact_inverse_as_preconditioner_needs_one_iteration():
     assert found.logs["cg_iterations"] == 1
 
 
-@pytest.mark.parametrize("chunk", [None, 15])
-def test_reduction_ratio_is_one_on_a_quadratic_for_any_damping(chunk):
+def test_reduction_ratio_is_one_on_a_quadratic_for_any_damping():
     model, data = linear_regression(keras.regularizers.L2(0.25))
-    of_damping = tf.function(
-        lambda damping: with_objective(model, data, lambda o: update(o, damping), curvature_batch_size=chunk)
-    )
+    of_damping = tf.function(lambda damping: with_objective(model, data, lambda o: update(o, damping)))
     for damping in (0.0, 0.3, 30.0):
         found = of_damping(tf.constant(damping, tf.float64))
         np.testing.assert_allclose(found.reduction_ratio, 1, rtol=1e-10)
         assert found.step_size == 1
+
+
+def test_reduction_ratio_of_short_steps_is_one_whatever_the_chunk():
+    model, data = problem_data()
+    of_damping = tf.function(
+        lambda damping: with_objective(model, data, lambda o: update(o, damping), curvature_batch_size=3)
+    )
+    errors = [abs(float(of_damping(tf.constant(damping, tf.float64)).reduction_ratio) - 1) for damping in (1.0, 1e2)]
+    # They differ by what the curvature of all cases has along a step whose length falls with the damping.
+    assert errors[0] > 1e-3 and errors[1] < 0.02 * errors[0]
 
 
 @pytest.mark.slow

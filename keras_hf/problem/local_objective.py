@@ -129,15 +129,14 @@ class LocalObjective:
 
         return _over_pieces(0, self.pieces.num_pieces, add_piece, self._network.no_statistics())
 
-    def loss(self, of_chunk):
-        """Returns this replica's share of the loss over the chunk, or over the batch: float64 scalar. Cost: one forward pass."""
+    def loss(self):
+        """Returns this replica's share of the loss over the batch: float64 scalar. Cost: one forward pass."""
 
         def add_piece(number, total):
-            piece = self._piece(number, of_chunk)
+            piece = self._piece(number, of_chunk=False)
             return total + piece.accurate_share(piece.forward())
 
-        last = self.pieces.num_chunk_pieces if of_chunk else self.pieces.num_pieces
-        return _over_pieces(0, last, add_piece, tf.cast(self._regularization(), tf.float64))
+        return _over_pieces(0, self.pieces.num_pieces, add_piece, tf.cast(self._regularization(), tf.float64))
 
     def chunk_shares(self):
         """Returns each case's share of the chunk's loss, float64 `(chunk_size,)`, and this replica's share of the regularizers' loss.

@@ -253,7 +253,7 @@ class LossFunction:
         fixed = FixedNetwork(task, structure, tf.constant(self._update_number))
         with second_derivatives_explained(structure.layer_of_op):
             return across_replicas(
-                lambda replicas, cases: function(Objective(replicas, cases, fixed, chunk_is_batch=True)),
+                lambda replicas, cases: function(Objective(replicas, cases, fixed)),
                 LocalCases(fixed, data, pieces),
             )
 

@@ -221,13 +221,12 @@ class Objective:
         replicas: `replicas.Replicas`.
         cases: The `LocalCases` of every replica, as `replicas` holds them.
         network: `FixedNetwork` of any replica.
-        chunk_is_batch: Whether the curvature chunk is the whole batch.
         most_cases: Integer, an upper bound of the number of cases, where it is known before they come; else `None`.
     """
 
-    def __init__(self, replicas, cases, network, chunk_is_batch, most_cases=None):
+    def __init__(self, replicas, cases, network, most_cases=None):
         self._replicas, self._task, self._structure = replicas, network.task, network.structure
-        self.dtype, self.update_number, self.chunk_is_batch = network.dtype, network.update_number, chunk_is_batch
+        self.dtype, self.update_number = network.dtype, network.update_number
         task = self._task
         self._most_cases = most_cases
         self.num_weights = num_weights(task.variables)
@@ -242,7 +241,7 @@ class Objective:
             assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
         # Backtracking, line search and checks call the same function, so that the graph, which takes seconds to build, contains the loss once.
-        self._losses = {}
+        self._losses = None
         self.totals = replicas.sum(lambda cases: cases.counts(), cases)
         self._parts = replicas.run(
             lambda cases, totals: LocalObjective(cases, totals, replicas.count), cases, self.totals
@@ -312,11 +311,14 @@ class Objective:
 
     def loss_at(self, step):
         """Returns the loss over the batch at start + step, float64, and restores the weights. Cost: one forward pass."""
-        return self._loss_at(step, of_chunk=False)
-
-    def chunk_loss_at(self, step):
-        """Returns the loss over the curvature chunk at start + step, float64. Cost: one forward pass of the chunk."""
-        return self._loss_at(step, of_chunk=True)
+        if tf.executing_eagerly():
+            return self._replicas.total(self._losses_of_replicas(step))
+        if self._losses is None:
+            self._losses = tf.function(
+                self._losses_of_replicas, autograph=False, experimental_attributes={"_noinline": True}
+            )
+        # Added outside: TensorFlow loses the key of a reduction in a function that is called in a branch.
+        return self._replicas.total(self._losses(step))
 
     def chunk_change_at(self, step):
         """Returns the `Change` of the curvature chunk's loss from the start to start + step. Cost: two forward passes of the chunk."""
@@ -349,20 +351,8 @@ class Objective:
         num_cases = tf.cast(self.totals.num_cases, tf.float64)
         return loss, tf.maximum(tf.math.divide_no_nan(num_cases * squares, size**2) - 1.0, 0.0)
 
-    def _loss_at(self, step, of_chunk):
-        if tf.executing_eagerly():
-            return self._replicas.total(self._losses_of_replicas(step, of_chunk))
-        if of_chunk not in self._losses:
-            self._losses[of_chunk] = tf.function(
-                lambda step: self._losses_of_replicas(step, of_chunk),
-                autograph=False,
-                experimental_attributes={"_noinline": True},
-            )
-        # Added outside: TensorFlow loses the key of a reduction in a function that is called in a branch.
-        return self._replicas.total(self._losses[of_chunk](step))
-
-    def _losses_of_replicas(self, step, of_chunk):
-        return self._at(step, lambda part: part.loss(of_chunk))
+    def _losses_of_replicas(self, step):
+        return self._at(step, lambda part: part.loss())
 
     def _at(self, step, function):
         """Returns `function(part)` of every replica at start + step."""
