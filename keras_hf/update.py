@@ -123,7 +123,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 
     # At step size 1 and without damping, as in Martens' released code, which has the loss of the chunk, though, and the gradient of all cases. Then
-    # the ratio of short steps is not 1: where the gradients of cases cancel, it stays below `low`, and the damping rises for ever.
+    # the ratio of short steps is not 1: where the gradients of cases cancel, it may stay small, and the damping rise for ever.
     product = linearize()
     model_step = taken.candidate if path.model_steps is None else path.model_steps[taken.row]
     if path.curvatures is None:

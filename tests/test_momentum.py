@@ -1,7 +1,5 @@
 """What preconditioned momentum promises: coefficients, the relation to conjugate gradients, rejection, and runs through `fit`."""
 
-import itertools
-
 import keras
 import numpy as np
 import pytest
@@ -393,9 +391,5 @@ def test_the_share_is_the_chunk_of_64_cases_at_least(num_cases, expected):
     x, y = regression(num_cases)
     model = momentum_model(PreconditionedMomentum(Identity(), 0.3), growing_batch=None)
     data = model_data(model, x, y)
-    sizes = with_objective(
-        model,
-        data,
-        lambda objective: (objective.totals.chunk_cases, objective.totals.num_cases),
-    )
-    assert list(itertools.starmap(float, [(sizes[0],), (sizes[1],)])) == [expected, num_cases]
+    sizes = with_objective(model, data, lambda objective: (objective.totals.chunk_cases, objective.totals.num_cases))
+    assert [float(size) for size in sizes] == [expected, num_cases]
