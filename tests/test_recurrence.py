@@ -116,6 +116,11 @@ def test_derivatives_go_through_layers_and_to_first_states():
     assert_same(products(net, inputs(), linear=True), jacobian_products(net, inputs()))
 
 
+def test_a_simple_recurrence_may_follow_any_other():
+    net = network(layers.Bidirectional(layers.GRU(2, return_sequences=True)), layers.SimpleRNN(2))
+    assert_same(products(net, inputs(), linear=True), jacobian_products(net, inputs()))
+
+
 def test_under_xla_they_are_the_same():
     net = network(layers.SimpleRNN(3))
     assert_same(products(net, inputs(), linear=True, jit_compile=True), jacobian_products(net, inputs()))

@@ -234,7 +234,8 @@ def _simple_recurrence(activation, x, start, kernel, recurrent_kernel, bias=None
     times = _shape(x)[0]
 
     def by_kernel(x, kernel):
-        rows = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), kernel)
+        # Not by the shape of x: that of a tangent may be lost.
+        rows = tf.matmul(tf.reshape(x, [-1, kernel.shape[0]]), kernel)
         return tf.reshape(rows, [*_shape(x)[:2], kernel.shape[1]])
 
     def states(step, state, backwards=False):
