@@ -1,4 +1,4 @@
-"""Recurrent networks on problems with long-term dependencies: Hessian-free with and without structural damping, and first-order methods.
+"""Recurrent networks on problems with long-term dependencies: Hessian-free with and without structural damping, exact steps, first-order methods.
 
 Run from the root of the repository:
 
@@ -12,11 +12,12 @@ Run from the root of the repository:
 | --- | --- | --- |
 | `hf` | `SimpleRNN` of tanh units | `HessianFree` with `StructuralDamping`, on `--cases` sequences, curvature on `--curvature-cases` of them |
 | `hf-plain` | the same, from the same weights | without it |
+| `exact` | the same, from the same weights | `HessianFree(solver=DirectSolver(order=1))`, on sequences with `--rows` outputs, at least 250 of them |
 | `adam`, `sgd`, `nag` | the same, from the same weights | Adam and SGD, gradients clipped to norm 1; NAG as in Sutskever et al. (2013) |
 | `lstm`, `gru` | of as many units, Keras' initial weights | Adam, gradients clipped to norm 1 |
 
-First-order methods run once for each of `--rates`. The network has no biases, a trained first state, 15 connections into every unit, and a recurrent
-kernel of spectral radius 1.1.
+First-order methods run once for each of `--rates`. `exact` is for problems with one output after the last step, and left out of the others. The
+network has no biases, a trained first state, 15 connections into every unit, and a recurrent kernel of spectral radius 1.1.
 
 A run ends when it has solved the problem (less than 1 % of 10,000 fresh sequences wrong; 1,000 are looked at until so few of these are), when the
 time is up, or on `memory-5` when it has converged to rounding. It writes `PROBLEM-LENGTH/METHOD-seedSEED.csv` as it goes, and adds a row to
@@ -39,6 +40,7 @@ from examples.recurrent_problems import PROBLEMS
 from examples.tables import add_row, read_rows, write_rows
 from keras_hf import (
     ConjugateGradient,
+    DirectSolver,
     HessianFree,
     HFModel,
     Identity,
@@ -52,11 +54,14 @@ from keras_hf import (
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-METHODS = ("hf", "hf-plain", "adam", "lstm", "gru", "sgd", "nag")
+METHODS = ("hf", "hf-plain", "exact", "adam", "lstm", "gru", "sgd", "nag")
 RESULTS = Path("runs", "recurrent")
 HF_LOGS = "damping", "reduction_ratio", "cg_iterations", "step_size", "total_cg_iterations"
+LOGS = {"hf": HF_LOGS, "hf-plain": HF_LOGS, "exact": ("damping", "reduction_ratio", "arc_step", "step_size")}
 # Sequences in an update of a first-order method: those of Sutskever et al. (2013), and of Pascanu et al. (2013) for SGD.
 BATCH_SIZES = {"adam": 100, "lstm": 100, "gru": 100, "sgd": 20, "nag": 100}
+# Sequences of an exact step, at least: 125 say too little of the others.
+FEWEST = 250
 # The work between calls would otherwise be longer than a step of a small network.
 STEPS_PER_EXECUTION = 10
 NUM_TEST, NUM_LOOKED_AT, SOLVED = 10_000, 1000, 0.01
@@ -73,7 +78,13 @@ def main(arguments=None):
     folder = args.results / f"{args.problem}-{args.length}"
     folder.mkdir(parents=True, exist_ok=True)
     for method in args.methods:
-        for rate in [None] if method.startswith("hf") else args.rates:
+        if method == "exact" and PROBLEMS[args.problem](args.length).every_step:
+            print(
+                f"\n{args.problem}, T = {args.length}, exact: left out, since outputs of all steps are too many rows",
+                flush=True,
+            )
+            continue
+        for rate in [None] if method in LOGS else args.rates:
             name = method if rate is None else f"{method}-{rate:g}"
             print(f"\n{args.problem}, T = {args.length}, {name}: at most {args.seconds:g} seconds", flush=True)
             recorder = train(args, method, rate, folder / f"{name}-seed{args.seed}.csv")
@@ -111,6 +122,7 @@ def parse(arguments):
     parser.add_argument("--cases", type=int, default=2000, help="sequences of a Hessian-free update")
     # Iterations and weight are those of the released code of 2011, which has 10,000 sequences, and 1,000 for products.
     parser.add_argument("--curvature-cases", type=int, default=300, help="those of them for products")
+    parser.add_argument("--rows", type=int, default=1000, help="outputs of an update of exact steps")
     parser.add_argument("--iterations", type=int, default=300, help="of CG in an update, at most")
     parser.add_argument("--weight", type=float, default=0.03, help="of structural damping")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3], help="learning rates of first-order methods")
@@ -124,23 +136,28 @@ def train(args, method, rate, path):
     Args:
         args: What `parse` returns.
         method: String, one of `METHODS`.
-        rate: Float, the learning rate; None for Hessian-free.
+        rate: Float, the learning rate; None for second-order methods.
         path: Path of the CSV file.
 
     Returns:
         The `SolvedRecorder`.
     """
     problem = PROBLEMS[args.problem](args.length)
-    is_hf = method.startswith("hf")
-    stream, shape = sequences(problem, args.cases if is_hf else BATCH_SIZES[method], args.seed)
+    is_second_order = method in LOGS
+    num_cases = {
+        "hf": args.cases,
+        "hf-plain": args.cases,
+        "exact": max(args.rows // problem.num_outputs, FEWEST),
+        **BATCH_SIZES,
+    }
+    stream, shape = sequences(problem, num_cases[method], args.seed)
     data = {"x": stream}
     cell = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU}.get(method)
     network = build_network(problem, shape, args.units, args.seed, cell)
-    recorder = SolvedRecorder(problem, network, path, args.seconds, args.updates, args.seed, HF_LOGS if is_hf else ())
-    if is_hf:
+    recorder = SolvedRecorder(problem, network, path, args.seconds, args.updates, args.seed, LOGS.get(method, ()))
+    if is_second_order:
         model = HFModel(network)
-        damping = StructuralDamping(args.weight) if method == "hf" else None
-        model.compile(hessian_free(args, damping), problem.loss)
+        model.compile(second_order(args, method), problem.loss)
         callbacks = [LevenbergMarquardt(), recorder]
         if problem.all_cases is not None:
             # As arrays: `HFModel` takes a stream of so few cases for a mistake.
@@ -159,8 +176,10 @@ def train(args, method, rate, path):
     return recorder
 
 
-def hessian_free(args, structural_damping):
-    """Returns the `HessianFree` of these problems."""
+def second_order(args, method):
+    """Returns the `HessianFree` of a method."""
+    if method == "exact":
+        return HessianFree(solver=DirectSolver(order=1), growing_batch=None, seed=args.seed)
     solver = ConjugateGradient(
         preconditioner=Identity(),
         stopping=RelativeProgress(tolerance=1e-3),
@@ -171,7 +190,7 @@ def hessian_free(args, structural_damping):
         solver=solver,
         growing_batch=None,
         curvature_batch_size=args.curvature_cases,
-        structural_damping=structural_damping,
+        structural_damping=StructuralDamping(args.weight) if method == "hf" else None,
         seed=args.seed,
     )
 
@@ -269,14 +288,14 @@ class SolvedRecorder(Recorder):
         self._x, self._y = drawn
 
     def totals(self, logs):
-        self._total_iterations += int(logs["cg_iterations"])
+        self._total_iterations += int(logs.get("cg_iterations", 0))
         return {"total_cg_iterations": self._total_iterations}
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
         # Where sequences are always the same: fresh ones go on with a run that has converged.
         if logs["converged"] and self._problem.all_cases is not None:
-            self.finish(int(self.model.optimizer.iterations), {**logs, **self.totals({"cg_iterations": 0})})
+            self.finish(int(self.model.optimizer.iterations), {**logs, **self.totals({})})
             self.model.stop_training = True
 
     def errors(self):

@@ -123,11 +123,17 @@ def regularized():
     return model, model_data(model, inputs(), np.eye(3)[np.arange(15) % 3])
 
 
-def recurrent():
-    """A loop, which TensorFlow cannot vectorise."""
-    model = compiled(keras.Sequential([keras.Input((3, 2)), layers.LSTM(2), layers.Dense(2)]))
+class OwnCell(layers.LSTMCell):
+    """A cell that is not Keras' own, so that its derivatives are TensorFlow's."""
+
+
+def recurrent(*stack):
+    """A recurrent network on sequences of different lengths, with two outputs."""
+    model = compiled(keras.Sequential([keras.Input((3, 2)), *stack, layers.Dense(2)]))
     rng = np.random.default_rng(0)
-    return model, model_data(model, rng.normal(size=(5, 3, 2)), rng.normal(size=(5, 2)))
+    x = rng.normal(size=(5, 3, 2))
+    x[1, 2] = 0
+    return model, model_data(model, x, rng.normal(size=(5, 2)))
 
 
 def products_and_rows(objective):
@@ -296,31 +302,41 @@ def test_second_derivatives_of_classifiers_are_those_of_the_logits_weighted_by_t
     assert norm**2 == pytest.approx(np.sum(f_vv * images), rel=1e-12)
 
 
-@pytest.mark.slow
-def test_a_network_that_cannot_be_vectorised_is_mapped_over_cases(float64):
-    model, data = recurrent()
-    start = model.get_weights()
-    places = np.cumsum([0, *(weight.size for weight in start)])
-    v, width = np.random.default_rng(1).normal(size=places[-1]), 1e-4
-    steps = np.stack([side * width * v for side in (-1, 0, 1)])
+@pytest.mark.parametrize(
+    "stack, is_vectorized",
+    [
+        (lambda: [layers.SimpleRNN(2)], True),
+        pytest.param(lambda: [layers.Masking(), layers.LSTM(2)], True, marks=pytest.mark.slow),
+        pytest.param(lambda: [layers.SimpleRNN(2, return_sequences=True), layers.GRU(2)], True, marks=pytest.mark.slow),
+        # Loops of TensorFlow: one case after the other.
+        pytest.param(lambda: [layers.RNN(OwnCell(2))], False, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_of_recurrent_networks_are_those_of_products(stack, is_vectorized, float64):
+    model, data = recurrent(*stack())
+    steps = np.random.default_rng(1).normal(size=(3, model.count_params()))
 
     def compute(objective):
         one_by_one = tf.stack([objective.loss_at(tf.constant(step)) for step in steps])
-        return (
-            products_and_rows(objective),
-            objective.rows.second_derivative(tf.constant(v)),
-            objective.losses_at(tf.constant(steps)),
-            one_by_one,
-            tf.constant(objective.rows._parts._piece.is_vectorizable),
-        )
+        is_found = tf.constant(objective.rows._parts._piece.has_vectorizable_rows)
+        return products_and_rows(objective), objective.losses_at(tf.constant(steps)), one_by_one, is_found
 
-    (matrix, gram, rest, gradient), second, losses, one_by_one, is_vectorizable = numbers(model, data, compute)
-    assert not is_vectorizable
+    (matrix, gram, rest, gradient), losses, one_by_one, is_found = numbers(model, data, compute)
+    assert is_found == is_vectorized
     np.testing.assert_allclose(gram, matrix, rtol=0, atol=1e-13 * np.abs(matrix).max())
     np.testing.assert_allclose(rest, 0 * rest, atol=1e-13 * np.abs(gradient).max())
     np.testing.assert_allclose(losses, one_by_one, rtol=1e-13)
+
+
+@pytest.mark.slow
+def test_second_derivatives_of_recurrent_networks_are_those_of_differences(float64):
+    model, data = recurrent(layers.LSTM(2))
+    start = model.get_weights()
+    places = np.cumsum([0, *(weight.size for weight in start)])
+    v, width = np.random.default_rng(1).normal(size=places[-1]), 1e-4
+    second = numbers(model, data, lambda objective: objective.rows.second_derivative(tf.constant(v)))
     outputs = []
-    for step in steps:
+    for step in (-width * v, 0 * v, width * v):
         model.set_weights([w + step[i:j].reshape(w.shape) for w, i, j in zip(start, places, places[1:], strict=False)])
         outputs.append(model(data.x).numpy())
     expected = np.sqrt(2 / 10) * ((outputs[2] - 2 * outputs[1] + outputs[0]) / width**2).ravel()

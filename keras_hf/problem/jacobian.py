@@ -101,7 +101,7 @@ class LocalRows:
 
         def of_cases(indices, *candidates):
             cases = self._piece.cases(indices)
-            of_weights = lambda weights: cases.accurate_share(cases.forward(list(weights)))  # noqa: E731
+            of_weights = lambda weights: cases.accurate_share(cases.forward(list(weights), for_products=True))  # noqa: E731
             return self._mapped(of_weights, tuple(candidates), tf.float64)
 
         compiled = self._compiled(of_cases)
@@ -118,7 +118,7 @@ class LocalRows:
 
     def _mapped(self, function, args, dtype):
         """Applies a function to every row of nested tensors: vectorised where TensorFlow can."""
-        if self._piece.is_vectorizable:
+        if self._piece.has_vectorizable_rows:
             return tf.vectorized_map(function, args)
         return map_rows(function, args, dtype)
 
@@ -228,22 +228,18 @@ class LocalRows:
         return vectors * root[:, None], tf.reshape(residuals, [-1])
 
     def _rows_of_cases(self, indices):
-        """The rows of some cases, `(cases * k, n)`: one vectorised gradient per case and output."""
+        """The rows of some cases, `(cases * k, n)`: one vectorised gradient per case and output, each with a forward pass of its own."""
         size = self._roots.shape[1]
 
-        def of_case(args):
-            index, root = args
-            with tf.GradientTape(persistent=size > 1) as tape:
-                outputs = self._flat(self._piece.cases(index[None]).forward().outputs)[0]
+        def of_row(args):
+            index, u = args
+            with tf.GradientTape() as tape:
+                outputs = self._flat(self._piece.cases(index[None]).forward(for_products=True).outputs)[0]
+            gradients = tape.gradient(outputs, self._variables, output_gradients=u)
+            return pack(dense(gradients, self._variables), self._dtype)
 
-            def row(u):
-                gradients = tape.gradient(outputs, self._variables, output_gradients=u)
-                return pack(dense(gradients, self._variables), self._dtype)
-
-            return row(root[:, 0])[None] if size == 1 else tf.vectorized_map(row, tf.transpose(root))
-
-        rows = self._mapped(of_case, (indices, tf.gather(self._roots, indices)), self._dtype)
-        return tf.reshape(rows, [-1, self._num_weights])
+        columns = tf.linalg.matrix_transpose(tf.gather(self._roots, indices))
+        return self._mapped(of_row, (tf.repeat(indices, size), tf.reshape(columns, [-1, size])), self._dtype)
 
     def _tangents_of_cases(self, indices, v):
         """`L'(Jv)` of some cases, `(cases * k,)`."""

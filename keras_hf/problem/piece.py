@@ -89,6 +89,11 @@ class PieceFunction:
         return self._network.structure.is_vectorizable
 
     @property
+    def has_vectorizable_rows(self):
+        """Whether so are outputs of passes for products, and their first derivatives."""
+        return self._network.structure.has_vectorizable_rows
+
+    @property
     def static_num_cases(self):
         """Number of cases where it is known before they come, else `None`."""
         return self._data.static_num_cases

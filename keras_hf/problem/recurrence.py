@@ -54,6 +54,31 @@ def linear_derivatives(layers):
         yield
 
 
+@contextlib.contextmanager
+def recorded_loops(layers):
+    """Records the operations of those layers whose derivatives `linear_derivatives` writes while it is open, in the set that it gives.
+
+    Args:
+        layers: List of `keras.layers.RNN`.
+    """
+    operations = set()
+
+    def inner_loop(layer):
+        original = layer.inner_loop
+
+        def recorded(*args, **kwargs):
+            graph = tf.compat.v1.get_default_graph()
+            num_before = len(graph.get_operations())
+            results = original(*args, **kwargs)
+            operations.update(graph.get_operations()[num_before:])
+            return results
+
+        return recorded
+
+    with replaced(*[(layer, "inner_loop", inner_loop(layer)) for layer in layers if _is_known(layer)]):
+        yield operations
+
+
 def _is_known(layer):
     cell = layer.cell
     cells = cell.cells if type(cell) is keras.layers.StackedRNNCells else [cell]

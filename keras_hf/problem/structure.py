@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_hf.common.keras_private import logits as logits_of
 from keras_hf.problem.capture import is_capturable, recorded_uses
 from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
+from keras_hf.problem.recurrence import recorded_loops
 
 # Bytes that a kept linearization holds per byte that the forward pass and the loss compute: 1.6 to 1.8 were measured on dense autoencoders.
 _KEPT_PER_BYTE = 2
@@ -87,6 +88,8 @@ class Structure(NamedTuple):
         is_random: Whether the forward pass draws random numbers.
         is_vectorizable: Whether `tf.vectorized_map` is right for the forward pass: it has no loops, which are refused under a mask, and no batched
             matrix products, for which oneDNN writes out of bounds if the batch is one case (TensorFlow 2.21, issue 117700: the process dies).
+        has_vectorizable_rows: Whether it is right for single cases' outputs and their first derivatives, if loops of recurrent layers are replaced by
+            those of `recurrence`.
         is_fusible: Whether XLA compiles the second derivatives of the forward pass, and into fast code, on every device.
         arithmetic_intensity: Float, the number of operations in matrix products per float that elementwise operations write.
         layer_of_op: Dict, type of operation -> name of the first layer that uses it.
@@ -110,6 +113,7 @@ class Structure(NamedTuple):
     nesting_ops: list
     is_random: bool
     is_vectorizable: bool
+    has_vectorizable_rows: bool
     is_fusible: bool
     arithmetic_intensity: float
     layer_of_op: dict
@@ -240,14 +244,17 @@ def trace_structure(task, data):
     with graph.as_default():
         x, y, sample_weight = keras.tree.map_structure(_placeholder, tuple(data))
         capturable = [layer for layer in task.layers if is_capturable(layer) and layer.trainable_variables]
-        recurrent = recurrent_layers(task.layers) if task.structural_damping else []
-        recording = recorded_hidden_states(recurrent)
-        with keras.StatelessScope(collect_losses=True) as scope, recorded_uses(capturable) as uses, recording as calls:
+        layers = recurrent_layers(task.layers)
+        recurrent = layers if task.structural_damping else []
+        recording, loops = recorded_hidden_states(recurrent), recorded_loops(layers)
+        scope, recorded = keras.StatelessScope(collect_losses=True), recorded_uses(capturable)
+        with scope, recorded as uses, loops as in_loops, recording as calls:
             y_pred = task.network(x)
         if task.structural_damping:
             require_recordable(calls, graph)
         forward = graph.get_operations()
         op_types = {operation.type for operation in forward}
+        other_types = {operation.type for operation in forward if operation not in in_loops}
         float_types = frozenset(
             output.dtype.name for operation in forward for output in operation.outputs if output.dtype.is_floating
         )
@@ -302,7 +309,8 @@ def trace_structure(task, data):
         has_added_loss=bool(scope.losses),
         nesting_ops=sorted(op for op in op_types if _NESTING.match(op)),
         is_random=any(scope.get_current_value(seed) is not None for seed in task.seeds),
-        is_vectorizable=not (op_types & _BATCHED_PRODUCTS or any(map(_NESTING.match, op_types))),
+        is_vectorizable=_is_vectorizable(op_types),
+        has_vectorizable_rows=_is_vectorizable(other_types),
         is_fusible=op_types <= _PRODUCTS | _FUSIBLE | _MOVING,
         arithmetic_intensity=intensity,
         layer_of_op=layer_of_op,
@@ -320,6 +328,10 @@ def trace_structure(task, data):
         ],
         hidden_layers=[layer for layer in recurrent if calls[layer].states],
     )
+
+
+def _is_vectorizable(op_types):
+    return not (op_types & _BATCHED_PRODUCTS or any(map(_NESTING.match, op_types)))
 
 
 def _num_uses_of(graph, variable):
