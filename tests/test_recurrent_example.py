@@ -63,32 +63,41 @@ def test_weights_are_sparse_and_of_the_spectral_radius():
 
 
 @pytest.mark.slow
-def test_a_toy_problem_is_solved_and_its_run_written(tmp_path):
+@pytest.mark.parametrize("problem, method", [("memory-5", "hf"), ("addition", "exact")])
+def test_a_toy_problem_is_solved_and_its_run_written(problem, method, tmp_path):
     recurrent.main(
         [
             "--results",
             str(tmp_path),
             "--problem",
-            "memory-5",
+            problem,
             "--length",
             "6",
             "--units",
             "30",
             "--methods",
-            "hf",
+            method,
             "--updates",
             "80",
         ]
     )
-    rows = read_rows(tmp_path / "memory-5-6" / "hf-seed0.csv")
-    assert rows[0]["wrong"] > 0.5 and rows[-1]["wrong"] == 0
+    rows = read_rows(tmp_path / f"{problem}-6" / f"{method}-seed0.csv")
+    assert rows[0]["wrong"] > 0.5 and rows[-1]["wrong"] < 0.01
     (result,) = recurrent.read_results(tmp_path / "results.csv")
-    assert result["method"] == "hf" and result["solved"] == "1" and float(result["updates"]) == rows[-1]["update"]
-    assert (tmp_path / "memory-5-6" / "seed0.png").stat().st_size > 10_000
+    assert result["method"] == method and result["solved"] == "1" and float(result["updates"]) == rows[-1]["update"]
+    assert (tmp_path / f"{problem}-6" / "seed0.png").stat().st_size > 10_000
+
+
+def test_exact_steps_are_left_out_where_every_step_has_outputs(tmp_path, capsys):
+    options = "--problem", "permutation", "--length", "5", "--units", "4", "--updates", "1", "--methods", "exact", "sgd"
+    recurrent.main(["--results", str(tmp_path), *options])
+    assert "exact: left out" in capsys.readouterr().out
+    (result,) = recurrent.read_results(tmp_path / "results.csv")
+    assert result["method"] == "sgd-0.001"
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:An update on", "ignore:.*is for fits to many digits")
+@pytest.mark.filterwarnings("ignore:An update on")
 @pytest.mark.parametrize("method", [method for method in recurrent.METHODS if method != "hf"])
 def test_every_method_runs(method, tmp_path):
     args = arguments(

@@ -44,6 +44,9 @@ class DirectSolver(Solver):
     Every update uses all cases of its batch: give `fit` all cases in one batch. Use float64 (`keras.config.set_floatx("float64")`): float32 ends at a
     relative accuracy of about 1e-4. `LevenbergMarquardt` adapts the damping by how far along the arc the step was taken.
 
+    For recurrent networks with few outputs per sequence, take `order=1` and about 1,000 outputs an update (docs/recurrent.md): layers of Keras'
+    cells without dropout are vectorised over sequences, but second derivatives need TensorFlow's loops over lists.
+
     Logs: `arc_step` (t of the candidate taken), `acceleration` (norm of c_2 over that of c_1).
 
     Cost: the Jacobian, about as much as one or two gradients; `rows n min(rows, n)` multiplications and a factorization; about 17 forward passes;
