@@ -90,7 +90,7 @@ class PieceFunction:
 
     @property
     def has_vectorizable_rows(self):
-        """Whether so are outputs of passes for products, and their first derivatives."""
+        """Whether TensorFlow can vectorise passes for products, and their first derivatives, over cases and weights."""
         return self._network.structure.has_vectorizable_rows
 
     @property
