@@ -330,7 +330,7 @@ def test_rows_of_recurrent_networks_are_those_of_products(stack, is_vectorized, 
 
 @pytest.mark.slow
 def test_second_derivatives_of_recurrent_networks_are_those_of_differences(float64):
-    model, data = recurrent(layers.LSTM(2))
+    model, data = recurrent(layers.SimpleRNN(2))
     start = model.get_weights()
     places = np.cumsum([0, *(weight.size for weight in start)])
     v, width = np.random.default_rng(1).normal(size=places[-1]), 1e-4
