@@ -77,8 +77,9 @@ def main(arguments=None):
     args = parse(arguments)
     folder = args.results / f"{args.problem}-{args.length}"
     folder.mkdir(parents=True, exist_ok=True)
+    has_many_rows = PROBLEMS[args.problem](args.length).every_step
     for method in args.methods:
-        if method == "exact" and PROBLEMS[args.problem](args.length).every_step:
+        if method == "exact" and has_many_rows:
             print(
                 f"\n{args.problem}, T = {args.length}, exact: left out, since outputs of all steps are too many rows",
                 flush=True,

@@ -252,7 +252,7 @@ class HFTrainer(keras.Model):
             self._advice.no_curvature()
         if "unknown" in structure.combinations:
             self._advice.unknown_combination()
-        # Recurrent networks are trained by it for its long steps: they gain in float32, too.
+        # Not of recurrent networks, which have loops: what they gain by exact steps, they gain in float32, too.
         if isinstance(self.solver, DirectSolver) and not structure.nesting_ops:
             self._advice.exact_solver_in_float32(
                 {variable.dtype for variable in task.weights} | {keras.config.floatx()}

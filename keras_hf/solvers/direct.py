@@ -49,8 +49,9 @@ class DirectSolver(Solver):
 
     Logs: `arc_step` (t of the candidate taken), `acceleration` (norm of c_2 over that of c_1).
 
-    Cost: the Jacobian, about as much as one or two gradients; `rows n min(rows, n)` multiplications and a factorization; about 17 forward passes;
-    for the terms c_2, c_3 and c_4 about 4, 8 and 4 gradients. Memory: the Jacobian, up to 1 GiB; a larger one is formed anew in pieces.
+    Cost: the Jacobian, about as much as one or two gradients for each output of a case; `rows n min(rows, n)` multiplications and a factorization;
+    about 17 forward passes; for the terms c_2, c_3 and c_4 about 4, 8 and 4 gradients. Memory: the Jacobian, up to 1 GiB; a larger one is formed
+    anew in pieces.
 
     Args:
         order: Integer in [1, 4], the number of terms of the arc: 1 = a line, 2 = geodesic acceleration.
