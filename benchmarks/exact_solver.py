@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import rows as results
 from benchmarks.clock import Clock
-from examples.pinn import float64
+from examples.precision import precision
 from examples.regression import friedman
 from keras_hf import ConjugateGradient, DirectSolver, HessianFree, HFModel, LevenbergMarquardt
 
@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = results.parse(parser, {"sizes": ["6x300", "20x300"], "seconds": 3.0})
     rows = []
-    with float64():
+    with precision("float64"):
         for size in args.sizes:
             units, num_cases = (int(part) for part in size.split("x"))
             for solver in SOLVERS:

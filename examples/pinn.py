@@ -17,7 +17,6 @@ of the problem and seed, those of earlier runs too, are tabled and drawn: withou
 """
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from scipy import optimize
 
 from examples import pinn_problems as problems
 from examples.baselines import LABELS, LossAndGradient, Recorder, minimize_by_scipy
+from examples.precision import precision
 from examples.tables import read_rows
 from keras_hf import ConjugateGradient, DirectSolver, HessianFree, HFModel, LevenbergMarquardt, Nystrom
 
@@ -58,7 +58,7 @@ def main(arguments=None):
     args = parse(arguments)
     folder = args.results / args.problem
     folder.mkdir(parents=True, exist_ok=True)
-    with float64():
+    with precision("float64"):
         for method in args.methods:
             for rate in args.rates if method.startswith("adam") else [None]:
                 name = method if rate is None else f"{method}-{rate:g}"
@@ -71,19 +71,6 @@ def main(arguments=None):
         path = args.results / f"{args.problem}-seed{args.seed}.png"
         plot(problems.PROBLEMS[args.problem](), runs, path)
     print(f"\nFigure: {path}")
-
-
-@contextlib.contextmanager
-def float64():
-    """Context in which Keras computes in float64."""
-    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    try:
-        yield
-    finally:
-        keras.config.set_floatx(floatx)
-        keras.config.set_dtype_policy(policy)
 
 
 def label(name):

@@ -5,6 +5,7 @@ Run from the root of the repository:
     python -m examples.recurrent --problem memory-5 --length 50
     python -m examples.recurrent --problem addition --length 100 --methods hf hf-plain adam lstm --seconds 1800
     python -m examples.recurrent --problem addition --length 100 --methods
+    python -m examples.recurrent --problem memory-5 --length 200 --methods hf --float64
 
 `examples/recurrent_problems.py` holds the problems. Every update has fresh sequences; of `memory-5` all 32. Methods:
 
@@ -17,7 +18,8 @@ Run from the root of the repository:
 | `lstm`, `gru` | of as many units, Keras' initial weights | Adam, gradients clipped to norm 1 |
 
 First-order methods run once for each of `--rates`. `exact` is for problems with one output after the last step, and left out of the others. The
-network has no biases, a trained first state, 15 connections into every unit, and a recurrent kernel of spectral radius 1.1.
+network has no biases, a trained first state, 15 connections into every unit, and a recurrent kernel of spectral radius 1.1. `--float64` is for
+sequences so long that rounding decides the loss; names of its runs end in `-float64`.
 
 A run ends when it has solved the problem (less than 1 % of 10,000 fresh sequences wrong; 1,000 are looked at until so few of these are), when the
 time is up, or on `memory-5` when it has converged to rounding. It writes `PROBLEM-LENGTH/METHOD-seedSEED.csv` as it goes, and adds a row to
@@ -36,6 +38,7 @@ import numpy as np
 import tensorflow as tf
 
 from examples.baselines import NesterovMomentum, Recorder
+from examples.precision import precision
 from examples.recurrent_problems import PROBLEMS
 from examples.tables import add_row, read_rows, write_rows
 from keras_hf import (
@@ -86,9 +89,10 @@ def main(arguments=None):
             )
             continue
         for rate in [None] if method in LOGS else args.rates:
-            name = method if rate is None else f"{method}-{rate:g}"
+            name = (method if rate is None else f"{method}-{rate:g}") + ("-float64" if args.float64 else "")
             print(f"\n{args.problem}, T = {args.length}, {name}: at most {args.seconds:g} seconds", flush=True)
-            recorder = train(args, method, rate, folder / f"{name}-seed{args.seed}.csv")
+            with precision("float64" if args.float64 else "float32"):
+                recorder = train(args, method, rate, folder / f"{name}-seed{args.seed}.csv")
             last = recorder.rows[-1]
             add_result(
                 args.results / "results.csv",
@@ -119,6 +123,7 @@ def parse(arguments):
     parser.add_argument("--seconds", type=float, default=600.0, help="of training, at most, for each method and rate")
     parser.add_argument("--updates", type=int, default=10**9, help="after which training ends even earlier")
     parser.add_argument("--seed", type=int, default=0, help="of weights and sequences")
+    parser.add_argument("--float64", action="store_true", help="compute in float64")
     parser.add_argument("--units", type=int, default=100)
     parser.add_argument("--cases", type=int, default=2000, help="sequences of a Hessian-free update")
     # Iterations and weight are those of the released code of 2011, which has 10,000 sequences, and 1,000 for products.

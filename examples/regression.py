@@ -25,6 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import curve_fit, least_squares
 
+from examples.precision import precision
 from keras_hf import DirectSolver, HessianFree, HFModel, LevenbergMarquardt
 
 
@@ -296,14 +297,8 @@ def main(arguments=None):
     parser.add_argument("--num-updates", type=int, help="instead of those of each regression")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="after which a fit ends")
     args = parser.parse_args(arguments)
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    try:
+    with precision("float64"):
         runs = _fit_and_print(args)
-    finally:
-        keras.config.set_floatx(before[0])
-        keras.config.set_dtype_policy(before[1])
     args.out.mkdir(parents=True, exist_ok=True)
     plot(runs, args.out / "losses.png")
     columns = Run._fields[:5]

@@ -11,6 +11,7 @@ from scipy.integrate import solve_ivp
 
 from examples import pinn
 from examples import pinn_problems as problems
+from examples.precision import precision
 from examples.tables import read_rows, write_rows
 from keras_hf.pinn import derivatives
 
@@ -273,7 +274,7 @@ def test_training_ends_where_it_has_converged(tmp_path):
 def test_float64_ends_with_the_run():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
-    with pinn.float64():
+    with precision("float64"):
         assert keras.layers.Dense(1).dtype == keras.config.floatx() == "float64"
     assert keras.layers.Dense(1).dtype == keras.config.floatx() == "float32"
 

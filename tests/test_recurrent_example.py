@@ -1,5 +1,6 @@
 """What the example of recurrent networks promises: the same start for every method, files that tell the course, and toy problems solved."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -94,6 +95,29 @@ def test_exact_steps_are_left_out_where_every_step_has_outputs(tmp_path, capsys)
     assert "exact: left out" in capsys.readouterr().out
     (result,) = recurrent.read_results(tmp_path / "results.csv")
     assert result["method"] == "sgd-0.001"
+
+
+def test_a_run_in_float64_has_a_name_of_its_own(tmp_path, monkeypatch):
+    built, build = [], recurrent.build_network
+    monkeypatch.setattr(recurrent, "build_network", lambda *args: built.append(build(*args)) or built[-1])
+    options = (
+        "--problem",
+        "addition",
+        "--length",
+        "5",
+        "--units",
+        "4",
+        "--updates",
+        "1",
+        "--methods",
+        "sgd",
+        "--float64",
+    )
+    recurrent.main(["--results", str(tmp_path), *options])
+    assert {weight.dtype for weight in built[0].weights} == {"float64"} and keras.config.floatx() == "float32"
+    (result,) = recurrent.read_results(tmp_path / "results.csv")
+    assert result["method"] == "sgd-0.001-float64"
+    assert (tmp_path / "addition-5" / "sgd-0.001-float64-seed0.csv").exists()
 
 
 @pytest.mark.slow
