@@ -9,7 +9,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read once, when TensorFlow
 import keras  # noqa: E402
 import pytest  # noqa: E402
 import tensorflow as tf  # noqa: E402
-from problems import precision  # noqa: E402
+
+from examples.precision import precision  # noqa: E402
 
 # Two devices for the tests of replicas; the rest run on the first.
 tf.config.set_logical_device_configuration(

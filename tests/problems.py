@@ -1,6 +1,5 @@
 """Tiny shared problems, with dense oracles. For tests with the fixture `float64`: Keras computes losses in its `floatx`."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -114,19 +113,6 @@ def hessian_free(
     """A `HessianFree` with a `ConjugateGradient`, from the arguments of both."""
     solver = ConjugateGradient(preconditioner, stopping, max_iterations, warm_start_decay)
     return HessianFree(damping, solver, **arguments)
-
-
-@contextlib.contextmanager
-def precision(floatx):
-    """Makes this float type Keras' default while it is open: for layers, by their policy, and for losses."""
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx(floatx)
-    keras.config.set_dtype_policy(floatx)
-    try:
-        yield
-    finally:
-        keras.config.set_floatx(before[0])
-        keras.config.set_dtype_policy(before[1])
 
 
 def inputs():

@@ -17,8 +17,8 @@ import oracles
 import tensorflow as tf
 from keras import layers
 from oracles import NUM_CASES
-from problems import precision
 
+from examples.precision import precision
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton
 
 # Sums of a dozen terms, whose rounding is 1e-16 of them in float64 and 1e-7 in float32: what is wrong is wrong in the first digits.

@@ -16,11 +16,11 @@ from problems import (
     loss_and_gradient,
     make_model,
     model_data,
-    precision,
     update_state,
     with_objective,
 )
 
+from examples.precision import precision
 from keras_hf import (
     ConjugateGradient,
     DirectSolver,

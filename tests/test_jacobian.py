@@ -13,12 +13,12 @@ from problems import (
     jacobian,
     make_model,
     model_data,
-    precision,
     second_derivative,
     with_objective,
 )
 from support import LOSSES, ROWS
 
+from examples.precision import precision
 from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.problem import jacobian as room
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import dense_matrix, model_data, precision, with_objective
+from problems import dense_matrix, model_data, with_objective
 
+from examples.precision import precision
 from keras_hf import DirectSolver, DoubleBackward, GaussNewton, HessianFree, HFModel, LevenbergMarquardt
 from keras_hf.pinn import PINN, derivatives
 

@@ -100,19 +100,7 @@ def test_exact_steps_are_left_out_where_every_step_has_outputs(tmp_path, capsys)
 def test_a_run_in_float64_has_a_name_of_its_own(tmp_path, monkeypatch):
     built, build = [], recurrent.build_network
     monkeypatch.setattr(recurrent, "build_network", lambda *args: built.append(build(*args)) or built[-1])
-    options = (
-        "--problem",
-        "addition",
-        "--length",
-        "5",
-        "--units",
-        "4",
-        "--updates",
-        "1",
-        "--methods",
-        "sgd",
-        "--float64",
-    )
+    options = "--problem addition --length 5 --units 4 --updates 1 --methods sgd --float64".split()
     recurrent.main(["--results", str(tmp_path), *options])
     assert {weight.dtype for weight in built[0].weights} == {"float64"} and keras.config.floatx() == "float32"
     (result,) = recurrent.read_results(tmp_path / "results.csv")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from oracles import cut_at, first_derivative, loss_at, loss_hessian, prepare
-from problems import flat, precision
+from problems import flat
 from support import ALL_ROWS, DOCS, LOSSES, RIGHT, ROWS, document, measure
+
+from examples.precision import precision
 
 # Classes that do what another one does, but for the function of an entry or the way entries are put together.
 ALIKE = {
