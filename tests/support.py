@@ -1,6 +1,7 @@
 """The support matrix: which layers, constructs and losses of Keras have right Gauss-Newton products, in every way to differentiate.
 
-One row a layer, variant or loss; `test_support.py` measures each against a dense oracle. `python tests/support.py` writes them to docs/support.md.
+One row a layer, variant or loss; `test_support.py` measures each against a dense oracle. `PYTHONPATH=. python tests/support.py` writes them to
+docs/support.md.
 """
 
 import inspect
