@@ -599,10 +599,11 @@ class Recorder(keras.callbacks.Callback):
         return seconds >= self.rows[-1]["seconds"] + self.interval
 
     def finish(self, updates, logs):
-        """Writes a last row where training came to an end by itself."""
+        """Writes a last row where training came to an end by itself, unless the last update has one."""
         if not self.is_over:
             self.is_over = True
-            self._record(updates, logs)
+            if updates > self.rows[-1]["update"]:
+                self._record(updates, logs)
 
     def errors(self):
         """Returns a dict of the errors that a row holds."""

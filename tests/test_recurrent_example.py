@@ -46,9 +46,21 @@ def test_a_run_that_has_converged_ends_where_sequences_are_always_the_same(name,
     logs = dict.fromkeys(recurrent.HF_LOGS, 1.0) | {"cg_iterations": 5, "converged": 0}
     recorder.on_train_batch_end(0, logs)
     assert not model.stop_training
+    model.optimizer.iterations.assign(2)
     recorder.on_train_batch_end(1, logs | {"converged": 1})
     assert model.stop_training == ends and len(recorder.rows) == 1 + ends
     assert not ends or recorder.rows[-1]["total_cg_iterations"] == 10
+
+
+def test_a_run_that_ends_by_itself_has_one_row_of_its_last_update(tmp_path):
+    problem = PROBLEMS["memory-5"](4)
+    network = recurrent.build_network(problem, recurrent.sequences(problem, 5, seed=0)[1], units=4)
+    recorder = recurrent.SolvedRecorder(problem, network, tmp_path / "run.csv", 60.0, 10)
+    recorder.begin(network.variables)
+    recorder.interval = 0.0
+    recorder.after_update(1, {})
+    recorder.finish(1, {})
+    assert recorder.is_over and [row["update"] for row in read_rows(tmp_path / "run.csv")] == [0, 1]
 
 
 def test_weights_are_sparse_and_of_the_spectral_radius():
