@@ -235,7 +235,9 @@ def fit_hessian_free(problem, setting, network, cases, recorder, seed, damping_r
 
 def fit_momentum(problem, setting, network, cases, recorder, seed):
     """Trains by preconditioned momentum on growing minibatches, with the package's defaults but for what the setting says."""
-    optimizer = HessianFree(damping=setting["damping"], solver=PreconditionedMomentum(), seed=seed)
+    solver = PreconditionedMomentum()
+    growth = {**solver.growing_batch().get_config(), **{name: setting[name] for name in ("rate",) if name in setting}}
+    optimizer = HessianFree(damping=setting["damping"], solver=solver, growing_batch=GrowingBatch(**growth), seed=seed)
     _fit_hessian_free(optimizer, LevenbergMarquardt(), problem, network, cases, recorder)
 
 
@@ -330,7 +332,10 @@ GRIDS = {
         *_product(damping=(45.0,), initial_size=(1000,)),
     ],
     ("hf", "classifier"): _product(damping=(1.0, 0.1)),
-    ("hf-momentum", "autoencoder"): _product(damping=(10.0,), l2=(1e-6, 1e-5, 2e-5)),
+    ("hf-momentum", "autoencoder"): [
+        *_product(damping=(10.0,), l2=(1e-6, 1e-5, 2e-5)),
+        *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(6e-3, 3e-3)),
+    ],
     ("hf-momentum", "classifier"): _product(damping=(1.0, 0.1)),
     ("recipe", "autoencoder"): [{}],
     ("recipe", "classifier"): [{}],
