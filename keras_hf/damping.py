@@ -26,8 +26,8 @@ class DampingCallback(keras.callbacks.Callback):
     the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
 
     Below `eps sqrt(n)` times that curvature, n being the number of weights, the reduction ratio of a batch cannot tell what a step does to the cases
-    of other batches: rounding decides that. There the damping is lowered only after an update whose loss, before its step, was at most a quarter
-    above the least so far, and it returns to that value where the loss is more than four times the least. A run on one batch is not affected.
+    of other batches: rounding decides that. There the damping is lowered only after an update whose loss, before its step, was at most a quarter above
+    the least so far, and it returns to that value where the loss is more than four times the least. A run on one batch is not affected.
 
     Args:
         min_damping: Float >= 0, the smallest damping assigned.
