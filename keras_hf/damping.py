@@ -9,8 +9,8 @@ from keras_hf.scale import damping_limits, noise_damping
 
 # With 2.5 as factor: 1.12 an update. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
 _OF_SMALL_UPDATES = 1 / 8
-# Above the least loss by this share, a loss may be that of other cases; at so many times the least one, it is no matter of which cases the batch has.
-_NOISE, _HARM = 0.25, 4.0
+# A loss so many times the least one is no matter of which cases the batch has.
+_HARM = 4.0
 
 
 def _number(value):
@@ -26,8 +26,8 @@ class DampingCallback(keras.callbacks.Callback):
     the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
 
     Below `eps sqrt(n)` times that curvature, n being the number of weights, the reduction ratio of a batch cannot tell what a step does to the cases
-    of other batches: rounding decides that. There the damping is lowered only after an update whose loss, before its step, was at most a quarter above
-    the least so far, and it returns to that value where the loss is more than four times the least. A run on one batch is not affected.
+    of other batches: rounding decides that. There the damping is lowered only after an update whose loss, before its step, was the least so far, and
+    it returns to that value where the loss is more than four times the least. A run on one batch is not affected.
 
     Args:
         min_damping: Float >= 0, the smallest damping assigned.
@@ -94,10 +94,9 @@ class DampingCallback(keras.callbacks.Callback):
         enough = noise_damping(scale, optimizer.damping.dtype, num_weights)
         # The logs have the mean of the epoch.
         loss, least_loss = map(_number, optimizer.loss_and_least)
-        rise = loss - least_loss
-        if damping >= enough or rise <= _NOISE * abs(least_loss):
+        if damping >= enough or loss <= least_loss:
             return damping
-        if rise > (_HARM - 1) * abs(least_loss):
+        if loss - least_loss > (_HARM - 1) * abs(least_loss):
             return enough
         return max(damping, min(before, enough))
 
