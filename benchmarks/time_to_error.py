@@ -334,7 +334,8 @@ GRIDS = {
     ("hf", "classifier"): _product(damping=(1.0, 0.1)),
     ("hf-momentum", "autoencoder"): [
         *_product(damping=(10.0,), l2=(1e-6, 1e-5, 2e-5)),
-        *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(6e-3, 3e-3)),
+        *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(6e-3,)),
+        {"damping": 10.0, "l2": 2e-5, "rate": 3e-3},
     ],
     ("hf-momentum", "classifier"): _product(damping=(1.0, 0.1)),
     ("recipe", "autoencoder"): [{}],
