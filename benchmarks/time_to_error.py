@@ -236,7 +236,8 @@ def fit_hessian_free(problem, setting, network, cases, recorder, seed, damping_r
 def fit_momentum(problem, setting, network, cases, recorder, seed):
     """Trains by preconditioned momentum on growing minibatches, with the package's defaults but for what the setting says."""
     solver = PreconditionedMomentum()
-    growth = {**solver.growing_batch().get_config(), **{name: setting[name] for name in ("rate",) if name in setting}}
+    growth = solver.growing_batch().get_config()
+    growth["rate"] = setting.get("rate", growth["rate"])
     optimizer = HessianFree(damping=setting["damping"], solver=solver, growing_batch=GrowingBatch(**growth), seed=seed)
     _fit_hessian_free(optimizer, LevenbergMarquardt(), problem, network, cases, recorder)
 
