@@ -334,11 +334,16 @@ GRIDS = {
     ],
     ("hf", "classifier"): _product(damping=(1.0, 0.1)),
     ("hf-momentum", "autoencoder"): [
-        *_product(damping=(10.0,), l2=(1e-6, 1e-5, 2e-5)),
+        {"damping": 10.0, "l2": 1e-6},
+        {"damping": 10.0, "l2": 1e-6, "rate": 3e-3},
+        {"damping": 10.0, "l2": 2e-5},
         *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(6e-3,)),
         {"damping": 10.0, "l2": 2e-5, "rate": 3e-3},
     ],
-    ("hf-momentum", "classifier"): _product(damping=(1.0, 0.1)),
+    ("hf-momentum", "classifier"): [
+        *_product(damping=(1.0, 0.1)),
+        {"damping": 0.1, "rate": 6e-3},
+    ],
     ("recipe", "autoencoder"): [{}],
     ("recipe", "classifier"): [{}],
     ("adam", "autoencoder"): _product(learning_rate=(3e-4, 1e-3, 3e-3, 1e-2), batch_size=(200,)),
