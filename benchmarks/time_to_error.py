@@ -238,7 +238,16 @@ def fit_momentum(problem, setting, network, cases, recorder, seed):
     solver = PreconditionedMomentum()
     growth = solver.growing_batch().get_config()
     growth["rate"] = setting.get("rate", growth["rate"])
-    optimizer = HessianFree(damping=setting["damping"], solver=solver, growing_batch=GrowingBatch(**growth), seed=seed)
+    averages = {name: setting[name] for name in ("ema_momentum",) if name in setting}
+    optimizer = HessianFree(
+        damping=setting["damping"],
+        solver=solver,
+        growing_batch=GrowingBatch(**growth),
+        use_ema=bool(averages),
+        seed=seed,
+        **averages,
+    )
+    recorder.is_of_averages = bool(averages)
     _fit_hessian_free(optimizer, LevenbergMarquardt(), problem, network, cases, recorder)
 
 
@@ -335,8 +344,7 @@ GRIDS = {
     ("hf", "classifier"): _product(damping=(1.0, 0.1)),
     ("hf-momentum", "autoencoder"): [
         {"damping": 10.0, "l2": 1e-6},
-        {"damping": 10.0, "l2": 1e-6, "rate": 3e-3},
-        {"damping": 10.0, "l2": 2e-5},
+        *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(3e-3,), ema_momentum=(0.95,)),
         *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(6e-3,)),
         {"damping": 10.0, "l2": 2e-5, "rate": 3e-3},
     ],
@@ -401,12 +409,16 @@ class Curve(Recorder):
         cases: `Cases`.
         path: Path of the CSV file.
         max_seconds: Float, the time of training.
+
+    Attributes:
+        is_of_averages: Boolean, whether errors are those of the optimizer's averages of the weights.
     """
 
     def __init__(self, problem, network, cases, path, max_seconds):
         names = ("num_cases", "total_cg_iterations", "cost")
         super().__init__(network, cases.x_train, cases.x_test, path, max_seconds, math.inf, log_names=names)
         self.cases = cases
+        self.is_of_averages = False
         self._values = _values_of_cases(problem, network)
 
     def begin(self, variables):
@@ -428,6 +440,18 @@ class Curve(Recorder):
         return seconds >= last + min(max(0.1 * last, self.max_seconds / 200), self.max_seconds / 40)
 
     def errors(self):
+        # Before the first update there are no averages.
+        if not (self.is_of_averages and self.rows):
+            return self._errors()
+        swap = keras.callbacks.SwapEMAWeights()
+        swap.set_model(self.model)
+        swap.on_test_begin()
+        try:
+            return self._errors()
+        finally:
+            swap.on_test_end()
+
+    def _errors(self):
         train = self._means(self.cases.x_train, self.cases.y_train)
         test = self._means(self.cases.x_test, self.cases.y_test)
         rates = {
