@@ -28,6 +28,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import keras
@@ -238,16 +239,13 @@ def fit_momentum(problem, setting, network, cases, recorder, seed):
     solver = PreconditionedMomentum()
     growth = solver.growing_batch().get_config()
     growth["rate"] = setting.get("rate", growth["rate"])
-    averages = {name: setting[name] for name in ("ema_momentum",) if name in setting}
     optimizer = HessianFree(
         damping=setting["damping"],
         solver=solver,
         growing_batch=GrowingBatch(**growth),
-        use_ema=bool(averages),
         seed=seed,
-        **averages,
+        **_averaging(setting),
     )
-    recorder.is_of_averages = bool(averages)
     _fit_hessian_free(optimizer, LevenbergMarquardt(), problem, network, cases, recorder)
 
 
@@ -262,14 +260,16 @@ def fit_recipe(problem, setting, network, cases, recorder, seed, damping_rule=No
 def _fit_hessian_free(optimizer, damping_rule, problem, network, cases, recorder):
     model = HFModel(network)
     model.compile(optimizer=optimizer, loss=problem.loss)
+    recorder.optimizer = optimizer
     model.fit(cases.x_train, cases.y_train, epochs=10**6, verbose=0, callbacks=[damping_rule, recorder])
 
 
 def fit_first_order(make_optimizer, cosine_decay, problem, setting, network, cases, recorder, seed):
     """Trains by an optimizer of Keras, made from a setting and a network."""
+    recorder.optimizer = make_optimizer(setting, network)
     fit_compiled(
         network,
-        make_optimizer(setting, network),
+        recorder.optimizer,
         problem.loss,
         cases.x_train,
         cases.y_train,
@@ -292,6 +292,11 @@ def fit_all_at_once(fit, problem, setting, network, cases, recorder, seed):
     fit(network, problem.loss, cases.x_train, cases.y_train, recorder, **setting)
 
 
+def _averaging(setting):
+    """Returns Keras' arguments for averages of the weights, a dict: none without `ema_momentum` in the setting."""
+    return {"use_ema": True, "ema_momentum": setting["ema_momentum"]} if "ema_momentum" in setting else {}
+
+
 def _adam(setting, network):
     del network
     return keras.optimizers.Adam(setting["learning_rate"])
@@ -299,7 +304,7 @@ def _adam(setting, network):
 
 def _nag(setting, network):
     del network
-    return NesterovMomentum(setting["learning_rate"], setting["max_momentum"])
+    return NesterovMomentum(setting["learning_rate"], setting["max_momentum"], **_averaging(setting))
 
 
 def _descent(setting, network):
@@ -370,7 +375,10 @@ GRIDS = {
         {"learning_rate": 1e-2, "max_momentum": 0.99, "batch_size": 200},
         *_product(learning_rate=(3e-3, 1e-2), max_momentum=(0.995,), batch_size=(200,)),
     ],
-    ("nag", "mnist-autoencoder"): _product(learning_rate=(3e-3, 1e-2), max_momentum=(0.99,), batch_size=(200,)),
+    ("nag", "mnist-autoencoder"): [
+        *_product(learning_rate=(3e-3, 1e-2), max_momentum=(0.99,), batch_size=(200,)),
+        {"learning_rate": 1e-2, "max_momentum": 0.99, "batch_size": 200, "ema_momentum": 0.999},
+    ],
     ("nag", "classifier"): _product(learning_rate=(3e-2, 1e-1, 3e-1), max_momentum=(0.9,), batch_size=(200,)),
     ("muon", "autoencoder"): _product(learning_rate=(1e-3, 3e-3, 1e-2, 3e-2), batch_size=(200,)),
     ("muon", "full-curves"): _product(learning_rate=(3e-3, 1e-2, 3e-2), batch_size=(200,)),
@@ -411,14 +419,14 @@ class Curve(Recorder):
         max_seconds: Float, the time of training.
 
     Attributes:
-        is_of_averages: Boolean, whether errors are those of the optimizer's averages of the weights.
+        optimizer: The Keras optimizer, or None. Where it averages the weights, errors are those of the averages.
     """
 
     def __init__(self, problem, network, cases, path, max_seconds):
         names = ("num_cases", "total_cg_iterations", "cost")
         super().__init__(network, cases.x_train, cases.x_test, path, max_seconds, math.inf, log_names=names)
         self.cases = cases
-        self.is_of_averages = False
+        self.optimizer = None
         self._values = _values_of_cases(problem, network)
 
     def begin(self, variables):
@@ -441,10 +449,10 @@ class Curve(Recorder):
 
     def errors(self):
         # Before the first update there are no averages.
-        if not (self.is_of_averages and self.rows):
+        if not (self.rows and getattr(self.optimizer, "use_ema", False)):
             return self._errors()
         swap = keras.callbacks.SwapEMAWeights()
-        swap.set_model(self.model)
+        swap.set_model(SimpleNamespace(optimizer=self.optimizer))
         swap.on_test_begin()
         try:
             return self._errors()

@@ -62,10 +62,11 @@ class NesterovMomentum(keras.optimizers.SGD):
     Args:
         learning_rate: Float.
         max_momentum: Float in [0, 1), reached after `125 / (1 - max_momentum)` updates.
+        **options: What every optimizer of Keras may be told, such as `use_ema`.
     """
 
-    def __init__(self, learning_rate, max_momentum=0.99):
-        super().__init__(learning_rate, momentum=max_momentum, nesterov=True)
+    def __init__(self, learning_rate, max_momentum=0.99, **options):
+        super().__init__(learning_rate, momentum=max_momentum, nesterov=True, **options)
 
     def update_step(self, gradient, variable, learning_rate):
         ramp = 1 - 0.5 / (ops.cast(self.iterations // 250, variable.dtype) + 1)
