@@ -350,7 +350,8 @@ GRIDS = {
     ("hf-momentum", "autoencoder"): [
         {"damping": 10.0, "l2": 1e-6},
         *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(3e-3,), ema_momentum=(0.95,)),
-        *_product(damping=(10.0,), l2=(1e-6, 2e-5), rate=(6e-3,)),
+        {"damping": 10.0, "l2": 1e-6, "rate": 6e-3},
+        {"damping": 10.0, "l2": 1e-6, "rate": 1.5e-3, "ema_momentum": 0.98},
         {"damping": 10.0, "l2": 2e-5, "rate": 3e-3},
     ],
     ("hf-momentum", "classifier"): [
