@@ -73,7 +73,8 @@ class HessianFree(keras.optimizers.Optimizer):
         seed: Integer in [0, 2^31 - 1], the seed of the order of cases and chunks. `None` draws one, which is saved, also in files of weights.
         structural_damping: `StructuralDamping`, for recurrent networks: damps changes of hidden states too. `None` (default) = of the weights alone.
         use_ema: Whether to keep an exponential moving average of the weights over updates, as Keras' optimizers do (Polyak averaging). On minibatches
-            that cannot grow, the average is closer to the minimum than the last weights. `keras.callbacks.SwapEMAWeights` swaps it in for evaluation.
+            that cannot grow, or grow slowly, the average is closer to the minimum than the last weights. At the end of `fit` it takes their place;
+            `keras.callbacks.SwapEMAWeights` swaps it in for evaluation.
         ema_momentum: Float in [0, 1], the weight of the old average in the new one.
         name: Name of the optimizer.
 
