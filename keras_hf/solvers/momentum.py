@@ -36,8 +36,8 @@ class PreconditionedMomentum(Solver):
     itself. The next update then begins without s.
 
     Use it with fresh cases in each update: `fit` on arrays, where the default is `GrowingBatch(500, share=0.0, patience=10, rate=0.0116)`, which
-    doubles in 60 updates; or a `tf.data` stream of batches, for which `HessianFree(use_ema=True)` averages the weights. A smaller rate, such as 0.003,
-    with averages (`ema_momentum=0.95`) ends lower on wide networks (docs/minibatches.md).
+    doubles in 60 updates; or a `tf.data` stream of batches, for which `HessianFree(use_ema=True)` averages the weights. On wide autoencoders a rate
+    of 0.003 with averages (`ema_momentum=0.95`) ends lower (docs/minibatches.md).
 
     Logs: `alpha`, `mu` (coefficients of d and s), `negative_curvature` (0 or 1).
 
