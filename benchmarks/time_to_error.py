@@ -12,12 +12,13 @@ first compiled call did to weights and state is undone, and the clock starts. It
     python -m benchmarks.time_to_error quick
 
 Each run writes a CSV file of its own, PROBLEM/METHOD-SETTING-seedSEED.csv, and a run whose file is complete is not made
-again: calls that were cut short can be repeated. Shorter runs of a grid lie in PROBLEM/grid. `results` keeps the
-runs behind tables and figures; of settings that lost, their rows in PROBLEM.csv. `train_error` and
-`test_error` are squared errors per case (autoencoders) or cross-entropies without penalty (classifiers), `cost` the
-passes over the training set in gradients, of Hessian-free updates as `keras_hf.recorder.update_cost` counts them; the
-runs in `results` have another formula (docs/faster.md). `table` writes the seconds until the first row at or below each
-target, and a figure. `quick` runs three methods for six seconds each, and then `table`.
+again: calls that were cut short can be repeated. Shorter runs of a grid lie in PROBLEM/grid. `results` keeps the runs
+behind tables and figures; of settings that lost, their rows in PROBLEM.csv. `train_error` and `test_error` are squared
+errors per case (autoencoders) or cross-entropies without penalty (classifiers), of averaged weights where the setting
+has `ema_momentum`; `cost` is the passes over the training set in gradients, of Hessian-free updates as
+`keras_hf.recorder.update_cost` counts them; the runs in `results` have another formula (docs/faster.md). `table` writes
+the seconds until the first row at or below each target, and a figure. `quick` runs three methods for six seconds each,
+and then `table`.
 """
 
 import argparse

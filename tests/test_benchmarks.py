@@ -96,6 +96,24 @@ def test_muon_and_lbfgs_reduce_the_loss(tmp_path):
         assert recorder.rows[-1]["train_loss"] < 0.8 * recorder.rows[0]["train_loss"]
 
 
+def test_errors_are_those_of_the_averaged_weights_where_a_setting_averages(tmp_path):
+    setting = {"learning_rate": 1e-3, "max_momentum": 0.9, "batch_size": 10, "ema_momentum": 0.9}
+    network = tiny_network()
+    recorder = curve(SQUARES, network, tmp_path / "nag.csv")
+    time_to_error.METHODS["nag"](SQUARES, setting, network, recorder.cases, recorder, 0)
+
+    def error():
+        x = recorder.cases.x_train
+        return float(np.mean(squared_error(x, network(x))))
+
+    of_last = error()
+    averages = recorder.optimizer._model_variables_moving_average
+    for variable, average in zip(network.trainable_variables, averages, strict=True):
+        variable.assign(average)
+    assert recorder.rows[-1]["train_error"] == pytest.approx(error(), rel=1e-5)
+    assert recorder.rows[-1]["train_error"] != pytest.approx(of_last, rel=1e-4)
+
+
 @NEEDS_MUON
 def test_muon_leaves_the_last_layer_to_adam_without_weight_decay():
     network = tiny_network()
