@@ -21,9 +21,10 @@ test-slow: .venv/test.installed
 # of one fixture together under pytest 9.2 (pytest-xdist, issue 1386).
 	$(BIN)/python -m pytest -m slow tests/test_workers.py
 
-# The lowest versions that setup.cfg allows, in an environment of their own; PYTHON=python3.11, since NumPy 2.0 has no wheels for 3.13.
+# The lowest versions that setup.cfg allows, in an environment of their own; PYTHON=python3.11, since NumPy 2.0 has no wheels for 3.13. With
+# TensorFlow's graph optimizer, as users have it.
 test-lowest: .venv-lowest/test.installed
-	.venv-lowest/bin/python -m pytest $(WORKERS) -m "not slow"
+	KERAS_HF_OPTIMIZE_GRAPHS=1 .venv-lowest/bin/python -m pytest $(WORKERS) -m "not slow"
 
 lint: .venv/lint.installed
 	$(BIN)/ruff check .

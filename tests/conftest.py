@@ -12,8 +12,8 @@ import tensorflow as tf  # noqa: E402
 
 from examples.precision import precision  # noqa: E402
 
-# A sixth of the time of an update's first call goes to TensorFlow's graph optimizer, which makes the same numbers sooner. It is on in `make test-lowest`
-# and in all processes that tests start.
+# TensorFlow's graph optimizer takes a sixth of an update's first call, and changes no result. It stays on in `make test-lowest`, and in every process
+# that a test starts.
 if not os.environ.get("KERAS_HF_OPTIMIZE_GRAPHS"):
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # Two devices for the tests of replicas; the rest run on the first.
