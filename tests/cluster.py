@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("worker.py")
+# Seconds, to stop what hangs: a slow machine needs less than a tenth of them.
+LONGEST = 3600
 
 
 def free_addresses(num_workers):
@@ -18,21 +20,20 @@ def free_addresses(num_workers):
         return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
 
 
-def start(addresses, number, *arguments, **environment):
+def start(addresses, number, *arguments):
     """Starts one worker; its output is a pipe."""
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": number}}
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_CONFIG": json.dumps(config), **environment}
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_CONFIG": json.dumps(config)}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@contextlib.contextmanager
-def workers(num_workers, *arguments):
-    """The processes of a cluster, which are killed in the end."""
+def ended(num_workers, folder, *jobs):
+    """Has a cluster do its jobs, and returns of each worker what it wrote and exited with."""
     addresses = free_addresses(num_workers)
-    processes = [start(addresses, number, *arguments) for number in range(num_workers)]
+    processes = [start(addresses, number, folder, *jobs) for number in range(num_workers)]
     try:
-        yield processes
+        return [(process.communicate(timeout=LONGEST)[0], process.returncode) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -40,15 +41,7 @@ def workers(num_workers, *arguments):
             process.stdout.close()
 
 
-def ended(processes, timeout):
-    """Waits for all processes, and returns what each exited with and wrote."""
-    return [(process.communicate(timeout=timeout)[0], process.returncode) for process in processes]
-
-
-def run(num_workers, *arguments, timeout=300):
-    """Runs a cluster to its end, which must be good, and returns what the workers wrote."""
-    with workers(num_workers, *arguments) as processes:
-        found = ended(processes, timeout)
-    for output, code in found:
+def run(num_workers, folder, *jobs):
+    """Runs a cluster to its end, which must be good."""
+    for output, code in ended(num_workers, folder, *jobs):
         assert code == 0, output[-3000:]
-    return [output for output, _ in found]

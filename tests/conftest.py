@@ -2,13 +2,16 @@
 
 import gc
 import os
+import random
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read once, when TensorFlow is imported.
 
 import keras  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tensorflow as tf  # noqa: E402
+from tensorflow.python.eager.context import context as tensorflow_context  # noqa: E402
 
 from examples.precision import precision  # noqa: E402
 
@@ -20,6 +23,7 @@ if not os.environ.get("KERAS_HF_OPTIMIZE_GRAPHS"):
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
+keras.utils.set_random_seed(1234)
 
 
 def pytest_collection_finish():
@@ -31,7 +35,11 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    keras.utils.set_random_seed(1234)
+    """As `keras.utils.set_random_seed`, which also clears TensorFlow's kernels: each compiled function that tests share would take a second again."""
+    random.seed(1234)
+    np.random.seed(1234)
+    context = tensorflow_context()
+    context._seed, context._rng = 1234, random.Random(1234)
 
 
 @pytest.fixture(autouse=True)

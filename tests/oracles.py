@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import tensorflow as tf
-from problems import compiled, dense_matrix, derivatives, flat, jacobian, model_data, with_objective
+from problems import compiled, derivatives, flat, jacobian, matrices, model_data, with_objective
 
-from keras_hf import DoubleBackward, GaussNewton
+from keras_hf import GaussNewton
 from keras_hf.problem.curvature import Curvature
 
 NUM_CASES = 4
@@ -28,15 +28,15 @@ def prepare(row):
     return model, data
 
 
-def matrix(model, data, curvature):
-    """The matrix of the curvature's products, from a function that was traced for any number of cases, as `fit` traces it."""
+def traced_matrices(model, data, curvatures):
+    """The matrices of the products of some curvatures, from one function that was traced for any number of cases, as `fit` traces it."""
 
     def of(objective, structure):
-        return dense_matrix(objective.product(model._choice.curvature), objective.num_weights, objective.dtype)
+        return matrices(objective, [curvature.fitted_to(structure) for curvature in curvatures])
 
     # One piece: what is linearized is the same in every further piece.
     model.optimizer.curvature_batch_size = model.optimizer.micro_batch_size = NUM_CASES
-    model.optimizer.curvature = curvature
+    model.optimizer.curvature = GaussNewton()
     compute = tf.function(lambda cases: model._with_objective(cases, of), autograph=False)
     spec = tf.nest.map_structure(
         lambda leaf: None if leaf is None else tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype), data
@@ -44,10 +44,9 @@ def matrix(model, data, curvature):
     return compute.get_concrete_function(spec)(data).numpy()
 
 
-def chosen_way(model, data):
-    """Name of the way to differentiate that the package chooses by itself."""
-    model.optimizer.curvature = GaussNewton()
-    way = model._task(data)[2].linearization
+def chosen_way(model):
+    """Name of the way to differentiate that the package chose by itself when `traced_matrices` traced the model."""
+    way = model._choice.linearization
     return type(way).__name__ + ", XLA" * way.jit_compile
 
 
@@ -86,17 +85,22 @@ def oracle(row, model, data):
 
     Nothing that the pass would change is changed: batch statistics and the like stay as the package finds them.
     """
-    if row.is_random:
-        return matrix(model, data, DenseJacobian(DoubleBackward()))
 
-    def added_loss():
+    def added_losses():
         with keras.StatelessScope(collect_losses=True) as scope:
             model(data.x, training=True)
-        return tf.add_n([tf.zeros([], keras.config.floatx()), *scope.losses])
+        return scope.losses
 
     j = first_derivative(row, model, data)
-    added = derivatives(added_loss, [variable.value for variable in model.trainable_variables])[2]
-    return j.T @ loss_hessian(row, model, data) @ j + added
+    matrix = j.T @ loss_hessian(row, model, data) @ j
+    if not added_losses():
+        return matrix
+    return matrix + derivatives(lambda: tf.add_n(added_losses()), values(model))[2]
+
+
+def values(model):
+    """The trainable variables, as TensorFlow has them."""
+    return [variable.value for variable in model.trainable_variables]
 
 
 def cut_at(row, model, data):
@@ -111,7 +115,7 @@ def cut_at(row, model, data):
 
 def first_derivative(row, model, data):
     """The derivative in the weights of the tensor that a row's loss is cut at, made flat."""
-    return jacobian(lambda: flat(cut_at(row, model, data)), [variable.value for variable in model.trainable_variables])
+    return jacobian(lambda: flat(cut_at(row, model, data)), values(model))
 
 
 def loss_hessian(row, model, data):

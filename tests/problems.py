@@ -140,9 +140,58 @@ def with_objective(model, data, function, curvature_batch_size=None, micro_batch
     return compute()
 
 
+def objective_function(model, function, run_eagerly=False):
+    """A compiled `(data, *arguments, update_number=0) -> function(objective, *arguments)`: traced once, it serves for many updates of the model."""
+
+    def compute(data, arguments):
+        return model._with_objective(data, lambda objective, structure: function(objective, *arguments))
+
+    compiled_function = compute if run_eagerly else tf.function(compute, autograph=False)
+
+    def of_update(data, *arguments, update_number=0):
+        model.optimizer.iterations.assign(update_number)
+        return compiled_function(data, arguments)
+
+    return of_update
+
+
+def sequential(*stack, shape=(2,)):
+    """A network of some layers on cases of a shape."""
+    return keras.Sequential([keras.Input(shape), *stack])
+
+
+class Own(keras.Model):
+    """A network that calls its layers as a function says: `function(x, *layers)`."""
+
+    def __init__(self, function, *stack):
+        super().__init__()
+        self.function, self.stack = function, list(stack)
+
+    def call(self, x):
+        return self.function(x, *self.stack)
+
+
+def values_of(model):
+    """The trainable weights of a model or layer, a list of tensors."""
+    return [variable.value for variable in model.trainable_variables]
+
+
+def moved(weights, step):
+    """A list of arrays, each plus its part of a vector `(n,)`."""
+    parts = np.split(step, np.cumsum([weight.size for weight in weights])[:-1])
+    return [weight + part.reshape(weight.shape) for weight, part in zip(weights, parts, strict=True)]
+
+
 def dense_matrix(product, num_weights, dtype=tf.float64):
     """The matrix of a product on vectors."""
     return tf.transpose(map_rows(product, tf.eye(num_weights, dtype=dtype)))
+
+
+def matrices(objective, curvatures):
+    """The matrices `(k, n, n)` of the products of several curvatures."""
+    products = [objective.product(curvature) for curvature in curvatures]
+    together = lambda v: tf.stack([product(v) for product in products], -1)  # noqa: E731
+    return dense_matrix(together, objective.num_weights, objective.dtype)
 
 
 def derivatives(function, variables):

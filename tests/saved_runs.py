@@ -6,18 +6,19 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+import training
+from training import renewed, small_network
 
-from keras_hf import ConjugateGradient, GrowingBatch, HessianFree, HFModel, KroneckerFactored, LevenbergMarquardt
+from keras_hf import ConjugateGradient, GrowingBatch, HessianFree, HFModel, KroneckerFactored
 
-WAYS = ["run", "best", "weights", "checkpoint", "backup"]
+WAYS = ["run", "weights", "checkpoint", "backup"]
 X = np.random.default_rng(0).normal(size=(120, 3)).astype("float32")
 Y = np.sin(2 * X[:, :2])
 
 
 def make():
     """A model whose random parts draw their own seeds: nothing but what is saved can bring them back."""
-    layers = [keras.layers.Dense(6, "tanh"), keras.layers.Dropout(0.1), keras.layers.Dense(2)]
-    model = HFModel(keras.Sequential([keras.Input((3,)), *layers]))
+    model = HFModel(small_network(2, keras.layers.Dropout(0.1), num_inputs=3, units=6))
     optimizer = HessianFree(
         solver=ConjugateGradient(preconditioner=KroneckerFactored(50, interval=2)),
         growing_batch=GrowingBatch(40),
@@ -29,7 +30,7 @@ def make():
 
 def fit(model, epochs, callbacks=()):
     """Trains from a damping that the first update finds. The rule stands last: `fit` has to call it first."""
-    return model.fit(X, Y, epochs=epochs, callbacks=[*callbacks, LevenbergMarquardt()], verbose=0)
+    return training.fit(model, X, Y, epochs=epochs, shuffle=True, callbacks=[*callbacks, training.LevenbergMarquardt()])
 
 
 class Crash(keras.callbacks.Callback):
@@ -52,20 +53,24 @@ def three_updates(folder, model):
     tf.train.Checkpoint(model=model).write(f"{folder}/checkpoint")
 
 
+def spoiled():
+    """A model of `make` of which no number is what it was, traced once."""
+    model = renewed(make)
+    for variable in [*model.variables, *model.optimizer.variables]:
+        variable.assign(1 - np.asarray(variable))
+    return model
+
+
 def three_more(folder, way):
     """Goes on where the first three updates ended, and returns the model."""
+    model = keras.models.load_model(f"{folder}/run.keras") if way == "run" else spoiled()
     if way == "backup":
-        model = make()
         fit(model, 6, [keras.callbacks.BackupAndRestore(f"{folder}/backup", delete_checkpoint=False)])
         return model
-    if way in ("run", "best"):
-        model = keras.models.load_model(f"{folder}/{way}.keras")
-    else:
-        model = make()
-        if way == "weights":
-            model.load_weights(f"{folder}/run.weights.h5")
-        else:
-            tf.train.Checkpoint(model=model).read(f"{folder}/checkpoint").assert_existing_objects_matched()
+    if way == "weights":
+        model.load_weights(f"{folder}/run.weights.h5")
+    if way == "checkpoint":
+        tf.train.Checkpoint(model=model).read(f"{folder}/checkpoint").assert_existing_objects_matched()
     fit(model, 3)
     return model
 

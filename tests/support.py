@@ -57,6 +57,19 @@ def everywhere(cell):
 LOOPS = {FORWARD: NESTED, FORWARD_XLA: NESTED}
 NOT_XLA = {DOUBLE_XLA: NO_XLA, FORWARD_XLA: NO_XLA}
 UNMEASURED_XLA = {DOUBLE_XLA: None, FORWARD_XLA: None}
+# Classes and constructs that do what another one does, but for the function of an entry or the way entries are put together.
+ALIKE = {
+    *("Activation", "ELU", "Identity", "InputLayer", "Lambda", "LeakyReLU", "Pipeline", "PReLU", "Rescaling"),
+    *("Average", "Concatenate", "Minimum", "Multiply", "Subtract", "Flatten", "Permute", "RepeatVector"),
+    *("AdaptiveAveragePooling2D", "AdaptiveMaxPooling2D", "GlobalAveragePooling2D", "GlobalMaxPooling2D"),
+    *("CenterCrop", "Cropping2D", "AlphaDropout", "GaussianDropout", "GaussianNoise", "SpatialDropout2D"),
+    *("GroupNormalization", "RMSNormalization", "UnitNormalization"),
+    *("AdditiveAttention", "DepthwiseConv2D", "GroupQueryAttention", "RNN", "a derivative in its own input"),
+    *("keras.ops.cond", "keras.ops.fori_loop", "keras.ops.scan", "tf.switch_case", "a dict of outputs"),
+    *("CategoricalFocalCrossentropy", "CategoricalGeneralizedCrossEntropy", "CategoricalHinge", "Hinge"),
+    *("KLDivergence", "LogCosh", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError", "Poisson"),
+    *("SquaredHinge", "Tversky"),
+}
 
 
 class Row(NamedTuple):
@@ -221,12 +234,11 @@ def of_pools(dims, size):
     """The rows of pools in some dimensions, and of layers that repeat, add and cut places."""
     shape, floatx = (*size, 2), "float32" if dims == 3 else "float64"
     # XLA has the second derivative of maxima in float32 alone.
-    maximum = {} if dims == 3 else NOT_XLA
-    overlapping = everywhere(REJECTED) | maximum
+    overlapping = everywhere(REJECTED) | NOT_XLA
     # By `ForwardAccumulation` the three-dimensional maximum is wrong in one run and right in the next: which buffer TensorFlow writes its second
     # derivative to depends on what other threads still hold.
-    adaptive = {AUTOMATIC: REJECTED, DOUBLE: REJECTED, FORWARD: None} if dims == 3 else maximum
-    for kind, *expected in (("Max", maximum, overlapping, adaptive), ("Average", {}, {}, {})):
+    adaptive = {AUTOMATIC: REJECTED, DOUBLE: REJECTED, FORWARD: None} if dims == 3 else NOT_XLA
+    for kind, *expected in (("Max", NOT_XLA, overlapping, adaptive), ("Average", {}, {}, {})):
         name = f"{kind}Pooling{dims}D"
         yield behind(name, shape, 2, floatx=floatx, expected=expected[0])
         yield behind(f"{name}, overlapping", shape, 2, 1, floatx=floatx, expected=expected[0])
@@ -262,8 +274,7 @@ def saved_and_loaded(x):
         return hidden(layers.TFSMLayer(folder)(x))
 
 
-# Some loops are measured under XLA; the others would compile for ten seconds.
-LOOP = {"expected": LOOPS | UNMEASURED_XLA, "is_slow": True}
+LOOP = {"expected": LOOPS, "is_slow": True}
 RANDOM = {"expected": {FORWARD_XLA: REDRAWS}, "is_random": True}
 RANDOM_LOOP = {"expected": LOOPS | {DOUBLE_XLA: REDRAWS}, "is_random": True, "is_slow": True}
 DROPOUT = {"dropout": 0.5, "recurrent_dropout": 0.5}
@@ -389,9 +400,9 @@ LAYERS = [
     # Recurrent layers.
     on("SimpleRNN", (3, 2), 2, expected=LOOPS),
     on("SimpleRNN, unroll", (3, 2), 2, unroll=True),
-    on("LSTM", (3, 2), 2, expected=LOOPS, is_slow=True),
+    on("LSTM", (3, 2), 2, **LOOP),
     on("LSTM, unroll", (3, 2), 2, unroll=True),
-    on("GRU", (3, 2), 2, expected=LOOPS, is_slow=True),
+    on("GRU", (3, 2), 2, **LOOP),
     on("GRU, unroll", (3, 2), 2, unroll=True),
     on("LSTM, return_sequences, go_backwards", (3, 1), 1, return_sequences=True, go_backwards=True, **LOOP),
     on("LSTM, dropout", (3, 1), 1, **DROPOUT, **RANDOM_LOOP),
@@ -540,12 +551,11 @@ OPERATIONS = {
 NOT_RIGHT = {
     **dict.fromkeys(["tf.cond", "keras.ops.cond", "tf.switch_case", "tf.map_fn", "tf.scan"], LOOPS),
     **dict.fromkeys(["nested tf.function", "nested tf.function, jit_compile"], LOOPS),
-    **dict.fromkeys(["tf.while_loop", "keras.ops.fori_loop", "keras.ops.scan"], LOOPS | {DOUBLE_XLA: NO_XLA}),
+    **dict.fromkeys(["keras.ops.fori_loop", "keras.ops.scan"], LOOPS),
+    "tf.while_loop": LOOPS | {DOUBLE_XLA: NO_XLA},
     "tf.vectorized_map": {FORWARD_XLA: REJECTED},
     "tf.custom_gradient, straight through": {FORWARD: REJECTED, FORWARD_XLA: REJECTED},
     "tf.recompute_grad": everywhere(NO_SECOND),
-    "tf.linalg.cholesky, solve": NOT_XLA,
-    "tf.math.segment_sum": {FORWARD_XLA: NO_XLA},
     "tf.nn.local_response_normalization": everywhere(NO_SECOND),
 }
 
@@ -590,15 +600,11 @@ def inner_probabilities(x):
 
 
 def on_loss(name, targets, activation="linear", **options):
-    """The row of the loss whose class the name begins with, on a network 2-4-3; options that are fields of `Row` are the row's.
-
-    The ways differ in the network's derivatives: variants of a loss are measured without XLA.
-    """
+    """The row of the loss whose class the name begins with, on a network 2-4-3; options that are fields of `Row` are the row's."""
     fields = {
         "x": (2,),
         "network": lambda x: layers.Activation(activation)(layers.Dense(3)(layers.Dense(4, "tanh")(x))),
         "loss": lambda: getattr(keras.losses, name.split(",")[0])(**options),
-        "expected": UNMEASURED_XLA if "," in name else {},
     }
     fields |= {field: options.pop(field) for field in Row._fields if field in options}
     return Row(name=name, y=TARGETS[targets], **fields)
@@ -625,10 +631,10 @@ class Quartic(keras.losses.Loss):
 WHOLE = {"warning": "cannot be put together"}
 MSE, REDUCTIONS = "MeanSquaredError", ("sum_over_batch_size", "sum", "mean", "mean_with_sample_weight")
 NO_CURVATURE = {"expected": everywhere(FLAT), "warning": "no curvature|no second derivative"}
-NAN = {"expected": everywhere(NOT_A_NUMBER) | UNMEASURED_XLA}
+NAN = {"expected": everywhere(NOT_A_NUMBER)}
 SMOOTHED = {"label_smoothing": 0.1}
 # Networks of their own: one whose mask weighs the losses of its outputs, and one that labels sequences.
-MASKED = {"x": ragged, "network": lambda x: layers.Dense(1)(hidden(layers.Masking()(x))), "expected": {}}
+MASKED = {"x": ragged, "network": lambda x: layers.Dense(1)(hidden(layers.Masking()(x)))}
 LABELLED = {
     "x": (4, 2),
     "network": lambda x: layers.Dense(3)(layers.Dense(3, "tanh")(x)),
@@ -686,6 +692,17 @@ LOSSES = [
 # An older Keras lacks some.
 LAYERS = [row for row in LAYERS if hasattr(layers, row.covers)]
 LOSSES = [row for row in LOSSES if hasattr(keras.losses, row.covers)]
+# The rows that stand for the others: the first of every class that is like no other one; of what comes in one to three dimensions the second.
+FIRST = {row.covers: row for row in reversed(LAYERS + CONSTRUCTS + LOSSES) if not re.search("[13]D", row.name)}
+TYPICAL = [row.name for row in FIRST.values() if not row.is_slow and row.covers not in ALIKE]
+# XLA takes seconds: it is measured in these, and where it refuses a loop.
+LAYERS, CONSTRUCTS, LOSSES = (
+    [
+        row if row.name in {*TYPICAL, "LSTM, dropout"} else row._replace(expected=row.expected | UNMEASURED_XLA)
+        for row in rows
+    ]
+    for rows in (LAYERS, CONSTRUCTS, LOSSES)
+)
 ALL_ROWS = LAYERS + CONSTRUCTS + LOSSES
 ROWS = {row.name: row for row in ALL_ROWS}
 
@@ -694,30 +711,40 @@ ROWS = {row.name: row for row in ALL_ROWS}
 
 
 def measure(row, ways):
-    """Measures a row in some ways: a dict, way -> cell; another, way -> what came; and whether the matrix has negative eigenvalues."""
-    cells, came, expected = {}, {}, None
+    """Measures a row in some ways: a dict, way -> cell and what came; and whether the matrix has negative eigenvalues.
+
+    Ways of which products are expected are traced together: if one raises, its error is that of all.
+    """
+    found, expected = {}, None
+    # The automatic way is one of the others.
+    measured = [way for way in ways if way != AUTOMATIC or len(ways) == 1]
+    together = [way for way in measured if row.cells[way] not in ERRORS]
+    apart = [[way] for way in measured if way not in together]
     with precision(row.floatx):
         try:
             model, data = oracles.prepare(row)
         except Exception as error:
-            return *(dict.fromkeys(ways, what) for what in refused(error)), False
-        for way in ways:
-            if way == AUTOMATIC and len(ways) > 1:
-                continue  # one of the others
+            return dict.fromkeys(ways, refused(error)), False
+        for group in [together, *apart] if together else apart:
+            curvatures = [WAYS[way] for way in group] + [oracles.DenseJacobian()] * row.is_random
             try:
-                product = oracles.matrix(model, data, WAYS[way])
+                products = oracles.traced_matrices(model, data, curvatures)
             except Exception as error:
-                cells[way], came[way] = refused(error)
+                found |= dict.fromkeys(group, refused(error))
                 continue
-            expected = oracles.oracle(row, model, data) if expected is None else expected
-            cells[way], came[way] = compared(product, expected, row.floatx)
-            if cells[way] == WRONG and oracles.is_rejected(model, data, WAYS[way]):
-                cells[way] = REJECTED
-        if AUTOMATIC in ways and len(ways) > 1:
-            way = oracles.chosen_way(model, data)
-            cells[AUTOMATIC], came[AUTOMATIC] = cells[way], way
+            if expected is None:
+                expected = products[-1] if row.is_random else oracles.oracle(row, model, data)
+            found |= {
+                way: compared(product, expected, row.floatx) for way, product in zip(group, products, strict=False)
+            }
+        chosen = oracles.chosen_way(model) if measured != ways else None
+        for way, (cell, words) in found.items():
+            if cell == WRONG and oracles.is_rejected(model, data, WAYS[way]):
+                found[way] = REJECTED, words
+    if chosen:
+        found[AUTOMATIC] = found[chosen]
     values = [0.0] if expected is None or not np.isfinite(expected).all() else np.linalg.eigvalsh(expected)
-    return cells, came, values[0] < -1e-4 * values[-1]
+    return found, values[0] < -1e-4 * values[-1]
 
 
 def refused(error):

@@ -1,5 +1,4 @@
 import math
-import warnings
 
 import pytest
 
@@ -15,19 +14,11 @@ def advice():
     return Advice()
 
 
-@pytest.fixture
-def silence():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
 def test_the_same_advice_is_given_once(advice):
     with pytest.warns(UserWarning, match="without a damping callback keeps the damping constant"):
         advice.no_damping_rule()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        advice.no_damping_rule()
+    # Warnings of our own are errors.
+    advice.no_damping_rule()
     # To this model's user: another's has not heard it.
     with pytest.warns(UserWarning, match="without a damping callback"):
         Advice().no_damping_rule()
@@ -43,7 +34,7 @@ def test_the_line_that_is_shown_is_the_models():
     assert record[0].filename == __file__
 
 
-def test_an_exact_solver_in_float64_alone_needs_no_advice(advice, silence):
+def test_an_exact_solver_in_float64_alone_needs_no_advice(advice):
     advice.exact_solver_in_float32({"float64"})
     with pytest.warns(
         UserWarning, match="Received: weights and losses of float32, float64. Before the network is made"
@@ -51,17 +42,16 @@ def test_an_exact_solver_in_float64_alone_needs_no_advice(advice, silence):
         advice.exact_solver_in_float32({"float64", "float32"})
 
 
-@pytest.mark.parametrize(
-    ("source", "cure"),
-    [("arrays", "Raise `batch_size`"), ("dataset", "Batch the dataset by more cases"), ("batches", "Hand over more")],
-)
-def test_small_batches_are_said_with_the_cure_for_how_the_cases_came(advice, source, cure):
-    advice.cases_come_as(source)
-    with pytest.warns(UserWarning, match=f"An update on 32 cases fits their noise.*{cure}"):
-        advice.small_batch({"num_cases": 32}, 256)
+def test_small_batches_are_said_with_the_cure_for_how_the_cases_came():
+    cures = {"arrays": "Raise `batch_size`", "dataset": "Batch the dataset by more cases", "batches": "Hand over more"}
+    for source, cure in cures.items():
+        advice = Advice()
+        advice.cases_come_as(source)
+        with pytest.warns(UserWarning, match=f"An update on 32 cases fits their noise.*{cure}"):
+            advice.small_batch({"num_cases": 32}, 256)
 
 
-def test_a_small_remainder_has_a_cure_of_its_own(advice, silence):
+def test_a_small_remainder_has_a_cure_of_its_own(advice):
     advice.cases_come_as("dataset")
     advice.small_batch({"num_cases": 600}, 256)
     advice.small_batch({"num_cases": 200}, 256)  # not that small
@@ -69,7 +59,7 @@ def test_a_small_remainder_has_a_cure_of_its_own(advice, silence):
         advice.small_batch({"num_cases": 3}, 256)
 
 
-def test_one_batch_of_all_cases_and_a_part_that_starts_small_are_as_they_should_be(advice, silence):
+def test_one_batch_of_all_cases_and_a_part_that_starts_small_are_as_they_should_be(advice):
     advice.cases_come_as("dataset")
     advice.small_batch({"num_cases": 32}, fewest=32)
     advice.cases_come_as(None)
@@ -81,7 +71,7 @@ def after_updates(advice, losses, reductions):
         advice.batches_disagree(loss, reduction)
 
 
-def test_gains_that_the_next_batches_do_not_have_are_said_with_the_cure(advice, silence):
+def test_gains_that_the_next_batches_do_not_have_are_said_with_the_cure(advice):
     advice.cases_come_as("dataset")
     after_updates(advice, [1.0] * 39, [0.1] * 39)
     # 39 gains before the last loss.
@@ -90,23 +80,16 @@ def test_gains_that_the_next_batches_do_not_have_are_said_with_the_cure(advice, 
         advice.batches_disagree(0.9, 0.1)
 
 
-@pytest.mark.parametrize(
-    ("losses", "reductions"),
-    [
-        # A sixteenth of each gain is there on the next batch.
-        ([1.0 - 0.01 * number for number in range(60)], [0.16] * 60),
-        # Hardly any gain.
-        ([1.0] * 60, [0.02] * 60),
-        ([1.0] * 60, [0.0] * 60),
-        ([math.nan] * 60, [math.nan] * 60),
-    ],
-)
-def test_gains_that_last_or_are_small_need_no_advice(advice, silence, losses, reductions):
-    advice.cases_come_as("dataset")
-    after_updates(advice, losses, reductions)
+def test_gains_that_last_or_are_small_need_no_advice():
+    # A sixteenth of each gain is there on the next batch; or there is hardly any gain.
+    falling = [1.0 - 0.01 * number for number in range(60)]
+    for losses, reduction in ((falling, 0.16), ([1.0] * 60, 0.02), ([1.0] * 60, 0.0), ([math.nan] * 60, math.nan)):
+        advice = Advice()
+        advice.cases_come_as("dataset")
+        after_updates(advice, losses, [reduction] * 60)
 
 
-def test_gains_are_not_compared_on_one_batch_nor_from_fit_to_fit(advice, silence):
+def test_gains_are_not_compared_on_one_batch_nor_from_fit_to_fit(advice):
     advice.cases_come_as(None)
     after_updates(advice, [1.0] * 60, [0.1] * 60)
     for _ in range(3):
@@ -114,14 +97,14 @@ def test_gains_are_not_compared_on_one_batch_nor_from_fit_to_fit(advice, silence
         after_updates(advice, [1.0] * 39, [0.1] * 39)
 
 
-def test_losses_without_curvature_are_named_with_their_smooth_cousin(advice, silence):
+def test_losses_without_curvature_are_named_with_their_smooth_cousin(advice):
     advice.loss_of_gauss_newton("mean_squared_error")
     advice.loss_of_gauss_newton(lambda y, y_pred: y)
     with pytest.warns(UserWarning, match="'hinge' has no curvature.*keras.losses.SquaredHinge"):
         advice.loss_of_gauss_newton("hinge")
 
 
-def test_changed_weights_are_said_once_each(advice, silence):
+def test_changed_weights_are_said_once_each(advice):
     advice.changed_weights([])
     with pytest.warns(UserWarning, match=r"\['dense/kernel'\] stay as they were then"):
         advice.changed_weights(["dense/kernel"])
@@ -130,25 +113,24 @@ def test_changed_weights_are_said_once_each(advice, silence):
     advice.changed_weights(["dense/kernel"])
 
 
-def test_negative_curvature_is_said_where_cg_met_it_beyond_rounding(advice, silence):
-    advice.negative_curvature({}, 1e-7)
-    advice.negative_curvature({"cg_stop": 1, "negative_curvature": 0, "damping": 1e-2}, 1e-7)
-    advice.negative_curvature({"cg_stop": 1, "negative_curvature": 1, "damping": 1e-8}, 1e-7)
-    advice.negative_curvature({"alpha": 1.0, "negative_curvature": 1, "damping": 1e-2}, 1e-7)
+def test_negative_curvature_is_said_where_cg_met_it_beyond_rounding(advice):
+    met = {"cg_stop": 1, "negative_curvature": 1, "damping": 1e-2}
+    not_met, rounding = {**met, "negative_curvature": 0}, {**met, "damping": 1e-8}
+    without_cg = {"alpha": 1.0, "negative_curvature": 1, "damping": 1e-2}
+    for found in ({}, not_met, rounding, without_cg):
+        advice.negative_curvature(found, 1e-7)
     with pytest.warns(UserWarning, match="CG met negative curvature"):
-        advice.negative_curvature({"cg_stop": 1, "negative_curvature": 1, "damping": 1e-2}, 1e-7)
+        advice.negative_curvature(met, 1e-7)
+
+
+NOT_IN_CASES = "The loss or its gradient is not finite, though the numbers in the cases are"
 
 
 @pytest.mark.parametrize(
     ("found", "num_nonfinite", "num_updates", "message"),
     [
         ({"gradient_norm": math.nan}, 2, 5, "2 of the 300 cases of an update hold numbers that are not finite"),
-        (
-            {"gradient_norm": math.inf},
-            0,
-            5,
-            "The loss or its gradient is not finite, though the numbers in the cases are",
-        ),
+        ({"gradient_norm": math.inf}, 0, 5, NOT_IN_CASES),
         ({"gradient_norm": 0.0}, 0, 1, "The gradient of the first update is zero"),
         ({"converged": 1}, 0, 5, "no step lowers the loss by more than float32 can tell"),
     ],
@@ -165,12 +147,10 @@ def test_what_overflows_in_float16_has_a_cure_of_its_own(advice):
         Advice().no_progress(logs(gradient_norm=math.nan), 0, 5, "float32")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "cure"), [("float32", "Stop here, or go on in float64"), ("float64", r"Stop here\.$")]
-)
-def test_convergence_sends_to_float64_what_is_not_there_yet(advice, dtype, cure):
-    with pytest.warns(UserWarning, match=f"more than {dtype} can tell.*updates leave the solver out. {cure}"):
-        advice.no_progress(logs(converged=1), 0, 9, dtype)
+def test_convergence_sends_to_float64_what_is_not_there_yet():
+    for dtype, cure in {"float32": "Stop here, or go on in float64", "float64": r"Stop here\.$"}.items():
+        with pytest.warns(UserWarning, match=f"more than {dtype} can tell.*updates leave the solver out. {cure}"):
+            Advice().no_progress(logs(converged=1), 0, 9, dtype)
 
 
 def test_a_zero_gradient_is_called_neither_convergence_nor_a_loss_that_rises(advice):
@@ -180,7 +160,7 @@ def test_a_zero_gradient_is_called_neither_convergence_nor_a_loss_that_rises(adv
     assert len(record) == 1
 
 
-def test_thirty_rejections_on_end_are_worth_a_word(advice, silence):
+def test_thirty_rejections_on_end_are_worth_a_word(advice):
     for number in range(29):
         advice.no_progress(logs(), 0, number + 1, "float32")
     advice.no_progress(logs(step_size=1.0), 0, 30, "float32")
@@ -190,12 +170,9 @@ def test_thirty_rejections_on_end_are_worth_a_word(advice, silence):
         advice.no_progress(logs(), 0, 60, "float32")
 
 
-@pytest.mark.parametrize(
-    "history",
-    [{"loss": [1.0]}, {"loss": [1.0, 0.1], "val_loss": [500.0, 9.0]}, {"loss": [1.0], "val_loss": [math.inf]}],
-)
-def test_a_solution_that_holds_at_other_points_needs_no_advice(advice, silence, history):
-    advice.spurious_solution(history)
+def test_a_solution_that_holds_at_other_points_needs_no_advice(advice):
+    for val_losses in ({}, {"val_loss": [500.0, 9.0]}, {"val_loss": [math.inf]}):
+        advice.spurious_solution({"loss": [1.0, 0.1], **val_losses})
 
 
 def test_a_solution_that_holds_at_its_points_alone_is_advised_on_with_both_numbers(advice):

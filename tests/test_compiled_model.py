@@ -39,20 +39,11 @@ def traced(model, curvature):
     return trace(task, Data(X, Y, None), curvature, ConjugateGradient(), 1, "of mine")
 
 
-@pytest.mark.parametrize(
-    ("loss", "name"),
-    [
-        ("mse", "mean_squared_error"),
-        (keras.losses.Hinge(), "hinge"),
-        (keras.losses.mean_absolute_error, "mean_absolute_error"),
-        (None, None),
-    ],
-)
-def test_a_loss_has_the_name_of_keras_function(loss, name):
-    assert loss_name(loss) == name
+def test_a_loss_has_the_name_of_keras_function_and_a_checked_one_that_and_the_values_of_the_users():
+    absolute = keras.losses.mean_absolute_error
+    names = {"mse": "mean_squared_error", keras.losses.Hinge(): "hinge", absolute: "mean_absolute_error", None: None}
+    assert {loss: loss_name(loss) for loss in names} == names
 
-
-def test_a_checked_loss_has_the_name_and_values_of_the_users():
     def mine(y, y_pred):
         return tf.reduce_mean(tf.square(y - y_pred), -1)
 
@@ -82,14 +73,12 @@ def test_a_task_holds_weights_states_and_seeds_apart():
     assert type(task.layers[0]) is keras.Sequential and len(task.layers) >= 4
 
 
-def test_the_loss_has_a_term_per_output_or_one_where_compute_loss_is_overridden():
-    model = compiled()
+@pytest.mark.parametrize(("model", "combination"), [(HFModel, "cases"), (WithOwnLoss, "unknown")])
+def test_the_loss_has_a_term_per_output_or_one_where_compute_loss_is_overridden(model, combination):
+    model = compiled(model=model)
+    assert overrides_compute_loss(model) == (combination == "unknown")
     (term,) = task_of(model, model._whole_loss).loss_terms(Data(X, Y, None), 3 * Y)
-    assert term.combination() == "cases" and float(term.value()) == 4.0
-    model = compiled(model=WithOwnLoss)
-    assert overrides_compute_loss(model)
-    (term,) = task_of(model, model._whole_loss).loss_terms(Data(X, Y, None), 3 * Y)
-    assert term.combination() == "unknown" and float(term.value()) == 4.0
+    assert term.combination() == combination and float(term.value()) == 4.0
 
 
 def test_an_overridden_compute_loss_sees_no_regularizers_of_an_update_and_all_in_evaluation():
@@ -128,7 +117,13 @@ def test_a_trace_chooses_the_linearization_and_says_so(caplog):
     assert choice.linearization is None
 
 
-def test_a_trace_refuses_what_would_be_wrong_for_the_network():
-    model = compiled(layers.Reshape((3, 1)), layers.LSTM(2))
-    with pytest.raises(ValueError, match="`ForwardAccumulation` gives wrong products"):
-        traced(model, GaussNewton(linearization=ForwardAccumulation()))
+@pytest.mark.parametrize(
+    ("stack", "operation"),
+    [
+        (lambda: [layers.Reshape((3, 1)), layers.LSTM(2)], "While"),
+        (lambda: [layers.Dense(4), layers.Reshape((2, 2)), layers.Conv1D(2, 2, groups=2)], "PartitionedCall"),
+    ],
+)
+def test_a_trace_refuses_what_would_be_wrong_for_the_network(stack, operation):
+    with pytest.raises(ValueError, match=rf"gives wrong products.*'\w*{operation}'.*DoubleBackward"):
+        traced(compiled(*stack(), layers.Flatten()), GaussNewton(linearization=ForwardAccumulation()))

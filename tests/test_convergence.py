@@ -4,11 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from training import fit, normal, trainable
 
-from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel, LevenbergMarquardt
+from keras_hf import Identity
 from keras_hf.convergence import Convergence, rounding_of
-
-FALSE, TRUE = tf.constant(False), tf.constant(True)
 
 
 def number(value):
@@ -20,15 +19,14 @@ def memory(count=0.0, gradient_norm=0.0, damping=0.0):
 
 
 def after(before, at_rounding, fell=False, gradient_norm=1.0, damping=2.0):
-    found = before.after(tf.constant(at_rounding), tf.constant(fell), number(gradient_norm), number(damping))
-    return tuple(value.numpy().item() for value in found)
+    return before.after(tf.constant(at_rounding), tf.constant(fell), number(gradient_norm), number(damping))
 
 
 def test_five_updates_at_rounding_are_convergence():
     found = memory()
     for count in range(1, 6):
         assert not found.has_converged
-        found = found.after(TRUE, FALSE, number(1.0 / count), number(2.0))
+        found = after(found, at_rounding=True, gradient_norm=1.0 / count)
         assert found.count == count
     assert found.has_converged
     assert found.gradient_norm == 1.0 and found.damping == 2.0
@@ -60,35 +58,23 @@ def test_rounding_of_a_loss_is_relative():
     assert rounding_of(number(8.0), tf.float64) == 2.0**-49
 
 
-@pytest.fixture(scope="module")
-def converged():
-    """A linear network at the end of its training on what no linear network fits, its history, and how many warnings there were."""
-    keras.utils.set_random_seed(0)
+def test_a_run_that_has_converged_says_so_once_goes_on_without_cg_and_wakes_for_other_cases():
+    # A linear network on what no linear network fits.
     network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model = HFModel(network)
-    optimizer = HessianFree(solver=ConjugateGradient(preconditioner=EmpiricalFisherDiagonal()), growing_batch=None)
-    model.compile(optimizer=optimizer, loss="mse")
-    x = np.random.default_rng(0).normal(size=(300, 2)).astype("float32")
+    model = trainable(network, damping=None, preconditioner=Identity(), growing_batch=None)
+    x = normal(300, 2, dtype="float32")
     with pytest.warns(UserWarning, match="Training has converged to rounding: no step.*float32") as warned:
-        history = model.fit(x, np.sin(3 * x[:, :1]), epochs=150, verbose=0, callbacks=[LevenbergMarquardt()]).history
-    return model, x, history, len(warned)
-
-
-def test_a_run_that_has_converged_says_so_once_and_goes_on_without_cg(converged):
-    _, x, history, num_warnings = converged
+        history = fit(model, x, np.sin(3 * x[:, :1]), epochs=150)
+    assert len(warned) == 1
     flags = np.asarray(history["converged"])
     first = flags.argmax()
     assert 5 < first < 120 and flags[first:].all()
-    assert num_warnings == 1
     assert not np.any(np.asarray(history["cg_iterations"])[first + 1 :])
     assert np.isfinite(history["damping"]).all()
-    x, y = np.c_[x, np.ones(300)].astype("float64"), np.sin(3 * x[:, :1]).astype("float64")
-    least = np.mean((x @ np.linalg.lstsq(x, y)[0] - y) ** 2)
+    design, y = np.c_[x, np.ones(300)].astype("float64"), np.sin(3 * x[:, :1].astype("float64"))
+    least = np.mean((design @ np.linalg.lstsq(design, y)[0] - y) ** 2)
     assert history["loss"][-1] == pytest.approx(least, rel=1e-6)
 
-
-def test_a_converged_run_wakes_for_other_cases(converged):
-    model, x, _, _ = converged
-    history = model.fit(x, np.sin(x[:, :1]), epochs=2, verbose=0, callbacks=[LevenbergMarquardt()]).history
+    history = fit(model, x, np.sin(x[:, :1]), epochs=2)
     assert not any(history["converged"]) and history["loss"][-1] < history["loss"][0]
     assert all(history["cg_iterations"])

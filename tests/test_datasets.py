@@ -9,10 +9,8 @@ from examples import datasets
 
 def test_curves_are_flat_float32_images_in_the_unit_interval():
     images = datasets.synthetic_curves(50, seed=0)
-    assert images.shape == (50, 784)
-    assert images.dtype == np.float32
-    assert images.min() >= 0
-    assert images.max() <= 1
+    assert (images.shape, images.dtype) == ((50, 784), np.float32)
+    assert images.min() >= 0 and images.max() <= 1
 
 
 def test_curves_vary_as_much_as_the_published_data():
@@ -89,17 +87,25 @@ def test_mnist_elsewhere_comes_from_keras_cache(tmp_path, monkeypatch):
     assert (x_train.shape, x_test.shape, x_train.min()) == ((3, 784), (1, 784), 1)
 
 
-def test_missing_mnist_says_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"must be an `mnist.npz` file. Received: path=.*nowhere.npz"):
-        datasets.mnist(tmp_path / "nowhere.npz")
+@pytest.mark.parametrize(
+    ("load", "file", "module", "download"),
+    [
+        (datasets.mnist, "mnist.npz", keras.datasets.mnist, "load_data"),
+        (datasets.olivetti_faces, "olivettifaces.mat", keras.utils, "get_file"),
+    ],
+    ids=["mnist", "faces"],
+)
+def test_missing_data_say_what_to_do(load, file, module, download, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=rf"must be an `{file}` file. Received: path=.*nowhere"):
+        load(tmp_path / "nowhere")
 
-    def no_network():
+    def no_network(*arguments, **options):
         raise Exception("URL fetch failure")
 
     monkeypatch.delenv("KERAS_HF_DATA", raising=False)
-    monkeypatch.setattr(keras.datasets.mnist, "load_data", no_network)
+    monkeypatch.setattr(module, download, no_network)
     with pytest.raises(FileNotFoundError, match="hand over its path, or put .* URL fetch failure"):
-        datasets.mnist()
+        load()
 
 
 def test_real_mnist_has_its_known_size_and_brightness(data_dir):
@@ -124,19 +130,6 @@ def test_faces_are_read_from_a_path_or_from_the_data_folder(small_faces, monkeyp
     for found in (datasets.olivetti_faces(path), datasets.olivetti_faces()):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found * 255, faces, rtol=1e-6)
-
-
-def test_missing_faces_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"must be an `olivettifaces.mat` file. Received: path=.*nowhere.mat"):
-        datasets.olivetti_faces(tmp_path / "nowhere.mat")
-
-    def no_network(name, origin):
-        raise Exception("URL fetch failure")
-
-    monkeypatch.delenv("KERAS_HF_DATA", raising=False)
-    monkeypatch.setattr(keras.utils, "get_file", no_network)
-    with pytest.raises(FileNotFoundError, match="hand over its path, or put .* URL fetch failure"):
-        datasets.olivetti_faces()
 
 
 def test_patches_are_cut_where_the_numbers_say():
@@ -167,11 +160,13 @@ def test_any_patch_fits_into_its_face():
         assert bend.max() < 1e-9
 
 
-def test_patches_are_split_by_people_and_fixed_by_the_seed(small_faces):
+def test_patches_are_split_by_people_fixed_by_the_seed_and_standardized_by_those_for_training(small_faces):
     path, faces = small_faces
     parts = datasets.face_patches(0, 2, path)
     assert [part.shape for part in parts] == [(500, 625), (100, 625), (200, 625)]
     assert all(part.dtype == np.float32 for part in parts)
+    np.testing.assert_allclose(parts[0].mean(0, dtype="float64"), 0, atol=1e-6)
+    assert parts[0].var(0, dtype="float64").mean() == pytest.approx(1, rel=1e-5)
     again, other = datasets.face_patches(0, 2, path), datasets.face_patches(1, 2, path)
     assert all((one == two).all() for one, two in zip(parts, again, strict=True))
     assert np.any(parts[0] != other[0])
@@ -190,13 +185,6 @@ def raw_statistics(faces, patches_per_face):
     ]
     patches = np.concatenate(patches).reshape(-1, 625).astype("float64")
     return patches.mean(0), np.sqrt(patches.var(0).mean())
-
-
-def test_training_patches_have_mean_zero_and_average_variance_one(small_faces):
-    path, _ = small_faces
-    train, _, _ = datasets.face_patches(0, 2, path)
-    np.testing.assert_allclose(train.mean(0, dtype="float64"), 0, atol=1e-6)
-    assert train.var(0, dtype="float64").mean() == pytest.approx(1, rel=1e-5)
 
 
 def test_real_faces_are_people_in_order_and_upright(data_dir):

@@ -14,32 +14,16 @@ import test_damping
 import test_preconditioners
 import test_solver
 import test_stopping
-from problems import Problem, inputs, make_model, model_data, with_objective
+from problems import Problem, inputs, make_model, matrices, model_data, with_objective
 from test_docstrings import REFERENCE
 
 from docs import hooks
+from examples.precision import precision
 from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.solvers.solver import LocalModel
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
-# An index and measurements.
-WITHOUT_CODE = {
-    "README.md",
-    "architecture.md",
-    "benchmarks.md",
-    "experiments.md",
-    "faster.md",
-    "keras-460.md",
-    "scaling.md",
-    "support.md",
-    "which-solver.md",
-}
-WITH_CODE = sorted(set(PAGES) - WITHOUT_CODE)
-# Those that are notebooks, too, run as such.
-AS_PRINTED = sorted(set(WITH_CODE) - set(hooks.NOTEBOOKS))
-# Pages that take more than five seconds.
-SLOW = set(WITH_CODE) - {"how-it-works.md"}
 
 
 def blocks(name):
@@ -49,29 +33,34 @@ def blocks(name):
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in found]
 
 
-def run(name, code, namespace):
-    exec(compile(code, PAGES[name], "exec"), namespace)
+# Pages that are notebooks, too, run as such.
+AS_PRINTED = [name for name in PAGES if blocks(name) and name not in hooks.NOTEBOOKS]
+# Pages that take less than a second.
+QUICK = {"memory.md"}
+
+
+def run(name, codes):
+    """Runs blocks of a page one after the other, and returns the names that they define."""
+    namespace = {"__name__": "__main__"}
+    for code in codes:
+        exec(compile(code, PAGES[name], "exec"), namespace)
+    return namespace
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in AS_PRINTED]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in AS_PRINTED]
 )
 def test_code_runs_as_printed(name, tmp_path, monkeypatch):
-    assert blocks(name)
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__"}
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    try:
-        for code in blocks(name):
-            run(name, code, namespace)
-    finally:
-        keras.config.set_floatx(before[0])
-        keras.config.set_dtype_policy(before[1])
+    # What a page sets ends with it.
+    with precision("float32"):
+        run(name, blocks(name))
 
 
-def test_pages_without_code_have_none():
-    assert WITHOUT_CODE < set(PAGES)
-    assert not any(blocks(name) for name in WITHOUT_CODE)
+def test_all_python_of_pages_is_run():
+    assert len(AS_PRINTED) + len(hooks.NOTEBOOKS) > 10
+    for name, path in PAGES.items():
+        assert len(blocks(name)) == path.read_text(encoding="utf-8").count("```python"), name
 
 
 def links(path):
@@ -156,12 +145,14 @@ def test_a_notebook_runs_what_its_page_runs(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", hooks.NOTEBOOKS)
-def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
-    """In a kernel of its own, where a warning is an error as in the other tests."""
-    notebook = hooks.notebook(PAGES[name].read_text(encoding="utf-8"))
-    strict = "import warnings; warnings.simplefilter('error', UserWarning)"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(strict))
+def test_notebooks_run_from_top_to_bottom(tmp_path):
+    """In one kernel, each without the names of the one before, where a warning is an error as in the other tests."""
+    cells = []
+    for name in hooks.NOTEBOOKS:
+        notebook = hooks.notebook(PAGES[name].read_text(encoding="utf-8"))
+        start = nbformat.v4.new_code_cell("%reset -f\nimport warnings; warnings.simplefilter('error', UserWarning)")
+        cells += [start, *notebook.cells]
+    notebook.cells = cells
     nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
@@ -182,10 +173,7 @@ def parts():
     """The names that the page's files define."""
     files = [code for code in blocks("writing-parts.md") if code.lstrip().startswith('"""')]
     assert len(files) == 5
-    namespace = {"__name__": "__main__"}
-    for code in files:
-        run("writing-parts.md", code, namespace)
-    return namespace
+    return run("writing-parts.md", files)
 
 
 def test_the_stopping_rule_keeps_to_its_tests(parts):
@@ -202,8 +190,8 @@ def test_the_stopping_rule_keeps_to_its_tests(parts):
 def test_the_solver_keeps_to_its_tests(parts, float64):
     solver = parts["TrustRegion"](max_iterations=20, rtol=0.05)
     test_solver.test_configuration_survives_saving(solver, 1.0)
-    test_solver.test_an_update_lowers_the_loss_and_hands_on_a_state_of_the_same_form(solver, 1.0)
     test_solver.test_at_rest_the_step_is_zero(solver, 1.0)
+    test_solver.test_an_update_lowers_the_loss_and_hands_on_a_state_of_the_same_form(solver, 1.0)
 
 
 def test_the_solver_stops_at_the_border_of_its_region(parts, float64):
@@ -226,17 +214,17 @@ def test_the_preconditioner_keeps_to_its_tests(parts, float64):
 
 
 def test_the_curvature_keeps_to_its_tests(parts, float64):
-    curvature = parts["PositiveGaussNewton"]()
+    curvature = parts["PositiveGaussNewton"](DoubleBackward())
     test_curvature.test_config_round_trip(curvature)
     model = make_model(loss=cauchy)
     data = model_data(model, inputs(), 3 * np.random.default_rng(3).normal(size=(15, 3)))
     problem = Problem("linear", cauchy, None, positive_part)
     expected = test_curvature.gauss_newton_oracle(model, data, problem)
-    assert np.linalg.eigvalsh(test_curvature.matrix(model, data, GaussNewton()))[0] < 0 < np.abs(expected).max()
+    both = lambda objective: matrices(objective, [curvature, GaussNewton(DoubleBackward())])  # noqa: E731
     for sizes in ({}, {"micro_batch_size": 4}):
-        np.testing.assert_allclose(
-            test_curvature.matrix(model, data, curvature, **sizes), expected, **test_curvature.EXACT
-        )
+        found, indefinite = with_objective(model, data, both, **sizes)
+        np.testing.assert_allclose(found, expected, **test_curvature.EXACT)
+        assert np.linalg.eigvalsh(indefinite)[0] < 0 < np.abs(expected).max()
 
 
 def cauchy(y_true, y_pred):
@@ -252,8 +240,9 @@ def positive_part(z, y):
 def test_the_curvature_refuses_losses_of_several_outputs_at_once(parts, float64):
     model = make_model("softmax", "categorical_crossentropy")
     data = model_data(model, inputs(), np.eye(3)[np.arange(15) % 3])
+    curvature = parts["PositiveGaussNewton"](DoubleBackward())
     with pytest.raises(ValueError, match="sum over single outputs"):
-        test_curvature.matrix(model, data, parts["PositiveGaussNewton"]())
+        with_objective(model, data, lambda objective: matrices(objective, [curvature]))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +255,7 @@ def test_the_damping_rule_keeps_to_its_table(parts, ratio, factor):
 
 
 def test_the_damping_rule_moves_the_damping_of_fit(parts):
-    model = test_damping.linear_model(damping=0.75)
+    model = test_damping.rested(0.75)
     run = test_damping.train(model, *test_damping.least_squares(), parts["Nielsen"](), epochs=3)
     np.testing.assert_allclose(run.dampings, 0.75 / 3.0 ** np.arange(4), rtol=1e-4)
     assert run.num_traces == 1

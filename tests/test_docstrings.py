@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_hf
+from examples.precision import precision
 from keras_hf import pinn, plots
 
 REFERENCE = sorted(Path(__file__).parents[1].joinpath("docs", "api").glob("*.md"))
@@ -46,17 +47,9 @@ def test_every_public_name_is_in_the_reference():
     assert sorted((exported | beside) - set(NAMES)) == []
 
 
-@pytest.fixture(autouse=True)
-def types_restored():
-    """Undoes an example's change of Keras' types."""
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
-
-
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
 def test_examples_run_as_printed(example, capsys):
-    with np.printoptions(precision=8, suppress=False, linewidth=75):
+    # The types of Keras that an example sets end with it.
+    with precision("float32"), np.printoptions(precision=8, suppress=False, linewidth=75):
         found = doctest.DocTestRunner().run(example)
     assert not found.failed, capsys.readouterr().out

@@ -2,25 +2,25 @@
 
 import keras
 import numpy as np
-import problems
 import pytest
 import tensorflow as tf
 from keras import layers
+from training import all_values, assert_equal, fit, renewed, trainable
 
-from keras_hf import ConjugateGradient, ConstantDamping, HessianFree, HFModel, Identity, LevenbergMarquardt
-from keras_hf.advice import Advice
+from keras_hf import ConstantDamping, HFModel, Identity
 from keras_hf.common import checks
+
+# No preconditioner, few iterations: what is tested here comes before them. A chunk of all cases, so that one trace is for arrays and datasets.
+SETTINGS = {"preconditioner": Identity(), "max_iterations": 3, "curvature_batch_size": 1000}
 
 
 def network(*first):
     return keras.Sequential([keras.Input((2,)), *first, layers.Dense(2)])
 
 
-def compiled(net, loss="mse"):
-    # No preconditioner, few iterations: what is tested here comes before them.
-    return problems.compiled(
-        net, loss, optimizer=HessianFree(solver=ConjugateGradient(preconditioner=Identity(), max_iterations=3), seed=0)
-    )
+def compiled(net=None, loss="mse", **compile_arguments):
+    net = network() if net is None else net
+    return trainable(net, loss, damping=None, compile_arguments=compile_arguments, **SETTINGS)
 
 
 def cases(num_cases=20):
@@ -28,8 +28,9 @@ def cases(num_cases=20):
     return rng.normal(size=(num_cases, 2)).astype("float32"), rng.normal(size=(num_cases, 2)).astype("float32")
 
 
-def fit(model, *data, **arguments):
-    return model.fit(*data, **{"verbose": 0, "callbacks": [LevenbergMarquardt()], **arguments}).history
+def weighted(num_cases=20):
+    """`x, y, sample_weight`: where all tests have weights, one trace is for all."""
+    return *cases(num_cases), np.ones(num_cases, "float32")
 
 
 def dataset(*batches):
@@ -41,99 +42,83 @@ def dataset(*batches):
 
 def assert_rejected(model, history, before):
     assert history["step_size"] == [0]
-    for one, other in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_equal(before, model.get_weights())
 
 
 # Data.
 
 
-@pytest.mark.parametrize("batch_size", [None, 5])
-def test_x_and_y_of_different_length_are_refused(batch_size):
-    x, y = cases()
-    with pytest.raises(
-        ValueError, match="must hold the same number of cases. Received: x of 20, y of 12. The first axis is the case"
-    ):
-        fit(compiled(network()), x, y[:12], batch_size=batch_size)
+X, Y = cases()
+SAME_NUMBER = "must hold the same number of cases. Received: "
+NO_ARRAYS = "`sample_weight` must hold dense arrays.*Received: sample_weight.*of type float.*np.asarray"
+NO_COUNT = "`batch_size` must be an integer >= 1 or `None`. Received: batch_size="
+# Arguments of `fit`, and the message.
+REFUSED = {
+    "x and y of different length": ((X, Y[:12]), SAME_NUMBER + "x of 20, y of 12. The first axis is the case"),
+    "x and y of different length in batches": ((X, Y[:12], 5), SAME_NUMBER + "x of 20, y of 12."),
+    "parts of x of different length": (({"a": X, "b": X[:3]}, Y), SAME_NUMBER + r"x\[0\] of 20, x\[1\] of 3, y of 20"),
+    "empty arrays": (cases(0), "`x` must hold at least one case. Received: arrays of length 0"),
+    "no x": ((None, Y), "`fit` needs cases. Received: x=None"),
+    "no y": ((X,), "`y` must hold what the loss 'mse' compares predictions with. Received: y=None"),
+    "a batch_size of 0": ((X, Y, 0), NO_COUNT + "0"),
+    "a negative batch_size": ((X, Y, -3), NO_COUNT + "-3"),
+    "a broken batch_size": ((X, Y, 7.5), NO_COUNT + "7.5"),
+}
+REFUSED_WEIGHTS = {
+    "another length": (np.ones(7), SAME_NUMBER + "x of 20, y of 20, sample_weight of 7"),
+    "a number": (2.0, NO_ARRAYS),
+    "a list of numbers": ([1.0] * 20, NO_ARRAYS),
+    "a matrix that Keras would broadcast": (
+        np.ones((20, 20)),
+        r"one weight per value of the loss .*shape \(cases, 20\) for values of shape \(cases,\)",
+    ),
+}
 
 
-def test_parts_of_x_of_different_length_are_refused():
-    x, y = cases()
-    with pytest.raises(ValueError, match=r"same number of cases. Received: x\[0\] of 20, x\[1\] of 3, y of 20"):
-        fit(compiled(network()), {"a": x, "b": x[:3]}, y)
+@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
+def test_cases_that_do_not_fit_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(renewed(compiled), *arguments)
 
 
-def test_weights_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="same number of cases. Received: x of 20, y of 20, sample_weight of 7"):
-        fit(compiled(network()), *cases(), sample_weight=np.ones(7))
-
-
-@pytest.mark.parametrize("weight", [2.0, [1.0] * 20])
-def test_weights_that_are_no_arrays_are_refused(weight):
-    with pytest.raises(
-        ValueError, match="`sample_weight` must hold dense arrays.*Received: sample_weight.*of type float.*np.asarray"
-    ):
-        fit(compiled(network()), *cases(), sample_weight=weight)
+@pytest.mark.parametrize("weight, message", REFUSED_WEIGHTS.values(), ids=REFUSED_WEIGHTS)
+def test_weights_that_are_not_one_for_each_case_are_refused(weight, message):
+    with pytest.raises(ValueError, match=message):
+        fit(compiled(), X, Y, sample_weight=weight)
 
 
 def test_sparse_matrices_are_refused():
     sparse = pytest.importorskip("scipy.sparse")
-    x, y = cases()
     with pytest.raises(ValueError, match="`x` must hold dense arrays.*of type csr_matrix.*toarray"):
-        fit(compiled(network()), sparse.csr_matrix(x), y)
+        fit(renewed(compiled), sparse.csr_matrix(X), Y)
 
 
-def test_empty_arrays_are_refused():
-    with pytest.raises(ValueError, match="`x` must hold at least one case. Received: arrays of length 0"):
-        fit(compiled(network()), *cases(0))
+def regularized():
+    return compiled(network(layers.Dense(3, kernel_regularizer="l2")))
 
 
-def test_no_x_is_refused():
-    with pytest.raises(ValueError, match="`fit` needs cases. Received: x=None"):
-        fit(compiled(network()), None, cases()[1])
-
-
-def test_no_y_is_refused():
-    with pytest.raises(
-        ValueError, match="`y` must hold what the loss 'mse' compares predictions with. Received: y=None"
-    ):
-        fit(compiled(network()), cases()[0])
-
-
-@pytest.mark.parametrize("batch_size", [0, -3, 7.5])
-def test_a_batch_size_that_is_no_count_is_refused(batch_size):
-    with pytest.raises(
-        ValueError, match=f"`batch_size` must be an integer >= 1 or `None`. Received: batch_size={batch_size}"
-    ):
-        fit(compiled(network()), *cases(), batch_size=batch_size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("regularizer", [None, "l2"])
-def test_an_empty_batch_changes_nothing_and_says_so(regularizer):
-    model = compiled(network(layers.Dense(3, kernel_regularizer=regularizer)))
+@pytest.mark.parametrize("make", [compiled, pytest.param(regularized, marks=pytest.mark.slow)])
+def test_an_empty_batch_changes_nothing_and_says_so(make):
+    model = renewed(make)
     before = model.get_weights()
     with pytest.warns(UserWarning, match="update on 0 cases"):
-        history = fit(model, dataset(cases(0)))
+        history = fit(model, dataset(weighted(0)))
     assert history["num_cases"] == [0]
     assert_rejected(model, history, before)
 
 
 def test_a_batch_of_unequal_lengths_is_refused_when_it_comes():
-    model, (x, _) = compiled(network()), cases()
+    message = "must hold the same number of cases.*Received: a batch where y is not as long as x"
     for length in (12, 30):
-        with pytest.raises(
-            Exception, match="must hold the same number of cases.*Received: a batch where y is not as long as x"
-        ):
-            fit(model, dataset((x, cases(length)[1])))
+        with pytest.raises(Exception, match=message):
+            fit(renewed(compiled), dataset((X, *weighted(length)[1:])))
 
 
 def test_train_on_batch_refuses_unequal_lengths_and_no_cases():
-    x, y = cases()
     with pytest.raises(ValueError, match="same number of cases.*Received: a batch where x is of 20 and y of 12"):
-        compiled(network()).train_on_batch(x, y[:12])
+        renewed(compiled).train_on_batch(X, Y[:12])
     with pytest.raises(ValueError, match="`x` must hold at least one case. Received: a batch of length 0"):
-        compiled(network()).train_on_batch(x[:0], y[:0])
+        renewed(compiled).train_on_batch(X[:0], Y[:0])
 
 
 def test_equal_lengths_looks_at_every_part():
@@ -144,92 +129,87 @@ def test_equal_lengths_looks_at_every_part():
             checks.equal_lengths(x, y, weight)
 
 
-@pytest.mark.parametrize(
-    "weights, values, fits",
-    [
-        ((None,), (None,), True),
-        ((None, 1), (None,), True),
-        ((None, 5), (None,), False),
-        ((None,), (None, 5), False),
-        ((None, 1), (None, 5), True),
-        ((None, 5), (None, 5), True),
-        ((None, 4), (None, 5), False),
-        ((None, 5, 1), (None, 5), True),
-        ((None, 1), (None, 5, 5), False),
-        ((None, 1, 1), (None, 5, 5), True),
-        ((20,), (20,), True),
-        ((20, 20), (20,), False),
-        ((None,), (), True),
-    ],
-)
-def test_weights_must_have_the_shape_of_the_loss_values(weights, values, fits):
-    graph = tf.Graph()
-    with graph.as_default():
-        weight, value = (tf.compat.v1.placeholder("float32", shape) for shape in (weights, values))
-    if fits:
-        checks.sample_weight("mse", weight, value)
-        return
-    with pytest.raises(
-        ValueError, match=r"`sample_weight` must hold one weight per value of the loss 'mse'.*shape \((cases|20),"
-    ):
-        checks.sample_weight("mse", weight, value)
+# Shapes of weights, by that of the values of the loss.
+FITTING = {
+    (): [(None,)],
+    (20,): [(20,)],
+    (None,): [(None,), (None, 1)],
+    (None, 5): [(None, 1), (None, 5), (None, 5, 1)],
+    (None, 5, 5): [(None, 1, 1)],
+}
+OTHERS = {(20,): [(20, 20)], (None,): [(None, 5)], (None, 5): [(None,), (None, 4)], (None, 5, 5): [(None, 1)]}
 
 
-def test_weights_that_keras_would_broadcast_are_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"one weight per value of the loss .*shape \(cases, 20\) for values of shape \(cases,\)",
-    ):
-        fit(compiled(network(), keras.losses.MeanSquaredError()), *cases(), sample_weight=np.ones((20, 20)))
+def check_shapes(weights, values):
+    with tf.Graph().as_default():
+        checks.sample_weight("mse", *(tf.compat.v1.placeholder("float32", shape) for shape in (weights, values)))
+
+
+def test_weights_must_have_the_shape_of_the_loss_values():
+    message = r"`sample_weight` must hold one weight per value of the loss 'mse'.*shape \((cases|20),"
+    for values, shapes in FITTING.items():
+        for weights in shapes:
+            check_shapes(weights, values)
+    for values, shapes in OTHERS.items():
+        for weights in shapes:
+            with pytest.raises(ValueError, match=message):
+                check_shapes(weights, values)
 
 
 @pytest.mark.parametrize("loss, y", [("mse", np.zeros((20, 3))), ("categorical_crossentropy", np.zeros(20))])
 def test_targets_of_the_wrong_shape_are_refused_by_keras(loss, y):
     with pytest.raises(ValueError, match=r"Dimensions must be equal|must have the same rank"):
-        fit(compiled(network(), loss), cases()[0], y)
+        fit(compiled(loss=loss), X, y)
 
 
-@pytest.fixture(scope="module")
-def traced():
-    return compiled(network())
+NOT_FINITE = "1 of the 20 cases of an update hold numbers that are not finite"
+OVERFLOW = "not finite, though the numbers in the cases are"
+# What the first numbers are, the warning, and the loss.
+BAD_NUMBERS = {
+    "NaN in x": ({"x": [np.nan]}, NOT_FINITE, np.nan),
+    "NaN in y": ({"y": [np.nan]}, NOT_FINITE, np.nan),
+    "NaN in sample_weight": ({"sample_weight": [np.nan]}, NOT_FINITE, np.nan),
+    # The squares of these are too large for float32.
+    "infinite loss": ({"y": [1e30] * 4}, OVERFLOW, np.inf),
+    "difference of infinities": ({"y": [1e30] * 4, "sample_weight": [1, -1]}, OVERFLOW, np.nan),
+    "weights of zero": ({"sample_weight": [0] * 20}, "The gradient of the first update is zero", 0),
+}
 
 
-@pytest.fixture
-def weighted(traced):
-    """A model for twenty weighted cases, traced once, that has given no warning yet."""
-    traced._advice = Advice()
-    return traced
+def test_bad_numbers_reject_the_step_and_say_so():
+    for name, (numbers, warning, loss) in BAD_NUMBERS.items():
+        model, data = renewed(compiled), dict(zip(("x", "y", "sample_weight"), weighted(), strict=True))
+        for part, values in numbers.items():
+            data[part].flat[: len(values)] = values
+        before = model.get_weights()
+        with pytest.warns(UserWarning, match=warning):
+            history = fit(model, **data)
+        np.testing.assert_equal(history["loss"], [loss], err_msg=name)
+        assert np.isnan(history["reduction_ratio"]).all(), name
+        assert_rejected(model, history, before)
 
 
-@pytest.mark.parametrize("where", ["x", "y", "sample_weight"])
-def test_a_nan_anywhere_rejects_the_step(where, weighted):
-    x, y = cases()
-    data = {"x": x, "y": y, "sample_weight": np.ones(20)}
-    data[where].flat[3] = np.nan
-    model, before = weighted, weighted.get_weights()
-    with pytest.warns(UserWarning, match="1 of the 20 cases of an update hold numbers that are not finite"):
-        history = fit(model, **data)
-    assert np.isnan(history["loss"]).all() and np.isnan(history["reduction_ratio"]).all()
-    assert_rejected(model, history, before)
-
-
-@pytest.mark.slow
-def test_weights_of_zero_leave_nothing_to_do():
-    model = compiled(network())
-    before = model.get_weights()
-    with pytest.warns(UserWarning, match="The gradient of the first update is zero"):
-        history = fit(model, *cases(), sample_weight=np.zeros(20))
-    assert history["loss"] == [0] and history["gradient_norm"] == [0]
-    assert_rejected(model, history, before)
-
-
-def test_negative_weights_are_taken_as_they_are(weighted):
-    x, y = cases(16)
+def test_negative_weights_are_taken_as_they_are():
+    model, (x, y) = renewed(compiled), cases(16)
     # Two opposite weights of one case take everything from each other.
-    expected = weighted.evaluate(x, y, batch_size=16, verbose=0) * 16 / 20
+    expected = model.evaluate(x, y, batch_size=16, verbose=0) * 16 / 20
     sample_weight = np.r_[np.ones(18), -np.ones(2)]
-    history = fit(weighted, np.r_[x, x[:2], x[:2]], np.r_[y, y[:2], y[:2]], sample_weight=sample_weight)
+    history = fit(model, np.r_[x, x[:2], x[:2]], np.r_[y, y[:2], y[:2]], sample_weight=sample_weight)
     assert history["loss"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_small_batch_of_a_dataset_is_said_once():
+    with pytest.warns(UserWarning, match="update on 32 cases fits their noise") as record:
+        fit(renewed(compiled), dataset(weighted(32), weighted(32)), epochs=2)
+    assert len(record) == 1
+
+
+def test_a_small_remainder_is_said_once_with_the_cure():
+    x, y, weight = weighted(603)
+    message = "An update on 3 cases.*Others held up to 300. Choose a `batch_size` that leaves no"
+    with pytest.warns(UserWarning, match=message) as record:
+        fit(renewed(compiled), x, y, sample_weight=weight, batch_size=300, epochs=2)
+    assert sum("fits their noise" in str(warning.message) for warning in record) == 1
 
 
 # Models.
@@ -252,39 +232,39 @@ class Scaled(layers.Layer):
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 def test_a_trainable_weight_that_is_no_real_number_is_refused_by_name(dtype):
-    with pytest.raises(
-        ValueError,
-        match=f"must be real floating-point numbers.*the weight '.*scaled/scale' of dtype {dtype}.*trainable=False",
-    ):
+    message = f"must be real floating-point numbers.*the weight '.*scaled/scale' of dtype {dtype}.*trainable=False"
+    with pytest.raises(ValueError, match=message):
         compiled(network(Scaled(dtype, trainable=True)))
-
-
-@pytest.mark.slow
-def test_a_weight_of_integers_that_is_not_trained_is_fine():
-    fit(compiled(network(Scaled("int32", trainable=False))), *cases())
 
 
 def test_a_network_that_fit_builds_is_looked_at_too():
     model = compiled(keras.Sequential([Scaled("int32", trainable=True), layers.Dense(2)]))
     with pytest.raises(ValueError, match="Received: the weight '.*scaled/scale' of dtype int32"):
-        fit(model, *cases())
+        fit(model, X, Y)
 
 
 def test_a_network_all_frozen_is_refused():
     net = network()
     net.trainable = False
     with pytest.raises(ValueError, match="at least one trainable weight.*layer.trainable = True"):
-        fit(compiled(net), *cases())
+        fit(compiled(net), X, Y)
+
+
+def test_weights_that_are_not_trained_stay_and_a_layer_unfrozen_without_compile_too_which_is_said():
+    scaled, dense = Scaled("int32", trainable=False), layers.Dense(3)
+    dense.trainable = False
+    model = compiled(network(scaled, dense))
+    kernel = dense.kernel.numpy()
+    fit(model, X, Y)
+    np.testing.assert_array_equal(dense.kernel, kernel)
+    dense.trainable = True
+    with pytest.warns(UserWarning, match="has changed since `compile`.*dense.*stay as they were then. Compile again"):
+        fit(model, X, Y)
+    np.testing.assert_array_equal(dense.kernel, kernel)
+    assert int(scaled.scale) == 1
 
 
 # Losses.
-
-
-def giving(function):
-    def custom(y, y_pred):
-        return function(y, y_pred)
-
-    return custom
 
 
 def forgetful(y, y_pred):
@@ -296,71 +276,54 @@ class Forgetful(keras.losses.Loss):
         forgetful(y, y_pred)
 
 
-@pytest.mark.parametrize(
-    "loss, name, received",
-    [
-        (forgetful, "forgetful", "None. Is a `return` missing"),
-        (Forgetful(name="absent"), "absent", "None. Is a `return` missing"),
-        (giving(lambda y, y_pred: "big"), "custom", "'big' of type str"),
-        (giving(lambda y, y_pred: [0.5, 0.5]), "custom", r"\[0.5, 0.5\] of type list"),
-        (giving(lambda y, y_pred: 1.0), "custom", "1.0 of type float"),
-        (
-            giving(lambda y, y_pred: tf.cast(tf.reduce_sum(y - y_pred, -1), "int32")),
-            "custom",
-            "a tensor of dtype int32",
-        ),
-        (giving(lambda y, y_pred: tf.reduce_all(y > y_pred, -1)), "custom", "a tensor of dtype bool"),
-    ],
-    ids=["None", "None from an object", "string", "list", "number", "integers", "bools"],
-)
-def test_what_a_loss_must_return(loss, name, received):
-    with pytest.raises(
-        ValueError, match=f"The loss '{name}' must return a floating-point tensor.*Received: {received}"
-    ):
-        fit(compiled(network(), loss), *cases())
+RETURNED = {
+    "None": (forgetful, "None. Is a `return` missing"),
+    "None from an object": (Forgetful(name="forgetful"), "None. Is a `return` missing"),
+    "string": (lambda y, y_pred: "big", "'big' of type str"),
+    "list": (lambda y, y_pred: [0.5, 0.5], r"\[0.5, 0.5\] of type list"),
+    "number": (lambda y, y_pred: 1.0, "1.0 of type float"),
+    "integers": (lambda y, y_pred: tf.argmax(y - y_pred, -1), "a tensor of dtype int64"),
+    "bools": (lambda y, y_pred: tf.reduce_all(y > y_pred, -1), "a tensor of dtype bool"),
+}
+
+
+@pytest.mark.parametrize("loss, received", RETURNED.values(), ids=RETURNED)
+def test_what_a_loss_must_return(loss, received):
+    message = f"The loss '(forgetful|<lambda>)' must return a floating-point tensor.*Received: {received}"
+    with pytest.raises(ValueError, match=message):
+        fit(compiled(loss=loss), X, Y)
 
 
 def test_a_loss_with_fewer_values_than_cases_is_refused_by_name():
     def of_some(y, y_pred):
-        values = tf.reduce_mean((y - y_pred) ** 2, -1)
-        return tf.boolean_mask(values, y[:, 0] > 0)
+        return tf.boolean_mask(tf.reduce_mean((y - y_pred) ** 2, -1), y[:, 0] > 0)
 
-    model = compiled(network(), of_some)
-    with pytest.raises(
-        Exception, match="The loss .*of_some.* must return.*another number of values than there are cases.*the value 0"
-    ):
-        fit(model, *cases())
+    message = "The loss .*of_some.* must return.*another number of values than there are cases.*the value 0"
+    with pytest.raises(Exception, match=message):
+        fit(compiled(loss=of_some), X, Y)
 
 
 def test_the_check_of_a_loss_leaves_its_name_and_what_is_saved(tmp_path):
-    model = compiled(network(), keras.losses.huber)
-    model.evaluate(*cases(), verbose=0)
+    model = compiled(loss=keras.losses.huber)
+    model.evaluate(X, Y, verbose=0)
     assert model.loss is keras.losses.huber
     model.save(tmp_path / "run.keras")
     assert keras.models.load_model(tmp_path / "run.keras").loss is keras.losses.huber
 
 
-@pytest.mark.parametrize("loss", ["huber", keras.losses.huber, keras.losses.Huber, keras.losses.Huber()])
 @pytest.mark.slow
-def test_a_loss_in_any_form_is_the_same_loss(loss):
-    model = compiled(network(), loss)
-    x, y = cases()
-    expected = keras.losses.Huber()(y, model(x))
-    assert fit(model, x, y)["loss"][0] == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_a_loss_that_is_nan_rejects_the_step():
-    model = compiled(network(), giving(lambda y, y_pred: tf.reduce_mean((y - y_pred) ** 2, -1) * np.nan))
-    before = model.get_weights()
-    with pytest.warns(UserWarning, match="not finite, though the numbers in the cases are"):
-        history = fit(model, *cases())
-    assert np.isnan(history["loss"]).all()
-    assert_rejected(model, history, before)
+def test_a_loss_in_any_form_is_the_same_loss():
+    forms = ["huber", keras.losses.huber, keras.losses.Huber, keras.losses.Huber()]
+    inputs = keras.Input((2,))
+    net = keras.Model(inputs, [layers.Dense(2)(inputs) for _ in forms])
+    expected = [float(keras.losses.Huber()(Y, output)) for output in net(X)]
+    assert len(set(expected)) == len(forms)
+    assert fit(compiled(net, forms), X, [Y] * len(forms))["loss"] == [pytest.approx(sum(expected), rel=1e-6)]
 
 
 def test_no_loss_is_refused():
     with pytest.raises(ValueError, match=r"needs a loss to minimise.*`compile` without `loss`.*add_loss"):
-        fit(compiled(network(), None), *cases())
+        fit(compiled(loss=None), X, Y)
 
 
 @pytest.mark.slow
@@ -370,9 +333,8 @@ def test_a_loss_that_the_network_adds_is_enough():
             self.add_loss(tf.reduce_mean(x**2))
             return x
 
-    model = HFModel(keras.Sequential([keras.Input((2,)), layers.Dense(3), Adding()]))
-    model.compile()
-    history = fit(model, cases()[0], epochs=2)
+    net = keras.Sequential([keras.Input((2,)), layers.Dense(3), Adding()])
+    history = fit(compiled(net, None), X, epochs=2)
     assert history["loss"][1] < history["loss"][0]
 
 
@@ -382,7 +344,7 @@ def test_a_loss_that_the_network_adds_is_enough():
 @pytest.mark.parametrize("method", ["fit", "evaluate", "train_on_batch", "test_on_batch", "check_products"])
 def test_what_needs_a_loss_says_that_compile_comes_first(method):
     with pytest.raises(ValueError, match=r"You must call `compile\(\)` before"):
-        getattr(HFModel(network()), method)(*cases())
+        getattr(HFModel(network()), method)(X, Y)
 
 
 def test_weights_come_and_go_without_compile(tmp_path):
@@ -403,67 +365,40 @@ def test_weights_that_do_not_fit_a_model_without_compile_leave_it_as_it_was(tmp_
     before = model.get_weights()
     with pytest.raises(ValueError, match="does not hold the weights of this model, which stays as it was"):
         model.load_weights(tmp_path / "a.weights.h5")
-    for one, other in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_equal(before, model.get_weights())
 
 
 # What a call leaves.
 
 
-@pytest.mark.slow
-def test_steps_per_epoch_are_updates_on_the_one_batch_that_holds_all_cases():
-    for steps_per_execution in (1, 2):
-        model = HFModel(network())
-        optimizer = HessianFree(
-            solver=ConjugateGradient(preconditioner=Identity(), max_iterations=2), growing_batch=None, seed=0
-        )
-        model.compile(optimizer, "mse", steps_per_execution=steps_per_execution)
-        fit(model, *cases(), batch_size=50, steps_per_epoch=3, epochs=2, callbacks=[ConstantDamping()])
-        assert int(model.optimizer.iterations) == 6
+def in_pairs():
+    return compiled(steps_per_execution=2)
 
 
 @pytest.mark.filterwarnings("ignore:(An update on 3 cases|In the last 40 updates)")
-@pytest.mark.parametrize("steps_per_execution", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_steps_per_epoch_are_updates_where_they_do_not_divide_the_cases(steps_per_execution):
-    model = HFModel(network())
-    optimizer = HessianFree(
-        solver=ConjugateGradient(preconditioner=Identity(), max_iterations=2), growing_batch=None, seed=0
-    )
-    model.compile(optimizer, "mse", steps_per_execution=steps_per_execution)
-    counts = []
-    count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: counts.append(int(optimizer.iterations)))
-    # 61 cases are left for training. Keras' warning that the data ran out would be an error.
-    arguments = {"validation_split": 0.1, "steps_per_epoch": 20, "epochs": 2}
-    fit(model, *cases(68), **arguments, callbacks=[ConstantDamping(), count])
-    assert counts == [20, 40]
+@pytest.mark.parametrize("make", [compiled, in_pairs])
+def test_steps_per_epoch_are_updates(make):
+    model, counts = renewed(make), []
+
+    def count(epoch, logs):
+        counts.append(int(model.optimizer.iterations))
+
+    def numbers(num_cases, **arguments):
+        x, y, weight = weighted(num_cases)
+        callbacks = [ConstantDamping(), keras.callbacks.LambdaCallback(on_epoch_end=count)]
+        fit(model, x, y, sample_weight=weight, epochs=2, callbacks=callbacks, **arguments)
+        return counts
+
+    # On the one batch that holds all cases.
+    assert numbers(20, batch_size=50, steps_per_epoch=3) == [3, 6]
+    # They do not divide the 61 cases left for training. Keras' warning that the data ran out would be an error.
+    assert numbers(68, validation_split=0.1, steps_per_epoch=20) == [3, 6, 26, 46]
 
 
 def test_a_check_of_products_leaves_weights_that_violate_a_constraint(capsys):
     dense = layers.Dense(3, kernel_constraint="non_neg")
     model = compiled(network(dense))
     dense.kernel.assign(-np.ones((2, 3)))
-    values = lambda: [v.numpy() for v in (*model.variables, *model.metrics_variables, *model.optimizer.variables)]  # noqa: E731
-    before = values()
-    model.check_products(*cases())
-    for one, other in zip(before, values(), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_a_small_remainder_is_said_once_with_the_cure():
-    model = compiled(network())
-    with pytest.warns(
-        UserWarning, match="An update on 3 cases.*Others held up to 300. Choose a `batch_size` that leaves no"
-    ) as record:
-        fit(model, *cases(603), batch_size=300, epochs=2)
-    assert sum("fits their noise" in str(warning.message) for warning in record) == 1
-
-
-def test_a_layer_unfrozen_without_compile_stays_frozen_and_that_is_said():
-    dense = layers.Dense(3)
-    dense.trainable = False
-    model = compiled(network(dense))
-    fit(model, *cases())
-    before, dense.trainable = dense.kernel.numpy(), True
-    with pytest.warns(UserWarning, match="has changed since `compile`.*dense.*stay as they were then. Compile again"):
-        fit(model, *cases())
-    np.testing.assert_array_equal(dense.kernel, before)
+    before = all_values(model) + [variable.numpy() for variable in model.metrics_variables]
+    model.check_products(X, Y)
+    assert_equal(before, all_values(model) + [variable.numpy() for variable in model.metrics_variables])

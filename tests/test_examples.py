@@ -1,16 +1,31 @@
-import contextlib
-import csv
 import math
-from unittest import mock
+import shutil
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from training import Clock, assert_equal
 
 from examples import autoencoder, baselines, experiments, pinn, runs_to_read
 from examples.tables import read_rows
 from keras_hf import read_updates
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock that ends runs, which stands still unless a test moves it."""
+    monkeypatch.setattr(baselines, "time", clock := Clock())
+    return clock
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Networks and data in a size that no test waits for."""
+    for size in ("demo", "full"):
+        monkeypatch.setitem(autoencoder.SETTINGS, ("curves", size), autoencoder.Setting((8, 3), 50, None))
+    faces = autoencoder.Setting((8, 3), 250, None, num_pixels=625, is_real=True)
+    monkeypatch.setitem(autoencoder.SETTINGS, ("faces", "demo"), faces)
 
 
 def tiny_network():
@@ -19,34 +34,28 @@ def tiny_network():
 
 def recorder(network, path, **limits):
     x = np.random.default_rng(0).normal(size=(30, 4)).astype("float32")
-    return baselines.Recorder(network, x, x[:10], path, **{"max_seconds": 60.0, "max_updates": 40, **limits})
+    return baselines.Recorder(network, x, x[:10], path, **{"max_seconds": math.inf, "max_updates": 40, **limits})
 
 
 @pytest.mark.parametrize(("dataset", "num_weights"), [("curves", 842_340), ("mnist", 2_837_314), ("faces", 7_537_655)])
 def test_full_networks_have_the_published_number_of_weights(dataset, num_weights):
     setting = autoencoder.SETTINGS[dataset, "full"]
-    network = autoencoder.build_autoencoder(setting.widths, l2=0.0, seed=0, num_pixels=setting.num_pixels)
+    network = autoencoder.build_autoencoder(setting.widths, 0.0, 0, sparse=False, num_pixels=setting.num_pixels)
     assert network.count_params() == num_weights
 
 
-def test_only_the_code_layer_is_linear():
-    network = autoencoder.build_autoencoder((5, 4, 3), l2=0.0, seed=0)
+@pytest.mark.parametrize(("linear_output", "last"), [(False, "sigmoid"), (True, "linear")])
+def test_only_the_code_layer_is_linear_and_of_real_numbers_the_outputs(linear_output, last):
+    network = autoencoder.build_autoencoder((5, 4, 3), 0.0, seed=0, num_pixels=25, linear_output=linear_output)
     layers = [(layer.units, layer.activation.__name__) for layer in network.layers]
-    assert layers == [(5, "sigmoid"), (4, "sigmoid"), (3, "linear"), (4, "sigmoid"), (5, "sigmoid"), (784, "sigmoid")]
-
-
-def test_outputs_of_real_numbers_are_linear_too():
-    network = autoencoder.build_autoencoder((5, 3), l2=0.0, seed=0, num_pixels=25, linear_output=True)
-    layers = [(layer.units, layer.activation.__name__) for layer in network.layers]
-    assert layers == [(5, "sigmoid"), (3, "linear"), (5, "sigmoid"), (25, "linear")]
+    assert layers == [(5, "sigmoid"), (4, "sigmoid"), (3, "linear"), (4, "sigmoid"), (5, "sigmoid"), (25, last)]
 
 
 def test_a_seed_fixes_the_weights_and_layers_differ():
     first, same, other = (
         autoencoder.build_autoencoder((20, 20, 20), l2=0.0, seed=seed).get_weights() for seed in (0, 0, 1)
     )
-    for a, b in zip(first, same, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(first, same)
     assert np.any(first[0] != other[0])
     assert np.any(first[2] != first[4])
 
@@ -88,24 +97,23 @@ def test_nesterov_momentum_follows_its_schedule():
         assert float(weight.numpy()) == pytest.approx(expected, rel=1e-5)
 
 
-def fit_baseline(name, network, record):
-    """Trains by a baseline with its settings for the demo; returns the optimizer."""
-    baseline, x = baselines.BASELINES[name], record.x_train
-    optimizer = baseline.optimizer(baseline.learning_rates["demo"])
-    baselines.fit_compiled(
-        network, optimizer, keras.losses.mean_squared_error, x, x, baseline.batch_size, record, baseline.cosine_decay
-    )
-    return optimizer
-
-
-@pytest.mark.parametrize("name", baselines.BASELINES)
-def test_every_baseline_learns_and_ends_after_its_updates(name, tmp_path):
-    network = tiny_network()
-    record = recorder(network, tmp_path / "run.csv")
-    fit_baseline(name, network, record)
-    assert record.rows[0]["update"] == 0
-    assert record.rows[-1]["update"] == 40
+# Of Adam the learning rate falls with the time: 12 seconds, of which a call of ten steps takes two.
+@pytest.mark.parametrize(
+    ("name", "limits", "updates"),
+    [("sgd", {}, 40), ("nag", {}, 40), ("adam", {"max_seconds": 12.0, "max_updates": 10**6}, 70)],
+)
+def test_baselines_learn_until_their_updates_or_their_time_is_over(name, limits, updates, clock, tmp_path):
+    baseline, network, clock.step = baselines.BASELINES[name], tiny_network(), 1.0
+    record = recorder(network, tmp_path / "run.csv", log_names=("cost",), **limits)
+    rate, x = baseline.learning_rates["demo"], record.x_train
+    optimizer, loss = baseline.optimizer(rate), keras.losses.mean_squared_error
+    baselines.fit_compiled(network, optimizer, loss, x, x, baseline.batch_size, record, baseline.cosine_decay)
+    assert [record.rows[place]["update"] for place in (0, -1)] == [0, updates]
     assert record.rows[-1]["train_error"] < record.rows[0]["train_error"]
+    assert read_rows(record.path) == record.rows
+    # All cases in every update: 200 are more than there are.
+    assert [row["cost"] for row in record.rows] == pytest.approx([row["update"] for row in record.rows])
+    assert (float(optimizer.learning_rate) < 0.1 * rate) == baseline.cosine_decay
 
 
 def test_every_method_has_a_label():
@@ -113,41 +121,16 @@ def test_every_method_has_a_label():
 
 
 @pytest.mark.parametrize(("max_seconds", "end"), [(4.0, "2/4"), (math.inf, "40/40")])
-def test_a_bar_goes_over_the_seconds_or_where_they_have_no_end_over_the_updates(max_seconds, end, tmp_path, capsys):
-    network = tiny_network()
-    with mock.patch.object(baselines.time, "perf_counter", return_value=0.0) as clock:
-        record = recorder(network, tmp_path / "run.csv", max_seconds=max_seconds)
-        record.begin([])
-        for update, clock.return_value in ((10, 0.0), (40, 2.0)):
-            record.after_update(update, {})
-    last = capsys.readouterr().out.split("\r")[-1]
-    assert end in last and last.endswith(
-        f" - update: 40 - train_error: {record.rows[-1]['train_error']:.3g}"
-        f" - test_error: {record.rows[-1]['test_error']:.3g}\n"
-    )
-
-
-def test_training_ends_when_the_time_is_up(tmp_path):
-    network = tiny_network()
-    record = recorder(network, tmp_path / "run.csv", max_seconds=0.2, max_updates=10**6)
-    optimizer = fit_baseline("adam", network, record)
-    assert 0.2 <= record.rows[-1]["seconds"] < 2
-    # The cosine has come down with the time.
-    assert float(optimizer.learning_rate) < 1e-3
-
-
-def test_the_file_holds_the_rows(tmp_path):
-    network = tiny_network()
-    record = recorder(network, tmp_path / "run.csv", interval=0.01)
-    fit_baseline("nag", network, record)
-    assert read_rows(record.path) == record.rows
-
-
-def test_cost_of_steps_on_batches_is_their_share_of_the_cases(tmp_path):
-    network = tiny_network()
-    record = recorder(network, tmp_path / "run.csv", log_names=("cost",))
-    fit_baseline("nag", network, record)
-    assert [row["cost"] for row in record.rows] == pytest.approx([row["update"] for row in record.rows])
+def test_a_bar_goes_over_the_seconds_or_where_they_have_no_end_over_the_updates(
+    max_seconds, end, clock, tmp_path, capsys
+):
+    record = recorder(tiny_network(), tmp_path / "run.csv", max_seconds=max_seconds)
+    record.begin([])
+    for update, clock.now in ((10, 0.0), (40, 2.0)):
+        record.after_update(update, {})
+    last, row = capsys.readouterr().out.split("\r")[-1].rstrip(), record.rows[-1]
+    numbers = f"train_error: {row['train_error']:.3g} - test_error: {row['test_error']:.3g}"
+    assert end in last and last.endswith(f" - update: 40 - {numbers}")
 
 
 def test_a_run_whose_file_was_removed_starts_anew(tmp_path):
@@ -167,113 +150,104 @@ def test_a_run_whose_file_was_removed_starts_anew(tmp_path):
     assert [row["update"] for row in anew.rows] == [0]
 
 
-def test_the_clock_leaves_the_first_update_out_at_the_start_and_not_where_a_run_goes_on(tmp_path):
+def test_the_clock_leaves_the_first_update_out_at_the_start_and_not_where_a_run_goes_on(clock, tmp_path):
     network, paths = tiny_network(), {"path": tmp_path / "run.csv", "state_path": tmp_path / "run.npz"}
-    with mock.patch.object(baselines.time, "perf_counter", return_value=0.0) as clock:
-        first = recorder(network, **paths, max_seconds=5.0)
-        first.begin(network.trainable_variables)
-        for update, clock.return_value in ((1, 100.0), (2, 107.0)):
-            first.after_update(update, {})
-        again = recorder(network, **paths, max_seconds=11.0)
-        clock.return_value = 1000.0
-        again.begin(network.trainable_variables)
-        for update, clock.return_value in ((3, 1003.0), (4, 1006.0)):
-            again.after_update(update, {})
+    first = recorder(network, **paths, max_seconds=5.0)
+    first.begin(network.trainable_variables)
+    for update, clock.now in ((1, 100.0), (2, 107.0)):
+        first.after_update(update, {})
+    again = recorder(network, **paths, max_seconds=11.0)
+    clock.now = 1000.0
+    again.begin(network.trainable_variables)
+    for update, clock.now in ((3, 1003.0), (4, 1006.0)):
+        again.after_update(update, {})
     assert again.rows == read_rows(paths["path"])
     assert b"\r" not in paths["path"].read_bytes()
     assert [(row["update"], row["seconds"]) for row in again.rows] == [(0, 0), (1, 0), (2, 7), (3, 10), (4, 13)]
 
 
-class Stopped(Exception):
-    pass
-
-
-def train_tiny(method, updates, path, state_path=None, stop_after=None):
-    """Trains, and breaks off after so many updates; returns the recorder."""
+def train_tiny(method, updates, *paths):
     keras.utils.set_random_seed(0)
-    options = f"--dataset faces --method {method} --seconds 1000 --interval 0 --updates {updates} --damping 1"
-    args = autoencoder.parse(options.split())
+    options = f"--dataset faces --method {method} --seconds inf --interval 0 --updates {updates} --damping 1"
     layers = keras.layers.Dense(2, "tanh"), keras.layers.Dense(4)
     network = keras.Sequential([keras.Input((4,)), *layers])
     x = np.random.default_rng(0).random((20, 4), "float32")
-    with contextlib.ExitStack() as stack:
-        if stop_after is not None:
-            stack.enter_context(pytest.raises(Stopped))
-            stack.enter_context(mock.patch.object(baselines.Recorder, "after_update", _stop_after(stop_after)))
-        return autoencoder.train(args, method, network, x, x, path, state_path)
+    return autoencoder.train(autoencoder.parse(options.split()), method, network, x, x, *paths).rows
 
 
-def _stop_after(num_updates):
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "updates"), [("hf", 6), ("gd", 60), ("ncg", 8)])
+def test_a_run_that_was_cut_short_goes_on_where_its_state_was_kept(method, updates, clock, tmp_path, monkeypatch):
+    clock.step = 1.0
+    monkeypatch.setattr(baselines.Recorder, "STATE_INTERVAL", 0.0)
+    whole, cut_short = ([tmp_path / f"{name}.{kind}" for kind in ("csv", "npz")] for name in ("whole", "cut-short"))
     after_update = baselines.Recorder.after_update
 
-    def stopping(self, updates, logs):
-        after_update(self, updates, logs)
-        if updates >= num_updates:
-            raise Stopped
-        return self.is_over
+    def copying(self, updates_so_far, logs):
+        is_over = after_update(self, updates_so_far, logs)
+        if updates_so_far == updates // 2:
+            for path, copy in zip(whole, cut_short, strict=True):
+                shutil.copy(path, copy)
+        return is_over
 
-    return stopping
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "updates"), [("hf", 8), ("recipe", 8), ("gd", 60), ("ncg", 8)])
-def test_a_run_that_was_cut_short_goes_on_where_its_state_was_kept(method, updates, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines.Recorder, "STATE_INTERVAL", 0.0)
-    paths = tmp_path / "run.csv", tmp_path / "run.npz"
-    train_tiny(method, updates, *paths, stop_after=updates // 2)
-    before = paths[0].read_text()
-    whole = train_tiny(method, updates, *paths).rows
-    assert paths[0].read_text().startswith(before)
-    assert [row["update"] for row in whole] == sorted({row["update"] for row in whole})
-    assert whole[-1]["update"] == updates
+    with monkeypatch.context() as patches:
+        patches.setattr(baselines.Recorder, "after_update", copying)
+        straight = train_tiny(method, updates, *whole)
+    before = cut_short[0].read_text()
+    rows = train_tiny(method, updates, *cut_short)
+    assert cut_short[0].read_text().startswith(before) and 2 < len(before.splitlines()) < len(rows)
+    assert [row["update"] for row in rows] == sorted({row["update"] for row in rows})
+    assert rows[-1]["update"] == straight[-1]["update"] == updates
     for name in ("seconds", "cost"):
-        course = [row[name] for row in whole]
+        course = [row[name] for row in rows]
         assert course == sorted(course)
     if method != "ncg":  # It has forgotten its last direction.
-        straight = train_tiny(method, updates, tmp_path / "straight.csv").rows
-        assert whole[-1]["train_error"] == pytest.approx(straight[-1]["train_error"], rel=1e-5)
-        assert whole[-1]["cost"] == pytest.approx(straight[-1]["cost"])
+        assert rows[-1]["train_error"] == pytest.approx(straight[-1]["train_error"], rel=1e-5)
+        assert rows[-1]["cost"] == pytest.approx(straight[-1]["cost"])
+
+
+def test_experiments_give_the_example_options_that_it_has():
+    for (dataset, method), options in experiments.OPTIONS.items():
+        args = autoencoder.parse(f"--dataset {dataset} --method {method} {options}".split())
+        assert (args.damping if method == "hf" else args.learning_rate) > 0
 
 
 @pytest.mark.slow
-def test_experiments_are_made_once_go_on_and_are_tabled(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(autoencoder.SETTINGS, ("curves", "full"), autoencoder.Setting((8, 3), 50, None))
+def test_experiments_are_made_once_go_on_and_are_tabled(toys, clock, tmp_path, capsys, monkeypatch):
+    clock.step = 1.0
     monkeypatch.setitem(experiments.INTERVALS, "curves", 0.1)
     folders = f"--out {tmp_path / 'results'} --states {tmp_path / 'states'}"
-    rows = "rand-hf pt-ncg nag"
-    command = f"run --dataset curves --row {rows} --l2 0 2e-5 {folders} --seconds"
-    experiments.main([*command.split(), "0.3"])
+    rows = [(row, l2) for l2 in ("0", "2e-05") for row in ("pt-ncg", "nag")]
+    command = f"run --dataset curves --row pt-ncg nag --l2 0 2e-5 {folders} --seconds"
+    experiments.main([*command.split(), "3"])
     paths = sorted((tmp_path / "results" / "curves").glob("*.csv"))
-    assert len(paths) == 6
+    assert len(paths) == 4
     first = [path.read_text() for path in paths]
-    experiments.main([*command.split(), "0.3"])
+    experiments.main([*command.split(), "3"])
     assert [path.read_text() for path in paths] == first
-    experiments.main([*command.split(), "0.6"])
+    experiments.main([*command.split(), "6"])
     assert all(path.read_text().startswith(text) for path, text in zip(paths, first, strict=True))
-    assert all(read_rows(path)[-1]["seconds"] >= 0.6 for path in paths)
+    assert all(read_rows(path)[-1]["seconds"] >= 6 for path in paths)
     # Both start where the machines have come to.
     starts = {path.stem: read_rows(path)[0]["train_error"] for path in paths}
-    assert starts["pt-ncg-l2-0-seed0"] == starts["pt-ncg-l2-2e-05-seed0"] != starts["rand-hf-l2-0-seed0"]
-    capsys.readouterr()
-    experiments.main(f"table --dataset curves --out {tmp_path / 'results'}".split())
-    table = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split(" | ")[:2] for line in table] == [
-        [f"| {row}", l2] for l2 in ("0", "2e-05") for row in ("rand-hf", "pt-ncg", "nag")
-    ]
+    assert starts["pt-ncg-l2-0-seed0"] == starts["pt-ncg-l2-2e-05-seed0"] != starts["nag-l2-0-seed0"]
+
+    def table(limit=""):
+        capsys.readouterr()
+        experiments.main(f"table --dataset curves --out {tmp_path / 'results'} {limit}".split())
+        return [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+
+    assert [line[:2] for line in table()] == [[f"| {row}", l2] for row, l2 in rows]
     assert (tmp_path / "results" / "curves.png").stat().st_size > 0
     for limit in ("--seconds 0", "--cost 0"):
-        experiments.main(f"table --dataset curves --out {tmp_path / 'results'} {limit}".split())
-        table = capsys.readouterr().out.splitlines()[2:]
-        assert [line.split(" | ")[6].split(", ")[0] for line in table] == [
-            f"{starts[f'{row}-l2-{l2}-seed0']:.4g}" for l2 in ("0", "2e-05") for row in ("rand-hf", "pt-ncg", "nag")
-        ]
+        of_start = [f"{starts[f'{row}-l2-{l2}-seed0']:.4g}" for row, l2 in rows]
+        assert [line[6].split(", ")[0] for line in table(limit)] == of_start
 
 
 @pytest.mark.slow
-def test_the_example_writes_its_table_figures_and_trace(tmp_path, capsys):
+def test_the_example_writes_its_table_figures_and_trace(toys, tmp_path, capsys):
     trace = tmp_path / "trace.csv"
-    arguments = f"--method hf adam --num-cases 50 --seconds 30 --updates 3 --out {tmp_path} --trace {trace}"
-    autoencoder.main(arguments.split())
+    autoencoder.main(f"--method hf adam --seconds inf --updates 3 --out {tmp_path} --trace {trace}".split())
     printed = capsys.readouterr().out
     assert [line.split(" | ")[:3:2] for line in printed.splitlines()[-4:-2]] == [
         ["| Hessian-free (keras_hf)", "3"],
@@ -282,20 +256,20 @@ def test_the_example_writes_its_table_figures_and_trace(tmp_path, capsys):
     assert "Epoch" not in printed and " - update: 3 - train_error: " in printed
     for name in ("errors.png", "reconstructions.png", "adam.csv"):
         assert (tmp_path / name).stat().st_size > 0
-    with open(trace, newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["update"] for row in rows] == ["0", "1", "2", "3"]
-    assert math.isnan(float(rows[0]["cg_iterations"]))
-    iterations = [float(row["cg_iterations"]) for row in rows[1:]]
-    assert [float(row["total_cg_iterations"]) for row in rows[1:]] == list(np.cumsum(iterations))
-    errors = [float(row["train_error"]) for row in rows]
+    rows = read_rows(trace)
+    assert [row["update"] for row in rows] == [0, 1, 2, 3]
+    assert math.isnan(rows[0]["cg_iterations"])
+    iterations = [row["cg_iterations"] for row in rows[1:]]
+    assert [row["total_cg_iterations"] for row in rows[1:]] == list(np.cumsum(iterations))
+    errors = [row["train_error"] for row in rows]
     assert errors == sorted(errors, reverse=True)
 
 
 @pytest.mark.slow
-def test_runs_to_read_are_recorded_tabled_and_drawn(tmp_path, capsys):
-    arguments = f"--run small-batches --updates 2 --out {tmp_path} --images {tmp_path}"
-    runs_to_read.main(arguments.split())
+def test_runs_to_read_are_recorded_tabled_and_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs_to_read, "WIDTHS", (8, 3))
+    monkeypatch.setattr(runs_to_read, "NUM_CASES", 60)
+    runs_to_read.main(f"--run small-batches --updates 2 --out {tmp_path} --images {tmp_path}".split())
     updates = read_updates(tmp_path / "small-batches.jsonl")
     assert [update["num_cases"] for update in updates] == [20, 20]
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |")]
@@ -304,26 +278,21 @@ def test_runs_to_read_are_recorded_tabled_and_drawn(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_other_methods_start_from_the_same_pretrained_weights(tmp_path, capsys):
-    methods = ("standard", "lbfgs", "ncg", "trust-region", "momentum")
-    arguments = f"--method {' '.join(methods)} --num-cases 50 --seconds 60 --updates 3 --pretrain 2 --out {tmp_path}"
+def test_other_methods_start_from_the_same_pretrained_weights(toys, tmp_path, capsys):
+    methods = ("recipe", "standard", "trust-region", "momentum")
+    arguments = f"--method {' '.join(methods)} --seconds inf --updates 3 --pretrain 2 --out {tmp_path}"
     autoencoder.main(arguments.split())
-    table = capsys.readouterr().out.splitlines()[-7:-2]
+    table = capsys.readouterr().out.splitlines()[-6:-2]
     assert [line.split(" | ")[0] for line in table] == [f"| {baselines.LABELS[method]}" for method in methods]
-    starts = set()
-    for method in methods:
-        with open(tmp_path / f"{method}.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        starts.add(rows[0]["train_error"])
-        assert float(rows[-1]["train_error"]) < float(rows[0]["train_error"])
-    assert len(starts) == 1
+    courses = [[row["train_error"] for row in read_rows(tmp_path / f"{method}.csv")] for method in methods]
+    assert all(course[-1] < course[0] for course in courses)
+    assert len({course[0] for course in courses}) == 1
 
 
 @pytest.mark.slow
-def test_faces_are_reconstructed_by_squared_error(tmp_path, data_dir):
-    faces = data_dir / "olivettifaces.mat"
-    autoencoder.main(f"--dataset faces --data {faces} --num-cases 250 --method hf --updates 3 --out {tmp_path}".split())
-    with open(tmp_path / "hf.csv", newline="") as file:
-        errors = [float(row["train_error"]) for row in csv.DictReader(file)]
-    assert errors == sorted(errors, reverse=True)
+def test_faces_are_reconstructed_by_squared_error(toys, tmp_path, data_dir):
+    options = f"--dataset faces --data {data_dir / 'olivettifaces.mat'} --method lbfgs --l2 0 --interval 0"
+    autoencoder.main(f"{options} --seconds inf --updates 10 --out {tmp_path}".split())
+    errors = [row["train_error"] for row in read_rows(tmp_path / "lbfgs.csv")]
+    assert len(errors) == 11 and errors == sorted(errors, reverse=True)
     assert errors[-1] < 625  # The mean patch's.

@@ -10,13 +10,14 @@ from keras_hf.solvers import factorized as room
 from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
 
 TALL, WIDE = (12, 5), (5, 12)
+shapes = pytest.mark.parametrize("shape", [TALL, WIDE])
 
 
 class Dense:
     """What a solver asks of rows, by a matrix."""
 
     def __init__(self, matrix, is_kept=True):
-        self._matrix = tf.constant(matrix)
+        self._matrix = tf.convert_to_tensor(matrix)
         self.jacobian = self._matrix if is_kept else None
 
     def gram(self):
@@ -71,45 +72,47 @@ def normal_equations(b, u, damping):
     return -np.linalg.solve(b.T @ b + damping * np.eye(b.shape[1]), b.T @ u)
 
 
+@tf.function(autograph=False)
+def compiled_primal(b, u, damping, h, added, is_kept):
+    rows = Dense(b, is_kept)
+    return primal_solver(rows, rows.gram(), damping, added)(u, h)
+
+
+@tf.function(autograph=False)
+def compiled_dual(b, u, damping, h, added):
+    return dual_solver(b, damping, added)(u, h)
+
+
+def tensors(b, *others):
+    return [None if x is None else tf.constant(x, b.dtype) for x in (b, *others)]
+
+
 def primal(b, u, damping, h=None, added=None, is_kept=True):
     """The primal form's x, compiled as in an update."""
-    rows = Dense(b, is_kept)
-    constant = lambda x: None if x is None else tf.constant(x, b.dtype)  # noqa: E731
-
-    @tf.function(autograph=False)
-    def compute():
-        return primal_solver(rows, rows.gram(), constant(damping), constant(added))(constant(u), constant(h))
-
-    return compute().numpy()
+    return compiled_primal(*tensors(b, u, damping, h, added), is_kept).numpy()
 
 
 def dual(b, u, damping, h=None, added=None):
     """The dual form's x; R is given as its diagonal."""
-    constant = lambda x: None if x is None else tf.constant(x, b.dtype)  # noqa: E731
-
-    @tf.function(autograph=False)
-    def compute():
-        return dual_solver(constant(b), constant(damping), constant(added))(constant(u), constant(h))
-
-    return compute().numpy()
+    return compiled_dual(*tensors(b, u, damping, h, added)).numpy()
 
 
 def relative(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("shape", [TALL, WIDE])
-@pytest.mark.parametrize("damping", [1e-6, 0.3, 1e6])
+@shapes
 @pytest.mark.parametrize("has_added", [False, True])
 @pytest.mark.parametrize("has_h", [False, True])
-def test_both_forms_give_the_step_of_the_dense_system(shape, damping, has_added, has_h):
+def test_both_forms_give_the_step_of_the_dense_system(shape, has_added, has_h):
     b, u, h = problem(shape)
     h, added = h if has_h else None, diagonal(shape[1]) if has_added else None
     matrix = np.diag(added) if has_added else None
-    expected = exact_solve(b, u, damping, h, matrix)
-    assert relative(primal(b, u, damping, h, matrix), expected) < 1e-10
-    # Of more rows than weights, or where h / damping cancels, what is left of 16 digits is less by the six of the damping.
-    assert relative(dual(b, u, damping, h, added), expected) < (1e-10 if damping > 1e-6 else 1e-8)
+    for damping in (1e-6, 0.3, 1e6):
+        expected = exact_solve(b, u, damping, h, matrix)
+        assert relative(primal(b, u, damping, h, matrix), expected) < 1e-10
+        # Of more rows than weights, or where h / damping cancels, what is left of 16 digits is less by the six of the damping.
+        assert relative(dual(b, u, damping, h, added), expected) < (1e-10 if damping > 1e-6 else 1e-8)
 
 
 def test_the_primal_form_takes_any_second_derivative_of_the_weights():
@@ -117,7 +120,7 @@ def test_the_primal_form_takes_any_second_derivative_of_the_weights():
     assert relative(primal(b, u, 0.01, h, full(5)), exact_solve(b, u, 0.01, h, full(5))) < 1e-12
 
 
-@pytest.mark.parametrize("shape", [TALL, WIDE])
+@shapes
 def test_rows_that_are_not_kept_give_the_same_step(shape):
     b, u, h = problem(shape)
     for added in (None, full(shape[1])):
@@ -133,15 +136,15 @@ def nearly_singular(shape):
     return b, b @ rng.normal(size=shape[1])
 
 
-@pytest.mark.parametrize("shape", [TALL, WIDE])
-@pytest.mark.parametrize("share", [1e-15, 1e-17])
-def test_a_damping_lost_in_the_gram_matrix_is_found_in_the_rows(shape, share):
+@shapes
+def test_a_damping_lost_in_the_gram_matrix_is_found_in_the_rows(shape):
     b, u = nearly_singular(shape)
-    exact = exact_solve(b, u, share)
-    # Rounding times the condition number of B, 3e7, and times its square.
-    for found in (primal(b, u, share), dual(b, u, share)):
-        assert relative(found, exact) < 1e-7
-    assert relative(normal_equations(b, u, share), exact) > 1e-4
+    for share in (1e-15, 1e-17):
+        exact = exact_solve(b, u, share)
+        # Rounding times the condition number of B, 3e7, and times its square.
+        for found in (primal(b, u, share), dual(b, u, share)):
+            assert relative(found, exact) < 1e-7
+        assert relative(normal_equations(b, u, share), exact) > 1e-4
 
 
 @pytest.mark.parametrize("fewest_columns", [2, 128])
@@ -150,9 +153,13 @@ def test_regularizers_count_where_the_damping_is_lost_however_columns_are_divide
     b, u = nearly_singular(TALL)
     added = 1e-15 * full(5)
     exact = exact_solve(b, u, 1e-17, added=added)
-    assert relative(primal(b, u, 1e-17, added=added), exact) < 1e-7
+    # Not compiled, since columns are divided when it is traced.
+    found = compiled_primal.python_function(*tensors(b, u, 1e-17, None, added), True)
+    assert relative(found.numpy(), exact) < 1e-7
     assert relative(exact_solve(b, u, 1e-17), exact) > 1e-2
-    assert relative(dual(*nearly_singular(WIDE), 1e-17), exact_solve(*nearly_singular(WIDE), 1e-17)) < 1e-7
+    b, u = nearly_singular(WIDE)
+    found = compiled_dual.python_function(*tensors(b, u, 1e-17, None, None))
+    assert relative(found.numpy(), exact_solve(b, u, 1e-17)) < 1e-7
 
 
 def test_extreme_dampings_lose_no_digits():

@@ -28,14 +28,14 @@ def test_arithmetic_is_unaltered_while_it_is_open_and_as_before_afterwards(tf32)
 
 
 def test_values_are_kept_whatever_happens():
-    variable = tf.Variable([1.0, 2.0])
+    variable = tf.Variable(1.0)
     with guard.values_kept([variable]):
-        variable.assign([3.0, 4.0])
-    assert variable.numpy().tolist() == [1.0, 2.0]
+        variable.assign(2.0)
+    assert float(variable) == 1.0
     with pytest.raises(KeyboardInterrupt), guard.values_kept([variable]):
-        variable.assign([3.0, 4.0])
+        variable.assign(2.0)
         raise KeyboardInterrupt
-    assert variable.numpy().tolist() == [1.0, 2.0]
+    assert float(variable) == 1.0
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -90,13 +90,12 @@ def test_xla_is_explained_where_products_are_compiled():
         with guard.xla_explained("net", lambda: of):
             raise error
 
-    compiled, of_xla = (
-        choice(DoubleBackward(jit_compile=True)),
-        tf.errors.InvalidArgumentError(None, None, "No XLA kernel"),
+    compiled = choice(DoubleBackward(jit_compile=True))
+    of_xla, other = (
+        tf.errors.InvalidArgumentError(None, None, text) for text in ("No XLA kernel", "Matrix is singular")
     )
     with pytest.raises(ValueError, match=r"of 'net'. Use `DoubleBackward\(jit_compile=False\)`.*No XLA kernel"):
         fail(of_xla, compiled)
-    other = tf.errors.InvalidArgumentError(None, None, "Matrix is singular")
     for error, of in ((other, compiled), (of_xla, choice()), (of_xla, None)):
         with pytest.raises(tf.errors.InvalidArgumentError):
             fail(error, of)

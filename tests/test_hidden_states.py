@@ -1,18 +1,15 @@
 """What recorded hidden states promise: those of every step of every recurrent layer, and outputs as they are without recording."""
 
-import itertools
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from training import assert_same
 
-from keras_hf.problem.hidden_states import (
-    recorded_hidden_states,
-    recurrent_layers,
-    require_recordable,
-)
+from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 NUM_CASES, LENGTH = 3, 4
 
@@ -38,26 +35,20 @@ class Slow(layers.Layer):
         return [states[1]]
 
 
-def steps(cell, x, mask=None, names=None, backwards=False):
-    """The hidden states of a cell's steps on sequences, by a loop in Python: list of arrays (cases, times, units), one for each hidden state."""
-    cells = cell.cells if isinstance(cell, layers.StackedRNNCells) else [cell]
-    states = [
-        of_cell.get_initial_state(batch_size=len(x)) if hasattr(of_cell, "get_initial_state") else None
-        for of_cell in cells
-    ]
-    states = [
-        state if state is not None else [tf.zeros([len(x), size], x.dtype) for size in of_cell.state_size]
-        for state, of_cell in zip(states, cells, strict=True)
-    ]
+def steps(layer, x, mask=None):
+    """The hidden states of a layer's steps on sequences, by a loop in Python: list of arrays (cases, times, units), one for each hidden state."""
+    cells = layer.cell.cells if isinstance(layer.cell, layers.StackedRNNCells) else [layer.cell]
+    sizes = [keras.tree.flatten(cell.state_size) for cell in cells]
+    states = [[tf.zeros([len(x), size], x.dtype) for size in of_cell] for of_cell in sizes]
     found = []
-    for time in range(x.shape[1])[:: -1 if backwards else 1]:
-        inputs, row = x[:, time], []
-        for i, of_cell in enumerate(cells):
-            inputs, new = of_cell(inputs, states[i])
+    for time in range(x.shape[1])[:: -1 if layer.go_backwards else 1]:
+        outputs, row = x[:, time], []
+        for i, cell in enumerate(cells):
+            outputs, new = cell(outputs, states[i])
             if mask is not None:
                 new = [tf.where(mask[:, time, None], a, b) for a, b in zip(new, states[i], strict=True)]
             states[i] = new
-            row.append(new[names] if names is not None else inputs)
+            row.append(new[1] if isinstance(cell, Slow) else outputs)
         found.append(row)
     return [tf.stack(of_state, 1) for of_state in zip(*found, strict=True)]
 
@@ -66,7 +57,12 @@ def network(*made, shape=(LENGTH, 2)):
     return keras.Sequential([keras.Input(shape), *made])
 
 
+def inputs():
+    return tf.constant(np.random.default_rng(0).normal(size=(NUM_CASES, LENGTH, 2)))
+
+
 MASK = np.array([[1, 1, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0]], bool)
+MASKED_INPUTS = inputs() * MASK[:, :, None]
 UNMASKED = {
     "SimpleRNN": lambda: layers.SimpleRNN(3),
     "sequences": lambda: layers.SimpleRNN(3, return_sequences=True),
@@ -83,100 +79,89 @@ UNMASKED = {
     "named": lambda: layers.RNN(Slow()),
     "named, unrolled sequences": lambda: layers.RNN(Slow(), return_sequences=True, unroll=True),
 }
-over_layers = pytest.mark.parametrize("make", UNMASKED.values(), ids=UNMASKED)
-
-
-def inputs():
-    return tf.constant(np.random.default_rng(0).normal(size=(NUM_CASES, LENGTH, 2)))
 
 
 def record(net, x):
-    recurrent = recurrent_layers(net._flatten_layers())
-    with recorded_hidden_states(recurrent) as calls:
+    """The outputs of a network and the states of its recurrent layers."""
+    with recorded_hidden_states(recurrent_layers(net._flatten_layers())) as calls:
         outputs = net(x, training=True)
     return outputs, {layer: found.states for layer, found in calls.items()}
 
 
-def assert_equal(one, other):
-    for a, b in zip(keras.tree.flatten(one), keras.tree.flatten(other), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+def assert_exact(one, other):
+    assert_same(keras.tree.flatten(one), keras.tree.flatten(other), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.usefixtures("float64")
-@over_layers
+def assert_values(states, expected):
+    assert_exact([state.values for state in states], expected)
+
+
+@pytest.mark.parametrize("make", UNMASKED.values(), ids=UNMASKED)
 def test_states_of_all_steps_are_found_and_outputs_stay(make):
     layer = make()
     net = network(layer)
     outputs, found = record(net, inputs())
-    assert_equal(outputs, net(inputs()))
-    names = 1 if isinstance(layer.cell, Slow) else None
-    expected = steps(layer.cell, inputs(), names=names, backwards=layer.go_backwards)
-    assert_equal([state.values for state in found[layer]], expected)
+    assert_exact(outputs, net(inputs()))
+    assert_values(found[layer], steps(layer, inputs()))
     assert all(state.mask is None for state in found[layer])
 
 
-@pytest.mark.usefixtures("float64")
-# Not all three: Keras then zeroes the outputs of other steps than those that were skipped.
+# Every pair of values once; not all three flags: Keras then zeroes the outputs of other steps than those that were skipped.
 @pytest.mark.parametrize(
-    "backwards, unroll, zero_output", [flags for flags in itertools.product([False, True], repeat=3) if not all(flags)]
+    "cells, backwards, unroll, zero_output",
+    [
+        (lambda: layers.LSTMCell(3), False, False, True),
+        (lambda: layers.LSTMCell(3), True, True, False),
+        (lambda: layers.LSTMCell(3), True, False, True),
+        (lambda: [layers.GRUCell(3), layers.SimpleRNNCell(3)], False, True, True),
+        (lambda: [layers.GRUCell(3), layers.SimpleRNNCell(3)], True, False, False),
+        (lambda: [layers.GRUCell(3), layers.SimpleRNNCell(3)], False, False, False),
+    ],
 )
-@pytest.mark.parametrize("cells", [[layers.LSTMCell], [layers.GRUCell, layers.SimpleRNNCell]], ids=["LSTM", "stack"])
-def test_skipped_steps_are_known(backwards, unroll, zero_output, cells):
-    made = [cell(3) for cell in cells]
-    layer = layers.RNN(
-        made if len(made) > 1 else made[0], go_backwards=backwards, unroll=unroll, zero_output_for_mask=zero_output
-    )
-    x = tf.where(MASK[:, :, None], inputs(), tf.zeros([], tf.float64))
+def test_skipped_steps_are_known(cells, backwards, unroll, zero_output):
+    layer = layers.RNN(cells(), go_backwards=backwards, unroll=unroll, zero_output_for_mask=zero_output)
     net = network(layers.Masking(), layer)
-    outputs, found = record(net, x)
-    assert_equal(outputs, net(x))
+    outputs, found = record(net, MASKED_INPUTS)
+    assert_exact(outputs, net(MASKED_INPUTS))
     mask = MASK[:, ::-1] if backwards else MASK
-    expected = steps(layer.cell, x, MASK, backwards=backwards)
-    assert len(found[layer]) == len(cells)
-    for state, values in zip(found[layer], expected, strict=True):
+    for state, values in zip(found[layer], steps(layer, MASKED_INPUTS, MASK), strict=True):
         np.testing.assert_array_equal(state.mask, mask)
         np.testing.assert_allclose(state.values.numpy()[mask], values.numpy()[mask], rtol=1e-12)
 
 
-@pytest.mark.usefixtures("float64")
 def test_both_directions_and_all_layers_are_found():
     both, last = layers.Bidirectional(layers.GRU(2, return_sequences=True)), layers.LSTM(3)
     net = network(both, last)
     _, found = record(net, inputs())
     assert set(found) == {both.forward_layer, both.backward_layer, last}
-    forward, backward = (
-        steps(layer.cell, inputs(), backwards=layer.go_backwards) for layer in (both.forward_layer, both.backward_layer)
-    )
-    assert_equal([state.values for state in found[both.forward_layer]], forward)
-    assert_equal([state.values for state in found[both.backward_layer]], backward)
+    forward, backward = (steps(layer, inputs()) for layer in (both.forward_layer, both.backward_layer))
+    assert_values(found[both.forward_layer], forward)
+    assert_values(found[both.backward_layer], backward)
     between = tf.concat([*forward, *[tf.reverse(b, [1]) for b in backward]], -1)
-    assert_equal([state.values for state in found[last]], steps(last.cell, between))
+    assert_values(found[last], steps(last, between))
 
 
-@pytest.mark.usefixtures("float64")
 def test_a_layer_called_twice_has_the_states_of_both_calls():
     layer = layers.SimpleRNN(2)
     x = keras.Input((LENGTH, 2))
     net = keras.Model(x, [layer(x), layer(2 * x)])
     _, found = record(net, inputs())
     values = [state.values for state in found[layer]]
-    expected = [*steps(layer.cell, inputs()), *steps(layer.cell, 2 * inputs())]
+    expected = [*steps(layer, inputs()), *steps(layer, 2 * inputs())]
     # In whatever order Keras made the calls.
-    assert_equal(*(sorted(states, key=lambda state: float(state[0, 0, 0])) for states in (values, expected)))
+    assert_exact(*(sorted(states, key=lambda state: float(state[0, 0, 0])) for states in (values, expected)))
 
 
-@pytest.mark.usefixtures("float64")
 def test_states_of_convolutional_layers_are_images():
     layer = layers.ConvLSTM1D(2, 3)
     net = network(layer, shape=(LENGTH, 6, 2))
     x = tf.constant(np.random.default_rng(0).normal(size=(NUM_CASES, LENGTH, 6, 2)))
     outputs, found = record(net, x)
-    assert_equal(outputs, net(x))
+    assert_exact(outputs, net(x))
     assert [state.values.shape for state in found[layer]] == [(NUM_CASES, LENGTH, 4, 2)]
-    assert_equal(found[layer][0].values[:, -1], outputs)
+    assert_exact(found[layer][0].values[:, -1], outputs)
 
 
-@pytest.mark.usefixtures("float64")
 def test_dropout_in_the_cell_is_that_of_training():
     layer = layers.RNN([layers.GRUCell(3, dropout=0.5, seed=1), layers.SimpleRNNCell(3, recurrent_dropout=0.5, seed=2)])
     net = network(layer)
@@ -185,7 +170,7 @@ def test_dropout_in_the_cell_is_that_of_training():
     outputs, _ = record(net, inputs())
     for seed, value in zip(seeds, before, strict=True):
         seed.assign(value)
-    assert_equal(outputs, net(inputs(), training=True))
+    assert_exact(outputs, net(inputs(), training=True))
     assert np.abs(outputs - net(inputs())).max() > 0.01
 
 
@@ -193,7 +178,7 @@ def test_recording_leaves_layers_as_they_were():
     layer = layers.RNN([layers.GRUCell(2), layers.SimpleRNNCell(3)])
     net = network(layer)
     before, cells = dict(vars(layer)), list(layer.cell.cells)
-    record(net, tf.cast(inputs(), tf.float32))
+    record(net, inputs())
     assert {**vars(layer)} == before and layer.cell.cells == cells
 
 
@@ -217,29 +202,23 @@ class InLoop(layers.Layer):
 @pytest.mark.parametrize(
     "made, match",
     [
+        (layers.Dense(2), "a network without a layer of `keras.layers.RNN`.*Leave `structural_damping` out"),
+        (OwnCall(2, name="mine"), "layer 'mine', whose class OwnCall has a `call` of its own.*keras.layers.RNN"),
+        (InLoop(name="loop"), "layer 'looped', which is called in a loop"),
         (
-            [layers.Dense(2)],
-            "Received: a network without a layer of `keras.layers.RNN`.*Leave `structural_damping` out",
-        ),
-        (
-            [OwnCall(2, name="mine")],
-            "Received: layer 'mine', whose class OwnCall has a `call` of its own.*keras.layers.RNN",
-        ),
-        ([InLoop(name="loop")], "Received: layer 'looped', which is called in a loop"),
-        (
-            [layers.TimeDistributed(layers.SimpleRNN(2, name="inner"))],
-            "Received: layer 'inner', which is called in a loop or a nested function.*in `TimeDistributed`, give the input its length",
+            layers.TimeDistributed(layers.SimpleRNN(2, name="inner")),
+            "layer 'inner', which is called in a loop or a nested function.*in `TimeDistributed`, give the input its length",
         ),
     ],
     ids=["none", "own call", "in a loop", "vectorized"],
 )
 def test_layers_that_hide_their_states_are_refused_by_name(made, match):
     # Sequences of a number that is known only at run time: Keras vectorises over them.
-    shape = (None, LENGTH, 2) if isinstance(made[0], layers.TimeDistributed) else (LENGTH, 2)
-    net = network(*made, shape=shape)
+    shape = (None, LENGTH, 2) if isinstance(made, layers.TimeDistributed) else (LENGTH, 2)
+    net = network(made, shape=shape)
     graph = tf.__internal__.FuncGraph("test")
     with graph.as_default():
         with recorded_hidden_states(recurrent_layers(net._flatten_layers())) as calls:
-            net(tf.compat.v1.placeholder("float32", [None, *shape]))
-        with pytest.raises(ValueError, match=match):
+            net(tf.compat.v1.placeholder("float64", [None, *shape]))
+        with pytest.raises(ValueError, match=f"Received: {match}"):
             require_recordable(calls, graph)

@@ -40,16 +40,13 @@ def test_weights_do_not_depend_on_which_inputs_were_chosen():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_dtype_is_the_one_asked_for(dtype):
+def test_dtype_is_the_one_asked_for_with_all_its_digits(dtype):
     kernel = SparseNormal(seed=0)((30, 8), dtype)
     assert keras.backend.standardize_dtype(kernel.dtype) == dtype
-    assert int(keras.ops.count_nonzero(kernel)) == 15 * 8
-
-
-def test_float64_weights_have_more_than_float32_digits():
-    kernel = draw((30, 8), "float64", stddev=0.1)
-    weights = kernel[kernel != 0]
-    assert (weights != weights.astype("float32")).all()
+    weights = keras.ops.convert_to_numpy(kernel[kernel != 0])
+    assert weights.shape == (15 * 8,)
+    if dtype == "float64":
+        assert (weights != weights.astype("float32")).all()
 
 
 @pytest.mark.parametrize("radius", [0.9, 1.1])
@@ -77,21 +74,15 @@ def test_a_spectral_radius_of_kernels_that_are_not_square_is_refused():
         SparseNormal(spectral_radius=0)
 
 
-def test_integer_seed_repeats_and_generator_does_not():
+def test_integer_seed_repeats_no_seed_within_an_instance_only_and_generator_never():
     shape = (40, 5)
-    initializer = SparseNormal(seed=3)
-    np.testing.assert_array_equal(initializer(shape), initializer(shape))
-    np.testing.assert_array_equal(initializer(shape), SparseNormal(seed=3)(shape))
-    assert np.any(initializer(shape) != SparseNormal(seed=4)(shape))
-    initializer = SparseNormal(seed=keras.random.SeedGenerator(3))
-    assert np.any(initializer(shape) != initializer(shape))
-
-
-def test_no_seed_repeats_within_an_instance_only():
-    shape = (40, 5)
-    initializer = SparseNormal()
-    np.testing.assert_array_equal(initializer(shape), initializer(shape))
-    assert np.any(initializer(shape) != SparseNormal()(shape))
+    seeded, unseeded = SparseNormal(seed=3), SparseNormal()
+    for initializer in (seeded, unseeded):
+        np.testing.assert_array_equal(initializer(shape), initializer(shape))
+    np.testing.assert_array_equal(seeded(shape), SparseNormal(seed=3)(shape))
+    generated = SparseNormal(seed=keras.random.SeedGenerator(3))
+    for one, other in ((seeded, SparseNormal(seed=4)), (unseeded, SparseNormal()), (generated, generated)):
+        assert np.any(one(shape) != other(shape))
 
 
 @pytest.mark.parametrize("seed", [7, keras.random.SeedGenerator(7)])
@@ -104,16 +95,10 @@ def test_configuration_survives_saving(seed):
     np.testing.assert_array_equal(restored((20, 3)), initializer((20, 3)))
 
 
-def test_layers_and_compiled_functions_can_use_it():
-    network = keras.Sequential(
-        [
-            keras.Input((8, 8, 2)),
-            keras.layers.Conv2D(4, 3, kernel_initializer=SparseNormal(num_connections=5)),
-            keras.layers.Flatten(),
-            keras.layers.Dense(3, kernel_initializer=SparseNormal()),
-        ]
-    )
-    kernel = network.layers[0].kernel.numpy().reshape(18, 4)
+def test_layers_can_use_it():
+    convolution = keras.layers.Conv2D(4, 3, kernel_initializer=SparseNormal(num_connections=5))
+    keras.Sequential([keras.Input((8, 8, 2)), convolution])
+    kernel = convolution.kernel.numpy().reshape(18, 4)
     np.testing.assert_array_equal((kernel != 0).sum(axis=0), 5)
 
 

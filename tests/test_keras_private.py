@@ -33,17 +33,11 @@ def model():
     return network
 
 
-def built_loss(loss, **arguments):
+def compiled(loss="mse", **arguments):
+    """A compiled model of two outputs."""
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile(loss=loss, **arguments)
-    compile_loss = keras_private.compiled_loss(model)
-    compile_loss.build(tf.constant(Y), tf.zeros([4, 2]))
-    return compile_loss
-
-
-def test_a_layer_says_whether_its_call_takes_training():
-    assert keras_private.takes_training(layers.Dropout(0.5))
-    assert not keras_private.takes_training(WithoutTraining())
+    return model
 
 
 def test_all_layers_are_the_model_and_those_of_models_in_it(model):
@@ -53,8 +47,10 @@ def test_all_layers_are_the_model_and_those_of_models_in_it(model):
     assert len({id(layer) for layer in found}) == len(found)
 
 
-def test_seed_generators_are_those_of_the_layer_itself(model):
+def test_a_layer_says_whether_its_call_takes_training_and_seed_generators_are_its_own(model):
     (dropout,) = [layer for layer in keras_private.all_layers(model) if isinstance(layer, layers.Dropout)]
+    assert keras_private.takes_training(dropout)
+    assert not keras_private.takes_training(WithoutTraining())
     assert keras_private.seed_generators(dropout) == [dropout.seed_generator]
     assert keras_private.seed_generators(model) == []
 
@@ -100,16 +96,15 @@ def test_a_compiled_model_has_a_loss_or_none(model):
 
 
 def test_losses_that_are_set_before_the_loss_is_built_are_called():
-    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
-    model.compile(loss="mse")
-    loss = keras_private.compiled_loss(model)
+    loss = keras_private.compiled_loss(compiled())
     keras_private.set_losses(loss, lambda y, y_pred: 7.0 + 0.0 * y_pred[:, 0])
     loss.build(tf.constant(Y), tf.zeros([4, 2]))
     assert float(loss(tf.constant(Y), tf.zeros([4, 2]))) == 7.0
 
 
 def test_losses_are_called_by_other_functions_and_then_as_before():
-    loss, seen = built_loss(keras.losses.MeanSquaredError(), loss_weights=3.0), []
+    loss, seen = keras_private.compiled_loss(compiled(keras.losses.MeanSquaredError(), loss_weights=3.0)), []
+    loss.build(tf.constant(Y), tf.zeros([4, 2]))
 
     def make_call(of_user, weight):
         def call(y, y_pred, sample_weight=None):
@@ -125,7 +120,7 @@ def test_losses_are_called_by_other_functions_and_then_as_before():
     assert float(loss(y, y_pred, sample_weight)) == 3.0 and len(seen) == 1
 
 
-def test_compute_loss_is_called_with_and_without_training(model):
+def test_compute_loss_is_called_with_and_without_training():
     class With(keras.Model):
         def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
             return x, y, y_pred, sample_weight, training
@@ -139,8 +134,7 @@ def test_compute_loss_is_called_with_and_without_training(model):
 
 
 def test_the_tracked_loss_is_a_mean_over_cases():
-    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
-    model.compile(loss="mse")
+    model = compiled()
     keras_private.track_loss(model, 1.0, 3)
     keras_private.track_loss(model, 5.0, 1)
     assert float(model.get_metrics_result()["loss"]) == 2.0
@@ -187,23 +181,17 @@ class Looking(HFModel):
         super()._maybe_symbolic_build(iterator, data_batch)
 
 
-def looking():
-    model = Looking(keras.Sequential([layers.Dense(2)]))
-    model.compile(HessianFree(0.1, growing_batch=None), "mse")
-    return model
-
-
 @pytest.mark.parametrize("method", ["fit", "evaluate", "train_on_batch", "test_on_batch"])
 def test_keras_has_the_model_built_before_the_first_batch(method):
-    model = looking()
+    model = Looking(keras.Sequential([layers.Dense(2)]))
+    model.compile(HessianFree(0.1, growing_batch=None), "mse")
     # No update is made.
     model.make_train_function = model.make_test_function = lambda force=False: None
     model.train_function = model.test_function = lambda iterator: {"loss": 0.0}
-    arguments = {"callbacks": [ConstantDamping()]} if method == "fit" else {}
-    arguments.update({"verbose": 0} if method in ("fit", "evaluate") else {})
-    getattr(model, method)(X, Y, **arguments)
+    whole = {"verbose": 0} if method in ("fit", "evaluate") else {}
+    getattr(model, method)(X, Y, **whole, **({"callbacks": [ConstantDamping()]} if method == "fit" else {}))
     spec, batch = model.seen
-    if method in ("fit", "evaluate"):
+    if whole:
         # `fit` on all cases tells their number.
         num_cases = 4 if method == "fit" else None
         assert [tuple(leaf.shape) for leaf in spec] == [(num_cases, 3), (num_cases, 2)] and batch is None
@@ -236,22 +224,22 @@ def test_a_batch_divided_among_replicas_has_the_spec_of_its_parts():
 
 
 def test_no_other_room_touches_these_names():
-    package = Path(keras_private.__file__).parent
+    room = Path(keras_private.__file__)
     attribute = re.compile(r"(?<!self)\.(_[a-z]\w*)|getattr\(\w+, \"(_\w+)\"")
     found = {
-        path.name: {name for pair in attribute.findall(path.read_text()) for name in pair if name}
-        for path in package.glob("*.py")
+        path: {name for pair in attribute.findall(path.read_text()) for name in pair if name}
+        for path in room.parents[1].rglob("*.py")
     }
-    names = found.pop("keras_private.py") - {"_replace"}
+    names = found.pop(room) - {"_replace"}
+    assert len(found) > 50
     assert names > {"_flat_losses", "_user_loss", "_keras_logits", "_keras_mask"}
-    assert {room: names & others for room, others in found.items() if names & others} == {}
+    assert {path: names & others for path, others in found.items() if names & others} == {}
 
 
-def test_steps_return_the_first_replicas_results(model):
+def test_steps_return_the_first_replicas_results():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
-        network = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
-        network.compile("sgd", loss="mse")
+        network = compiled(optimizer="sgd")
     number = lambda: tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32)  # noqa: E731
     network.train_step = lambda data: {"loss": number(), "scalar": tf.constant(3)}
     data = lambda: iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors((X, Y)).repeat()))  # noqa: E731
@@ -276,7 +264,6 @@ def test_a_backup_has_two_files_and_the_epoch_to_go_on_from(tmp_path, model):
 
 
 def test_fit_begins_at_the_epoch_that_it_was_told():
-    network = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
-    network.compile("sgd", loss="mse")
+    network = compiled(optimizer="sgd")
     keras_private.start_at_epoch(network, 3)
     assert network.fit(X, Y, epochs=5, verbose=0).epoch == [3, 4]

@@ -5,18 +5,26 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, update_state, with_objective
+from problems import (
+    PROBLEMS,
+    compiled,
+    dense_matrix,
+    inputs,
+    make_model,
+    model_data,
+    sequential,
+    update_state,
+    with_objective,
+)
+from training import all_values, assert_equal, fit, trainable
 
 from keras_hf import (
     ConjugateGradient,
-    ConstantDamping,
     DoubleBackward,
     ForwardAccumulation,
     GaussNewton,
     Hessian,
-    HessianFree,
     Identity,
-    LevenbergMarquardt,
     Nystrom,
     ResidualTolerance,
     conjugate_gradient,
@@ -57,16 +65,12 @@ def data_of(model, name="mse"):
     return model_data(model, inputs(), PROBLEMS[name].targets(np.random.default_rng(3)))
 
 
-def inverse(model, data, preconditioner, damping=0.1, curvature=None, **arguments):
-    """M^-1 and the matrix G, of a model."""
-
-    def compute(objective):
-        linearize = lambda: objective.product(curvature or GaussNewton(DoubleBackward()))  # noqa: E731
-        state = preconditioner.initial_state(objective.variables, [])
-        precondition, _ = preconditioner.inverse(objective, linearize, tf.constant(damping, tf.float64), state)
-        return dense_matrix(precondition, objective.num_weights), dense_matrix(linearize(), objective.num_weights)
-
-    return [matrix.numpy() for matrix in with_objective(model, data, compute, **arguments)]
+def inverse_and_matrix(objective, preconditioner, damping=0.1, curvature=None):
+    """M^-1 and the matrix G, of an objective."""
+    product = objective.product(curvature or GaussNewton(DoubleBackward()))
+    state, damping = preconditioner.initial_state(objective.variables, []), tf.constant(damping, tf.float64)
+    precondition, _ = preconditioner.inverse(objective, lambda: product, damping, state)
+    return [dense_matrix(each, objective.num_weights) for each in (precondition, product)]
 
 
 def assert_inverts(found, matrix, damping):
@@ -76,17 +80,19 @@ def assert_inverts(found, matrix, damping):
 
 
 def assert_positive_definite(found):
-    np.testing.assert_allclose(found, found.T, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found, tf.transpose(found), rtol=1e-9, atol=1e-12)
     assert np.linalg.eigvalsh(found).min() > 0
 
 
 # The sketch, against dense matrices.
 
 
-@pytest.mark.parametrize("damping", [1e-3, 10.0])
-def test_full_rank_is_the_damped_inverse(damping):
-    matrix = symmetric(np.logspace(0, -4, 20))
-    assert_inverts(Plain(matrix).inverse(Nystrom(20), damping)[0], matrix, damping)
+def test_full_rank_is_the_inverse_with_the_damping_of_the_update_also_of_an_old_sketch():
+    preconditioner, matrix = Nystrom(20, interval=3), symmetric(np.logspace(0, -4, 20))
+    found, state = Plain(matrix, 0).inverse(preconditioner, 1e-3)
+    assert_inverts(found, matrix, 1e-3)
+    found, _ = Plain(np.zeros((20, 20)), 1).inverse(preconditioner, 7.0, state)
+    assert_inverts(found, matrix, 7.0)
 
 
 def test_a_matrix_of_low_rank_is_recovered():
@@ -98,34 +104,27 @@ def test_a_matrix_of_low_rank_is_recovered():
     np.testing.assert_allclose(vectors * state["values"] @ vectors.T, matrix, atol=1e-12)
 
 
-def test_the_sketch_is_below_the_matrix_and_near_its_largest_eigenvalues():
-    values = np.logspace(2, -6, 40)
-    matrix = symmetric(values)
-    _, state = Plain(matrix).inverse(Nystrom(12), 0.1)
-    vectors = state["vectors"].numpy()
-    np.testing.assert_allclose(vectors.T @ vectors, np.eye(12), atol=1e-12)
-    assert np.linalg.eigvalsh(matrix - vectors * state["values"] @ vectors.T).min() > -1e-10
-    np.testing.assert_allclose(state["values"][:4], values[:4], rtol=0.05)
-
-
-def test_the_preconditioner_is_that_of_the_paper():
-    found, state = Plain(symmetric(np.logspace(2, -6, 40))).inverse(Nystrom(12), 0.1)
+def test_the_sketch_is_below_the_matrix_and_near_its_largest_eigenvalues_and_the_preconditioner_that_of_the_paper():
+    eigenvalues = np.logspace(2, -6, 40)
+    matrix = symmetric(eigenvalues)
+    found, state = Plain(matrix).inverse(Nystrom(12), 0.1)
     u, values = state["vectors"].numpy(), state["values"].numpy()
+    np.testing.assert_allclose(u.T @ u, np.eye(12), atol=1e-12)
+    assert np.linalg.eigvalsh(matrix - u * values @ u.T).min() > -1e-10
+    np.testing.assert_allclose(values[:4], eigenvalues[:4], rtol=0.05)
     expected = (values[-1] + 0.1) * u / (values + 0.1) @ u.T + np.eye(40) - u @ u.T
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1e150])
-def test_the_size_of_the_matrix_does_not_matter(scale):
+def test_the_size_of_the_matrix_does_not_matter():
     matrix = symmetric(np.logspace(0, -4, 20))
-    small, other = (Plain(matrix * s).inverse(Nystrom(5), 1e-3 * s)[0] for s in (1, scale))
-    np.testing.assert_allclose(other, small, atol=1e-9)
+    tiny, one, huge = (Plain(matrix * s).inverse(Nystrom(5), 1e-3 * s)[0] for s in (1e-200, 1, 1e150))
+    np.testing.assert_allclose([tiny, huge], [one, one], atol=1e-9)
 
 
 INDEFINITE = np.concatenate([np.logspace(1, -3, 15), -np.logspace(1.5, -3, 15)])
 
 
-@pytest.mark.parametrize("damping", [0.0, 1e-12, 0.1])
 @pytest.mark.parametrize(
     "matrix",
     [
@@ -139,11 +138,13 @@ INDEFINITE = np.concatenate([np.logspace(1, -3, 15), -np.logspace(1.5, -3, 15)])
     ],
     ids=["zero", "rank one", "ill-conditioned", "indefinite", "negative", "no number", "infinite"],
 )
-@pytest.mark.parametrize("rank", [5, 30])
-def test_any_matrix_leaves_the_preconditioner_positive_definite(matrix, damping, rank):
-    found, state = Plain(matrix).inverse(Nystrom(rank), damping)
-    assert_positive_definite(found)
-    assert (state["values"].numpy() >= 0).all()
+def test_any_matrix_leaves_the_preconditioner_positive_definite(matrix):
+    for rank in (5, 30):
+        state = None
+        for damping in (0.0, 1e-12, 0.1):
+            found, state = Plain(matrix).inverse(Nystrom(rank), damping, state)
+            assert_positive_definite(found)
+            assert (state["values"].numpy() >= 0).all()
 
 
 def test_float32_stays_positive_definite_without_damping():
@@ -163,7 +164,7 @@ def test_cg_needs_a_few_iterations_where_few_eigenvalues_stand_out():
 
     def solve(precondition):
         product = lambda v: tf.linalg.matvec(matrix, v) + damping * v  # noqa: E731
-        return conjugate_gradient(product, b, None, precondition, ResidualTolerance(1e-9), 400)
+        return conjugate_gradient(product, b, None, precondition, ResidualTolerance(1e-9), 100)
 
     without, found = solve(None), solve(lambda r: tf.linalg.matvec(inverse_matrix, r))
     assert found.num_iterations < 10 < 80 < without.num_iterations
@@ -201,13 +202,6 @@ def test_a_sketch_that_is_not_finite_is_made_anew_in_the_next_update():
     assert int(Plain(matrix, 5).inverse(preconditioner, 0.1, state)[1]["made_at"]) == 5
 
 
-def test_an_old_sketch_has_the_damping_of_the_update():
-    preconditioner, matrix = Nystrom(12, interval=3), symmetric(np.logspace(0, -2, 12))
-    _, state = Plain(matrix, 0).inverse(preconditioner, 0.1)
-    found, _ = Plain(np.zeros((12, 12)), 1).inverse(preconditioner, 7.0, state)
-    assert_inverts(found, matrix, 7.0)
-
-
 def test_updates_draw_other_directions():
     first, again, second = (nystrom._directions(Plain(np.eye(20), number), 4).numpy() for number in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -222,26 +216,22 @@ def test_a_sketch_for_one_update_is_not_kept():
 
 
 @pytest.mark.slow
-def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path):
-    x, y = inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3))
-
-    def fit(model, epochs):
-        model.fit(x, y, epochs=epochs, verbose=0, callbacks=[LevenbergMarquardt()])
-        return model
-
-    def make():
-        return make_model(
-            optimizer=HessianFree(0.1, solver=ConjugateGradient(preconditioner=Nystrom(6, interval=3)), seed=0)
-        )
-
-    whole = fit(make(), 7)
-    fit(make(), 4).save(tmp_path / "run.keras")
-    resumed = fit(keras.models.load_model(tmp_path / "run.keras"), 3)
-    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-    states = [model.optimizer.state().solver["preconditioner"] for model in (whole, resumed)]
-    np.testing.assert_array_equal(*(state["vectors"] for state in states))
-    assert tf.reduce_any(states[0]["values"] > 0)
+def test_in_16_bits_it_trains_with_a_sketch_of_32_and_goes_on_after_saving_as_if_it_had_not_stopped(tmp_path):
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("mixed_float16")
+    network = sequential(layers.Dense(8, "tanh"), layers.Dense(2, "softmax"))
+    loss, preconditioner = "sparse_categorical_crossentropy", Nystrom(10, interval=3)
+    model = trainable(network, loss, preconditioner=preconditioner, growing_batch=None)
+    data = inputs().astype("float32"), inputs()[:, 0] > inputs()[:, 1]
+    losses = fit(model, *data, epochs=5)["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+    state = model.optimizer.state().solver["preconditioner"]
+    assert state["vectors"].dtype == tf.float32 and tf.reduce_any(state["values"] > 0)
+    # The first update after saving uses a sketch of an update before.
+    model.save(tmp_path / "run.keras")
+    resumed = keras.models.load_model(tmp_path / "run.keras")
+    assert fit(resumed, *data, epochs=2) == fit(model, *data, epochs=2)
+    assert_equal(all_values(resumed), all_values(model))
 
 
 # The curvature of networks.
@@ -250,23 +240,15 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("linearization", "sizes"),
     [
-        (DoubleBackward(), {}),
         (ForwardAccumulation(), {"micro_batch_size": 4}),
         (DoubleBackward(), {"curvature_batch_size": 6, "micro_batch_size": 4}),
     ],
-    ids=["double", "forward, pieces", "double, chunk"],
+    ids=["forward, pieces", "double, chunk"],
 )
 def test_full_rank_is_the_damped_inverse_of_a_network_with_its_regularizers(linearization, sizes):
     model = make_model(regularizer=keras.regularizers.L2(0.25))
-    found, matrix = inverse(model, data_of(model), Nystrom(27), curvature=GaussNewton(linearization), **sizes)
-    assert_inverts(found, matrix, 0.1)
-
-
-def test_the_hessian_of_a_network_leaves_it_positive_definite():
-    model = make_model("sigmoid")
-    found, matrix = inverse(model, data_of(model, "mse on sigmoid"), Nystrom(10), 0.0, Hessian(DoubleBackward()))
-    assert np.linalg.eigvalsh(matrix).min() < -1e-3
-    assert_positive_definite(found)
+    compute = lambda objective: inverse_and_matrix(objective, Nystrom(27), curvature=GaussNewton(linearization))  # noqa: E731
+    assert_inverts(*with_objective(model, data_of(model), compute, **sizes), 0.1)
 
 
 class Concave(layers.Layer):
@@ -277,35 +259,33 @@ class Concave(layers.Layer):
         return x
 
 
-def test_added_losses_that_are_not_convex_leave_it_positive_definite():
-    stack = [layers.Dense(4, "tanh"), Concave(), layers.Dense(3)]
-    model = compiled(keras.Sequential([keras.Input((2,)), *stack]))
-    found, matrix = inverse(model, data_of(model), Nystrom(10), 0.0)
+@pytest.mark.parametrize(
+    ("curvature", "added"), [(Hessian(DoubleBackward()), []), (GaussNewton(DoubleBackward()), [Concave])]
+)
+def test_negative_curvature_of_a_network_or_its_added_losses_leaves_it_positive_definite(curvature, added):
+    stack = [layers.Dense(4, "tanh"), *(make() for make in added), layers.Dense(3, "sigmoid")]
+    model = compiled(sequential(*stack))
+    compute = lambda objective: inverse_and_matrix(objective, Nystrom(10), 0.0, curvature)  # noqa: E731
+    found, matrix = with_objective(model, data_of(model, "mse on sigmoid"), compute)
     assert np.linalg.eigvalsh(matrix).min() < -1e-3
     assert_positive_definite(found)
 
 
 def test_recurrent_networks_have_one():
-    model = compiled(keras.Sequential([keras.Input((5, 2)), layers.SimpleRNN(3), layers.Dense(2)]))
-    x = np.random.default_rng(0).normal(size=(7, 5, 2))
+    model = compiled(sequential(layers.SimpleRNN(3), layers.Dense(2), shape=(3, 2)))
+    x = np.random.default_rng(0).normal(size=(7, 3, 2))
     data = model_data(model, x, x[:, 0])
     assert model._task(data)[1].nesting_ops
-    found, matrix = inverse(model, data, Nystrom(100), 1e-3)
+    found, matrix = with_objective(model, data, lambda objective: inverse_and_matrix(objective, Nystrom(100), 1e-3))
     assert_inverts(found, matrix, 1e-3)
-
-
-def ill_conditioned():
-    """A deep network on inputs of very different sizes."""
-    keras.utils.set_random_seed(0)
-    stack = [layers.Dense(units, "tanh") for units in (8, 6, 4)]
-    model = compiled(keras.Sequential([keras.Input((6,)), *stack, layers.Dense(3)]))
-    x = np.random.default_rng(0).normal(size=(100, 6)) * np.logspace(0, -2, 6)
-    return model, model_data(model, x, np.tanh(x[:, :3]))
 
 
 @pytest.mark.slow
 def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_once():
-    model, data = ill_conditioned()
+    # A deep network on inputs of very different sizes.
+    stack = [layers.Dense(units, "tanh") for units in (8, 6, 4)]
+    model = compiled(sequential(*stack, layers.Dense(3), shape=(6,)))
+    x = np.random.default_rng(0).normal(size=(100, 6)) * np.logspace(0, -2, 6)
     formed = []
 
     class Counted(GaussNewton):
@@ -313,59 +293,27 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
             formed.append(piece)
             return super().linearize(piece)
 
-    def update(objective, preconditioner):
-        solver = ConjugateGradient(preconditioner, ResidualTolerance(1e-8), 1000, warm_start_decay=0.0)
-        state = update_state(objective, solver, damping=1e-6, scale=1.0)
-        return hf_update(objective, Counted(DoubleBackward()), solver, state)
+    def both(objective):
+        results = []
+        for preconditioner in (Nystrom(40), Identity()):
+            solver = ConjugateGradient(preconditioner, ResidualTolerance(1e-8), 1000, warm_start_decay=0.0)
+            state = update_state(objective, solver, damping=1e-6, scale=1.0)
+            results.append(hf_update(objective, Counted(DoubleBackward()), solver, state))
+        return results
 
-    found = {}
-    for preconditioner in (Identity(), Nystrom(40)):
-        formed.clear()
-        result = with_objective(model, data, lambda objective, part=preconditioner: update(objective, part))
-        found[type(preconditioner)] = result
-        assert len(formed) == 1
+    results = with_objective(model, model_data(model, x, np.tanh(x[:, :3])), both)
+    assert len(formed) == 2  # once in each of the updates
     # 69 and 543.
-    assert 2 * found[Nystrom].logs["cg_iterations"] < found[Identity].logs["cg_iterations"]
-    starts = [found[kind].state.solver["warm_start"] for kind in (Nystrom, Identity)]
-    np.testing.assert_allclose(*starts, rtol=1e-3, atol=1e-3)
+    with_sketch, without = (result.logs["cg_iterations"] for result in results)
+    assert 2 * with_sketch < without
+    np.testing.assert_allclose(*(result.state.solver["warm_start"] for result in results), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
-def test_two_replicas_give_the_weights_of_one_device():
-    def trained(strategy):
-        with strategy.scope():
-            optimizer = HessianFree(
-                0.1, solver=ConjugateGradient(preconditioner=Nystrom(8, interval=2), max_iterations=8), seed=0
-            )
-            model = make_model(optimizer=optimizer)
-        y = PROBLEMS["mse"].targets(np.random.default_rng(3))
-        model.fit(inputs(), y, epochs=3, verbose=0, callbacks=[ConstantDamping()])
-        return model
-
-    one, two = trained(tf.distribute.get_strategy()), trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-9)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
-def test_trains_in_lower_precision(policy):
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy(policy)
-    network = keras.Sequential([keras.Input((2,)), layers.Dense(8, "tanh"), layers.Dense(2, "softmax")])
-    optimizer = HessianFree(0.1, solver=ConjugateGradient(preconditioner=Nystrom(10, interval=2)), seed=0)
-    model = compiled(network, "sparse_categorical_crossentropy", optimizer=optimizer)
-    x = inputs().astype("float32")
-    history = model.fit(x, x[:, 0] > x[:, 1], epochs=5, verbose=0, callbacks=[ConstantDamping()]).history
-    assert history["loss"][-1] < 0.5 * history["loss"][0]
-    assert model.optimizer.state().solver["preconditioner"]["vectors"].dtype == tf.float32
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.5, True, "all", None])
 @pytest.mark.parametrize("name", ["rank", "interval"])
-def test_a_bad_argument_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"`{name}` must be an integer >= 1. Received: {name}="):
-        Nystrom(**{name: value})
+def test_a_bad_argument_is_refused(name):
+    for value in (0, -1, 2.5, True, "all", None):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer >= 1. Received: {name}="):
+            Nystrom(**{name: value})
 
 
 def test_more_directions_than_weights_are_as_many():

@@ -1,10 +1,10 @@
-"""What is installed: one version, a wheel whose metadata are right, and the README's example out of it."""
+"""What is installed: one version, a wheel whose metadata are right, and the README's workflow out of it."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
@@ -63,27 +63,48 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_is_pure_and_holds_the_package_alone(wheel):
+def test_the_wheel_is_pure_holds_the_package_alone_and_requires_what_that_imports(wheel):
     assert wheel.name == f"keras_hf-{keras_hf.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         metadata = file.read(f"keras_hf-{keras_hf.__version__}.dist-info/METADATA").decode()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_hf").rglob("*.py")} | {"keras_hf/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == modules
-    assert "Requires-Dist: tensorflow>=" in metadata and "Requires-Dist: keras>=" in metadata
+    # Without an extra.
+    required = set(re.findall(r"^Requires-Dist: (\w+)>=[\d.]+$", metadata, re.MULTILINE))
+    assert required == _imported_packages() == {"keras", "numpy", "tensorflow"}
     checked = subprocess.run(
         [sys.executable, "-m", "twine", "check", "--strict", wheel], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def _imported_packages():
+    """What the package imports of others when it is imported."""
+    statements = [node for path in (ROOT / "keras_hf").rglob("*.py") for node in ast.parse(path.read_text()).body]
+    modules = [node.module for node in statements if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in statements if isinstance(node, ast.Import) for alias in node.names]
+    return {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"keras_hf"}
+
+
 @pytest.mark.slow
-def test_the_readmes_example_runs_out_of_the_wheel(wheel, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_readmes_workflow_runs_as_printed_out_of_the_wheel(wheel, tmp_path):
+    """Outside of the repository, with the requirements of this environment, and warnings as errors as in the other tests."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 15
+    installed, workplace = tmp_path / "installed", tmp_path / "workplace"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", installed, wheel]
+    subprocess.run(pip, check=True)
+    workplace.mkdir()
     where = "\nimport keras_hf; print(keras_hf.__file__)"
-    done = subprocess.run([python, "-c", block + where], cwd=tmp_path, capture_output=True, text=True)
+    strict = "import warnings; warnings.simplefilter('error', UserWarning)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", strict + code + where],
+        cwd=workplace,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.splitlines()[-1]).is_relative_to(tmp_path / "venv")
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(installed)
+    assert (workplace / "run.keras").exists() and (workplace / "serving" / "saved_model.pb").exists()

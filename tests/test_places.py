@@ -29,46 +29,42 @@ def test_shares_by_hand():
 
 @each_division_among_replicas
 def test_shares_of_a_run_add_up_to_it(counts):
-    sizes = np.arange(sum(counts) + 1)
-    for start in range(2 * sum(counts)):
-        np.testing.assert_array_equal(sum(run.up_to(sizes).numpy() for run in runs(counts, start)), sizes)
+    sizes, starts = np.arange(sum(counts) + 1), np.arange(2 * sum(counts))[:, None]
+    total = sum(run.up_to(sizes).numpy() for run in runs(counts, starts))
+    np.testing.assert_array_equal(total, np.broadcast_to(sizes, [len(starts), len(sizes)]))
 
 
 @each_division_among_replicas
-@pytest.mark.parametrize("start", [0, 3, 9])
-def test_every_case_of_a_run_has_one_number_on_one_replica(counts, start):
+def test_every_case_of_a_run_has_one_number_on_one_replica(counts):
     size = max(sum(counts) // 2, 1)
-    numbers = [run.numbers(tf.range(run.num_local)).numpy() for run in runs(counts, start, size)]
-    assert sorted(np.concatenate(numbers)) == list(range(size))
-    # In the order of the replica's own cases.
-    assert all((np.diff(own) > 0).all() for own in numbers)
+    for start in (0, 3, 9):
+        numbers = [run.numbers(tf.range(run.num_local)).numpy() for run in runs(counts, start, size)]
+        assert sorted(np.concatenate(numbers)) == list(range(size))
+        # In the order of the replica's own cases.
+        assert all((np.diff(own) > 0).all() for own in numbers)
 
 
 @each_division_among_replicas
-@pytest.mark.parametrize("update", [0, 1, 2])
-def test_the_chunk_of_all_replicas_is_that_of_one_device(counts, update):
-    num_cases = sum(counts)
-    chunk = max(num_cases // 3, 1)
-    numbers = []
-    for run in runs(counts):
-        pieces = divide(run, chunk, 2, tf.constant(update), 5)
-        numbers += run.numbers(pieces.chunk_indices()).numpy().tolist()
-        assert int(pieces.share_of_first(chunk)) == int(pieces.chunk_size)
-    one = divide(Places.of_batch([num_cases]), chunk, 2, tf.constant(update), 5)
-    assert sorted(numbers) == one.chunk_indices().numpy().tolist()
+def test_the_chunk_of_all_replicas_is_that_of_one_device(counts):
+    chunk = max(sum(counts) // 3, 1)
+    for update in (0, 1, 2):
+        numbers = []
+        for run in runs(counts):
+            pieces = divide(run, chunk, 2, tf.constant(update), 5)
+            numbers += run.numbers(pieces.chunk_indices()).numpy().tolist()
+            assert int(pieces.share_of_first(chunk)) == int(pieces.chunk_size)
+        one = divide(Places.of_batch([sum(counts)]), chunk, 2, tf.constant(update), 5)
+        assert sorted(numbers) == one.chunk_indices().numpy().tolist()
 
 
 @each_division_among_replicas
 def test_the_first_cases_from_a_chunk_on_go_around_the_run(counts):
-    for run in runs(counts):
-        pieces = divide(run, max(sum(counts) // 3, 1), None, tf.constant(1), 0)
-        ring = [int(pieces.share_of_first(size)) for size in range(sum(counts) + 1)]
-        assert ring[0] == 0 and ring[-1] == int(run.num_local) and (np.diff(ring) >= 0).all()
-    totals = [
-        sum(int(divide(run, 2, None, tf.constant(1), 0).share_of_first(size)) for run in runs(counts))
-        for size in range(sum(counts) + 1)
-    ]
-    assert totals == list(range(sum(counts) + 1))
+    sizes = np.arange(sum(counts) + 1)
+    for chunk in (2, max(sum(counts) // 3, 1)):
+        rings = [divide(run, chunk, None, tf.constant(1), 0).share_of_first(sizes).numpy() for run in runs(counts)]
+        for run, ring in zip(runs(counts), rings, strict=True):
+            assert ring[0] == 0 and ring[-1] == int(run.num_local) and (np.diff(ring) >= 0).all()
+        np.testing.assert_array_equal(sum(rings), sizes)
 
 
 @pytest.mark.parametrize(("num_cases", "num_replicas"), [(51, 2), (17, 4), (9, 4), (8, 2), (1, 2), (0, 2)])
@@ -76,11 +72,10 @@ def test_a_batch_in_the_order_of_replicas_has_each_ones_share_of_any_run_on_it(n
     order = by_replica(tf.constant(num_cases), num_replicas).numpy()
     counts = parts_of_replicas(tf.constant(num_cases), num_replicas).numpy()
     assert sorted(order) == list(range(num_cases)) and counts.sum() == num_cases
-    held = np.split(order, np.cumsum(counts)[:-1])
-    for size in range(num_cases + 1):
-        for replica, run in enumerate(runs(tuple(counts), 0, size)):
+    for run, held in zip(runs(tuple(counts)), np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        for size, num_local in enumerate(run.up_to(np.arange(num_cases + 1)).numpy()):
             # The places of the first cases of the order, in order.
-            assert held[replica][: int(run.num_local)].tolist() == [p for p in held[replica] if p < size]
+            assert held[:num_local].tolist() == [place for place in held if place < size]
 
 
 @pytest.mark.parametrize(("num_cases", "num_replicas"), [(51, 2), (17, 4), (9, 4)])

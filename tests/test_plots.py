@@ -44,10 +44,7 @@ def test_ratios_beyond_the_panel_are_marked_at_its_edge():
 
 
 def test_panels_are_of_one_height_also_where_no_ratio_is_beyond():
-    records = [
-        {**record, "reduction_ratio": ratio} for record, ratio in zip(RECORDS, [0.5, np.nan, 0.9, 1.0], strict=True)
-    ]
-    figure = plots.plot_updates(records)
+    figure = plots.plot_updates([{**record, "reduction_ratio": 0.5} for record in RECORDS])
     figure.draw_without_rendering()
     heights = [panel.get_position().height for panel in figure.axes]
     assert min(heights) > 0.1 and max(heights) < 1.2 * min(heights)
@@ -55,11 +52,8 @@ def test_panels_are_of_one_height_also_where_no_ratio_is_beyond():
 
 def test_a_history_is_drawn_with_the_loss_of_validation(tmp_path):
     history = keras.callbacks.History()
-    history.history = {
-        key: [record[key] for record in RECORDS]
-        for key in RECORDS[0]
-        if key not in ("update", "trace", "seconds", "cost")
-    }
+    logged = set(RECORDS[0]) - {"update", "trace", "seconds", "cost"}
+    history.history = {key: [record[key] for record in RECORDS] for key in logged}
     history.history["val_loss"] = [3.0, 2.0, 1.0, 1.5]
     figure = plots.plot_updates(history, path=tmp_path / "run.png")
     assert set(lines(figure, 0)) == {"loss", "val_loss"}

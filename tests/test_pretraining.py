@@ -2,9 +2,11 @@
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from training import assert_equal
 
 from examples import pretraining
 from examples.autoencoder import build_autoencoder
@@ -115,48 +117,27 @@ def test_updates_have_momentum_and_decay_weights_alone(kinds, rate, monkeypatch)
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_reconstruction_error_falls():
-    x = synthetic_curves(500, 0)
-    machine = BoltzmannMachine(784, 50)
-
-    def error():
-        return float(tf.reduce_mean(tf.reduce_sum(tf.square(machine.visible_means(machine.hidden_means(x)) - x), -1)))
-
-    before = error()
-    machine.fit(x, epochs=5)
-    middle = error()
-    machine.fit(x, epochs=10)
-    assert error() < middle < 0.5 * before
-    assert error() < x.var(0).sum()  # Better than the mean image.
-
-
 @pytest.mark.slow
 def test_the_network_is_the_machines_unrolled():
-    x = synthetic_curves(200, 0)
-    network = build_autoencoder((20, 10, 4), l2=0.0, seed=0)
+    x = synthetic_curves(100, 0)
+    network = build_autoencoder((20, 4), l2=0.0, seed=0)
     assert pretraining.pretrained(network, x, epochs=2, seed=3) is network
     kernels, biases = zip(*(layer.get_weights() for layer in network.layers), strict=True)
-    for number in range(3):
-        np.testing.assert_array_equal(kernels[number], kernels[-1 - number].T)
     first = BoltzmannMachine(784, 20, seed=[3, 0])
     first.fit(x, epochs=2)
-    np.testing.assert_array_equal(kernels[0], first.weights)
-    np.testing.assert_array_equal(biases[0], first.hidden_bias)
-    np.testing.assert_array_equal(biases[-1], first.visible_bias)
-    second = BoltzmannMachine(20, 10, seed=[3, 1])
-    second.fit(first.hidden_means(x), epochs=2)
-    np.testing.assert_array_equal(kernels[1], second.weights)
     # The code's units are linear, those before and after it are not.
-    code = BoltzmannMachine(10, 4, linear_hidden=True, seed=[3, 2])
-    code.fit(second.hidden_means(first.hidden_means(x)), epochs=2)
-    np.testing.assert_array_equal(kernels[2], code.weights)
-    np.testing.assert_array_equal(biases[3], code.visible_bias)
+    code = BoltzmannMachine(20, 4, linear_hidden=True, seed=[3, 1])
+    code.fit(first.hidden_means(x), epochs=2)
+    assert_equal(kernels, [first.weights, code.weights, tf.transpose(code.weights), tf.transpose(first.weights)])
+    assert_equal(biases, [first.hidden_bias, code.hidden_bias, code.visible_bias, first.visible_bias])
 
 
-def test_a_pretrained_network_reconstructs_better_than_the_mean_image():
+def test_pretrained_layers_reconstruct_better_than_the_mean_image():
     x = synthetic_curves(500, 0)
-    network = build_autoencoder((50, 20, 6), l2=0.0, seed=0)
-    before = reconstruction_error(network, x)
-    pretraining.pretrained(network, x, epochs=150, seed=0)
+    network = build_autoencoder((50, 6), l2=0.0, seed=0)
+    outermost = keras.Sequential([network.layers[0], network.layers[-1]])
+    errors = {model: reconstruction_error(model, x) for model in (outermost, network)}
+    pretraining.pretrained(network, x, epochs=100, seed=0)
     mean_image = x.var(0).sum()
-    assert reconstruction_error(network, x) < 0.9 * mean_image < before
+    for model, share in ((outermost, 0.5), (network, 0.9)):
+        assert reconstruction_error(model, x) < share * mean_image < errors[model]

@@ -1,17 +1,29 @@
 """What the example of recurrent networks promises: the same start for every method, files that tell the course, and toy problems solved."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
+from training import Clock, assert_equal
 
-from examples import recurrent
+from examples import baselines, recurrent
 from examples.recurrent_problems import PROBLEMS
 from examples.tables import read_rows
-from keras_hf import HessianFree, HFModel
+from keras_hf import DirectSolver, HessianFree, HFModel
 
 
-def arguments(tmp_path, *more):
-    return recurrent.parse(["--results", str(tmp_path), "--units", "20", *more])
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A second passes whenever a recorder looks at the clock: a run has the same updates on every machine."""
+    monkeypatch.setattr(baselines, "time", Clock(step=1.0))
+
+
+def run(tmp_path, options):
+    """Runs the program on its options; returns the one row of the file of all results."""
+    recurrent.main(["--results", str(tmp_path), *options.split()])
+    (result,) = recurrent.read_results(tmp_path / "results.csv")
+    return result
 
 
 def test_streams_have_fresh_sequences_in_every_batch_and_few_ones_again():
@@ -34,12 +46,17 @@ def test_test_sequences_are_none_of_training(tmp_path):
     assert not {row.tobytes() for row in recorder._x} & {row.tobytes() for row in x.numpy()}
 
 
-@pytest.mark.parametrize("name, ends", [("memory-5", True), ("addition", False)])
-def test_a_run_that_has_converged_ends_where_sequences_are_always_the_same(name, ends, tmp_path):
+def recorder_of(name, tmp_path, *arguments):
+    """A recorder of a tiny network that ends nothing by time, and the problem."""
     problem = PROBLEMS[name](4)
     network = recurrent.build_network(problem, recurrent.sequences(problem, 5, seed=0)[1], units=4)
-    recorder = recurrent.SolvedRecorder(problem, network, tmp_path / "run.csv", 60.0, 10, 0, recurrent.HF_LOGS)
-    model = HFModel(network)
+    return problem, recurrent.SolvedRecorder(problem, network, tmp_path / "run.csv", math.inf, 10, *arguments)
+
+
+@pytest.mark.parametrize("name, ends", [("memory-5", True), ("addition", False)])
+def test_a_run_that_has_converged_ends_where_sequences_are_always_the_same(name, ends, tmp_path):
+    problem, recorder = recorder_of(name, tmp_path, 0, recurrent.HF_LOGS)
+    model = HFModel(recorder.network)
     model.compile(HessianFree(), problem.loss)
     recorder.set_model(model)
     recorder.on_train_begin()
@@ -53,10 +70,8 @@ def test_a_run_that_has_converged_ends_where_sequences_are_always_the_same(name,
 
 
 def test_a_run_that_ends_by_itself_has_one_row_of_its_last_update(tmp_path):
-    problem = PROBLEMS["memory-5"](4)
-    network = recurrent.build_network(problem, recurrent.sequences(problem, 5, seed=0)[1], units=4)
-    recorder = recurrent.SolvedRecorder(problem, network, tmp_path / "run.csv", 60.0, 10)
-    recorder.begin(network.variables)
+    _, recorder = recorder_of("memory-5", tmp_path)
+    recorder.begin(recorder.network.variables)
     recorder.interval = 0.0
     recorder.after_update(1, {})
     recorder.finish(1, {})
@@ -71,72 +86,65 @@ def test_weights_are_sparse_and_of_the_spectral_radius():
     assert np.abs(np.linalg.eigvals(recurrent_kernel)).max() == pytest.approx(1.1, rel=1e-4)
     assert not any("bias" in path for path in kernels) and any("initial_state" in path for path in kernels)
     same = recurrent.build_network(PROBLEMS["memory-20"](5), (26, 7), units=60, seed=3)
-    for one, other in zip(network.get_weights(), same.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_equal(network.get_weights(), same.get_weights())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem, method", [("memory-5", "hf"), ("addition", "exact")])
 def test_a_toy_problem_is_solved_and_its_run_written(problem, method, tmp_path):
-    recurrent.main(
-        [
-            "--results",
-            str(tmp_path),
-            "--problem",
-            problem,
-            "--length",
-            "6",
-            "--units",
-            "30",
-            "--methods",
-            method,
-            "--updates",
-            "80",
-        ]
-    )
+    options = f"--problem {problem} --length 6 --units 30 --methods {method} --updates 80 --seconds 200"
+    result = run(tmp_path, options)
     rows = read_rows(tmp_path / f"{problem}-6" / f"{method}-seed0.csv")
     assert rows[0]["wrong"] > 0.5 and rows[-1]["wrong"] < 0.01
-    (result,) = recurrent.read_results(tmp_path / "results.csv")
     assert result["method"] == method and result["solved"] == "1" and float(result["updates"]) == rows[-1]["update"]
     assert (tmp_path / f"{problem}-6" / "seed0.png").stat().st_size > 10_000
 
 
-def test_exact_steps_are_left_out_where_every_step_has_outputs(tmp_path, capsys):
-    options = "--problem", "permutation", "--length", "5", "--units", "4", "--updates", "1", "--methods", "exact", "sgd"
-    recurrent.main(["--results", str(tmp_path), *options])
-    assert "exact: left out" in capsys.readouterr().out
-    (result,) = recurrent.read_results(tmp_path / "results.csv")
-    assert result["method"] == "sgd-0.001"
-
-
-def test_a_run_in_float64_has_a_name_of_its_own(tmp_path, monkeypatch):
+def test_exact_steps_are_left_out_where_every_step_has_outputs_and_runs_in_float64_have_names_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
     built, build = [], recurrent.build_network
     monkeypatch.setattr(recurrent, "build_network", lambda *args: built.append(build(*args)) or built[-1])
-    options = "--problem addition --length 5 --units 4 --updates 1 --methods sgd --float64".split()
-    recurrent.main(["--results", str(tmp_path), *options])
+    options = "--problem permutation --length 5 --units 4 --updates 1 --methods exact sgd --float64"
+    assert run(tmp_path, options)["method"] == "sgd-0.001-float64"
+    assert "exact: left out" in capsys.readouterr().out
     assert {weight.dtype for weight in built[0].weights} == {"float64"} and keras.config.floatx() == "float32"
-    (result,) = recurrent.read_results(tmp_path / "results.csv")
-    assert result["method"] == "sgd-0.001-float64"
-    assert (tmp_path / "addition-5" / "sgd-0.001-float64-seed0.csv").exists()
+    assert (tmp_path / "permutation-5" / "sgd-0.001-float64-seed0.csv").exists()
+
+
+def test_methods_have_the_networks_and_updates_that_they_are_named_after(tmp_path, monkeypatch):
+    trained = {}
+
+    def no_training(model, **arguments):
+        optimizer = model.optimizer
+        layers = model.network.layers if isinstance(model, HFModel) else model.layers
+        trained[method] = type(layers[-2]), type(optimizer), getattr(optimizer, "structural_damping", None)
+
+    for kind in (keras.Model, HFModel):
+        monkeypatch.setattr(kind, "fit", no_training)
+    monkeypatch.setattr(recurrent.SolvedRecorder, "errors", lambda self: {})
+    args = recurrent.parse("--problem temporal-order --length 10 --units 20 --weight 0.5".split())
+    for method in recurrent.METHODS:
+        recurrent.train(args, method, None if method in recurrent.LOGS else 1e-3, tmp_path / f"{method}.csv")
+    assert trained["hf"][2].weight == 0.5
+    plain, adam = keras.layers.SimpleRNN, keras.optimizers.Adam
+    assert {method: found[:2] for method, found in trained.items()} == {
+        **dict.fromkeys(["hf", "hf-plain", "exact"], (plain, HessianFree)),
+        "adam": (plain, adam),
+        "lstm": (keras.layers.LSTM, adam),
+        "gru": (keras.layers.GRU, adam),
+        "sgd": (plain, keras.optimizers.SGD),
+        "nag": (plain, baselines.NesterovMomentum),
+    }
+    assert trained["hf-plain"][2] is trained["exact"][2] is None
+    assert isinstance(recurrent.second_order(args, "exact").solver, DirectSolver)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:An update on")
-@pytest.mark.parametrize("method", [method for method in recurrent.METHODS if method != "hf"])
-def test_every_method_runs(method, tmp_path):
-    args = arguments(
-        tmp_path,
-        "--problem",
-        "temporal-order",
-        "--length",
-        "10",
-        "--updates",
-        "10",
-        "--cases",
-        "20",
-        "--curvature-cases",
-        "10",
-    )
-    rate = None if method in recurrent.LOGS else 1e-3
-    recorder = recurrent.train(args, method, rate, tmp_path / "run.csv")
-    assert recorder.rows[-1]["update"] == 10 and np.isfinite(recorder.rows[-1]["loss"])
+@pytest.mark.parametrize("method, name", [("hf-plain", "hf-plain"), ("lstm", "lstm-0.001")])
+def test_methods_make_their_updates(method, name, tmp_path):
+    options = "--problem temporal-order --length 10 --units 20 --updates 10 --cases 20 --curvature-cases 10"
+    result = run(tmp_path, f"{options} --methods {method} --seconds 1000")
+    assert (result["method"], result["updates"]) == (name, "10")
+    assert np.isfinite(read_rows(tmp_path / "temporal-order-10" / f"{name}-seed0.csv")[-1]["loss"])

@@ -2,10 +2,10 @@
 
 import keras
 import numpy as np
-import problems
 import pytest
+from training import fit, trainable
 
-from keras_hf import ConjugateGradient, HessianFree, Identity, LevenbergMarquardt
+from keras_hf import Identity
 from keras_hf.common.replaced import replaced
 
 
@@ -49,10 +49,7 @@ def test_calls_that_the_user_has_set_on_layers_and_losses_outlive_training():
     dense.call = lambda *args, **kwargs: 2.0 * plain(*args, **kwargs)
     loss.call = lambda *args: of_loss(*args)
     own = dense.call, loss.call
-    network = keras.Sequential([keras.Input((2,)), dense, keras.layers.Dense(2)])
-    model = problems.compiled(
-        network, loss, optimizer=HessianFree(solver=ConjugateGradient(preconditioner=Identity(), max_iterations=2))
-    )
-    x = np.ones((20, 2), "float32")
-    model.fit(x, x, callbacks=[LevenbergMarquardt()], verbose=0)
+    network = keras.Sequential([keras.Input((2,)), dense])
+    model = trainable(network, loss, preconditioner=Identity(), max_iterations=2, growing_batch=None)
+    fit(model, np.ones((20, 2)), np.ones((20, 3)))
     assert (dense.call, loss.call) == own and dense.activation is keras.activations.tanh

@@ -5,6 +5,9 @@ import tensorflow as tf
 from keras_hf.solvers.search import backtrack, coarse_to_fine, least_loss, line_search
 
 NAN, INF = np.nan, np.inf
+not_finite = pytest.mark.parametrize("bad", [NAN, INF, -INF])
+MODES = {"eager": lambda function: function, "compiled": tf.function(autograph=False)}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
 class Losses:
@@ -85,6 +88,11 @@ def search(function, slope, loss=0.0, loss_at_step=None, dtype="float64"):
         # The rule is local: it stops at the first rise on the way back, whatever lies behind.
         ([1.0, 5.0, 4.0, 6.0], 2, [3, 2, 1]),
         ([0.0, 0.0, 7.0, 6.5], 3, [3, 2]),
+        # Of equals the earlier.
+        ([3.0, 3.0], 0, [1, 0]),
+        ([9.0, 3.0, 3.0, 3.0], 1, [3, 2, 1, 0]),
+        ([9.0, 3.0, 3.0, 4.0], 1, [3, 2, 1, 0]),
+        ([2.0, 2.0, 2.0], 0, [2, 1, 0]),
     ],
 )
 def test_backtracking_walks_back_while_the_loss_does_not_rise(losses, row, looked_at):
@@ -94,24 +102,15 @@ def test_backtracking_walks_back_while_the_loss_does_not_rise(losses, row, looke
     assert steps == looked_at
 
 
-@pytest.mark.parametrize(
-    ("losses", "row"), [([3.0, 3.0], 0), ([9.0, 3.0, 3.0, 3.0], 1), ([9.0, 3.0, 3.0, 4.0], 1), ([2.0, 2.0, 2.0], 0)]
-)
-def test_backtracking_takes_the_earlier_of_equals(losses, row):
-    assert walk_back(losses)[0].row == row
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@not_finite
 def test_backtracking_takes_a_loss_that_is_not_finite_for_a_rise(bad):
     # At the end it is walked away from, on the way it is not entered.
     assert walk_back([5.0, 4.0, bad])[0].row == 1
     assert walk_back([5.0, bad, 4.0])[0].row == 2
     assert walk_back([9.0, 4.0, bad, bad])[0].row == 1
-    result, _ = walk_back([bad, bad, bad])
-    assert result.row == 0
-    assert result.loss == INF
-    result, _ = walk_back([bad])
-    assert (result.row, result.loss) == (0, INF)
+    for losses in ([bad, bad, bad], [bad]):
+        result, _ = walk_back(losses)
+        assert (result.row, result.loss) == (0, INF)
 
 
 @pytest.mark.parametrize(
@@ -140,43 +139,32 @@ def test_the_start_need_not_have_loss_zero():
     assert float(result.step_size) == pytest.approx(0.8**4, rel=1e-14)
 
 
-def test_sixty_cuts_reject():
+def test_sixty_cuts_reject_and_the_sixtieth_is_still_taken():
     result, steps = search(lambda t: 3.0 + t, slope=-1.0, loss=3.0)
     assert len(steps) == 60
     assert (result.step_size, result.loss) == (0, 3)
-
-
-def test_the_sixtieth_cut_is_still_taken():
     result, steps = search(lambda t: -1.0 if t < 0.8**59.5 else 1.0, slope=-1.0)
     assert len(steps) == 60
     assert float(result.step_size) == pytest.approx(0.8**60, rel=1e-13)
     assert result.loss == -1
 
 
-@pytest.mark.parametrize("slope", [0.0, 1.0, 1e-300, NAN])
-def test_a_slope_that_is_not_negative_rejects_without_computing_losses(slope):
-    result, steps = search(lambda t: -t, slope=slope, loss=0.5)
-    assert not steps
-    assert (result.step_size, result.loss) == (0, 0.5)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_start_that_is_not_finite_rejects_without_computing_losses(bad):
-    result, steps = search(lambda t: -t, slope=-1.0, loss=bad)
+@pytest.mark.parametrize(
+    ("slope", "loss"), [(0.0, 0.5), (1.0, 0.5), (1e-300, 0.5), (NAN, 0.5), (-1.0, NAN), (-1.0, INF), (-1.0, -INF)]
+)
+def test_a_slope_not_below_zero_and_a_start_that_is_not_finite_reject_without_computing_losses(slope, loss):
+    result, steps = search(lambda t: -t, slope=slope, loss=loss)
     assert not steps
     assert result.step_size == 0
+    np.testing.assert_array_equal(result.loss, loss)
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_loss_on_the_way_that_is_not_finite_cuts_on(bad):
+@not_finite
+def test_a_loss_on_the_way_that_is_not_finite_cuts_on_until_none_is_left(bad):
     result, steps = search(lambda t: bad if t > 0.6 else -t, slope=-1.0)
     # 1, 0.8 and 0.64 are spoiled.
     assert len(steps) == 3
     assert float(result.step_size) == pytest.approx(0.8**3, rel=1e-15)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_losses_that_are_never_finite_reject(bad):
     result, _ = search(lambda t: bad, slope=-1.0, loss=2.0)
     assert (result.step_size, result.loss) == (0, 2)
 
@@ -193,7 +181,7 @@ def test_steps_keep_their_dtype_and_numbers_are_float64():
     assert result.step_size.dtype == result.loss.dtype == tf.float64
 
 
-@pytest.mark.parametrize("mode", [lambda f: f, tf.function(autograph=False)], ids=["eager", "compiled"])
+@modes
 @pytest.mark.parametrize(
     ("losses", "row"),
     [
@@ -211,30 +199,27 @@ def test_the_candidate_of_least_loss_is_taken_where_it_is_less_than_at_the_start
     def refuse(step):
         raise AssertionError("all candidates are looked at together")
 
+    @mode
+    def find(loss):
+        return least_loss(lambda steps: tf.constant(losses, tf.float64), refuse, candidates, loss, gradient)
+
     for loss, accepted in ((10.0, True), (losses[row], False), (-20.0, False), (NAN, False), (INF, False)):
-        found = mode(
-            lambda steps, loss: least_loss(lambda steps: tf.constant(losses, tf.float64), refuse, steps, loss, gradient)
-        )(candidates, tf.constant(loss, tf.float64))
+        found = find(tf.constant(loss, tf.float64))
         assert (found.row, found.candidate, found.candidate_loss, found.num_cuts) == (row, row, losses[row], 0)
         assert found.step_size == float(accepted) and found.step_size.dtype == tf.float64
         np.testing.assert_array_equal(found.loss, losses[row] if accepted else loss)
         np.testing.assert_array_equal(found.losses, losses)
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@not_finite
 def test_losses_none_of_which_is_finite_take_no_candidate(bad):
-    found = least_loss(
-        lambda steps: tf.fill([3], tf.constant(bad, tf.float64)),
-        None,
-        tf.zeros([3, 2]),
-        tf.constant(1.0, tf.float64),
-        None,
-    )
+    losses, candidates = tf.fill([3], tf.constant(bad, tf.float64)), tf.zeros([3, 2])
+    found = least_loss(lambda steps: losses, None, candidates, tf.constant(1.0, tf.float64), None)
     assert (found.step_size, found.loss) == (0, 1)
 
 
+@modes
 @pytest.mark.parametrize("best", range(9))
-@pytest.mark.parametrize("mode", [lambda f: f, tf.function(autograph=False)], ids=["eager", "compiled"])
 def test_coarse_to_fine_finds_the_bottom_of_a_valley_at_half_the_cost(best, mode):
     computed = []
 

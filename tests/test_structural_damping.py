@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import compiled, dense_matrix, hessian_free, model_data, with_objective
+from problems import (
+    case_gradients,
+    compiled,
+    dense_matrix,
+    flat,
+    hessian_free,
+    jacobian,
+    model_data,
+    values_of,
+    with_objective,
+)
 from test_hidden_states import LENGTH, MASK, NUM_CASES, network, steps
+from training import fit, normal, trainable
 
 from keras_hf import (
     ConjugateGradient,
@@ -17,39 +28,32 @@ from keras_hf import (
     GaussNewton,
     Hessian,
     HessianFree,
-    HFModel,
     Identity,
-    LevenbergMarquardt,
     Nystrom,
     PreconditionedMomentum,
     StructuralDamping,
 )
 from keras_hf.solvers.solver import LocalModel
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 WEIGHT, DAMPING = 0.7, 0.3
 
 
-def problem(*made, weight=WEIGHT, masked=False, curvature=None, **arguments):
+def problem(*made, weight=WEIGHT, curvature=None):
     """A compiled network with these layers and a Dense one, and its data."""
-    net = network(*([layers.Masking()] if masked else []), *made, layers.Dense(2))
+    net = network(*made, layers.Dense(2))
     rng = np.random.default_rng(3)
-    for variable in net.trainable_weights:
-        variable.assign(rng.normal(scale=0.7, size=variable.shape))
-    damping = None if weight is None else StructuralDamping(weight)
-    optimizer = hessian_free(
-        preconditioner=Identity(),
-        growing_batch=None,
-        seed=0,
-        structural_damping=damping,
-        curvature=curvature,
-        **arguments,
-    )
-    model = compiled(net, optimizer=optimizer)
+    net.set_weights([rng.normal(scale=0.7, size=value.shape) for value in net.get_weights()])
+    model = compiled(net, optimizer=damped_optimizer(weight and StructuralDamping(weight), curvature=curvature))
     x = rng.normal(size=(NUM_CASES, LENGTH, 2))
-    if masked:
+    if isinstance(made[0], layers.Masking):
         x[~MASK] = 0
-    y = rng.normal(size=net(x).shape)
-    return model, model_data(model, x, y)
+    return model, model_data(model, x, rng.normal(size=net(x).shape))
+
+
+def damped_optimizer(part, **arguments):
+    return hessian_free(preconditioner=Identity(), growing_batch=None, seed=0, structural_damping=part, **arguments)
 
 
 def local_model(objective, curvature=None):
@@ -60,129 +64,113 @@ def local_model(objective, curvature=None):
     )
 
 
-def matrices(model, data, curvature=None, damping=DAMPING, **pieces):
-    """The damped matrix, and that of the undamped product."""
+def matrices(model, data, *products, curvature=None, **pieces):
+    """The matrices of products: of the damped one for each damping that is given, of the undamped one for `None`."""
 
     def compute(objective):
         local = local_model(objective, curvature)
-        damped = local.damped(tf.constant(damping, tf.float64))
-        return [dense_matrix(product, objective.num_weights) for product in (damped, local.linearize())]
+        found = [
+            local.linearize() if damping is None else local.damped(tf.constant(damping, tf.float64))
+            for damping in products
+        ]
+        return [dense_matrix(product, objective.num_weights) for product in found]
 
     return [matrix.numpy() for matrix in with_objective(model, data, compute, **pieces)]
 
 
-def hidden_matrix(model, data, mask=None):
+def hidden_matrix(model, x, mask=None):
     """G_S of a network with one recurrent layer, from a loop over its steps in Python."""
     (layer,) = (layer for layer in model.network.layers if isinstance(layer, layers.RNN))
-    variables = [variable.value for variable in model.trainable_variables]
-    with tf.GradientTape(persistent=True) as tape:
-        states = steps(layer.cell, data.x, mask, backwards=layer.go_backwards)
-        counted = [
-            tf.reshape(
-                tf.boolean_mask(
-                    state,
-                    np.ones(state.shape[:2], bool) if mask is None else mask[:, :: -1 if layer.go_backwards else 1],
-                ),
-                [-1],
-            )
-            for state in states
-        ]
-        flat = tf.concat(counted, 0)
-    parts = tape.jacobian(flat, variables, experimental_use_pfor=False, unconnected_gradients="zero")
-    j = np.concatenate([part.numpy().reshape(len(flat), -1) for part in parts], 1)
-    return j.T @ j / NUM_CASES
+    counted = np.ones(x.shape[:2], bool) if mask is None else mask[:, :: -1 if layer.go_backwards else 1]
+
+    def states():
+        return flat([tf.boolean_mask(state, counted) for state in steps(layer, x, mask)])
+
+    j = jacobian(states, values_of(layer))
+    j = np.pad(j, [(0, 0), (0, model.count_params() - j.shape[1])])
+    return j.T @ j / len(x)
 
 
-def assert_right(model, data, mask=None, curvature=None):
-    damped, undamped = matrices(model, data, curvature)
-    identity = np.eye(len(damped))
-    expected = undamped + DAMPING * (identity + WEIGHT * hidden_matrix(model, data, mask))
+def assert_right(model, data, mask=None, curvature=None, **pieces):
+    """That the damped product is `G + damping (I + weight G_S)`, with G of the mean squared error, or the empirical Fisher matrix."""
+    damped = matrices(model, data, DAMPING, curvature=curvature, **pieces)[0]
+    if isinstance(curvature, EmpiricalFisher):
+        gradients = case_gradients(model, data)
+        undamped = gradients.T @ gradients / NUM_CASES
+    else:
+        j = jacobian(lambda: flat([model(data.x)]), values_of(model))
+        undamped = 2 / len(j) * j.T @ j
+    expected = undamped + DAMPING * (np.eye(len(damped)) + WEIGHT * hidden_matrix(model, data.x, mask))
     np.testing.assert_allclose(damped, expected, atol=1e-12)
 
 
-LAYERS = {
-    "SimpleRNN": lambda: layers.SimpleRNN(3),
-    "unrolled sequences": lambda: layers.SimpleRNN(3, unroll=True, return_sequences=True),
-    "GRU backwards": lambda: layers.GRU(2, go_backwards=True, unroll=True),
-    "stacked cells": lambda: layers.RNN([layers.SimpleRNNCell(2), layers.LSTMCell(2)], unroll=True),
-}
-
-
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "stacked cells" else []) for name in LAYERS]
+    "make",
+    [
+        pytest.param(lambda: layers.SimpleRNN(3), id="SimpleRNN"),
+        pytest.param(
+            lambda: layers.SimpleRNN(3, unroll=True, return_sequences=True, go_backwards=True),
+            id="unrolled sequences backwards",
+        ),
+        pytest.param(
+            lambda: layers.RNN([layers.GRUCell(2), layers.LSTMCell(2)], unroll=True),
+            id="stacked cells",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
-def test_the_damped_product_equals_a_dense_matrix(name):
-    model, data = problem(LAYERS[name]())
-    assert_right(model, data)
+def test_the_damped_product_equals_a_dense_matrix(make):
+    assert_right(*problem(make()))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("backwards", [False, True])
-def test_steps_under_a_mask_do_not_count(backwards):
-    model, data = problem(layers.SimpleRNN(3, go_backwards=backwards), masked=True)
-    assert_right(model, data, MASK)
+def test_steps_under_a_mask_do_not_count():
+    assert_right(*problem(layers.Masking(), layers.SimpleRNN(3, go_backwards=True)), MASK)
 
 
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    "linearization",
+    "linearization, unroll",
     [
-        pytest.param(DoubleBackward(jit_compile=True), id="double, XLA"),
-        pytest.param(ForwardAccumulation(), id="forward"),
-        pytest.param(ForwardAccumulation(jit_compile=True), id="forward, XLA", marks=pytest.mark.slow),
+        pytest.param(DoubleBackward(jit_compile=True), True, id="double, XLA"),
+        pytest.param(ForwardAccumulation(), True, id="forward"),
+        pytest.param(ForwardAccumulation(jit_compile=True), True, id="forward, XLA", marks=pytest.mark.slow),
+        pytest.param(DoubleBackward(jit_compile=True), False, id="loops, XLA", marks=pytest.mark.slow),
     ],
 )
-def test_other_linearizations_give_it(linearization):
-    model, data = problem(layers.SimpleRNN(3, unroll=True))
+def test_other_linearizations_give_it(linearization, unroll):
+    model, data = problem(layers.SimpleRNN(3, unroll=unroll))
     assert_right(model, data, curvature=GaussNewton(linearization))
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.slow
-def test_loops_under_xla_give_it():
-    model, data = problem(layers.SimpleRNN(3))
-    assert_right(model, data, curvature=GaussNewton(DoubleBackward(jit_compile=True)))
-
-
-@pytest.mark.usefixtures("float64")
 def test_the_empirical_fisher_matrix_takes_it():
-    model, data = problem(layers.SimpleRNN(3), curvature=EmpiricalFisher())
+    model, data = problem(layers.SimpleRNN(3, unroll=True), curvature=EmpiricalFisher())
     assert_right(model, data, curvature=EmpiricalFisher())
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("float64")
 def test_it_is_that_of_any_pieces():
     model, data = problem(layers.SimpleRNN(3, unroll=True))
-    whole, _ = matrices(model, data)
-    np.testing.assert_allclose(matrices(model, data, micro_batch_size=2)[0], whole, atol=1e-12)
+    assert_right(model, data, micro_batch_size=2)
 
 
-@pytest.mark.usefixtures("float64")
 def test_on_a_chunk_it_is_the_mean_over_the_chunk():
     model, data = problem(layers.SimpleRNN(3, unroll=True))
-    damped, undamped = matrices(model, data, curvature_batch_size=2)
+    damped, undamped = matrices(model, data, DAMPING, None, curvature_batch_size=2)
     found = ((damped - undamped) / DAMPING - np.eye(len(damped))) / WEIGHT
-    by_case = [hidden_matrix(model, data._replace(x=data.x[i : i + 1])) * NUM_CASES for i in range(NUM_CASES)]
+    by_case = [hidden_matrix(model, data.x[i : i + 1]) for i in range(NUM_CASES)]
     # Which two cases, the seed says.
     pairs = [(by_case[i] + by_case[j]) / 2 for i, j in ((0, 1), (0, 2), (1, 2))]
     assert min(np.abs(found - pair).max() for pair in pairs) < 1e-12
 
 
-@pytest.mark.usefixtures("float64")
 def test_without_damping_or_part_there_are_no_hidden_states_in_the_product():
-    model, data = problem(layers.SimpleRNN(3))
-    plain, _ = problem(layers.SimpleRNN(3), weight=None)
-    plain.network.set_weights(model.network.get_weights())
-    damped, undamped = matrices(plain, data)
+    model, data = problem(layers.SimpleRNN(3, unroll=True))
+    plain, _ = problem(layers.SimpleRNN(3, unroll=True), weight=None)
+    damped, undamped = matrices(plain, data, DAMPING, None)
     np.testing.assert_array_equal(damped, undamped + DAMPING * np.eye(len(damped)))
-    for matrix in matrices(model, data, damping=0.0):
-        np.testing.assert_array_equal(matrix, undamped)
+    np.testing.assert_array_equal(matrices(model, data, 0.0)[0], undamped)
 
 
-@pytest.mark.usefixtures("float64")
 @pytest.mark.slow
 def test_preconditioners_are_made_with_it_and_solvers_solve_with_it():
     model, data = problem(layers.SimpleRNN(2, unroll=True))
@@ -204,29 +192,12 @@ def test_preconditioners_are_made_with_it_and_solvers_solve_with_it():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("float64")
-def test_training_lowers_the_loss():
-    model, data = problem(layers.SimpleRNN(6, unroll=True))
-    history = model.fit(
-        data.x, data.y, batch_size=NUM_CASES, epochs=10, callbacks=[LevenbergMarquardt()], verbose=0
-    ).history
-    assert history["loss"][-1] < 0.01 * history["loss"][0]
-
-
-@pytest.mark.slow
 def test_states_kept_from_batch_to_batch_are_those_of_the_start_in_every_product():
-    net = keras.Sequential(
-        [keras.Input(batch_shape=(NUM_CASES, LENGTH, 2)), layers.GRU(3, stateful=True), layers.Dense(1)]
-    )
-    model = HFModel(net)
-    model.compile(
-        hessian_free(preconditioner=Identity(), growing_batch=None, seed=0, structural_damping=StructuralDamping()),
-        "mse",
-    )
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(NUM_CASES, LENGTH, 2)), rng.normal(size=(NUM_CASES, 1))
-    history = model.fit(x, y, batch_size=NUM_CASES, epochs=6, callbacks=[LevenbergMarquardt()], verbose=0).history
-    assert history["loss"][-1] < history["loss"][0]
+    stack = [layers.SimpleRNN(3, stateful=True), layers.Dense(1)]
+    network = keras.Sequential([keras.Input(batch_shape=(NUM_CASES, LENGTH, 2)), *stack])
+    model = trainable(network, optimizer=damped_optimizer(StructuralDamping()))
+    losses = fit(model, normal(NUM_CASES, LENGTH, 2), normal(NUM_CASES, 1), batch_size=NUM_CASES, epochs=6)["loss"]
+    assert losses[-1] < losses[0]
 
 
 # Settings.
@@ -254,9 +225,8 @@ def test_what_it_cannot_be_combined_with_is_refused():
     with pytest.raises(TypeError, match="`structural_damping` must be a `StructuralDamping` object"):
         HessianFree(structural_damping=0.1)
     for solver in (DirectSolver(), PreconditionedMomentum()):
-        with pytest.raises(
-            ValueError, match=f"`{type(solver).__name__}` does not damp hidden states.*ConjugateGradient"
-        ):
+        message = f"`{type(solver).__name__}` does not damp hidden states.*ConjugateGradient"
+        with pytest.raises(ValueError, match=message):
             HessianFree(solver=solver, structural_damping=part)
     with pytest.raises(ValueError, match="hidden states to the outputs that the curvature goes through.*GaussNewton"):
         HessianFree(curvature=Hessian(), structural_damping=part)
@@ -266,4 +236,4 @@ def test_what_it_cannot_be_combined_with_is_refused():
 def test_a_network_without_hidden_states_is_refused():
     model, data = problem(layers.Flatten())
     with pytest.raises(ValueError, match="Received: a network without a layer of `keras.layers.RNN`"):
-        model.fit(data.x, data.y, callbacks=[LevenbergMarquardt()], verbose=0)
+        fit(model, data.x, data.y)

@@ -1,14 +1,17 @@
 """What one trace of the network tells."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import KERAS, compiled, dense_matrix, flat, inputs, make_model, model_data, with_objective
+from oracles import loss_hessian, prepare
+from problems import KERAS, compiled
+from support import DOUBLE, RIGHT, ROWS, measure, on_loss
 
 from examples.autoencoder import cross_entropy
-from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.problem.fixed_network import Data
 
 
@@ -40,15 +43,16 @@ def test_the_cut_is_at_the_logits_where_the_loss_goes_through_them(activation, l
     assert structure_of(network, loss, tf.zeros([4, 2]), tf.zeros([4, 3])).cuts == (cut,)
 
 
-def test_memory_per_case_counts_forward_and_loss_twice():
+def test_memory_per_case_counts_forward_and_loss_twice_whether_the_length_of_the_batch_is_known_or_not():
     network = keras.Sequential([keras.Input((5,)), layers.Dense(7, "tanh"), layers.Dense(3)])
-    structure = structure_of(network, "mse", tf.zeros([4, 5]), tf.zeros([4, 3]))
+    data = Data(tf.zeros([4, 5]), tf.zeros([4, 3]), None)
+    structure = structure_of(network, "mse", data.x, data.y)
     # Input 5; product, bias and tanh of 7; product and bias of 3; of the loss the target, difference and square of 3 each, and their mean.
     assert structure.bytes_per_case == 2 * 4 * (5 + 3 * 7 + 2 * 3 + 3 * 3 + 1)
-    assert (
-        structure.default_piece_size(Data(tf.zeros([4, 5]), tf.zeros([4, 3]), None))
-        == 2**31 // structure.bytes_per_case
-    )
+    assert structure.default_piece_size(data) == 2**31 // structure.bytes_per_case
+    model = compiled(network)
+    model._maybe_symbolic_build(data_batch=data[:2])
+    assert model._task(data)[1].bytes_per_case == structure.bytes_per_case
 
 
 def network_of_sequences(*between):
@@ -85,14 +89,25 @@ NETWORKS_OF_SEQUENCES = {
 }
 
 
+@functools.cache
+def structure_of_any_length(name):
+    return sequence_structure(NETWORKS_OF_SEQUENCES[name]())
+
+
 @pytest.mark.parametrize("name", NETWORKS_OF_SEQUENCES)
 def test_memory_per_case_is_the_same_whether_lengths_are_known_beforehand_or_not(name):
-    network = NETWORKS_OF_SEQUENCES[name]()
-    unknown = sequence_structure(network)
-    known = sequence_structure(network, 50).bytes_of(sequences(50))
+    known = sequence_structure(NETWORKS_OF_SEQUENCES[name](), 50).bytes_of(sequences(50))
     assert isinstance(known, int)
     # Convolutions lose a place at each end; reshapes to an unknown length hide others.
-    np.testing.assert_allclose(int(unknown.bytes_of(sequences(50))), known, rtol=0.15)
+    np.testing.assert_allclose(int(structure_of_any_length(name).bytes_of(sequences(50))), known, rtol=0.15)
+
+
+@pytest.mark.parametrize("name", NETWORKS_OF_SEQUENCES)
+def test_a_piece_of_long_sequences_keeps_within_the_bound(name):
+    structure, data = structure_of_any_length(name), sequences(1000)
+    size = int(structure.default_piece_size(data))
+    assert size * int(structure.bytes_of(data)) <= 2**31 < (size + 1) * int(structure.bytes_of(data))
+    assert int(structure.default_piece_size(data, 3)) == 3
 
 
 def test_memory_of_a_dense_layer_on_sequences_counts_every_place():
@@ -125,18 +140,9 @@ def test_memory_of_a_recurrent_layer_grows_with_every_step():
 
 
 def test_memory_of_attention_grows_with_the_square_of_the_length():
-    structure = sequence_structure(attention())
+    structure = structure_of_any_length("attention")
     short, long = (int(structure.bytes_of(sequences(length))) for length in (1000, 2000))
     assert 3.5 * short < long < 4 * short
-
-
-@pytest.mark.parametrize("name", NETWORKS_OF_SEQUENCES)
-def test_a_piece_of_long_sequences_keeps_within_the_bound(name):
-    data = sequences(1000)
-    structure = sequence_structure(NETWORKS_OF_SEQUENCES[name]())
-    size = int(structure.default_piece_size(data))
-    assert size * int(structure.bytes_of(data)) <= 2**31 < (size + 1) * int(structure.bytes_of(data))
-    assert int(structure.default_piece_size(data, 3)) == 3
 
 
 def test_memory_of_a_loop_of_known_turns_is_that_of_its_turns():
@@ -157,47 +163,7 @@ def test_states_are_those_that_a_pass_changes():
     assert structure.batch_normalizations == [moving]
 
 
-def test_a_batch_of_known_length_is_sized_like_any_other():
-    network = keras.Sequential([keras.Input((5,)), layers.Dense(7, "tanh"), layers.Dense(3)])
-    model = compiled(network)
-    x, y = tf.zeros([4, 5]), tf.zeros([4, 3])
-    model._maybe_symbolic_build(data_batch=(x, y))
-    assert model._task(Data(x, y, None))[1].bytes_per_case == structure_of(network, "mse", x, y).bytes_per_case > 100
-
-
-# Losses by the question whether their second derivative is diagonal: activation of the output layer, loss, targets. As callables: a loss keeps the
-# `floatx` it was made in.
-
-FEW = 4
-
-
-def bits(rng):
-    return rng.integers(0, 2, size=(FEW, 3)).astype("float64")
-
-
-def reals(rng):
-    return rng.normal(size=(FEW, 3))
-
-
-def one_hot(rng):
-    return np.eye(3)[rng.integers(0, 3, size=FEW)]
-
-
-def labels(rng):
-    return rng.integers(0, 3, size=FEW)
-
-
-def signs(rng):
-    return 2 * bits(rng) - 1
-
-
-def shares(rng):
-    return rng.dirichlet(np.ones(3), size=FEW)
-
-
-def probabilities_of_no_layer(z):
-    """Logistic, without logits that Keras could find."""
-    return 1 / (1 + tf.exp(-z))
+# Losses of users by the question whether their second derivative is diagonal.
 
 
 def smoothness(y, y_pred):
@@ -239,144 +205,83 @@ def of_switched_entries(y, y_pred):
     return tf.reduce_sum(tf.cast(tf.where(y_pred >= largest, 2, 1), y.dtype) * (y - y_pred) ** 2, -1)
 
 
-K = keras.losses
-DIAGONAL = {
-    "mse": ("linear", K.MeanSquaredError, reals),
-    "mse on sigmoid": ("sigmoid", K.MeanSquaredError, bits),
-    "mse on softmax": ("softmax", K.MeanSquaredError, one_hot),
-    "summed mse": ("linear", lambda: K.MeanSquaredError(reduction="sum"), reals),
-    "weighted mean of mse": ("linear", lambda: K.MeanSquaredError(reduction="mean_with_sample_weight"), reals),
-    "msle": ("exponential", K.MeanSquaredLogarithmicError, shares),
-    "huber": ("linear", lambda: K.Huber(0.7), reals),
-    "log-cosh": ("linear", K.LogCosh, reals),
-    "squared hinge": ("linear", K.SquaredHinge, signs),
-    "poisson": ("exponential", K.Poisson, bits),
-    "Kullback-Leibler": ("softmax", K.KLDivergence, shares),
-    "binary from logits": ("linear", lambda: K.BinaryCrossentropy(from_logits=True), bits),
-    "binary by logits": ("sigmoid", K.BinaryCrossentropy, bits),
-    "binary from probabilities": (probabilities_of_no_layer, K.BinaryCrossentropy, bits),
-    "smoothed binary": ("sigmoid", lambda: K.BinaryCrossentropy(label_smoothing=0.1), bits),
-    "of the autoencoder": ("sigmoid", lambda: cross_entropy, bits),
-    "focal from probabilities": (probabilities_of_no_layer, K.BinaryFocalCrossentropy, bits),
-    "quartic": ("linear", lambda: quartic, reals),
-    "of switched entries": ("linear", lambda: of_switched_entries, reals),
-}
-COUPLED = {
-    "categorical by logits": ("softmax", K.CategoricalCrossentropy, one_hot),
-    "categorical from logits": ("linear", lambda: K.CategoricalCrossentropy(from_logits=True), one_hot),
-    "categorical from probabilities": (probabilities_of_no_layer, K.CategoricalCrossentropy, one_hot),
-    "sparse categorical by logits": ("softmax", K.SparseCategoricalCrossentropy, labels),
-    "sparse categorical from logits": (
-        "linear",
-        lambda: K.SparseCategoricalCrossentropy(from_logits=True),
-        labels,
-    ),
-    "cosine": ("linear", K.CosineSimilarity, reals),
-    "binary focal": ("sigmoid", K.BinaryFocalCrossentropy, bits),
-    "categorical focal": ("softmax", K.CategoricalFocalCrossentropy, one_hot),
-    "dice": ("sigmoid", K.Dice, bits),
-    "tversky": ("sigmoid", K.Tversky, bits),
-    "smoothness": ("linear", lambda: smoothness, reals),
-    "relative error": ("linear", lambda: relative_error, reals),
-    "with a spectrum": ("linear", lambda: with_spectrum, reals),
-    "with a loop": ("linear", lambda: with_loop, reals),
-    "product of outputs": ("linear", lambda: product_of_outputs, reals),
-    "across cases": ("linear", lambda: across_cases, reals),
-    "in a function": ("linear", lambda: tf.function(smoothness), reals),
-}
+def of_user(loss, targets="reals", *arguments, **fields):
+    """The row of a loss that is not one of Keras'."""
+    return on_loss(f"Loss, {loss.__name__}", targets, *arguments, loss=lambda: loss, **fields)
 
 
-# Losses like another one of the tables; all of Keras' are in the table of docs/support.md, too.
-ALIKE = {
-    *(
-        "mse on softmax",
-        "summed mse",
-        "msle",
-        "log-cosh",
-        "squared hinge",
-        "Kullback-Leibler",
-        "binary from logits",
-        "smoothed binary",
-    ),
-    *(
-        "sparse categorical by logits",
-        "sparse categorical from logits",
-        "categorical focal",
-        "dice",
-        "tversky",
-        "with a loop",
-    ),
-}
-
-
-def of(table):
-    """The names of a table; those of losses like another one are slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in table]
-
-
-def model_and_data(activation, loss, targets, sample_weight=None):
-    model = make_model(activation, loss())
-    return model, model_data(model, inputs()[:FEW], targets(np.random.default_rng(3)), sample_weight)
-
-
-def dense_derivatives(model, structure, data):
-    """J and H of all entries of what the loss is cut at, `(entries, n)` and `(entries, entries)`, by `GradientTape.jacobian`."""
-    variables = [variable.value for variable in model.trainable_variables]
-    with tf.GradientTape(persistent=True) as forward:
-        y_pred = model(data.x, training=True)
-        outputs = structure.cut(y_pred)
-    with tf.GradientTape(persistent=True) as outer:
-        outer.watch(outputs)
-        with tf.GradientTape() as inner:
-            inner.watch(outputs)
-            loss = model._compile_loss(data.y, y_pred, data.sample_weight)
-        gradient = flat(inner.gradient(loss, outputs))
-
-    def matrix(tape, target, sources):
-        rows = tape.jacobian(target, sources, unconnected_gradients="zero", experimental_use_pfor=False)
-        return np.concatenate([row.numpy().reshape(target.shape.num_elements(), -1) for row in rows], 1)
-
-    j = np.concatenate([matrix(forward, output, variables) for output in outputs])
-    return j, matrix(outer, gradient, outputs)
-
-
-def assert_product_is_dense(model, structure, data):
-    """Returns H."""
-    j, h = dense_derivatives(model, structure, data)
-    product = with_objective(
-        model,
-        data,
-        lambda objective: dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights),
+OF_USERS = {
+    row.name: row
+    for row in (
+        of_user(cross_entropy, "bits", "sigmoid", through_logits="sigmoid"),
+        of_user(quartic),
+        of_user(with_spectrum),
+        of_user(across_cases, warning="cannot be put together"),
+        on_loss("Loss, in a function", "reals", loss=lambda: tf.function(smoothness)),
+        *(
+            of_user(loss, is_slow=True)
+            for loss in (of_switched_entries, smoothness, relative_error, product_of_outputs, with_loop)
+        ),
     )
-    np.testing.assert_allclose(product, j.T @ h @ j, rtol=1e-9, atol=1e-12)
-    return h
+}
+# Every entry of the output has a loss of its own, whatever the weights of cases.
+DIAGONAL = [
+    *("MeanSquaredError", "MeanSquaredError, on sigmoid", "Huber", "Poisson", "Loss, quartic"),
+    *("MeanSquaredError, mean_with_sample_weight", "MeanSquaredError, mean_with_sample_weight, weighted"),
+    *("MeanSquaredError, sum_over_batch_size, weighted", "Loss, of_switched_entries", "Loss, cross_entropy"),
+    *("BinaryCrossentropy, from sigmoid", "BinaryCrossentropy, from other outputs"),
+    "BinaryFocalCrossentropy, from other outputs",
+]
+COUPLED = [
+    *("CategoricalCrossentropy, from softmax", "CategoricalCrossentropy, from logits", "CosineSimilarity"),
+    *("CategoricalCrossentropy, from other outputs", "BinaryFocalCrossentropy, from sigmoid"),
+    *("Loss, smoothness", "Loss, relative_error", "Loss, with_spectrum", "Loss, product_of_outputs"),
+    "Loss, across_cases",
+]
+# Losses like another one.
+DIAGONAL_TOO = [
+    *("MeanSquaredError, sum", "MeanSquaredLogarithmicError", "LogCosh", "SquaredHinge", "KLDivergence"),
+    *("BinaryCrossentropy, from logits", "BinaryCrossentropy, label_smoothing, from sigmoid"),
+]
+COUPLED_TOO = [
+    *("SparseCategoricalCrossentropy, from softmax", "SparseCategoricalCrossentropy, from logits", "Dice", "Tversky"),
+    *("CategoricalFocalCrossentropy, from softmax", "Loss, in a function", "Loss, with_loop"),
+]
+
+
+def some_slow(names, slow_names):
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow_names)]
+
+
+def entrywise_and_hessian(name):
+    """Whether the structure takes the second derivative of a row's loss for diagonal, and that derivative."""
+    row = (ROWS | OF_USERS)[name]
+    model, data = prepare(row)
+    return model._task(data)[1].is_entrywise, loss_hessian(row, model, data)
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", of(DIAGONAL))
-def test_products_of_a_loss_of_single_entries_take_a_diagonal_hessian(name):
-    model, data = model_and_data(*DIAGONAL[name])
-    structure = model._task(data)[1]
-    assert structure.is_entrywise
-    h = assert_product_is_dense(model, structure, data)
+@pytest.mark.parametrize("name", some_slow(DIAGONAL, DIAGONAL_TOO))
+def test_the_hessian_of_a_loss_of_single_entries_counts_as_diagonal(name):
+    is_entrywise, h = entrywise_and_hessian(name)
+    assert is_entrywise
     np.testing.assert_array_equal(h[~np.eye(len(h), dtype=bool)], 0)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.filterwarnings("ignore:The loss of a batch cannot be put together")
-@pytest.mark.parametrize("name", of(COUPLED))
-def test_products_of_a_loss_that_couples_entries_take_all_of_the_hessian(name):
-    model, data = model_and_data(*COUPLED[name])
-    structure = model._task(data)[1]
-    assert not structure.is_entrywise
-    h = assert_product_is_dense(model, structure, data)
+@pytest.mark.parametrize("name", some_slow(COUPLED, COUPLED_TOO))
+def test_the_hessian_of_a_loss_that_couples_entries_does_not_count_as_diagonal(name):
+    is_entrywise, h = entrywise_and_hessian(name)
+    assert not is_entrywise
     assert np.abs(h[~np.eye(len(h), dtype=bool)]).max() > 1e-4
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["mse", "binary by logits", "weighted mean of mse", "huber"])
-def test_weights_of_cases_leave_the_hessian_diagonal(name):
-    model, data = model_and_data(*DIAGONAL[name], sample_weight=np.linspace(0, 2, FEW))
-    structure = model._task(data)[1]
-    assert structure.is_entrywise
-    assert_product_is_dense(model, structure, data)
+# Those of Keras' losses are in the table of docs/support.md.
+@pytest.mark.filterwarnings("ignore:The loss of a batch cannot be put together")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * row.is_slow) for name, row in OF_USERS.items()]
+)
+def test_products_of_losses_of_users_are_right(name):
+    found, _ = measure(OF_USERS[name], [DOUBLE])
+    assert found[DOUBLE][0] == RIGHT, found

@@ -23,21 +23,18 @@ NUMBER_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "rule"), [(name, value, rule) for name, values, rule in NUMBER_ERRORS for value in values]
-)
-def test_numbers_out_of_range_are_refused(name, value, rule):
-    with pytest.raises(ValueError, match=f"`{name}` must be {rule}. Received: {name}="):
-        ConjugateGradient(**{name: value})
+@pytest.mark.parametrize(("name", "values", "rule"), NUMBER_ERRORS)
+def test_numbers_out_of_range_are_refused(name, values, rule):
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{name}` must be {rule}. Received: {name}="):
+            ConjugateGradient(**{name: value})
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"warm_start_decay": 0}, {"warm_start_decay": 1}, {"max_iterations": np.int64(1)}]
-)
-def test_numbers_at_the_ends_of_their_ranges_are_taken(arguments):
-    config = ConjugateGradient(**arguments).get_config()
-    assert {name: config[name] for name in arguments} == arguments
-    assert {type(config["max_iterations"]), type(config["warm_start_decay"])} == {int, float}
+def test_numbers_at_the_ends_of_their_ranges_are_taken():
+    for arguments in ({"warm_start_decay": 0}, {"warm_start_decay": 1}, {"max_iterations": np.int64(1)}):
+        config = ConjugateGradient(**arguments).get_config()
+        assert {name: config[name] for name in arguments} == arguments
+        assert {type(config["max_iterations"]), type(config["warm_start_decay"])} == {int, float}
 
 
 @pytest.mark.parametrize(
@@ -48,10 +45,9 @@ def test_numbers_at_the_ends_of_their_ranges_are_taken(arguments):
     ],
 )
 def test_parts_that_are_not_objects_of_their_kind_are_refused(name, kind, example, other):
+    message = f"`{name}` must be a `{kind}` object, such as `{example}`. Received: {name}="
     for value in ("identity", Identity, 0.5, other, False):
-        with pytest.raises(
-            TypeError, match=f"`{name}` must be a `{kind}` object, such as `{example}`. Received: {name}="
-        ):
+        with pytest.raises(TypeError, match=message):
             ConjugateGradient(**{name: value})
 
 

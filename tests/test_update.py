@@ -1,10 +1,22 @@
 """What one update promises: the paper's numbers, against dense solves."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import PROBLEMS, compiled, dense_matrix, inputs, make_model, model_data, update_state, with_objective
+from problems import (
+    PROBLEMS,
+    compiled,
+    dense_matrix,
+    inputs,
+    make_model,
+    model_data,
+    objective_function,
+    update_state,
+    with_objective,
+)
 
 from keras_hf import (
     CGStop,
@@ -23,31 +35,13 @@ from keras_hf.update import hf_update
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def update(objective, damping=0.3, warm_start=None, curvature=None, scale=1.0, **parts):
-    parts = {
-        "preconditioner": EmpiricalFisherDiagonal(),
-        "stopping": ResidualTolerance(1e-13),
-        "max_iterations": 400,
-        "warm_start_decay": 0.95,
-        **parts,
-    }
-    solver = ConjugateGradient(**parts)
-    state = update_state(objective, solver, damping, scale)
-    if warm_start is not None:
-        state = state._replace(solver={**state.solver, "warm_start": warm_start})
-    return hf_update(objective, curvature or GaussNewton(DoubleBackward()), solver, state)
+class Limited(ResidualTolerance):
+    """Stops at a tolerance, or after as many iterations as a variable says: one trace serves every limit."""
 
+    limit = tf.Variable(400)
 
-def problem_data(name="mse", **arguments):
-    model = make_model(PROBLEMS[name].activation, PROBLEMS[name].loss, **arguments)
-    return model, model_data(model, inputs(), PROBLEMS[name].targets(np.random.default_rng(3)))
-
-
-def linear_regression(regularizer=None):
-    """A quadratic objective: a linear network under squared error."""
-    dense = keras.layers.Dense(3, kernel_regularizer=regularizer)
-    model = compiled(keras.Sequential([keras.Input((2,)), dense]))
-    return model, model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3)))
+    def should_stop(self, iteration, value_at, residual_norm, b_norm):
+        return super().should_stop(iteration, value_at, residual_norm, b_norm) | (iteration >= self.limit)
 
 
 class ExactInverse(Preconditioner):
@@ -59,136 +53,156 @@ class ExactInverse(Preconditioner):
         return lambda residual: tf.linalg.matvec(inverse, residual), state
 
 
-@pytest.mark.parametrize(
-    "name", ["mse", pytest.param("binary from probabilities", marks=pytest.mark.slow), "categorical from probabilities"]
-)
-def test_cg_run_to_the_end_equals_the_dense_solve(name):
-    model, data = problem_data(name)
+def problem_data(name="mse"):
+    model = make_model(PROBLEMS[name].activation, PROBLEMS[name].loss)
+    return model, model_data(model, inputs(), PROBLEMS[name].targets(np.random.default_rng(3)))
 
-    def compute(objective):
-        matrix = dense_matrix(objective.product(GaussNewton(DoubleBackward())), objective.num_weights)
-        gradient = objective.loss_and_gradient().gradient
-        updates = [update(objective, preconditioner=each) for each in (EmpiricalFisherDiagonal(), Identity())]
-        return matrix, gradient, [found.state.solver["warm_start"] for found in updates]
 
-    matrix, gradient, solutions = with_objective(model, data, compute)
-    expected = np.linalg.solve(matrix.numpy() + 0.3 * np.eye(27), -gradient.numpy())
-    for solution in solutions:
-        np.testing.assert_allclose(solution, expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max())
+class Update:
+    """Updates of one problem, compiled once for all data, dampings, warm starts and limits of iterations."""
+
+    def __init__(self, model, data, curvature=None, curvature_batch_size=None, with_matrix=False, **parts):
+        self.data, self._num_weights = data, model.count_params()
+        curvature = curvature or GaussNewton(DoubleBackward())
+        parts = {
+            "preconditioner": EmpiricalFisherDiagonal(),
+            "stopping": Limited(1e-13),
+            "max_iterations": 400,
+            **parts,
+        }
+        solver = ConjugateGradient(warm_start_decay=0.95, **parts)
+        model.optimizer.curvature_batch_size = curvature_batch_size
+
+        def compute(objective, damping, warm_start):
+            state = update_state(objective, solver, damping, 1.0)
+            state = state._replace(solver={**state.solver, "warm_start": warm_start})
+            result = hf_update(objective, curvature, solver, state)
+            matrix, gradient = None, None
+            if with_matrix:
+                matrix = dense_matrix(objective.product(curvature), objective.num_weights)
+                gradient = objective.loss_and_gradient().gradient
+            return result, matrix, gradient, objective.candidate(result.step), objective.loss_at(result.step)
+
+        self._compute = objective_function(model, compute)
+
+    def __call__(self, damping=0.3, data=None, warm_start=None, limit=400):
+        """The result of an update; matrix of the curvature and gradient before it, if wanted; weights and loss after it."""
+        Limited.limit.assign(limit)
+        warm_start = np.zeros(self._num_weights) if warm_start is None else warm_start
+        return self._compute(data or self.data, tf.constant(damping, tf.float64), tf.constant(warm_start, tf.float64))
+
+
+@functools.cache
+def squares():
+    """Updates of squared errors, with the curvature of 3 of the 15 cases."""
+    return Update(*problem_data(), curvature_batch_size=3, with_matrix=True)
+
+
+@functools.cache
+def linear_regression():
+    """Updates of a quadratic objective: a linear network under squared error, with weight decay, and weights of zero."""
+    dense = keras.layers.Dense(3, kernel_initializer="zeros", kernel_regularizer=keras.regularizers.L2(0.25))
+    model = compiled(keras.Sequential([keras.Input((2,)), dense]))
+    return Update(model, model_data(model, inputs(), PROBLEMS["mse"].targets(np.random.default_rng(3))))
+
+
+def assert_solved(result, matrix, gradient):
+    """That the last iterate is the dense solution."""
+    expected = np.linalg.solve(matrix.numpy() + 0.3 * np.eye(len(gradient)), -gradient.numpy())
+    np.testing.assert_allclose(
+        result.state.solver["warm_start"], expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max()
+    )
+
+
+def test_cg_run_to_the_end_equals_the_dense_solve():
+    result, matrix, gradient, *_ = squares()()
+    assert result.logs["cg_iterations"] > 1
+    assert_solved(result, matrix, gradient)
+
+
+def test_exact_inverse_as_preconditioner_solves_in_one_iteration():
+    of_softmax = Update(
+        *problem_data("categorical from probabilities"),
+        preconditioner=ExactInverse(),
+        stopping=ResidualTolerance(1e-10),
+        with_matrix=True,
+    )
+    result, matrix, gradient, *_ = of_softmax()
+    assert result.logs["cg_iterations"] == 1
+    assert_solved(result, matrix, gradient)
 
 
 @pytest.mark.slow
 def test_a_bound_on_the_kept_iterates_takes_the_same_step_from_the_last_of_them():
-    model, data = problem_data()
-
-    def compute(objective):
-        bounds = (None, 100, 2)
-        return [
-            update(objective, max_iterations=12, stopping=ResidualTolerance(1e-300), max_kept_iterates=b)
-            for b in bounds
-        ]
-
-    every, loose, tight = with_objective(model, data, compute)
-    tf.nest.map_structure(np.testing.assert_array_equal, loose, every)
+    bounded = Update(*problem_data(), curvature_batch_size=3, max_iterations=12, max_kept_iterates=2)
+    every, tight = squares()(1.0, limit=12)[0], bounded(1.0)[0]
+    assert tight.logs["cg_stop"] == CGStop.MAX_ITERATIONS and tight.logs["cg_iterations"] == 12
     assert every.trace["iterate_numbers"].numpy().tolist() == [5, 7, 9, 11, 12]
     assert tight.trace["iterate_numbers"].numpy().tolist() == [11, 12]
     assert every.logs["cg_step"] in (11, 12)
     np.testing.assert_array_equal(tight.step, every.step)
 
 
-def test_exact_inverse_as_preconditioner_needs_one_iteration():
-    model, data = problem_data()
-    found = with_objective(
-        model, data, lambda o: update(o, preconditioner=ExactInverse(), stopping=ResidualTolerance(1e-10))
-    )
-    assert found.logs["cg_iterations"] == 1
-
-
 def test_reduction_ratio_is_one_on_a_quadratic_for_any_damping():
-    model, data = linear_regression(keras.regularizers.L2(0.25))
-    of_damping = tf.function(lambda damping: with_objective(model, data, lambda o: update(o, damping)))
     for damping in (0.0, 0.3, 30.0):
-        found = of_damping(tf.constant(damping, tf.float64))
-        np.testing.assert_allclose(found.reduction_ratio, 1, rtol=1e-10)
-        assert found.step_size == 1
+        result = linear_regression()(damping)[0]
+        np.testing.assert_allclose(result.reduction_ratio, 1, rtol=1e-10)
+        assert result.step_size == 1
 
 
 def test_reduction_ratio_of_short_steps_is_one_whatever_the_chunk():
-    model, data = problem_data()
-    of_damping = tf.function(
-        lambda damping: with_objective(model, data, lambda o: update(o, damping), curvature_batch_size=3)
-    )
-    errors = [abs(float(of_damping(tf.constant(damping, tf.float64)).reduction_ratio) - 1) for damping in (1.0, 1e2)]
+    errors = [abs(float(squares()(damping)[0].reduction_ratio) - 1) for damping in (1.0, 1e2)]
     # They differ by what the curvature of all cases has along a step whose length falls with the damping.
     assert errors[0] > 1e-3 and errors[1] < 0.02 * errors[0]
 
 
-@pytest.mark.slow
 def test_undamped_update_solves_least_squares():
-    model, data = linear_regression()
-    found = with_objective(model, data, lambda o: (o.candidate(update(o, damping=0.0).step), update(o, damping=0.0)))
+    kernel, bias = linear_regression()(damping=0.0)[3]
+    data = linear_regression().data
     features = np.concatenate([data.x, np.ones((15, 1))], 1)
-    expected = np.linalg.lstsq(features, data.y.numpy(), rcond=None)[0]
-    np.testing.assert_allclose(np.concatenate([found[0][0], found[0][1][None]]), expected, rtol=1e-8)
+    # The mean over 45 errors, and decay of the kernel alone.
+    system = features.T @ features / 45 + 0.25 * np.diag([1, 1, 0])
+    expected = np.linalg.solve(system, features.T @ data.y.numpy() / 45)
+    np.testing.assert_allclose(np.concatenate([kernel, bias[None]]), expected, rtol=1e-8)
 
 
 def test_a_zero_gradient_gives_a_zero_step_and_no_ratio():
-    model, data = linear_regression()
-    model.set_weights([np.zeros((2, 3)), np.zeros(3)])
-    data = data._replace(y=tf.zeros_like(data.y))
-    found = with_objective(model, data, update)
-    assert (found.step.numpy() == 0).all() and np.isnan(found.reduction_ratio)
-    assert found.logs["cg_stop"] == CGStop.CONVERGED and found.gradient_norm == 0 and found.logs["cg_iterations"] == 0
+    data = linear_regression().data
+    result = linear_regression()(data=data._replace(y=tf.zeros_like(data.y)))[0]
+    assert (result.step.numpy() == 0).all() and np.isnan(result.reduction_ratio)
+    assert result.logs["cg_stop"] == CGStop.CONVERGED and result.gradient_norm == 0
+    assert result.logs["cg_iterations"] == 0
 
 
 def test_negative_curvature_stops_cg_and_still_lowers_the_loss():
-    model, data = problem_data("mse on sigmoid")
-    found = with_objective(
-        model, data, lambda o: update(o, damping=0.0, curvature=Hessian(DoubleBackward()), preconditioner=Identity())
-    )
-    assert found.logs["cg_stop"] == CGStop.NEGATIVE_CURVATURE
-    after = with_objective(model, data, lambda o: o.loss_at(found.step))
-    assert after < found.loss
+    of_hessian = Update(*problem_data("mse on sigmoid"), curvature=Hessian(DoubleBackward()), preconditioner=Identity())
+    result, *_, loss_after = of_hessian(damping=0.0)
+    assert result.logs["cg_stop"] == CGStop.NEGATIVE_CURVATURE
+    assert loss_after < result.loss
 
 
-@pytest.mark.slow
 def test_an_uphill_warm_start_is_dropped():
-    model, data = problem_data()
-
-    def compute(objective):
-        uphill = 1e3 * objective.loss_and_gradient().gradient
-        return update(objective, warm_start=uphill, max_iterations=1), update(objective, max_iterations=1)
-
-    warm, cold = with_objective(model, data, compute)
+    cold, _, gradient, *_ = squares()(limit=1)
+    warm = squares()(limit=1, warm_start=1e3 * gradient)[0]
     np.testing.assert_array_equal(warm.step, cold.step)
     assert warm.step_size > 0
 
 
-@pytest.mark.slow
 def test_warm_start_continues_from_the_decayed_last_iterate():
-    model, data = problem_data()
-    limited = {"max_iterations": 6, "stopping": ResidualTolerance(1e-13)}
-    first = with_objective(model, data, lambda o: update(o, **limited))
-    # With the solution as start, undecayed, CG has nothing left to do.
-    solved = with_objective(model, data, update)
-    again = with_objective(
-        model,
-        data,
-        lambda o: update(
-            o, warm_start=solved.state.solver["warm_start"], warm_start_decay=1.0, stopping=ResidualTolerance(1e-8)
-        ),
-    )
+    solution = squares()()[0].state.solver["warm_start"]
+    # With the solution as start CG has nothing left to do.
+    again = squares()(warm_start=solution / 0.95)[0]
     assert again.logs["cg_iterations"] <= 1
-    assert first.logs["cg_iterations"] == 6
+    assert squares()(limit=6)[0].logs["cg_iterations"] == 6
 
 
 def test_numbers_that_are_not_finite_reject_the_step():
-    model, data = problem_data()
+    data = squares().data
     poisoned = data._replace(x=tf.tensor_scatter_nd_update(data.x, [[0, 0]], [np.nan]))
-    found = with_objective(model, poisoned, update)
-    assert found.step_size == 0 and np.isnan(found.reduction_ratio)
-    assert (found.state.solver["warm_start"].numpy() == 0).all()
-    assert np.isnan(found.loss)
+    result = squares()(data=poisoned)[0]
+    assert result.step_size == 0 and np.isnan(result.reduction_ratio)
+    assert (result.state.solver["warm_start"].numpy() == 0).all()
+    assert np.isnan(result.loss)
 
 
 class Shifted:

@@ -1,4 +1,4 @@
-"""What several workers do together; also a script, one process of a cluster: `python worker.py WHAT FOLDER ARGUMENTS`."""
+"""What several workers or replicas do together; also a script, one process of a cluster: `python worker.py FOLDER WHAT...`."""
 
 import hashlib
 import json
@@ -10,14 +10,19 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from cluster import LONGEST
 from keras import layers
+from problems import model_data
+from training import assert_same, renewed
 
 import keras_hf
 from keras_hf import (
     ConjugateGradient,
     DirectSolver,
     DoubleBackward,
+    EmpiricalFisher,
     EmpiricalFisherDiagonal,
+    FiniteDifferenceHessian,
     GaussNewton,
     GrowingBatch,
     HessianFree,
@@ -37,36 +42,49 @@ def by_cg(preconditioner, **arguments):
     return {"solver": ConjugateGradient(preconditioner, max_iterations=8), "growing_batch": None, **arguments}
 
 
-def growing(initial_size):
-    """A part that grows after every update: of so much noise nothing generalises."""
-    return GrowingBatch(initial_size, patience=1, share=1, noise=1e6)
+def growing(initial_size, patience=1):
+    """A part that grows after so many updates: of so much noise nothing generalises."""
+    return GrowingBatch(initial_size, patience=patience, share=1, noise=1e6)
 
 
 # Solvers, preconditioners and choices of cases.
 OPTIMIZERS = {
     "diagonal": by_cg(EmpiricalFisherDiagonal()),
     "chunk": by_cg(EmpiricalFisherDiagonal(), curvature_batch_size=25),
-    "growing": by_cg(EmpiricalFisherDiagonal(), growing_batch=growing(12)),
-    "growing from 13": by_cg(EmpiricalFisherDiagonal(), growing_batch=GrowingBatch(13, patience=100, noise=1e6)),
-    "Kronecker": by_cg(KroneckerFactored()),
+    "growing": by_cg(EmpiricalFisherDiagonal(), growing_batch=growing(13, patience=5)),
+    "Kronecker": by_cg(KroneckerFactored(interval=2)),
     "Kronecker of 20 cases": by_cg(KroneckerFactored(num_cases=20, interval=2)),
-    "Kronecker of a growing part": by_cg(KroneckerFactored(num_cases=0.5, decay=0.5), growing_batch=growing(20)),
+    "Kronecker of a growing part": by_cg(
+        KroneckerFactored(num_cases=0.5, interval=2, decay=0.5), growing_batch=growing(20)
+    ),
     "Nystrom": by_cg(Nystrom(rank=4)),
     "momentum": {"solver": PreconditionedMomentum(share=0.5), "growing_batch": GrowingBatch(20, rate=0.2)},
     "direct": {"solver": DirectSolver(), "growing_batch": None},
+    "Fisher in pieces": by_cg(EmpiricalFisherDiagonal(), curvature=EmpiricalFisher(), micro_batch_size=20),
+    "Hessian in pieces": by_cg(EmpiricalFisherDiagonal(), curvature=FiniteDifferenceHessian(), micro_batch_size=20),
 }
-# Networks, losses and data, with the diagonal.
-TASKS = {
-    "weights": {"weighted": True},
-    "batches": {"batch_size": 20},
-    "softmax": {"loss": "categorical_crossentropy"},
-    "normalized": {"normalized": True},
-    "constrained": {"constrained": True},
-    "one case": {"num_cases": 1},
-    "fewer rows than weights": {"num_cases": 11, "optimizer": "direct"},
-    "dataset": {"as_dataset": True},
+# Runs, by the arguments of `trained`. Those of one optimizer share a trace.
+RUNS = {
+    # Parts of 13 and 26 go around the cases and begin a new round. The next is all: 52 are more than half of 103, though 26 are half of what the
+    # first of two replicas holds.
+    "growing": {"optimizer": "growing", "num_cases": 103, "epochs": 11},
+    "batches": {"optimizer": "growing", "batch_size": 20, "predicts": True},
+    "dataset": {"optimizer": "growing", "batch_size": 20, "as_dataset": True},
+    "one case": {"optimizer": "growing", "num_cases": 1, "predicts": True},
+    "chunk": {"optimizer": "chunk", "weighted": True, "constrained": True, "loss": "categorical_crossentropy"},
+    "Kronecker of 20 cases": {"optimizer": "Kronecker of 20 cases"},
+    "Kronecker of a growing part": {"optimizer": "Kronecker of a growing part"},
+    "Nystrom": {"optimizer": "Nystrom"},
+    "momentum": {"optimizer": "momentum"},
+    "direct": {"optimizer": "direct"},
+    "fewer rows than weights": {"optimizer": "direct", "num_cases": 11},
+    "normalized": {"optimizer": "diagonal", "normalized": True},
 }
-CASES = {**{name: {"optimizer": name} for name in OPTIMIZERS}, **TASKS}
+# Those of clusters of so many workers.
+OF_CLUSTERS = {
+    2: [name for name in RUNS if name != "Kronecker of 20 cases"],
+    3: ["growing", "batches", "one case"],
+}
 
 
 class Hashes(keras.callbacks.Callback):
@@ -81,19 +99,19 @@ class Hashes(keras.callbacks.Callback):
         self.found.append(hashlib.sha256(b"".join(values)).hexdigest())
 
 
-def cases(num_cases, loss):
+def cases(num_cases=51, loss="mse"):
     """Inputs and targets; one-hot ones for cross-entropies."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(num_cases, 3)), rng.normal(size=(num_cases, 2))
-    return x, np.eye(2)[(y[:, 0] > 0).astype(int)] if loss == "categorical_crossentropy" else y
+    y = np.eye(2)[(y[:, 0] > 0).astype(int)] if loss == "categorical_crossentropy" else y
+    return x.astype(keras.config.floatx()), y.astype(keras.config.floatx())
 
 
 def model_of(strategy, optimizer="diagonal", loss="mse", normalized=False, constrained=False, width=4):
     """A small compiled model."""
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        l2 = keras.regularizers.L2(1e-2) if optimizer != "direct" else None
-        stack = [layers.Dense(width, "tanh", kernel_regularizer=l2)]
+        stack = [layers.Dense(width, "tanh", kernel_regularizer=keras.regularizers.L2(1e-2))]
         stack += [layers.BatchNormalization()] * normalized
         constraint = keras.constraints.MaxNorm(0.5) if constrained else None
         activation = "softmax" if loss == "categorical_crossentropy" else None
@@ -103,61 +121,80 @@ def model_of(strategy, optimizer="diagonal", loss="mse", normalized=False, const
     return model
 
 
-def trained(strategy, num_cases=51, weighted=False, batch_size=None, as_dataset=False, epochs=4, **arguments):
-    """Trains a model, and returns all that a user sees of it."""
-    x, y = cases(num_cases, arguments.get("loss"))
-    model, hashes = model_of(strategy, **arguments), Hashes()
-    data = {"x": x, "y": y, "batch_size": batch_size}
+def trained(
+    strategy,
+    optimizer,
+    loss="mse",
+    normalized=False,
+    constrained=False,
+    width=4,
+    *,
+    num_cases=51,
+    weighted=False,
+    batch_size=None,
+    as_dataset=False,
+    shuffle=True,
+    epochs=4,
+    predicts=False,
+):
+    """Trains a model, and returns it and what a user sees of it."""
+    model = renewed(model_of, strategy, optimizer, loss, normalized, constrained, width)
+    x, y = cases(num_cases, loss)
+    # Batches in their order: they would be other ones after other random numbers.
+    data = {"x": x, "y": y, "batch_size": batch_size, "shuffle": shuffle and batch_size is None}
     if as_dataset:
-        data = {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(20)}
+        data = {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size or num_cases)}
     if weighted:
         data["sample_weight"] = np.random.default_rng(1).uniform(size=num_cases)
-    # In their order: batches would be other ones after other random numbers.
-    data["shuffle"] = batch_size is None
+    hashes = Hashes()
     callbacks = [LevenbergMarquardt(), hashes]
-    history = model.fit(**data, epochs=epochs, callbacks=callbacks, verbose=0, validation_data=(x, y)).history
-    return {
+    # Validated once, in the end.
+    data |= {"validation_data": (x, y), "validation_freq": epochs}
+    history = model.fit(**data, epochs=epochs, callbacks=callbacks, verbose=0).history
+    return model, {
         "weights": np.concatenate([np.ravel(weight) for weight in model.get_weights()]).tolist(),
         "history": history,
-        "evaluated": model.evaluate(x, y, verbose=0),
-        "predicted": model.predict(x, verbose=0).tolist(),
+        "predicted": model.predict(x, verbose=0).tolist() if predicts else [],
         "hashes": hashes.found,
     }
+
+
+def assert_as_one(found, one, atol=1e-6, rtol=1e-5):
+    """That all a user sees of a run is what one process makes on one device. CG amplifies the rounding of sums."""
+    assert len(found["hashes"]) == len(one["hashes"]) > 0
+    assert_same(found, one, rtol=1e-7, atol=atol, keys=("weights", "predicted"))
+    keys = ("loss", "mae", "val_loss", "val_mae", "damping", "num_cases", "gradient_norm")
+    assert_same(found["history"], one["history"], rtol=rtol, atol=1e-8, keys=keys)
 
 
 # What a worker can be told to do.
 
 
-def train(strategy, folder, *names):
-    """Trains each of `CASES` and writes what came of it."""
-    for name in names:
-        found = trained(strategy, **CASES[name])
+def train(strategy, folder):
+    """Makes the runs and writes what came of them."""
+    for name in OF_CLUSTERS[num_workers(strategy)]:
+        _, found = trained(strategy, **RUNS[name])
         Path(folder, f"{name}-{worker_number(strategy)}.json").write_text(json.dumps(found))
 
 
-def long_run(strategy, folder, *, epochs=6, stop=None):
-    """A run that is backed up, with every callback that writes; `stop` is called as a callback would be."""
-    x, y = cases(51, "mse")
-    model = model_of(strategy, "Kronecker of 20 cases")
+def long_run(strategy, folder, stop=None):
+    """A run that is backed up, with every callback that writes; `stop` is called as a callback would be. It goes on from its backup."""
+    folder = Path(folder, "run")
+    folder.mkdir(exist_ok=True)
+    model = renewed(model_of, strategy, "Kronecker of a growing part")
     callbacks = [
-        keras.callbacks.BackupAndRestore(f"{folder}/backup", delete_checkpoint=False),
-        keras.callbacks.ModelCheckpoint(f"{folder}/best.keras"),
-        keras.callbacks.CSVLogger(f"{folder}/log.csv"),
-        UpdateRecorder(f"{folder}/updates.jsonl"),
+        keras.callbacks.BackupAndRestore(folder / "backup", delete_checkpoint=False),
+        keras.callbacks.ModelCheckpoint(folder / "best.keras"),
+        keras.callbacks.CSVLogger(folder / "log.csv"),
+        UpdateRecorder(folder / "updates.jsonl"),
         *([stop] if stop else []),
         LevenbergMarquardt(),
     ]
-    model.fit(x, y, epochs=epochs, callbacks=callbacks, verbose=0)
-    model.save(f"{folder}/last.keras")
-    model.save_weights(f"{folder}/last.weights.h5")
-    return model
-
-
-def whole(strategy, folder):
-    """The run without interruption."""
-    model = long_run(strategy, folder)
-    values = [variable.numpy() for variable in [*model.weights, *model.optimizer.variables]]
-    np.savez(f"{folder}/values-{worker_number(strategy)}.npz", *values)
+    model.fit(*cases(), epochs=6, callbacks=callbacks, verbose=0)
+    model.save(folder / "last.keras")
+    model.save_weights(folder / "last.weights.h5")
+    values = [np.asarray(variable) for variable in [*model.weights, *model.optimizer.variables]]
+    np.savez(folder / f"values-{worker_number(strategy)}.npz", *values)
 
 
 def kill_worker(strategy, folder):
@@ -171,17 +208,15 @@ def kill_worker(strategy, folder):
     long_run(strategy, folder, stop=Killed())
 
 
-def kill_chief(strategy, folder, moment):
-    """The same, but the chief is killed while it writes the fourth backup: before its weights are written, in the middle of them, or after."""
+def kill_chief(strategy, folder):
+    """The same, but the chief is killed while it writes its second backup: in the middle of its weights."""
     replace, count = os.replace, 0
 
     def killing(source, target):
         nonlocal count
-        backup = "backup" in str(target)
-        count += backup
-        # Every backup replaces three files.
-        at = {"before": 10, "weights": 11, "after": 12}[moment]
-        if backup and count == at and worker_number(strategy) == 0:
+        count += Path(target).parent.name == "backup"
+        # Every backup replaces three files, of which the second holds the weights.
+        if count == 5 and worker_number(strategy) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(source, target)
 
@@ -193,7 +228,7 @@ def other_jobs(strategy, folder):
     """Workers whose jobs differ: what each is told."""
     number, told = worker_number(strategy), {}
     for what in ("data", "cases", "optimizer"):
-        x, y = cases(51, "mse")
+        x, y = cases()
         if number == 1 and what == "data":
             x = x[:, :, None]
         if number == 1 and what == "cases":
@@ -208,10 +243,8 @@ def other_jobs(strategy, folder):
 
 def reductions(strategy, folder):
     """Counts the reductions in the loops of an update: of each while loop, those of one turn, loops in it apart."""
-    x, y = cases(51, "mse")
     model = model_of(strategy, "diagonal", width=8)
-    data = model._built_for(x, y, None)
-
+    data = model_data(model, *cases())
     solver, variables = model.optimizer.solver, [variable.value for variable in model.trainable_variables]
     damping = tf.constant(0.1, tf.float64)
 
@@ -244,9 +277,13 @@ def reductions(strategy, folder):
 
 
 if __name__ == "__main__":
-    what, folder, *arguments = sys.argv[1:]
+    folder, *jobs = sys.argv[1:]
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
-    strategy = keras_hf.multi_worker_strategy(timeout=60)
+    # As in conftest.py.
+    if not os.environ.get("KERAS_HF_OPTIMIZE_GRAPHS"):
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    strategy = keras_hf.multi_worker_strategy(timeout=LONGEST)
     assert num_workers(strategy) == len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
-    globals()[what](strategy, folder, *arguments)
+    for what in jobs:
+        globals()[what](strategy, folder)
