@@ -144,7 +144,8 @@ class LossTerm:
 
     def _scaled(self, loss, values):
         is_divided = values is not None and values.shape.rank != 0 and self._loss.reduction != "sum"
-        return loss * tf.cast(self._loss_weight * (self._num_replicas if is_divided else 1), loss.dtype)
+        # Not `tf.cast`, which takes a Python number through float32.
+        return loss * tf.constant(self._loss_weight * (self._num_replicas if is_divided else 1), loss.dtype)
 
     def _mask(self, values):
         masks = [keras_private.mask(tensor) for tensor in (self._y_pred, values)]
