@@ -1,5 +1,8 @@
 """The interface of every exchangeable part: immutable settings that can be serialised, and a state that the optimizer keeps."""
 
+import inspect
+
+import keras
 import tensorflow as tf
 
 # Numbers of a small state: choosing each costs less than a branch, for which every tensor is handed over twice.
@@ -7,7 +10,10 @@ _MOST_CHOSEN = 2**16
 
 
 class Part:
-    """Base class of the parts passed to `HessianFree`. Subclasses with settings override `get_config`, those with state `initial_state`."""
+    """Base class of the parts passed to `HessianFree`. Subclasses with state override `initial_state`.
+
+    A subclass keeps each argument of its constructor in an attribute of the same name: its configuration is read from these, nested parts included.
+    """
 
     def initial_state(self, variables, layers):
         """Returns the state before the first update: a dict of tensors, or of such dicts, whose shapes do not change.
@@ -24,12 +30,15 @@ class Part:
 
     def get_config(self):
         """Returns the constructor's arguments as a dict."""
-        return {}
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        parameters = inspect.signature(type(self)).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind in named]
+        return {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in names}
 
     @classmethod
     def from_config(cls, config):
         """Creates the part from the result of `get_config`."""
-        return cls(**config)
+        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
 
 
 def if_finite(new, old, agreed=tf.identity):

@@ -206,10 +206,6 @@ class GrowingBatch(Part):
         # Less than rounding, so that a power of two is one.
         return tf.cast(tf.math.ceil(tf.math.log(wanted) / math.log(2.0) - 1e-9), tf.int32)
 
-    def get_config(self):
-        names = ("initial_size", "share", "patience", "noise", "rate")
-        return {name: getattr(self, name) for name in names}
-
 
 def _jump(size, num_cases, turn):
     """Returns the number of cases between a part and the next: 0, except after the last part of a round.

@@ -78,18 +78,6 @@ class Curvature(Part):
         """
         raise NotImplementedError
 
-    def get_config(self):
-        """Returns the constructor's arguments as a dict."""
-        return {"linearization": self.linearization and keras.saving.serialize_keras_object(self.linearization)}
-
-    @classmethod
-    def from_config(cls, config):
-        """Creates the curvature from the output of `get_config`."""
-        linearization = config.get("linearization")
-        return cls(
-            **{**config, "linearization": linearization and keras.saving.deserialize_keras_object(linearization)}
-        )
-
 
 class _ThroughOutputs(Curvature):
     """Curvatures `J'HJ`: J is the derivative of the network's outputs with respect to the weights, H a matrix on these outputs.
@@ -248,13 +236,6 @@ class FiniteDifferenceHessian(Curvature):
             return [tf.cast(slope, after.dtype) * (after - before) for after, before in differences]
 
         return product
-
-    def get_config(self):
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
 
 
 def _forward(piece):

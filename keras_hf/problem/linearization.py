@@ -101,9 +101,6 @@ class Linearization(Part):
         """Whether products re-run the forward pass."""
         raise NotImplementedError
 
-    def get_config(self):
-        return {"jit_compile": self.jit_compile}
-
 
 @keras.saving.register_keras_serializable("keras_hf")
 class DoubleBackward(Linearization):

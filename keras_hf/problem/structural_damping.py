@@ -53,9 +53,6 @@ class StructuralDamping(Part):
     def __init__(self, weight=1.0):
         self.weight = positive("weight", weight)
 
-    def get_config(self):
-        return {"weight": self.weight}
-
 
 def with_hidden_states(piece, forward, hessian_at):
     """Adds hidden states to the outputs of a Gauss-Newton matrix `J'HJ`, so that `J'HJ + strength G_S` is one product.

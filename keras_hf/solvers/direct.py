@@ -115,9 +115,6 @@ class DirectSolver(Solver):
             model_steps=arc[:, None] * first,
         )
 
-    def get_config(self):
-        return {"order": self.order}
-
 
 def next_terms(rows, term_of, first, order):
     """Returns the terms c_2, ..., c_order of the arc, a list of tensors `(n,)`.

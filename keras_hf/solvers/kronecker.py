@@ -238,9 +238,6 @@ class KroneckerFactored(Preconditioner):
             for a, s, places in sums
         ]
 
-    def get_config(self):
-        return {"num_cases": self.num_cases, "interval": self.interval, "decay": self.decay}
-
 
 class _Moments(NamedTuple):
     """Second moments of one layer: of inputs and of output factors (vectors where they are diagonal), and the number of positions."""

@@ -118,13 +118,6 @@ class PreconditionedMomentum(Solver):
             curvatures=tf.reduce_sum(coefficients[:, None] * forms * coefficients)[None],
         )
 
-    def get_config(self):
-        return {"preconditioner": keras.saving.serialize_keras_object(self.preconditioner), "share": self.share}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**{**config, "preconditioner": keras.saving.deserialize_keras_object(config["preconditioner"])})
-
 
 def minimizer(matrix, slopes, rounding):
     """Minimises `slopes'c + c'(matrix)c / 2` over c of two coefficients.

@@ -85,9 +85,6 @@ class Nystrom(Preconditioner):
 
         return precondition, state
 
-    def get_config(self):
-        return {"rank": self.rank, "interval": self.interval}
-
 
 def _directions(objective, rank):
     """Draws an orthonormal basis `(n, rank)` of a random space, a different one in every update."""

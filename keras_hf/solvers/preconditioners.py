@@ -79,6 +79,3 @@ class EmpiricalFisherDiagonal(Preconditioner):
         scale = diagonal ** tf.constant(self.exponent, diagonal.dtype)
         scale = tf.where(scale > 0, scale, tf.ones_like(scale))
         return lambda residual: residual / scale, state
-
-    def get_config(self):
-        return {"exponent": self.exponent}

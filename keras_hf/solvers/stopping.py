@@ -13,8 +13,8 @@ from keras_hf.common.part import Part
 class StoppingRule(Part):
     """Base class of stopping rules: immutable settings and one decision.
 
-    Subclasses implement `should_stop` and, if they have settings, `get_config`. `should_stop` is called after every iteration, inside a
-    `tf.while_loop`. A rule with state declares `initial_state`, and overrides `prepared` and `next_state`.
+    Subclasses implement `should_stop`, which is called after every iteration, inside a `tf.while_loop`. A rule with state declares `initial_state`, and
+    overrides `prepared` and `next_state`.
     """
 
     def prepared(self, state):
@@ -88,9 +88,6 @@ class RelativeProgress(StoppingRule):
         stalled = (value - older) > bound * value
         return (iteration > window) & (value < 0) & (older < 0) & stalled
 
-    def get_config(self):
-        return {"tolerance": self.tolerance}
-
 
 @keras.saving.register_keras_serializable("keras_hf")
 class ResidualTolerance(StoppingRule):
@@ -116,6 +113,3 @@ class ResidualTolerance(StoppingRule):
         else:
             rtol = tf.constant(self.rtol, b_norm.dtype)
         return residual_norm < rtol * b_norm
-
-    def get_config(self):
-        return {"rtol": self.rtol}

@@ -132,24 +132,6 @@ class ConjugateGradient(Solver):
             trace={"course": result.course, "iterate_numbers": numbers},
         )
 
-    def get_config(self):
-        return {
-            "preconditioner": keras.saving.serialize_keras_object(self.preconditioner),
-            "stopping": keras.saving.serialize_keras_object(self.stopping),
-            "max_iterations": self.max_iterations,
-            "warm_start_decay": self.warm_start_decay,
-            "max_kept_iterates": self.max_kept_iterates,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        parts = {
-            name: keras.saving.deserialize_keras_object(config[name])
-            for name in ("preconditioner", "stopping")
-            if config.get(name) is not None
-        }
-        return cls(**{**config, **parts})
-
 
 def _again_from_zero(run, slopes_of, start, gradient):
     """Runs CG from `start()`, and again from zero, where iterates always descend, if none does.
