@@ -7,8 +7,9 @@ damping fell, mean that the loss cannot be lowered further in this float type.
 
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
+
+from keras_hf.common.vectors import epsilon
 
 # Updates at rounding, without a measurable decrease between them, after which the run has converged.
 _PATIENCE = 5
@@ -63,4 +64,4 @@ def rounding_of(loss, dtype):
         loss: float64 scalar.
         dtype: Float type in which the losses of the cases are computed.
     """
-    return float(np.finfo(dtype.as_numpy_dtype).eps) * tf.abs(loss)
+    return epsilon(dtype) * tf.abs(loss)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_hf.common.vectors import epsilon
+
 # An (n, n) matrix of float64 takes 200 MB there, and its singular values minutes.
 _MOST_WEIGHTS = 5000
 
@@ -70,7 +72,7 @@ def covariance(weights, jacobian, residuals, variance, num_residuals, dtype):
     triangle = np.linalg.qr(jacobian / lengths, mode="r")
     _, values, directions = np.linalg.svd(triangle)
     values = np.concatenate([values, np.zeros(num_weights - len(values))])
-    kept = values > np.finfo(dtype).eps * max(jacobian.shape) * values[0]
+    kept = values > epsilon(dtype) * max(jacobian.shape) * values[0]
     rank = np.count_nonzero(kept)
     scaled = directions[kept] / values[kept, None]
     shift = scaled.T @ (scaled @ (jacobian.T @ residuals / lengths)) / lengths
@@ -86,7 +88,7 @@ def covariance(weights, jacobian, residuals, variance, num_residuals, dtype):
     matrix = variance * (scaled.T @ scaled) / np.outer(lengths, lengths)
     if rank < num_weights:
         # What the data say nothing about: weights that a direction without curvature moves.
-        is_free = np.linalg.norm(directions[~kept], axis=0) > np.sqrt(np.finfo(dtype).eps)
+        is_free = np.linalg.norm(directions[~kept], axis=0) > np.sqrt(epsilon(dtype))
         matrix[is_free, :] = matrix[:, is_free] = np.inf
         _warn(
             f"The data determine {rank} combinations of {num_weights} weights: the Jacobian is rank-deficient. The covariance of the "

@@ -6,7 +6,7 @@ Multiplying the loss by a constant multiplies its gradient and its curvature ali
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common.vectors import dot
+from keras_hf.common.vectors import dot, epsilon
 
 # The first damping, as a fraction of the scale. Measured (benchmarks/first_damping.py): on shallow networks the loss after 30 updates differs little
 # between fractions of 1e-4 and 1; on a deep autoencoder larger fractions give a smaller loss, and later updates do not repair too small a start.
@@ -51,7 +51,7 @@ def damping_limits(scale, dtype, least_power=2.0):
         dtype: String, name of the float type.
         least_power: Float, `Solver.least_damping_power`.
     """
-    rounding = float(np.finfo(dtype).eps)
+    rounding = epsilon(dtype)
     largest = float(np.finfo(dtype).max) / 1e6  # factors of a rule and products with a vector must not overflow
     return rounding**least_power * scale, min(scale / rounding**2, largest)
 
@@ -67,4 +67,4 @@ def noise_damping(scale, dtype, num_weights):
         dtype: String, name of the float type.
         num_weights: Integer, n.
     """
-    return float(np.finfo(dtype).eps) * num_weights**0.5 * scale
+    return epsilon(dtype) * num_weights**0.5 * scale

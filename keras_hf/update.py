@@ -6,10 +6,9 @@ Depends on the `Solver` interface only, not on Keras.
 import functools
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
-from keras_hf.common.vectors import dot
+from keras_hf.common.vectors import dot, epsilon
 from keras_hf.convergence import Convergence, rounding_of
 from keras_hf.scale import curvature_scale, first_damping
 from keras_hf.solvers.solver import LocalModel
@@ -142,7 +141,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     rounding = rounding_of(at_start.loss, objective.dtype)
     is_at_rounding = (tf.abs(predicted_reduction) <= rounding) | (actual_reduction == 0)
     # If the rounding of the weights hides the step, the loss changes by whatever that rounding makes of it.
-    step_rounding = float(np.finfo(objective.dtype.as_numpy_dtype).eps) ** 2 * squared_weights
+    step_rounding = epsilon(objective.dtype) ** 2 * squared_weights
     is_hidden = squared_length <= step_rounding
     is_at_rounding |= is_hidden
     is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding

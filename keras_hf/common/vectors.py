@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 # Columns of a strip of a Gram matrix.
@@ -10,6 +11,11 @@ _STRIP = 128
 _BLOCK = 256
 # Below this, what a graph's operations cost outweighs what converting costs.
 _FEWEST_IN_BLOCKS = 2**14
+
+
+def epsilon(dtype):
+    """Returns the distance from 1 to the next number of a float type, of TensorFlow or NumPy: a float."""
+    return float(np.finfo(tf.as_dtype(dtype).as_numpy_dtype).eps)
 
 
 class SeparateRows(NamedTuple):

@@ -3,12 +3,11 @@
 import copy
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import part
 from keras_hf.common.part import Part
-from keras_hf.common.vectors import inner_product
+from keras_hf.common.vectors import epsilon, inner_product
 from keras_hf.problem.linearization import Linearization, choose_linearization, dense
 from keras_hf.problem.structural_damping import with_hidden_states
 
@@ -221,7 +220,7 @@ class FiniteDifferenceHessian(Curvature):
 
     def linearize(self, piece):
         weights = [tf.convert_to_tensor(variable) for variable in piece.variables]
-        roundoff = max(float(np.finfo(weight.dtype.as_numpy_dtype).eps) for weight in weights)
+        roundoff = max(epsilon(weight.dtype) for weight in weights)
         distance = tf.constant(roundoff ** (1 / 3), tf.float64)  # How far the weights move, whatever the length of v.
 
         def product(v):

@@ -5,11 +5,10 @@ With J the Jacobian of the network's outputs and `H = LL'` the second derivative
 gradient of the loss if r lies in the range of H, as it does for squares and for cross-entropies.
 """
 
-import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.loops import map_rows
-from keras_hf.common.vectors import gram, pack, unpack
+from keras_hf.common.vectors import epsilon, gram, pack, unpack
 from keras_hf.problem.linearization import dense
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
@@ -222,7 +221,7 @@ class LocalRows:
         is_finite = tf.reduce_all(tf.math.is_finite(hessians), [1, 2], keepdims=True)
         hessians = tf.where(is_finite, hessians, tf.zeros_like(hessians))
         values, vectors = tf.linalg.eigh((hessians + tf.linalg.matrix_transpose(hessians)) / 2)
-        rounding = size * float(np.finfo(self._dtype.as_numpy_dtype).eps)
+        rounding = size * epsilon(self._dtype)
         root = tf.sqrt(tf.where(values > rounding * values[:, -1:], values, tf.zeros_like(values)))
         residuals = tf.math.divide_no_nan(tf.linalg.matvec(vectors, slopes, transpose_a=True), root)
         return vectors * root[:, None], tf.reshape(residuals, [-1])

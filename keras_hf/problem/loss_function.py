@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common.vectors import assign, num_weights, pack, unpack, vector_dtype
+from keras_hf.common.vectors import assign, epsilon, num_weights, pack, unpack, vector_dtype
 from keras_hf.problem.batching import divide
 from keras_hf.problem.fixed_network import FixedNetwork
 from keras_hf.problem.local_objective import LocalCases
@@ -195,7 +195,7 @@ class LossFunction:
         if not abs(half - loss) > _RTOL[dtype] * max(half, loss):
             return
         # Close to a perfect fit both are rounding: then weights changed by rounding give another loss.
-        change = 10 * float(np.finfo(dtype.as_numpy_dtype).eps) / _RTOL[dtype]
+        change = 10 * epsilon(dtype) / _RTOL[dtype]
         w = np.asarray(w, "float64")
         other = self.loss_at(w * (1 + change * (-1.0) ** np.arange(len(w))))
         if abs(np.sqrt(max(other, 0)) - np.sqrt(max(loss, 0))) < np.sqrt(max(half, loss)) / 2:

@@ -6,11 +6,10 @@ Martens (2010), sections 4.4 (when to stop), 4.6 (which iterates to keep) and 4.
 import enum
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import count
-from keras_hf.common.vectors import SeparateRows, dot
+from keras_hf.common.vectors import SeparateRows, dot, epsilon
 from keras_hf.solvers.stopping import RelativeProgress
 
 
@@ -160,7 +159,7 @@ def minimized(
     direction = precondition(residual)
     b_norm = tf.sqrt(agreed(dot(b, b)[None])[0])
     residual_product, squared_norm, value = numbers(x, residual, direction)
-    at_once = tf.sqrt(squared_norm) <= _rounding(b.dtype) * b_norm
+    at_once = tf.sqrt(squared_norm) <= epsilon(b.dtype) * b_norm
     reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
     reason = tf.where(tf.math.is_finite(b_norm), reason, CGStop.BREAKDOWN)  # No residual is small relative to infinity.
 
@@ -207,7 +206,7 @@ def minimized(
         residual_product, squared_norm, value = numbers(x, residual, preconditioned)
         direction = preconditioned + tf.cast(residual_product / state.residual_product, b.dtype) * state.direction
         residual_norm = tf.sqrt(squared_norm)
-        at_rounding = residual_norm <= _rounding(b.dtype) * b_norm
+        at_rounding = residual_norm <= epsilon(b.dtype) * b_norm
         values = state.values.write(iteration, value)
         stalled = stopping.should_stop(iteration, values.read, residual_norm, b_norm)
 
@@ -244,8 +243,3 @@ def minimized(
     iterates = SeparateRows(state.iterates, place_of(rows))
     course = state.values.gather(tf.range(state.iteration + 1))
     return CGResult(iterates, numbers, tf.gather(course, numbers), state.iteration, state.reason, course)
-
-
-def _rounding(dtype):
-    """Unit roundoff of a float type."""
-    return float(np.finfo(dtype.as_numpy_dtype).eps)

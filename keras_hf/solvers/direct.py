@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import integer
+from keras_hf.common.vectors import epsilon
 from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
 from keras_hf.solvers.search import coarse_to_fine, least_loss
 from keras_hf.solvers.solver import Path, Solver
@@ -136,7 +137,7 @@ def next_terms(rows, term_of, first, order):
     if order == 2:
         return [second]
     # In t: the fourth root of the rounding, whose square is the error of either kind, as long as the terms are of the same size.
-    rounding = float(np.finfo(first.dtype.as_numpy_dtype).eps)
+    rounding = epsilon(first.dtype)
     step = rounding**0.25 / tf.maximum(_ratio(second, first), 1.0)
 
     def along(t, after):
@@ -197,7 +198,7 @@ class _System:
 
     def steps(self, gradient, damping):
         """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`."""
-        rows, rounding = self.rows, float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
+        rows, rounding = self.rows, epsilon(gradient.dtype)
         moves = tf.cast(tf.reduce_any(gradient != 0), gradient.dtype)
         damping = tf.maximum(damping, rounding**LEAST_DAMPING_POWER * self._size)
         if self._is_dual:

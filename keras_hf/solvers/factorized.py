@@ -5,10 +5,9 @@ B is a weighted Jacobian `(rows, n)`, R the second derivative of what concerns t
 Fukaya et al. (2020), *Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices*.
 """
 
-import numpy as np
 import tensorflow as tf
 
-from keras_hf.common.vectors import row_gram
+from keras_hf.common.vectors import epsilon, row_gram
 
 # Below this power of the rounding, relative to the trace of B'B, a damping leaves no digits of the step.
 LEAST_DAMPING_POWER = 1.25
@@ -87,7 +86,7 @@ def _factors(product, added, damping, root):
     root's rows become nearly orthogonal, and F, Cholesky's of what is left, makes the factorization exact, as a QR factorization would: without its
     many small steps.
     """
-    rounding = float(np.finfo(product.dtype.as_numpy_dtype).eps)
+    rounding = epsilon(product.dtype)
     shift = _SHIFT * rounding * tf.linalg.trace(product)
     identity = tf.eye(product.shape[0], dtype=product.dtype)
     beside = product if added is None else product + added

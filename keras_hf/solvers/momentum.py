@@ -6,11 +6,10 @@ Martens & Grosse (2015), sections 6 and 7.
 import functools
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import fraction, part
-from keras_hf.common.vectors import dot, num_weights, vector_dtype
+from keras_hf.common.vectors import dot, epsilon, num_weights, vector_dtype
 from keras_hf.problem.batching import GrowingBatch
 from keras_hf.solvers.kronecker import KroneckerFactored
 from keras_hf.solvers.preconditioners import Preconditioner
@@ -96,7 +95,7 @@ class PreconditionedMomentum(Solver):
         squares = tf.stack([[inner(direction, direction), crossed], [crossed, inner(previous, previous)]])
         slopes = tf.stack([inner(gradient, direction), inner(gradient, previous)])
         squares, slopes = model.agreed((squares, slopes))
-        rounding = _PARALLEL * float(np.finfo(gradient.dtype.as_numpy_dtype).eps)
+        rounding = _PARALLEL * epsilon(gradient.dtype)
         coefficients, is_negative = minimizer(forms + tf.cast(damping, tf.float64) * squares, slopes, rounding)
         alpha, mu = tf.unstack(tf.cast(coefficients, direction.dtype))
         # A direction of coefficient 0 may be without numbers.

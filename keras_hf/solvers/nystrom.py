@@ -9,11 +9,10 @@ Second, tall matrices are orthonormalised through their Gram matrix, twice: Tens
 import math
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import count
-from keras_hf.common.vectors import num_weights, vector_dtype
+from keras_hf.common.vectors import epsilon, num_weights, vector_dtype
 from keras_hf.solvers.preconditioners import Preconditioner, due, never_made
 
 
@@ -123,7 +122,7 @@ def _orthonormal(columns):
     """Returns the orthonormal columns nearest to those of A `(n, k)`: `A (A'A)^(-1/2)`, without the null space of A'A."""
     for _ in range(2):
         values, vectors = tf.linalg.eigh(tf.matmul(columns, columns, transpose_a=True))
-        is_independent = values > values.shape[0] * _epsilon(values) * values[-1]
+        is_independent = values > values.shape[0] * epsilon(values.dtype) * values[-1]
         scale = tf.where(is_independent, tf.math.rsqrt(tf.where(is_independent, values, 1.0)), 0.0)
         columns = tf.matmul(columns, tf.matmul(vectors * scale, vectors, transpose_b=True))
     return columns
@@ -132,9 +131,4 @@ def _orthonormal(columns):
 def _rounding(tall):
     """Rounding error of the largest eigenvalue, relative to it; it grows only with the square root of n."""
     # The paper's shift uses the square root alone, which is too little for few weights.
-    return (100 + math.sqrt(tall.shape[0])) * _epsilon(tall)
-
-
-def _epsilon(tensor):
-    """The distance from 1 to the next number."""
-    return float(np.finfo(tensor.dtype.as_numpy_dtype).eps)
+    return (100 + math.sqrt(tall.shape[0])) * epsilon(tall.dtype)

@@ -13,8 +13,8 @@ from keras_hf.common.part import Part
 class StoppingRule(Part):
     """Base class of stopping rules: immutable settings and one decision.
 
-    Subclasses implement `should_stop`, which is called after every iteration, inside a `tf.while_loop`. A rule with state declares `initial_state`, and
-    overrides `prepared` and `next_state`.
+    Subclasses implement `should_stop`, which is called after every iteration, inside a `tf.while_loop`. A rule with state declares `initial_state`,
+    and overrides `prepared` and `next_state`.
     """
 
     def prepared(self, state):
