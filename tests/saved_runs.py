@@ -1,5 +1,6 @@
 """A run that is kept in every way after three updates, and goes on; also as a script, in a process of its own."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -82,5 +83,9 @@ def values(model):
 
 if __name__ == "__main__":
     source, target = sys.argv[1:]
+    # As in conftest.py: it changes the last bits.
+    tf.config.optimizer.set_experimental_options(
+        {"disable_meta_optimizer": not os.environ.get("KERAS_HF_OPTIMIZE_GRAPHS")}
+    )
     for way in WAYS:
         np.savez(Path(target, f"{way}.npz"), *values(three_more(source, way)))

@@ -96,6 +96,7 @@ def test_a_monitor_that_is_no_log_is_named(model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:An update on 60 cases")
 def test_several_updates_in_one_execution_are_those_of_one_each(model):
     several = make(steps_per_execution=2)
     several.set_weights(model.get_weights())

@@ -107,6 +107,6 @@ def renewed(make, *arguments):
         variable.assign(value)
     if model.train_function is not None:
         model._is_first_update.assign(True)
-    # What it has said once it says again.
-    model._advice = Advice()
+    # What it has said once it says again, and Keras' `BackupAndRestore` would have every later `fit` begin at the epoch that it has brought back.
+    model._advice, model._initial_epoch = Advice(), None
     return model
