@@ -15,8 +15,8 @@ from tensorflow.python.eager.context import context as tensorflow_context  # noq
 
 from examples.precision import precision  # noqa: E402
 
-# TensorFlow's graph optimizer takes a sixth of an update's first call, and changes no result. It stays on in `make test-lowest`, and in every process
-# that a test starts.
+# TensorFlow's graph optimizer takes a sixth of an update's first call, and changes results by rounding alone. It stays on in `make test-lowest`, and
+# in processes of their own: notebooks, the wheel, a cluster of three workers.
 if not os.environ.get("KERAS_HF_OPTIMIZE_GRAPHS"):
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # Two devices for the tests of replicas; the rest run on the first.

@@ -23,31 +23,38 @@ from keras_hf import multi_worker_strategy, read_updates, workers
 from keras_hf.backup import complete_backups
 from keras_hf.problem.replicas import is_chief, num_workers, worker_number
 
+pytestmark = pytest.mark.filterwarnings("ignore:An update on")
 ONE = tf.distribute.get_strategy()
-
-
-def folder_of(num_workers, tmp_path_factory, *jobs):
-    """Where a cluster wrote what came of its jobs."""
-    folder = tmp_path_factory.mktemp("cluster")
-    cluster.run(num_workers, folder, *jobs)
-    return folder
+# Workers with batch normalization each normalize by their own cases, as in Keras.
+AS_ONE = [name for name in worker.OF_CLUSTERS[2] if name != "normalized"]
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    return folder_of(2, tmp_path_factory, "train", "reductions", "other_jobs", "long_run")
+def of_one_and_two(tmp_path_factory):
+    """What one process makes of the runs, and where a cluster of two wrote it: at the same time, since the one leaves a core idle."""
+    folder = tmp_path_factory.mktemp("two")
+    with concurrent.futures.ThreadPoolExecutor() as pool, precision("float64"):
+        of_two = pool.submit(cluster.run, 2, folder, "train", "reductions", "other_jobs", "long_run")
+        of_one = {name: worker.trained(ONE, **worker.RUNS[name])[1] for name in AS_ONE}
+        of_two.result()
+    return of_one, folder
+
+
+@pytest.fixture(scope="module")
+def of_one(of_one_and_two):
+    return of_one_and_two[0]
+
+
+@pytest.fixture(scope="module")
+def of_two(of_one_and_two):
+    return of_one_and_two[1]
 
 
 @pytest.fixture(scope="module")
 def of_three(tmp_path_factory):
-    return folder_of(3, tmp_path_factory, "train")
-
-
-@pytest.fixture(scope="module")
-def of_one():
-    """What one process makes of the runs."""
-    with precision("float64"):
-        return {name: worker.trained(ONE, **worker.RUNS[name])[1] for name in worker.OF_CLUSTERS[2]}
+    folder = tmp_path_factory.mktemp("three")
+    cluster.run(3, folder, "train")
+    return folder
 
 
 def told(folder, name, num_workers=2):
@@ -63,14 +70,12 @@ def assert_as_one(found, one):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:An update on")
-@pytest.mark.parametrize("name", [name for name in worker.OF_CLUSTERS[2] if name != "normalized"])
+@pytest.mark.parametrize("name", AS_ONE)
 def test_two_workers_make_the_updates_of_one_process(name, of_two, of_one):
     assert_as_one(told(of_two, name), of_one[name])
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:An update on")
 @pytest.mark.parametrize("name", worker.OF_CLUSTERS[3])
 def test_three_workers_make_the_updates_of_one_process(name, of_three, of_one):
     assert_as_one(told(of_three, name, 3), of_one[name])
@@ -78,7 +83,7 @@ def test_three_workers_make_the_updates_of_one_process(name, of_three, of_one):
 
 @pytest.mark.slow
 def test_workers_with_batch_normalization_stay_together(of_two):
-    # Each normalizes by its own cases, as in Keras; the statistics of evaluation are of all cases.
+    # The statistics of evaluation are of all cases.
     one, two = told(of_two, "normalized")
     assert one["hashes"] == two["hashes"] and one["history"]["val_loss"] == two["history"]["val_loss"]
     assert one["history"]["loss"][-1] < one["history"]["loss"][0]
