@@ -33,6 +33,13 @@ def pytest_collection_finish():
     gc.set_threshold(10_000)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kernels_of_other_modules_are_freed():
+    """By setting TensorFlow's seed, after their models have gone. Gigabytes would stay."""
+    gc.collect()
+    keras.utils.set_random_seed(1234)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """As `keras.utils.set_random_seed`, which also clears TensorFlow's kernels: each compiled function that tests share would take a second again."""
