@@ -60,6 +60,24 @@ def test_a_part_remembers_nothing_unless_it_says_so():
     assert Part().initial_state([], []) == {}
 
 
+class Own(Part):
+    """A part of a user: with a part of its own, and arguments without a default."""
+
+    def __init__(self, inner, *rest, power, **options):
+        self.inner = inner
+        if power > 0:
+            self.power = power
+
+
+def test_a_configuration_is_that_of_named_arguments_and_their_parts():
+    config = Own(GrowingBatch(7), power=2).get_config()
+    assert set(config) == {"inner", "power"} and config["power"] == 2
+    again = Own.from_config(config)
+    assert again.inner.get_config() == GrowingBatch(7).get_config() and again.power == 2
+    with pytest.raises(TypeError, match="every argument.*Received: a `Own` without power. Assign it in `__init__`"):
+        Own(GrowingBatch(7), power=0).get_config()
+
+
 def test_a_built_optimizer_holds_the_initial_state_of_every_part():
     model = remembering(growing_batch=GrowingBatch(7))
     state = state_of(model)

@@ -11,6 +11,7 @@ from keras import layers
 from problems import compiled, hessian_free, model_data, with_objective
 from training import fit, trainable
 
+from examples.precision import precision
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, Identity
 
 ROUNDING = {"float64": 1e-12, "float32": 1e-5, "mixed_bfloat16": 3e-2, "mixed_float16": 5e-3}
@@ -21,14 +22,9 @@ SLOW = pytest.mark.slow
 @contextlib.contextmanager
 def types(policy):
     """Context of a dtype policy, with `floatx` float64 only where the policy is."""
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64" if policy == "float64" else "float32")
-    keras.config.set_dtype_policy(policy)
-    try:
+    with precision("float64" if policy == "float64" else "float32"):
+        keras.config.set_dtype_policy(policy)
         yield
-    finally:
-        keras.config.set_floatx(before[0])
-        keras.config.set_dtype_policy(before[1])
 
 
 def network(kind):

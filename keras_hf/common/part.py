@@ -29,10 +29,20 @@ class Part:
         return {}
 
     def get_config(self):
-        """Returns the constructor's arguments as a dict."""
+        """Returns the constructor's arguments as a dict.
+
+        Raises:
+            TypeError: If an argument is not kept in an attribute of its name.
+        """
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(type(self)).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind in named]
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            raise TypeError(
+                "A part must keep every argument of its constructor in an attribute of the same name, from which it is saved. "
+                f"Received: a `{type(self).__name__}` without {', '.join(missing)}. Assign it in `__init__`, or override `get_config`."
+            )
         return {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in names}
 
     @classmethod
