@@ -41,9 +41,9 @@ def shown(capsys):
 
 
 def lines(text):
-    """What stands on the screen in the end: lines without colours, of each only what was written last."""
+    """What stands on the screen in the end: lines without colours, of each only what was written last, and without the spaces that cover longer text."""
     # Not `splitlines`, which splits at "\r", too.
-    return [re.sub(r"\x1b\[\d*m", "", line).split("\r")[-1] for line in text.removesuffix("\n").split("\n")]
+    return [re.sub(r"\x1b\[\d*m", "", line).split("\r")[-1].rstrip() for line in text.removesuffix("\n").split("\n")]
 
 
 def numbers(line):
