@@ -41,7 +41,7 @@ def shown(capsys):
 
 
 def lines(text):
-    """What stands on the screen in the end: lines without colours, of each only what was written last, and without the spaces that cover longer text."""
+    """What stands on the screen in the end: of each line only what was written last, without colours and the spaces that cover longer text."""
     # Not `splitlines`, which splits at "\r", too.
     return [re.sub(r"\x1b\[\d*m", "", line).split("\r")[-1].rstrip() for line in text.removesuffix("\n").split("\n")]
 
