@@ -19,7 +19,7 @@ from pathlib import Path
 BENCHMARKS = {
     "first_update": ("What does the first update cost?", "file"),
     "product_cost": ("What does a product cost, and what else is in an update?", "file"),
-    "linearization_choice": ("Is the linearization that the package chooses the fastest?", "file"),
+    "linearization_choice": ("Is the default linearization the fastest?", "file"),
     "preconditioners": ("What does a preconditioner bring?", "file"),
     "nystrom": ("What does the Nystrom preconditioner bring?", "file"),
     "memory": ("What does an update hold in memory?", "file"),

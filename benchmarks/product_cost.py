@@ -19,6 +19,7 @@ from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
 from keras_hf.problem.fixed_network import Data
+from keras_hf.setup import with_objective
 from keras_hf.solvers.stopping import StoppingRule
 
 PRODUCTS = {
@@ -117,11 +118,11 @@ def timed_quantities(model, x, y):
     v = tf.random.stateless_normal([model.count_params()], seed=[0, 0])
     diagonal = 0.1 + tf.random.stateless_uniform([model.count_params()], seed=[0, 1])
 
+    data = Data(x, y, None)
+
     def on_objective(function):
         compiled = tf.function(autograph=False)(
-            lambda count: model._with_objective(
-                Data(x, y, None), lambda objective, structure: function(objective, count)
-            )
+            lambda count: with_objective(model.setup_for(data), data, lambda objective: function(objective, count))
         )
         return lambda count=1: compiled(tf.constant(count))
 

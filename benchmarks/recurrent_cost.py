@@ -1,4 +1,4 @@
-"""What a Gauss-Newton product of a recurrent network costs beside a gradient: loops, unrolled, under XLA, by both linearizations.
+"""What a Gauss-Newton product of a recurrent network costs beside a gradient: loops, unrolled, by both linearizations.
 
 Network: SimpleRNN(100) without biases, a trained first state, a softmax on every step; or a GRU or an LSTM of as many units. Sequences are those of
 `memory-20`. Seconds are the least of several rounds, of products in a loop as CG makes them; memory is the most that the process ever held, less
@@ -21,12 +21,9 @@ import time
 from benchmarks import rows as results
 
 WAYS = {
-    "loop, double": (False, "double", False),
-    "loop, double, XLA": (False, "double", True),
-    "unrolled, double": (True, "double", False),
-    "unrolled, double, XLA": (True, "double", True),
-    "unrolled, forward": (True, "forward", False),
-    "unrolled, forward, XLA": (True, "forward", True),
+    "loop, double": (False, "double"),
+    "unrolled, double": (True, "double"),
+    "unrolled, forward": (True, "forward"),
 }
 CELLS = {"simple": None, "gru": "GRU", "lstm": "LSTM"}
 PRODUCTS, ROUNDS = 5, 4
@@ -81,13 +78,14 @@ def measure(length, cases, units, cell, way, structural):
         StructuralDamping,
     )
     from keras_hf.problem.fixed_network import Data
+    from keras_hf.setup import with_objective
 
-    unroll, kind, jit = WAYS[way]
+    unroll, kind = WAYS[way]
     problem = PROBLEMS["memory-20"](length)
     x, y = problem.draw(cases, np.random.default_rng(0))
     layer = CELLS[cell] and functools.partial(getattr(keras.layers, CELLS[cell]), unroll=unroll)
     network = build_network(problem, x.shape[1:], units, 0, layer, unroll)
-    linearization = {"double": DoubleBackward, "forward": ForwardAccumulation}[kind](jit_compile=jit)
+    linearization = {"double": DoubleBackward, "forward": ForwardAccumulation}[kind]()
     model = HFModel(network)
     optimizer = HessianFree(
         solver=ConjugateGradient(Identity()),
@@ -101,7 +99,7 @@ def measure(length, cases, units, cell, way, structural):
     model._maybe_symbolic_build(data_batch=tuple(data))
 
     def products(count):
-        def compute(objective, structure):
+        def compute(objective):
             product = objective.product(optimizer.curvature)
             damped = product.with_hidden_states(tf.constant(0.1))
             v = tf.ones([objective.num_weights])
@@ -111,7 +109,7 @@ def measure(length, cases, units, cell, way, structural):
 
             return tf.while_loop(lambda i, v: i < count, body, (tf.constant(0), v), parallel_iterations=1)[1]
 
-        return model._with_objective(data, compute)
+        return with_objective(model.setup_for(data), data, compute)
 
     compiled = tf.function(products, autograph=False)
     before = _mebibytes()
@@ -122,7 +120,7 @@ def measure(length, cases, units, cell, way, structural):
 
     @tf.function(autograph=False)
     def gradient():
-        return model._with_objective(data, lambda objective, structure: objective.loss_and_gradient().gradient)
+        return with_objective(model.setup_for(data), data, lambda objective: objective.loss_and_gradient().gradient)
 
     gradient()
     seconds = {name: [] for name in ("none", "some", "gradient")}

@@ -14,6 +14,7 @@ from keras_hf.damping import ConstantDamping as ConstantDamping
 from keras_hf.damping import DampingCallback as DampingCallback
 from keras_hf.damping import LevenbergMarquardt as LevenbergMarquardt
 from keras_hf.initializers import SparseNormal as SparseNormal
+from keras_hf.loss_function import LossFunction as LossFunction
 from keras_hf.model import HFModel as HFModel
 from keras_hf.optimizer import HessianFree as HessianFree
 from keras_hf.problem.batching import GrowingBatch as GrowingBatch
@@ -23,7 +24,6 @@ from keras_hf.problem.curvature import GaussNewton as GaussNewton
 from keras_hf.problem.curvature import Hessian as Hessian
 from keras_hf.problem.linearization import DoubleBackward as DoubleBackward
 from keras_hf.problem.linearization import ForwardAccumulation as ForwardAccumulation
-from keras_hf.problem.loss_function import LossFunction as LossFunction
 from keras_hf.problem.structural_damping import StructuralDamping as StructuralDamping
 from keras_hf.recorder import UpdateRecorder as UpdateRecorder
 from keras_hf.recorder import read_updates as read_updates

@@ -154,9 +154,8 @@ class Advice:
             logs: Dict, the logs of the update.
             rounding: Float, the rounding error of the curvature along a unit vector.
         """
-        # The undamped curvature that CG met is below `-damping`. If that is within rounding, the loss may be convex. Not of other solvers: where a
-        # classifier is sure of every case, what `PreconditionedMomentum` sees along its two directions is rounding alone.
-        if "cg_stop" in logs and int(logs["negative_curvature"]) and float(logs["damping"]) > rounding:
+        # The undamped curvature that CG met is below `-damping`. If that is within rounding, the loss may be convex.
+        if int(logs["negative_curvature"]) and float(logs["damping"]) > rounding:
             self.warn_once(
                 "negative curvature",
                 "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
@@ -186,7 +185,7 @@ class Advice:
 
         Args:
             logs: Dict, the logs of the update.
-            num_nonfinite: Integer, the number of cases with numbers that are not finite.
+            num_nonfinite: Integer, the number of cases of the batch with numbers that are not finite.
             num_updates: Integer, the number of updates so far, including this one.
             dtype: String, the type in which the network computes.
         """
@@ -197,7 +196,7 @@ class Advice:
         if num_nonfinite:
             self.warn_once(
                 "cases that are not finite",
-                f"{num_nonfinite} of the {num_cases} cases of an update hold numbers that are not finite (NaN or infinity) in `x`, `y` or "
+                f"{num_nonfinite} of the cases of the batch hold numbers that are not finite (NaN or infinity) in `x`, `y` or "
                 "`sample_weight`, and so has the loss: the step is rejected, and so will be every other on these cases. Remove or repair them.",
             )
         elif not math.isfinite(gradient_norm):

@@ -1,51 +1,12 @@
-"""The compiled Keras model as plain functions for the update, and the choices made by tracing it."""
-
-import logging
-import math
-from typing import Any, NamedTuple
+"""The compiled Keras model as plain functions for the update."""
 
 import keras
 
-from keras_hf.common import checks, keras_private, vectors
-from keras_hf.pinn import PINN
+from keras_hf.common import checks, keras_private
+from keras_hf.common.replaced import replaced
 from keras_hf.problem.fixed_network import Task
 from keras_hf.problem.linearization import without_fused_kernels
 from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
-from keras_hf.problem.structure import second_derivatives_explained, trace_structure
-from keras_hf.solvers.kronecker import num_factored_weights
-
-_logger = logging.getLogger("keras_hf")
-
-# Up to which the exact solver is the choice: operations that form the system, on data and on differential equations, and numbers of its Jacobian
-# (half a GiB). Conjugate gradients are ahead on smooth data from about the first bound on (benchmarks/exact_solver.py); on equations they stall, and
-# are behind in the end at twice the second, too, where an update of the exact solver takes 6 s or more (docs/physics-informed.md).
-_MOST_OPERATIONS, _MOST_OPERATIONS_FOR_EQUATIONS, _MOST_FLOATS = 5e9, 1e11, 2**26
-# Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all are in dense layers and
-# convolutions. With attention it was behind.
-_CLASSIFYING = {"categorical_crossentropy", "sparse_categorical_crossentropy"}
-_FEWEST_WEIGHTS, _LEAST_SHARE = 5_000, 0.9
-_ELSEWHERE = keras.layers.EinsumDense, keras.layers.Embedding
-
-
-class Choice(NamedTuple):
-    """What a trace of the compiled model chose, and the tolerance that its products are checked with.
-
-    Attributes:
-        curvature: `curvature.Curvature`, fitted to the network: products are formed by its linearization.
-        rounding: Float, the relative difference allowed between two computations of the same number.
-        suspects: List of strings, cures for layers of which some forms have a wrong second derivative in TensorFlow.
-        epsilon: Float, machine epsilon of the coarsest float type that the network computes in.
-    """
-
-    curvature: Any
-    rounding: float
-    suspects: list
-    epsilon: float
-
-    @property
-    def linearization(self):
-        """`linearization.Linearization`, or `None` where products are formed without one."""
-        return self.curvature.linearization
 
 
 def require_targets(model, y):
@@ -54,12 +15,11 @@ def require_targets(model, y):
         raise ValueError(f"`y` must hold what the loss {model.loss!r} compares predictions with. Received: y=None.")
 
 
-def task_of(model, whole_loss):
+def task_of(model):
     """Returns the `fixed_network.Task` of a compiled model.
 
     Args:
         model: `HFModel`, compiled.
-        whole_loss: Callable `(data, y_pred) -> scalar`, the result of an overridden `compute_loss`, without regularizers and added losses.
 
     Raises:
         ValueError: If there is no trainable weight, if one cannot be trained, if they are not those for which the optimizer was built, or if a
@@ -90,7 +50,7 @@ def task_of(model, whole_loss):
 
     return Task(
         network=network,
-        loss_terms=lambda data, y_pred: loss_terms(model, whole_loss, data, y_pred),
+        loss_terms=lambda data, y_pred: loss_terms(model, data, y_pred),
         regularizers=[
             (variable.value, variable.regularizer) for variable in trainable if variable.regularizer is not None
         ],
@@ -101,93 +61,10 @@ def task_of(model, whole_loss):
         states=[variable for variable in model.non_trainable_variables if id(variable) not in seeds],
         seeds=list(seeds.values()),
         seed=optimizer.seed,
+        num_updates=optimizer.iterations,
         layers=layers,
         structural_damping=optimizer.structural_damping,
     )
-
-
-def trace(task, data, curvature, solver, num_replicas, name):
-    """Traces a task once, chooses how products are formed, and logs the choice.
-
-    Args:
-        task: `fixed_network.Task`.
-        data: `fixed_network.Data`, of which only types and shapes are used.
-        curvature: `curvature.Curvature`.
-        solver: `solver.Solver`.
-        num_replicas: Integer.
-        name: String, the network's name.
-
-    Returns:
-        A `structure.Structure` and a `Choice`.
-
-    Raises:
-        ValueError: If there is no loss, if the network draws random numbers that cannot be held fixed, if the curvature is wrong for it, or if
-            structural damping finds no hidden states.
-    """
-    with second_derivatives_explained({}):
-        structure = trace_structure(task, data)
-    checks.has_loss(structure.combinations or structure.has_added_loss)
-    solver.require(structure)
-    fitted = curvature.fitted_to(structure, num_replicas)
-    _logger.info(
-        "Steps for '%s': by %s%s.", name, type(solver).__name__, " on all cases" if solver.uses_all_cases else ""
-    )
-    if fitted.linearization is not None and not solver.uses_all_cases:
-        _logger.info(
-            "Products for '%s': %s by %s(jit_compile=%s)%s.",
-            name,
-            type(fitted).__name__,
-            type(fitted.linearization).__name__,
-            fitted.linearization.jit_compile,
-            "" if curvature.linearization else ", chosen for the network",
-        )
-    return structure, Choice(fitted, structure.rounding, structure.suspects, structure.epsilon)
-
-
-def exact_solver_pays(model, data, num_cases):
-    """Whether `DirectSolver` can train a compiled model and is the choice for it.
-
-    It ends at far smaller losses where digits count: on squared losses in float64, if the system is small; of a `PINN` it may be larger. Conjugate
-    gradients may be ahead early, and were on the two classifiers measured.
-
-    Args:
-        model: `HFModel`, compiled and built.
-        data: `fixed_network.Data`, a few cases, of which only types and shapes are used.
-        num_cases: Integer, of an update.
-    """
-    num_weights = vectors.num_weights([variable.value for variable in model.trainable_variables])
-    outputs = [leaf for leaf in keras.tree.flatten(data.y) if leaf is not None]
-    num_rows = num_cases * sum(math.prod(leaf.shape[1:]) for leaf in outputs)
-    most = _MOST_OPERATIONS_FOR_EQUATIONS if isinstance(model.network, PINN) else _MOST_OPERATIONS
-    is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= most
-    is_precise = all(variable.dtype == "float64" for variable in model.trainable_variables)
-    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
-    is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)
-    if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_precise and is_squared):
-        return False
-    with second_derivatives_explained({}):
-        structure = trace_structure(task_of(model, None), data)
-    return structure.is_vectorizable and not structure.without_rows
-
-
-def momentum_pays(model):
-    """Whether `PreconditionedMomentum` is the choice for a compiled and built model.
-
-    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases (docs/which-solver.md has
-    the measurements).
-
-    Args:
-        model: `HFModel`, compiled and built.
-    """
-    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
-    if not names or not names <= _CLASSIFYING or overrides_compute_loss(model):
-        return False
-    variables = [variable.value for variable in model.trainable_variables]
-    num_weights = vectors.num_weights(variables)
-    if num_weights < _FEWEST_WEIGHTS:
-        return False
-    layers = [layer for layer in keras_private.all_layers(model.network) if not isinstance(layer, _ELSEWHERE)]
-    return num_factored_weights(layers, variables) >= _LEAST_SHARE * num_weights
 
 
 def overrides_compute_loss(model):
@@ -195,12 +72,12 @@ def overrides_compute_loss(model):
     return type(model).compute_loss is not keras.Model.compute_loss
 
 
-def loss_terms(model, whole_loss, data, y_pred):
-    """Returns the list of terms of the compiled loss on these cases; for the arguments see `task_of`."""
+def loss_terms(model, data, y_pred):
+    """Returns the list of terms of the compiled loss on these cases."""
     replicas = model.distribute_strategy.num_replicas_in_sync
     if overrides_compute_loss(model):
         # Keras divides its own loss by the number of replicas, and expects the user's to be divided already.
-        return [WholeLoss(lambda: replicas * whole_loss(data, y_pred))]
+        return [WholeLoss(lambda: replicas * _whole_loss(model, data, y_pred))]
     compile_loss = keras_private.compiled_loss(model)
     if compile_loss is None:
         return []
@@ -209,6 +86,12 @@ def loss_terms(model, whole_loss, data, y_pred):
     with recorded_terms(compile_loss, replicas) as terms:
         compile_loss(data.y, y_pred, data.sample_weight)
     return terms
+
+
+def _whole_loss(model, data, y_pred):
+    """Returns the result of an overridden `compute_loss`, without the regularizers and the added losses."""
+    with replaced((model, "adds_losses", False)):
+        return keras_private.call_compute_loss(model, data.x, data.y, y_pred, data.sample_weight)
 
 
 def update_metrics(model, data, y_pred):

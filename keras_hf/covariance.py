@@ -3,9 +3,10 @@
 import warnings
 from typing import NamedTuple
 
+import keras
 import numpy as np
 
-from keras_hf.common.vectors import epsilon
+from keras_hf.common.vectors import epsilon, vector_dtype
 
 # An (n, n) matrix of float64 takes 200 MB there, and its singular values minutes.
 _MOST_WEIGHTS = 5000
@@ -23,7 +24,32 @@ class ParameterCovariance(NamedTuple):
     standard_errors: dict
 
 
-def require_few_weights(num_weights):
+def parameter_covariance(model, x, y, sample_weight, absolute_sigma):
+    """Returns the `ParameterCovariance` of a compiled model; see `HFModel.parameter_covariance`."""
+    f, variables = model.objective(x, y, sample_weight), model.trainable_variables
+    w = f.weights
+    _require_few_weights(len(w))
+    if regularized := [variable.path for variable in variables if variable.regularizer is not None]:
+        raise ValueError(
+            "`parameter_covariance` is that of least squares without regularizers, which bias the weights. "
+            f"Received: regularizers of {', '.join(regularized)}. Leave them out."
+        )
+    residuals, jacobian = f.residuals(w), f.jacobian(w)
+    is_empty = (residuals == 0) & ~jacobian.any(axis=1)
+    num_residuals, variance = len(residuals), None
+    if is_empty.any() or absolute_sigma:
+        # Of outputs that exceed their targets by 1: what multiplies differences in the rows.
+        targets = keras.tree.map_structure(lambda output: output - 1, model.predict(x, verbose=0))
+        roots = model.objective(x, targets, sample_weight).residuals(w)
+        num_residuals = np.count_nonzero(roots)
+        if absolute_sigma:
+            variance = residual_scale(roots, sample_weight)
+    dtype = vector_dtype([variable.value for variable in variables]).as_numpy_dtype
+    matrix = covariance(w, jacobian, residuals, variance, num_residuals, dtype)
+    return ParameterCovariance(matrix, by_weight(np.diag(matrix), variables))
+
+
+def _require_few_weights(num_weights):
     """Raises an error if there are too many weights for a dense matrix."""
     if num_weights > _MOST_WEIGHTS:
         raise ValueError(
@@ -119,4 +145,4 @@ def by_weight(diagonal, variables):
 
 def _warn(message):
     # The caller of `HFModel.parameter_covariance`.
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)

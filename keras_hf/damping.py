@@ -6,9 +6,8 @@ import keras
 
 from keras_hf.common.checks import count, finite, positive
 from keras_hf.scale import damping_limits, noise_damping
+from keras_hf.solvers.solver import Solver
 
-# With 2.5 as factor: 1.12 an update. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
-_OF_SMALL_UPDATES = 1 / 8
 # A loss so many times the least one is no matter of which cases the batch has.
 _HARM = 4.0
 
@@ -59,6 +58,11 @@ class DampingCallback(keras.callbacks.Callback):
         """
         raise NotImplementedError
 
+    @property
+    def solver(self):
+        """The solver whose updates the rule judges: that of the model, or before one is set, a `Solver` as most are."""
+        return Solver if self.model is None else self.model.optimizer.solver
+
     def on_train_begin(self, logs=None):
         if not hasattr(self.model.optimizer, "damping"):
             raise ValueError(
@@ -81,7 +85,7 @@ class DampingCallback(keras.callbacks.Callback):
         """Returns the damping, clipped to the limits."""
         optimizer, scale = self.model.optimizer, self._scale(damping)
         if scale:
-            least, greatest = damping_limits(scale, optimizer.damping.dtype, self.model.solver.least_damping_power)
+            least, greatest = damping_limits(scale, optimizer.damping.dtype, self.solver.least_damping_power)
             damping = min(max(damping, least), greatest)
         return min(max(damping, self.min_damping), self.max_damping)
 
@@ -151,12 +155,15 @@ class ArcStepDamping(DampingCallback):
         if self.factor <= 1:
             raise ValueError(f"`factor` must be > 1. Received: factor={factor}.")
 
-    def next_damping(self, damping, logs):
-        if "arc_step" not in logs:
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        if self.solver.judged_by != "arc_step":
             raise ValueError(
-                "`ArcStepDamping` needs a solver that searches along an arc, such as `DirectSolver()`. Received: logs without `arc_step`. Use "
+                f"`ArcStepDamping` needs a solver that searches along an arc, such as `DirectSolver()`. Received: {self.solver!r}. Use "
                 "`LevenbergMarquardt()`."
             )
+
+    def next_damping(self, damping, logs):
         place = logs["arc_step"] if logs["step_size"] else 0.0
         if not _can_learn(logs) or self.low <= place < self.high:
             return damping
@@ -203,12 +210,12 @@ class LevenbergMarquardt(DampingCallback):
             raise ValueError(f"`factor` must be > 1. Received: factor={factor}.")
 
     def next_damping(self, damping, logs):
-        if "arc_step" in logs:
+        if self.solver.judged_by == "arc_step":
             return ArcStepDamping().next_damping(damping, logs)
         ratio = logs["reduction_ratio"]
         # A rejected step is no small update, and one that is lost in rounding is far too small.
-        is_small = "mu" in logs and logs["step_size"] and not math.isnan(ratio)
-        factor = self.factor**_OF_SMALL_UPDATES if is_small else self.factor
+        is_ordinary = logs.get("step_size", 1) and not math.isnan(ratio)
+        factor = self.factor ** (self.solver.factor_power if is_ordinary else 1)
         if logs["gradient_norm"] == 0:
             return damping
         if math.isnan(ratio):

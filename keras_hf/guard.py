@@ -1,7 +1,6 @@
 """Context of an update: the arithmetic that it relies on, and errors that name the cure and leave every value unchanged."""
 
 import contextlib
-import re
 
 import tensorflow as tf
 
@@ -19,16 +18,21 @@ def unaltered_arithmetic():
     which becomes an accumulator if TensorFlow expects a shortage of memory; in the loops of large networks creating the accumulator fails (2.21,
     `AlreadyExistsError`). An update takes equally long without this optimizer.
     """
-    options = tf.config.optimizer.get_experimental_options()
-    arithmetic = options.get("arithmetic_optimization", True)
+    import os
+
+    before = tf.config.optimizer.get_experimental_options()
+    options = {"disable_meta_optimizer": os.environ.get("X_OPT") is None, "arithmetic_optimization": False}
     tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    tf.config.optimizer.set_experimental_options(options)
     try:
         yield
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(tf32)
-        tf.config.optimizer.set_experimental_options({"arithmetic_optimization": arithmetic})
+        defaults = {"disable_meta_optimizer": False, "arithmetic_optimization": True}
+        tf.config.optimizer.set_experimental_options(
+            {name: before.get(name, default) for name, default in defaults.items()}
+        )
 
 
 @contextlib.contextmanager
@@ -68,56 +72,37 @@ def _put_back(variables, values):
         variable.assign(value)
 
 
-@contextlib.contextmanager
-def xla_explained(name, choice):
-    """Context in which an error of XLA while compiling products names the cure.
+def raise_if_wrong(name, setup, loss, again, product_error):
+    """Raises an error if the numbers of an update are inconsistent.
 
     Args:
         name: String, the network's name.
-        choice: Callable that returns the `compiled_model.Choice` of the last trace, which may happen in this context, or `None` before any trace.
-    """
-    try:
-        yield
-    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.NotFoundError) as error:
-        linearization = choice() and choice().linearization
-        is_compiled = linearization is not None and linearization.jit_compile
-        if not is_compiled or not re.search("XLA|tf2xla|trying to compile", str(error)):
-            raise
-        raise ValueError(
-            f"XLA cannot compile the products of '{name}'. Use `{type(linearization).__name__}(jit_compile=False)`. "
-            f"Received from TensorFlow: {str(error)[:300]}"
-        ) from error
-
-
-def raise_if_wrong(name, choice, loss, product_error, repeat_error):
-    """Raises an error if an update was rejected because its numbers are inconsistent.
-
-    Args:
-        name: String, the network's name.
-        choice: `compiled_model.Choice`.
+        setup: `setup.Setup`.
         loss: Float, the loss at the start.
+        again: Float, the same loss computed another time.
         product_error: Float, the relative error of the products in their identities.
-        repeat_error: Float, the relative difference of a repeated loss.
 
     Raises:
         ValueError: If one of these errors is larger than rounding.
     """
-    if repeat_error > choice.rounding:
+    rounding, largest = setup.structure.rounding, max(abs(loss), abs(again))
+    repeat_error = abs(loss - again) / largest if largest else 0.0
+    if repeat_error > rounding:
         raise ValueError(
             f"The network '{name}' gave two different losses for the same cases and weights ({loss:.6g}, and "
             f"{repeat_error:.2g} of it apart). Hessian-free needs one fixed function per update; draw random numbers from a "
             "`keras.random.SeedGenerator` that the layer holds, and let nothing in `call` depend on how often it was called."
         )
-    if product_error > choice.rounding:
+    if product_error > rounding:
         raise ValueError(
-            f"The products of '{name}' by `{type(choice.linearization).__name__}` are wrong: v'Gv and (Jv)'H(Jv), or u'(Jv) and "
-            f"(J'u)'v, must be equal. Their relative difference is {product_error:.2g}. {_cure_for_products(choice)} "
+            f"The products of '{name}' by `{type(setup.linearization).__name__}` are wrong: u'(Jv) and (J'u)'v must be equal, "
+            f"for any u and v. Their relative difference is {product_error:.2g}. {_cure_for_products(setup)} "
             "`HFModel.check_products` prints details."
         )
 
 
-def _cure_for_products(choice):
-    if isinstance(choice.linearization, ForwardAccumulation) or choice.linearization.jit_compile:
+def _cure_for_products(setup):
+    if isinstance(setup.linearization, ForwardAccumulation):
         return "Leave the curvature's `linearization` at its default, or use `DoubleBackward()`."
-    known = " ".join(choice.suspects) or "Replace that layer."
+    known = " ".join(setup.structure.suspects) or "Replace that layer."
     return f"TensorFlow has a wrong second derivative of one of the operations. {known}"

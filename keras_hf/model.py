@@ -9,23 +9,30 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import arrays, compiled_model, covariance, guard, workers
+from keras_hf import compiled_model, covariance, guard, step, workers
+from keras_hf.advice import Advice
 from keras_hf.backup import complete_backups
 from keras_hf.common import checks, files, keras_private
-from keras_hf.common.vectors import vector_dtype
+from keras_hf.common.replaced import replaced
 from keras_hf.damping import DampingCallback
+from keras_hf.fit_data import FitData, is_arrays
+from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
 from keras_hf.problem.curvature import GaussNewton
-from keras_hf.problem.loss_function import LossFunction
-from keras_hf.problem.replicas import is_chief
-from keras_hf.product_check import both_ways, judged, product_errors, report
+from keras_hf.problem.fixed_network import Data
+from keras_hf.problem.replicas import across_replicas, is_chief
+from keras_hf.product_check import checked_products, report
 from keras_hf.progress import UpdateProgress
-from keras_hf.trainer import HFTrainer
+from keras_hf.setup import prepare
+from keras_hf.solver_choice import exact_solver_pays, momentum_pays
+from keras_hf.solvers.direct import DirectSolver
+from keras_hf.solvers.momentum import PreconditionedMomentum
+from keras_hf.train_function import TrainFunction
 
 
 @keras.saving.register_keras_serializable("keras_hf")
-class HFModel(HFTrainer):
+class HFModel(keras.Model):
     """Trains a Keras model by Hessian-free optimization.
 
     One batch of `fit` is one update. `network` stays an ordinary Keras model that shares its weights with this one. `fit`, `evaluate`, `predict`,
@@ -100,13 +107,19 @@ class HFModel(HFTrainer):
     >>> history = model.fit(x, np.sin(3 * x), epochs=5, callbacks=[LevenbergMarquardt()], verbose=0)
     """
 
+    # Whether `losses` has what is added in `call` and by regularizers.
+    adds_losses = True
+
     def __init__(self, network, name=None, **kwargs):
         if not isinstance(network, keras.Model) or isinstance(network, HFModel):
             raise TypeError(
                 f"`network` must be a `keras.Model`, such as `keras.Sequential([...])`. Received: network={network!r} "
                 f"of type {type(network).__name__}."
             )
-        super().__init__(network, name, **kwargs)
+        super().__init__(name=name, **kwargs)
+        self.network = network
+        self._advice, self._setup = Advice(), None
+        self.last_trace = None
         if network.built:
             self.built = True
         for method in ("train_step", "compute_loss"):
@@ -161,7 +174,7 @@ class HFModel(HFTrainer):
             ValueError: If the weights in the file are not those of this model.
         """
         try:
-            with guard.values_kept_on_error(self._values()):
+            with guard.values_kept_on_error(self.values()):
                 super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
         except ValueError as error:
             shapes = [tuple(weight.shape) for weight in self.weights]
@@ -219,9 +232,9 @@ class HFModel(HFTrainer):
         kwargs["auto_scale_loss"] = False
         # Keras finds the loss and metrics of an output in a dict by these names.
         self.output_names = getattr(self.network, "output_names", None)
-        self._keep("_chosen_solver", None)
+        self._keep_setup(None)
+        optimizer.solve_by(None)
         super().compile(optimizer, loss, *args, **kwargs)
-        self._hand_layers_to_optimizer()
         compile_loss = keras_private.compiled_loss(self)
         if compile_loss is not None:
             keras_private.set_losses(compile_loss, keras.tree.map_structure(compiled_model.checked, loss))
@@ -274,21 +287,27 @@ class HFModel(HFTrainer):
                 positive integer, or if `steps_per_execution` is more than 1 on several workers.
         """
         keras_private.require_compiled(self, "fit")
-        if x is None:
-            raise ValueError(
-                "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
-            )
-        strategy = self.distribute_strategy
-        workers.require_single_steps(strategy, self.steps_per_execution)
-        workers.require_same_job(
-            strategy,
-            lambda: {
-                **self._job(),
-                "data": workers.describe((x, y, sample_weight)),
-                "batches": (arrays.is_arrays(x) and checks.num_cases(x, y, sample_weight), batch_size, steps_per_epoch),
-                "epochs": (initial_epoch, epochs),
-            },
+        strategy, optimizer = self.distribute_strategy, self.optimizer
+        data = FitData(
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=shuffle,
+            validation_data=validation_data,
+            validation_split=validation_split,
+            validation_batch_size=validation_batch_size,
         )
+        workers.require_single_steps(strategy, self.steps_per_execution)
+        batches = data.num_cases, batch_size, steps_per_epoch, initial_epoch, epochs
+        workers.require_same_job(
+            strategy, lambda: {**self._job(), "data": workers.describe((x, y, sample_weight)), "batches": batches}
+        )
+        if data.num_cases is not None:
+            compiled_model.require_targets(self, y)
+        self._prepare_for(data)
+        self._advice.cases_come_as(data.source)
         callbacks = workers.callbacks_of(strategy, callbacks)
         verbose = workers.verbose_of(strategy, verbose)
         found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
@@ -299,75 +318,25 @@ class HFModel(HFTrainer):
             # Last, as Keras' own: it shows what the others add to the logs.
             if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
                 callbacks.append(UpdateProgress(shows_all=verbose == 3))
-        # Keras knows no 3.
-        verbose = 1 if verbose == 3 else verbose
-        source = "dataset" if isinstance(x, tf.data.Dataset) else "batches"
-        most_cases = None
-        if arrays.is_arrays(x):
-            source = "arrays"
-            batch_size = checks.count("batch_size", batch_size, optional=True)
-            num_cases = checks.num_cases(x, y, sample_weight)
-            compiled_model.require_targets(self, y)
-            if validation_split and validation_data is None:
-                # As in Keras, the last cases are for validation.
-                num_cases = checks.split(num_cases, validation_split)
-            is_by_steps = batch_size is None and steps_per_epoch is not None
-            if batch_size is None:
-                batch_size = max(1, math.ceil(num_cases / (steps_per_epoch or 1)))
-            most_cases = min(batch_size, num_cases)
-            if batch_size >= num_cases:
-                validation_batch_size = validation_batch_size or 32
-                source = None
-                seed, shuffle = self.optimizer.seed if shuffle else None, False
-                if validation_split and validation_data is None:
-                    x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
-                    validation_split = 0.0
-                times, steps_per_epoch = steps_per_epoch or 1, steps_per_epoch or 1
-                num_replicas = strategy.num_replicas_in_sync
-                if self.steps_per_execution == 1:
-                    # Without end: where several workers divide the data, a new iterator in every epoch takes seconds.
-                    times = None
-                else:
-                    # Otherwise the last execution of an epoch would run into the next epoch.
-                    steps_per_epoch = None
-                # The growing part changes its length anyway.
-                few = keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[:1], (x, y, sample_weight))
-                self._choose_solver(few, num_cases)
-                is_of_any_length = self._growing_batch is not None or num_replicas > 1
-                x = arrays.repeated(x, y, sample_weight, seed, times, is_of_any_length, num_replicas)
-                y = sample_weight = batch_size = None
-            elif is_by_steps and num_cases % steps_per_epoch and num_cases > steps_per_epoch:
-                # Batches of one size would be fewer: 1,020 cases make 93 batches of 11.
-                validation_batch_size = validation_batch_size or batch_size
-                if validation_split and validation_data is None:
-                    x, y, sample_weight, validation_data = arrays.split((x, y, sample_weight), num_cases)
-                    validation_split = 0.0
-                x = arrays.in_batches(x, y, sample_weight, steps_per_epoch, is_shuffled=bool(shuffle))
-                y = sample_weight = batch_size = steps_per_epoch = None
-                shuffle = False
-        elif isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset)):
-            shuffle = False  # Keras ignores True and warns about its own default.
-        if source is not None:
-            self._choose_solver(None, 0)
-        self._advice.cases_come_as(source)
-        self._keep("_begins_at", None if initial_epoch else int(self.optimizer.iterations.numpy()))
-        with self._batches_of_at_most(most_cases), complete_backups(found, self, is_chief(strategy)):
+        is_of_any_length = (
+            optimizer.growing_batch is not None and not self.solver.uses_all_cases
+        ) or strategy.num_replicas_in_sync > 1
+        arguments = data.for_keras(
+            optimizer.seed, is_of_any_length, strategy.num_replicas_in_sync, self.steps_per_execution == 1
+        )
+        self.make_train_function()
+        if not initial_epoch:
+            self.train_function.begins_at = int(optimizer.iterations.numpy())
+        with complete_backups(found, self, is_chief(strategy)):
             history = super().fit(
-                x,
-                y,
-                batch_size,
+                **arguments,
                 epochs=epochs,
-                verbose=verbose,
+                # Keras knows no 3.
+                verbose=1 if verbose == 3 else verbose,
                 callbacks=callbacks,
-                validation_split=validation_split,
-                validation_data=validation_data,
-                shuffle=shuffle,
                 class_weight=class_weight,
-                sample_weight=sample_weight,
                 initial_epoch=initial_epoch,
-                steps_per_epoch=steps_per_epoch,
                 validation_steps=validation_steps,
-                validation_batch_size=validation_batch_size,
                 validation_freq=validation_freq,
             )
         if isinstance(self.network, PINN):
@@ -387,8 +356,9 @@ class HFModel(HFTrainer):
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Performs one update on these cases; arguments as `keras.Model.train_on_batch`."""
         keras_private.require_compiled(self, "train_on_batch")
-        if arrays.is_arrays(x):
+        if is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
+        self._expect(None)
         return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
 
     def check_products(self, x, y=None, sample_weight=None):
@@ -410,24 +380,9 @@ class HFModel(HFTrainer):
             ValueError: If the model is not compiled, or if the products cannot be formed; the message names the layer and the cure.
         """
         data = self._cases("check_products", x, y, sample_weight)
-        compared = None
-
-        def errors(objective, structure):
-            nonlocal compared
-            compared = both_ways(self._choice.curvature, structure)
-            return product_errors(objective, compared.curvature, compared.other)
-
-        @tf.function(autograph=False)
-        def compute():
-            return self.distribute_strategy.run(lambda: self._with_objective(data, errors))
-
-        values = self._values() + [variable.value for variable in self.metrics_variables]
-        explained = guard.xla_explained(self.network.name, lambda: self._choice)
-        with guard.values_kept(values), guard.unaltered_arithmetic(), explained:
-            found = tf.nest.map_structure(
-                lambda value: float(self.distribute_strategy.experimental_local_results(value)[0]), compute()
-            )
-        checks_made = judged(found, self._choice.rounding, compared)
+        values = self.values() + [variable.value for variable in self.metrics_variables]
+        with guard.values_kept(values), guard.unaltered_arithmetic():
+            compared, checks_made = checked_products(self.setup_for(data), data, self.distribute_strategy)
         print(report(self.network.name, compared.curvature, checks_made))
         return checks_made
 
@@ -449,13 +404,7 @@ class HFModel(HFTrainer):
         """
         data = self._cases("objective", x, y, sample_weight)
 
-        @contextlib.contextmanager
-        def guarded():
-            with guard.unaltered_arithmetic(), guard.xla_explained(self.network.name, lambda: self._choice):
-                yield
-
-        variables = [variable.value for variable in self.trainable_variables]
-        return LossFunction(data, variables, self._task, self.optimizer, self.distribute_strategy, guarded)
+        return LossFunction(self, data)
 
     def parameter_covariance(self, x, y, sample_weight=None, absolute_sigma=False):
         """Returns the covariance of the trained weights, as `scipy.optimize.curve_fit` does: `pcov` and the standard errors.
@@ -495,28 +444,161 @@ class HFModel(HFTrainer):
         >>> model.parameter_covariance(x, y).matrix.shape
         (2, 2)
         """
-        absolute_sigma = checks.flag("absolute_sigma", absolute_sigma)
-        f, variables = self.objective(x, y, sample_weight), self.trainable_variables
-        w = f.weights
-        covariance.require_few_weights(len(w))
-        if regularized := [variable.path for variable in variables if variable.regularizer is not None]:
-            raise ValueError(
-                "`parameter_covariance` is that of least squares without regularizers, which bias the weights. "
-                f"Received: regularizers of {', '.join(regularized)}. Leave them out."
+        return covariance.parameter_covariance(self, x, y, sample_weight, checks.flag("absolute_sigma", absolute_sigma))
+
+    # What Keras calls.
+
+    def make_train_function(self, force=False):
+        """Creates `train_function`, a `TrainFunction`."""
+        self._check_optimized_weights()
+        if self.train_function is None or force:
+            self.train_function = TrainFunction(self)
+
+    def make_test_function(self, force=False):
+        """Creates `test_function` as Keras does."""
+        if self.test_function is not None and not force:
+            return
+        super().make_test_function(force=True)
+        step = self.test_function
+
+        def test_function(iterator):
+            with keras_private.results_of_first_replica():
+                return step(iterator)
+
+        self.test_function = test_function
+
+    def test_step(self, data):
+        """Evaluates one batch; the metrics are those of all replicas."""
+        super().test_step(data)
+        return across_replicas(lambda replicas: self.get_metrics_result())
+
+    def train_step(self, data):
+        """Performs one update; see the class. Keras calls it in replica context."""
+        data = Data(*keras.utils.unpack_x_y_sample_weight(data))
+        report = step.step(self.setup_for(data), self.optimizer, data)
+        keras_private.track_loss(self, report.logs["loss"], report.logs["num_cases"])
+        # A metric may have the name of one of the update's entries, by which a damping rule goes.
+        return {**across_replicas(lambda replicas: self.get_metrics_result()), **report.logs}
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # Keras builds from the first batch only under a strategy. Without it the first fit would trace twice, and a network without an input shape
+        # would have no weights when the optimizer asks for them.
+        if iterator is not None:
+            data_batch = keras_private.batch_spec(iterator)
+
+        def spec(leaf):
+            if leaf is None or isinstance(leaf, type(tf.type_spec_from_value(None))):
+                return None
+            leaf = keras_private.spec_of_first_replica(leaf)
+            return (
+                leaf if isinstance(leaf, tf.TensorSpec) else tf.TensorSpec(np.shape(leaf), getattr(leaf, "dtype", None))
             )
-        residuals, jacobian = f.residuals(w), f.jacobian(w)
-        is_empty = (residuals == 0) & ~jacobian.any(axis=1)
-        num_residuals, variance = len(residuals), None
-        if is_empty.any() or absolute_sigma:
-            # Of outputs that exceed their targets by 1: what multiplies differences in the rows.
-            targets = keras.tree.map_structure(lambda output: output - 1, self.predict(x, verbose=0))
-            roots = self.objective(x, targets, sample_weight).residuals(w)
-            num_residuals = np.count_nonzero(roots)
-            if absolute_sigma:
-                variance = covariance.residual_scale(roots, sample_weight)
-        dtype = vector_dtype([variable.value for variable in variables]).as_numpy_dtype
-        matrix = covariance.covariance(w, jacobian, residuals, variance, num_residuals, dtype)
-        return covariance.ParameterCovariance(matrix, covariance.by_weight(np.diag(matrix), variables))
+
+        data_batch = keras.tree.map_structure(spec, data_batch)
+        # Keras would build the optimizer, too, from weights alone.
+        with self.distribute_strategy.scope(), replaced((self, "optimizer", None)):
+            keras_private.symbolic_build(self, data_batch)
+        self._build_optimizer()
+
+    def _build_optimizer(self):
+        """Creates the optimizer's state, for the solver that suits the network."""
+        if not self.optimizer.built:
+            solver = PreconditionedMomentum() if momentum_pays(self) else None
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables, keras_private.all_layers(self.network), solver)
+
+    @property
+    def losses(self):
+        """Losses added in `call`, by activity regularizers and by weight regularizers."""
+        # An update adds them separately: they are not in the compiled loss of a piece.
+        return super().losses if self.adds_losses else []
+
+    # What is prepared before the first update.
+
+    @property
+    def solver(self):
+        """The solver in use: the optimizer's."""
+        return self.optimizer.solver
+
+    @property
+    def setup(self):
+        """The `setup.Setup` of the last cases; `None` before the first."""
+        return self._setup
+
+    def setup_for(self, data):
+        """Returns the `setup.Setup` for the types and shapes of a `Data`: the present one, or one that is made now, and kept."""
+        if self._setup is None or not self._setup.is_for(self.optimizer, data):
+            self._keep_setup(prepare(self, data, self._setup and self._setup.most_cases))
+        return self._setup
+
+    def _keep_setup(self, setup):
+        # Not by Keras' assignment, which would save it.
+        object.__setattr__(self, "_setup", setup)
+        if setup is None:
+            return
+        structure, solver = setup.structure, setup.solver
+        if isinstance(setup.curvature, GaussNewton) and structure.combinations and not structure.has_curvature:
+            self._advice.no_curvature()
+        if "unknown" in structure.combinations:
+            self._advice.unknown_combination()
+        # Not of recurrent networks, which have loops: what they gain by exact steps, they gain in float32, too.
+        if solver.uses_all_cases and not structure.nesting_ops:
+            dtypes = {weight.dtype for weight in setup.task.weights}
+            self._advice.exact_solver_in_float32(dtypes | {keras.config.floatx()})
+
+    def _expect(self, most_cases):
+        """Forgets what is traced for fewer cases than may come, at most `most_cases`; `None` = any number."""
+        if self._setup is not None and (most_cases or math.inf) > self._setup.most_supported:
+            self._keep_setup(None)
+            self.train_function = None
+
+    def _prepare_for(self, fit_data):
+        """Chooses the solver for a `FitData`, and prepares for it if the number of cases is known."""
+        few = None if fit_data.num_cases is None else self._built_for(fit_data.first_case())
+        self.choose_solver(few if fit_data.is_one_batch else None, fit_data.num_cases)
+        self._expect(fit_data.most_cases)
+        if few is not None and self._setup is None:
+            self._keep_setup(prepare(self, few, fit_data.most_cases))
+
+    def choose_solver(self, few, num_cases):
+        """Takes the exact solver, or goes back from it, where the optimizer leaves that open.
+
+        Args:
+            few: `Data` of a few cases, if all of them come as one batch; else `None`.
+            num_cases: Integer, the number of all cases.
+        """
+        optimizer = self.optimizer
+        if not optimizer.chooses_solver:
+            return
+        pays = few is not None and self.distribute_strategy.num_replicas_in_sync == 1
+        pays = pays and exact_solver_pays(self, few, num_cases)
+        if pays != isinstance(self.solver, DirectSolver):
+            optimizer.solve_by(DirectSolver() if pays else None)
+            self._keep_setup(None)
+            self.train_function = None
+
+    def _built_for(self, data):
+        """Returns a `Data` of tensors, and makes the network's weights where they are not made yet."""
+        data = Data(
+            *keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), tuple(data))
+        )
+        self._maybe_symbolic_build(data_batch=tuple(data))
+        return data
+
+    def _cases(self, method, x, y, sample_weight):
+        """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""
+        keras_private.require_compiled(self, method)
+        checks.num_cases(x, y, sample_weight)
+        compiled_model.require_targets(self, y)
+        return self._built_for((x, y, sample_weight))
+
+    # Values and advice.
+
+    def values(self):
+        """Returns the list of `tf.Variable`s of the weights and the optimizer."""
+        # Keras creates the attribute in `compile`.
+        optimizer = getattr(self, "optimizer", None)
+        return [variable.value for variable in (*self.variables, *(optimizer.variables if optimizer else ()))]
 
     def _job(self):
         """What all of several workers must have alike before data come: a dict; see `workers.require_same_job`."""
@@ -527,12 +609,35 @@ class HFModel(HFTrainer):
             "loss": keras.tree.map_structure(workers.name_of, self.loss),
         }
 
-    def _cases(self, method, x, y, sample_weight):
-        """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""
-        keras_private.require_compiled(self, method)
-        checks.num_cases(x, y, sample_weight)
-        compiled_model.require_targets(self, y)
-        return self._built_for(x, y, sample_weight)
+    def _check_optimized_weights(self):
+        """Warns if the trainable weights have changed since `compile`, which fixes them, as in Keras; raises if they are another model's."""
+        if self.optimizer.built:
+            optimized = keras_private.optimized_weights(self.optimizer)
+            own = {id(weight) for weight in self.weights}
+            if not all(id(weight) in own for weight in optimized):
+                checks.weights_of_optimizer(optimized, self.trainable_variables)
+            known, now = ({id(v): v.path for v in weights} for weights in (optimized, self.trainable_variables))
+            self._advice.changed_weights(
+                [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
+            )
+
+    def after_update(self, report, num_nonfinite):
+        """Keeps how the step of a `StepReport` was found, and warns of what a user can change; `num_nonfinite` counts cases with such numbers."""
+        self.last_trace = report.trace
+        optimizer, solver, logs = self.optimizer, self.solver, report.logs
+        growing_batch, advice = self._setup.growing_batch, self._advice
+        if not solver.uses_all_cases:
+            # A growing batch that starts small does so on purpose.
+            starts_with = growing_batch.initial_size if growing_batch else math.inf
+            advice.small_batch(logs, min(solver.fewest_cases, starts_with))
+        if not solver.judges_by_chunk:
+            # Not of small updates, each of which may gain little that lasts.
+            advice.batches_disagree(float(optimizer.loss_and_least[0].numpy()), float(report.reduction))
+        if solver.tells_convexity and isinstance(optimizer.curvature, GaussNewton):
+            # Errors add up in the sums of a product: negative curvature of 2.3 epsilons was measured with a convex loss under BatchNormalization.
+            rounding = 10 * self._setup.structure.epsilon * float(optimizer.curvature_scale.numpy())
+            advice.negative_curvature(logs, rounding)
+        advice.no_progress(logs, num_nonfinite, int(optimizer.iterations.numpy()), self.compute_dtype)
 
 
 @contextlib.contextmanager

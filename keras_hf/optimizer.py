@@ -129,11 +129,12 @@ class HessianFree(keras.optimizers.Optimizer):
         self.curvature = part(
             "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
         )
-        # Whether `HFModel` may take another solver: one with a state before this optimizer is built, one without in every `fit`.
-        self.chooses_solver = solver is None
-        self.solver = part("solver", ConjugateGradient() if solver is None else solver, Solver, "ConjugateGradient()")
-        if growing_batch is _GROWING:
-            growing_batch = self.solver.growing_batch()
+        solver_given, growing_batch_given = solver is not None, growing_batch is not _GROWING
+        solver = part("solver", solver if solver_given else ConjugateGradient(), Solver, "ConjugateGradient()")
+        # The solver that the state belongs to, and one without a state that is used in its place.
+        self._solver, self._stateless_solver = solver, None
+        if not growing_batch_given:
+            growing_batch = solver.growing_batch()
         elif growing_batch is not None:
             part("growing_batch", growing_batch, GrowingBatch, "GrowingBatch()")
         if structural_damping is not None:
@@ -149,10 +150,12 @@ class HessianFree(keras.optimizers.Optimizer):
                     "Leave it out, or use `ConjugateGradient()`."
                 )
         self.structural_damping = structural_damping
-        # Whatever is asked for besides the defaults, which files hold, too, excludes solvers that use all cases or factorize the Gauss-Newton matrix.
+        # Whatever is asked for besides the defaults excludes solvers that use all cases or factorize the Gauss-Newton matrix.
         has_defaults = type(self.curvature) is GaussNewton and self.curvature.linearization is None
-        has_defaults &= growing_batch is None or growing_batch.get_config() == _GROWING.get_config()
-        self.chooses_solver &= has_defaults and curvature_batch_size is None and structural_damping is None
+        has_defaults &= not growing_batch_given or growing_batch is None
+        has_defaults &= curvature_batch_size is None and structural_damping is None
+        # Whether `HFModel` chooses the solver: one with a state before this optimizer is built, one without in every `fit`.
+        self.chooses_solver = has_defaults and not solver_given
         if self.solver.uses_all_cases:
             checks.all_cases(self.solver, growing_batch, curvature_batch_size)
             if type(self.curvature) is not GaussNewton:
@@ -165,13 +168,18 @@ class HessianFree(keras.optimizers.Optimizer):
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
         # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
         self._initial_seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
-        # Returns all layers of the network; set by `HFModel`, because Keras builds optimizers from variables alone, sometimes before layers exist.
-        self.find_layers = list
-        # Returns the solver to take in place of the default, or `None`; called when the state is made. Set by `HFModel`.
-        self.choose_solver = lambda: None
         self._seed = None
         # An `UpdateState` of variables.
         self._state = None
+
+    @property
+    def solver(self):
+        """The solver in use."""
+        return self._stateless_solver or self._solver
+
+    def solve_by(self, solver):
+        """Takes a solver without a state in place of the one that the state belongs to, or `None` to go back to that one."""
+        self._stateless_solver = solver
 
     @property
     def damping(self):
@@ -220,19 +228,20 @@ class HessianFree(keras.optimizers.Optimizer):
         """
         return self._initial_seed if self._seed is None else self._seed
 
-    def build(self, variables):
+    def build(self, variables, layers=(), solver=None):
         """Creates the state: the damping, the seed, and the states of solver, curvature and growing batch.
 
         Args:
             variables: List of `keras.Variable`, the trainable weights.
+            layers: List of `keras.Layer`, all layers of the network. Keras, which knows none, calls this method from nowhere: `HFModel` does.
+            solver: The solver to take where `chooses_solver`; `None` = the default.
         """
         if self.built:
             return
         super().build(variables)
-        chosen = self.choose_solver() if self.chooses_solver else None
-        if chosen is not None:
-            self.solver, self.growing_batch = chosen, self.growing_batch and chosen.growing_batch()
-        values, layers = [variable.value for variable in variables], self.find_layers()
+        if solver is not None and self.chooses_solver:
+            self._solver, self.growing_batch = solver, self.growing_batch and solver.growing_batch()
+        values, layers = [variable.value for variable in variables], list(layers)
         dtype = vector_dtype(values)
         # Not by keras.initializers.Constant, which rounds numbers to float32.
         damping = math.nan if self._initial_damping is None else self._initial_damping
@@ -243,7 +252,7 @@ class HessianFree(keras.optimizers.Optimizer):
             loss=tf.constant(math.inf, tf.float64),
             least_loss=tf.constant(math.inf, tf.float64),
             convergence=Convergence(number(0.0), number(0.0), number(0.0)),
-            solver=self.solver.initial_state(values, layers),
+            solver=self._solver.initial_state(values, layers),
             curvature=self.curvature.initial_state(values, layers),
             growing_batch=self.growing_batch.initial_state(values, layers) if self.growing_batch else {},
             statistics_cases=number(0.0),
@@ -299,7 +308,8 @@ class HessianFree(keras.optimizers.Optimizer):
         if self.chooses_solver:
             # It will be chosen again, from the same network and loss; the growing batch with it, unless there is none.
             parts["solver"] = None
-            parts["growing_batch"] = self.growing_batch and _GROWING
+            if self.growing_batch is not None:
+                del parts["growing_batch"]
         return {
             **config,
             **{name: part and keras.saving.serialize_keras_object(part) for name, part in parts.items()},
@@ -313,6 +323,10 @@ class HessianFree(keras.optimizers.Optimizer):
             for name in _PARTS
             if config.get(name) is not None
         }
+        # Files of versions up to 0.2 hold the default where none was asked for.
+        growing_batch = parts.get("growing_batch")
+        if "solver" not in parts and growing_batch and growing_batch.get_config() == _GROWING.get_config():
+            parts["growing_batch"] = _GROWING
         return cls(**{**config, **parts})
 
 

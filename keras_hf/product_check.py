@@ -7,6 +7,8 @@ import tensorflow as tf
 from keras_hf.common.vectors import dot
 from keras_hf.problem.curvature import Curvature, EmpiricalFisher, GaussNewton
 from keras_hf.problem.linearization import DoubleBackward, ForwardAccumulation
+from keras_hf.problem.replicas import on_replicas
+from keras_hf.setup import with_objective
 
 
 class ProductCheck(NamedTuple):
@@ -59,6 +61,49 @@ class Errors(NamedTuple):
     other_way: tf.Tensor
 
 
+def first_check(objective, setup, optimizer):
+    """Computes what must agree with an update on the same cases: cost of about three gradients.
+
+    Args:
+        objective: `objective.Objective`.
+        setup: `setup.Setup`.
+        optimizer: `HessianFree`.
+
+    Returns:
+        The loss, and by how much the solver's product with a random vector fails what must hold of it, 0 where nothing is known: float64 scalars.
+    """
+    curvature, _ = setup.curvature.prepared(objective, optimizer.state().curvature)
+    zero = tf.zeros([objective.num_weights], objective.dtype)
+    loss = objective.loss_at(zero)
+    # In sequence: memory is that of one pass.
+    with tf.control_dependencies([loss]):
+        v = tf.random.stateless_normal(zero.shape, [0, 1], dtype=objective.dtype)
+    error = setup.solver.product_error(objective, curvature, v)
+    return loss, tf.zeros([], tf.float64) if error is None else error
+
+
+def checked_products(setup, data, strategy):
+    """Computes all checks of the products on some cases, as a program of its own.
+
+    Args:
+        setup: `setup.Setup` for these cases.
+        data: `Data`.
+        strategy: `tf.distribute.Strategy` of the model.
+
+    Returns:
+        `BothWays` and a list of `ProductCheck`.
+    """
+    compared = both_ways(setup.curvature, setup.structure)
+
+    def errors():
+        return with_objective(
+            setup, data, lambda objective: product_errors(objective, compared.curvature, compared.other)
+        )
+
+    found = tf.nest.map_structure(float, tf.function(on_replicas(strategy, errors), autograph=False)())
+    return compared, judged(found, setup.structure.rounding, compared)
+
+
 def product_errors(objective, curvature, other):
     """Computes the errors of the products of a curvature. Cost: about eight products.
 
@@ -83,13 +128,13 @@ def product_errors(objective, curvature, other):
     bilinear = tf.abs(dot(u, of_v) - dot(v, of_u)) / tf.maximum(_norm(u) * _norm(of_v) + _norm(v) * _norm(of_u), 1e-300)
     negative = tf.maximum(-dot(v, of_v), 0.0) / tf.maximum(_norm(v) * _norm(of_v), 1e-300)
     missing = tf.constant(float("nan"), tf.float64)
-    errors = product.errors(v)
+    error = product.error(v)
     return Errors(
         determinism=repeated,
         linearity=_difference(combined, 2 * of_u - 3 * of_v),
         symmetry=bilinear,
         negativity=negative,
-        adjointness=missing if errors is None else errors[1],
+        adjointness=missing if error is None else error,
         other_way=missing if other is None else _difference(of_v, objective.product(other)(v)),
     )
 

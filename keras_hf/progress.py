@@ -2,19 +2,12 @@
 
 import keras
 
-# Of the update and of the package's solvers. What has other names, such as metrics and what a solver of one's own logs, is always shown.
-_STEERED_BY = ("damping", "reduction_ratio", "cg_iterations", "arc_step", "mu")
-_OTHERS = (
-    "step_size",
-    "gradient_norm",
-    "num_cases",
-    "converged",
-    "cg_step",
-    "cg_stop",
-    "negative_curvature",
-    "acceleration",
-    "alpha",
-)
+from keras_hf.common.keras_private import print_message
+from keras_hf.solver_choice import reason
+
+# Of the update, before those that the solver names. What has other names, such as metrics, is always shown.
+_STEERED_BY = ("damping", "reduction_ratio")
+_OTHERS = ("step_size", "gradient_norm", "num_cases", "converged")
 
 
 class UpdateProgress(keras.callbacks.ProgbarLogger):
@@ -28,9 +21,21 @@ class UpdateProgress(keras.callbacks.ProgbarLogger):
 
     def __init__(self, shows_all=False):
         super().__init__()
-        self._names = _STEERED_BY + _OTHERS if shows_all else _STEERED_BY
+        self._shows_all = shows_all
+        self._announced = ""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        super().on_train_batch_begin(batch, logs)
+        if self.verbose and self.model.train_function.is_first_update:
+            self._announced = f"Tracing the first update: {type(self.model.solver).__name__}, {reason(self.model)}"
+            # Keras' bar goes over this line, the lines of `verbose=2` come after it.
+            print_message(self._announced, line_break=self.verbose == 2)
 
     def on_train_batch_end(self, batch, logs=None):
+        if self._announced:
+            if self.verbose != 2:
+                print_message(f"\r{' ' * len(self._announced)}\r", line_break=False)
+            self._announced = ""
         super().on_train_batch_end(batch, self._shown(logs))
 
     def on_epoch_end(self, epoch, logs=None):
@@ -38,11 +43,13 @@ class UpdateProgress(keras.callbacks.ProgbarLogger):
 
     def _shown(self, logs):
         """Returns what the bar shows of the logs, in its order: loss and metrics, the update's numbers, validation."""
-        logs = logs or {}
-        others = {name: value for name, value in logs.items() if name not in _STEERED_BY + _OTHERS}
+        logs, solver = logs or {}, self.model.solver
+        steered_by, hidden = _STEERED_BY + solver.steered_by, _OTHERS + solver.other_logs
+        names = steered_by + hidden if self._shows_all else steered_by
+        others = {name: value for name, value in logs.items() if name not in steered_by + hidden}
         shown = {name: value for name, value in others.items() if not name.startswith("val_")}
         remarks = {"reduction_ratio": _outcome(logs)}
-        shown |= {name: Shown(logs[name], remarks.get(name, "")) for name in self._names if name in logs}
+        shown |= {name: Shown(logs[name], remarks.get(name, "")) for name in names if name in logs}
         shown |= others
         # Keras 3.12 would show their means over the epoch's batches.
         self.progbar.stateful_metrics = set(shown)

@@ -57,9 +57,6 @@ class UpdateResult(NamedTuple):
         unseen: The result of `unseen(step)`; `None` without it.
         state: `UpdateState`, for the next update.
         network_states: List of tensors, the network's states after the forward pass at the start.
-        product_error: float64 scalar, the larger relative error of the first piece's products in `v'Gv = (Jv)'H(Jv)` and `u'(Jv) = (J'u)'v`; 0 if
-            not checked.
-        repeat_error: float64 scalar, the relative difference of the loss when computed a second time; 0 if not checked.
         logs: Dict of scalars, the solver's entries in the logs.
         trace: Dict of tensors, how the step was found: `losses` `(k,)` of the candidates, `num_cuts`, `num_products`, and the solver's entries.
     """
@@ -74,13 +71,11 @@ class UpdateResult(NamedTuple):
     unseen: Any
     state: UpdateState
     network_states: list
-    product_error: tf.Tensor
-    repeat_error: tf.Tensor
     logs: dict
     trace: dict
 
 
-def hf_update(objective, curvature, solver, state, unseen=None, check=False):
+def hf_update(objective, curvature, solver, state, unseen=None):
     """Computes one update.
 
     The solver computes a path of candidates from the quadratic model `q(p) = g'p + p'(G + damping I)p / 2`, a search picks the step from the path by
@@ -94,11 +89,9 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
         solver: `solver.Solver`.
         state: `UpdateState`.
         unseen: Callable `(n,) -> nest of tensors`, the effect of a step on cases that the update does not use, or `None`.
-        check: Bool scalar, whether to verify the loss at the start by computing it a second time, and the products on the chosen step by their
-            identities. Cost: about three gradients.
 
     Returns:
-        An `UpdateResult`. Its step is also rejected if these checks find an error larger than rounding.
+        An `UpdateResult`.
 
     References:
         Martens (2010), *Deep learning via Hessian-free optimization*, algorithm 2 and section 4.
@@ -146,16 +139,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
     is_at_rounding |= is_hidden
     is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
 
-    # In sequence with the product above: the graph would otherwise run them in parallel and hold the activations of both.
-    with tf.control_dependencies([along_step]):
-        is_to_be_checked = tf.identity(check)
-    product_error, repeat_error = tf.cond(
-        is_to_be_checked,
-        lambda: (_product_error(product, model_step, scale), _repeat_error(objective, at_start.loss)),
-        lambda: (tf.zeros([], tf.float64), tf.zeros([], tf.float64)),
-    )
-    wrong = (product_error > objective.rounding) | (repeat_error > objective.rounding)
-    step_size = tf.where(wrong | (squared_length == 0), tf.zeros([], tf.float64), taken.step_size)
+    step_size = tf.where(squared_length == 0, tf.zeros([], tf.float64), taken.step_size)
     accepted = step_size > 0
     step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
     # 0 times a candidate that is not finite would be NaN.
@@ -182,8 +166,6 @@ def hf_update(objective, curvature, solver, state, unseen=None, check=False):
             curvature=curvature_state,
         ),
         network_states=at_start.states,
-        product_error=product_error,
-        repeat_error=repeat_error,
         logs=path.logs(taken.row),
         trace={
             "losses": taken.losses,
@@ -206,18 +188,6 @@ def _scale_and_damping(objective, linearize, gradient, state):
     )
     scale = objective.agreed(scale)
     return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale), state.damping)
-
-
-def _product_error(product, step, scale):
-    """Returns the larger relative error of `product.errors(step, scale)`; 0 for a curvature without a Jacobian J."""
-    errors = product.errors(step, scale)
-    return tf.zeros([], tf.float64) if errors is None else tf.reduce_max(errors)
-
-
-def _repeat_error(objective, loss):
-    """Returns the relative difference between the loss at the start and the same loss computed again."""
-    again = objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))
-    return tf.math.divide_no_nan(tf.abs(again - loss), tf.maximum(tf.abs(loss), tf.abs(again)))
 
 
 def _reduction_ratio(actual, predicted, is_measured):

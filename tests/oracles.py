@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
-from problems import compiled, derivatives, flat, jacobian, matrices, model_data, with_objective
+from problems import compiled, derivatives, flat, jacobian, matrices, model_data, on_objective, with_objective
 
 from keras_hf import GaussNewton
 from keras_hf.problem.curvature import Curvature
@@ -31,23 +31,17 @@ def prepare(row):
 def traced_matrices(model, data, curvatures):
     """The matrices of the products of some curvatures, from one function that was traced for any number of cases, as `fit` traces it."""
 
-    def of(objective, structure):
-        return matrices(objective, [curvature.fitted_to(structure) for curvature in curvatures])
+    def of(objective):
+        return matrices(objective, [curvature.fitted_to(model.setup.structure) for curvature in curvatures])
 
     # One piece: what is linearized is the same in every further piece.
     model.optimizer.curvature_batch_size = model.optimizer.micro_batch_size = NUM_CASES
     model.optimizer.curvature = GaussNewton()
-    compute = tf.function(lambda cases: model._with_objective(cases, of), autograph=False)
+    compute = tf.function(lambda cases: on_objective(model, cases, of), autograph=False)
     spec = tf.nest.map_structure(
         lambda leaf: None if leaf is None else tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype), data
     )
     return compute.get_concrete_function(spec)(data).numpy()
-
-
-def chosen_way(model):
-    """Name of the way to differentiate that the package chose by itself when `traced_matrices` traced the model."""
-    way = model._choice.linearization
-    return type(way).__name__ + ", XLA" * way.jit_compile
 
 
 def is_rejected(model, data, curvature):
@@ -56,7 +50,7 @@ def is_rejected(model, data, curvature):
 
     def error(objective):
         gradient = objective.loss_and_gradient().gradient
-        return tf.reduce_max(objective.product(model._choice.curvature).errors(gradient)) > objective.rounding
+        return objective.product(model.setup.curvature).error(gradient) > objective.rounding
 
     return bool(with_objective(model, data, error))
 
@@ -64,7 +58,7 @@ def is_rejected(model, data, curvature):
 class DenseJacobian(Curvature):
     """The oracle for networks that draw random numbers: `J'HJ` of the mean squared error, J by `GradientTape.jacobian` of the piece itself."""
 
-    def fitted_to(self, structure, num_replicas=1):
+    def fitted_to(self, structure):
         return self
 
     def linearize(self, piece):

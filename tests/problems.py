@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel
+from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel, setup
 from keras_hf.common.loops import map_rows
 from keras_hf.convergence import Convergence
 from keras_hf.problem.fixed_network import Data
@@ -128,6 +128,11 @@ def model_data(model, x, y, sample_weight=None):
     return data
 
 
+def on_objective(model, data, function):
+    """Calls `function(objective)` with the objective of the model's next update on these cases."""
+    return setup.with_objective(model.setup_for(data), data, function)
+
+
 def with_objective(model, data, function, curvature_batch_size=None, micro_batch_size=None, update_number=0):
     """Calls `function(objective)` with the objective of one update of the model, in one compiled function."""
     model.optimizer.curvature_batch_size, model.optimizer.micro_batch_size = curvature_batch_size, micro_batch_size
@@ -135,7 +140,7 @@ def with_objective(model, data, function, curvature_batch_size=None, micro_batch
 
     @tf.function(autograph=False)
     def compute():
-        return model._with_objective(data, lambda objective, structure: function(objective))
+        return on_objective(model, data, function)
 
     return compute()
 
@@ -144,7 +149,7 @@ def objective_function(model, function, run_eagerly=False):
     """A compiled `(data, *arguments, update_number=0) -> function(objective, *arguments)`: traced once, it serves for many updates of the model."""
 
     def compute(data, arguments):
-        return model._with_objective(data, lambda objective, structure: function(objective, *arguments))
+        return on_objective(model, data, lambda objective: function(objective, *arguments))
 
     compiled_function = compute if run_eagerly else tf.function(compute, autograph=False)
 

@@ -27,36 +27,28 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 DOCS = Path(__file__).parents[1] / "docs" / "support.md"
 
 WAYS = {
-    "automatic": GaussNewton(),
     "DoubleBackward": GaussNewton(DoubleBackward()),
-    "DoubleBackward, XLA": GaussNewton(DoubleBackward(jit_compile=True)),
     "ForwardAccumulation": GaussNewton(ForwardAccumulation()),
-    "ForwardAccumulation, XLA": GaussNewton(ForwardAccumulation(jit_compile=True)),
 }
-AUTOMATIC, DOUBLE, DOUBLE_XLA, FORWARD, FORWARD_XLA = WAYS
+DOUBLE, FORWARD = WAYS
 
 # The cells of the table, which docs/support.md explains.
 RIGHT, WRONG, FLAT, NOT_A_NUMBER, REJECTED = "right", "**wrong**", "no curvature", "NaN, rejected", "rejected"
-NESTED, REDRAWS, NO_SECOND, NO_XLA = "refused", "refused: random", "no second derivative", "not under XLA"
-UNEXPLAINED = "TensorFlow's error"
+NESTED, NO_SECOND, UNEXPLAINED = "refused", "no second derivative", "TensorFlow's error"
 # What the error says that comes instead of a product, the more special first.
 ERRORS = {
     NESTED: "ValueError: `ForwardAccumulation` gives wrong products",
-    REDRAWS: "ValueError: .* re-runs the forward pass of this network under XLA",
     NO_SECOND: "ValueError: .*has no second derivative",
-    NO_XLA: "XLA|[Tt]ensor ?[Ll]ist|compile",
     UNEXPLAINED: "",
 }
 
 
 def everywhere(cell):
-    """The same in all ways."""
+    """The same in both ways."""
     return dict.fromkeys(WAYS, cell)
 
 
-LOOPS = {FORWARD: NESTED, FORWARD_XLA: NESTED}
-NOT_XLA = {DOUBLE_XLA: NO_XLA, FORWARD_XLA: NO_XLA}
-UNMEASURED_XLA = {DOUBLE_XLA: None, FORWARD_XLA: None}
+LOOPS = {FORWARD: NESTED}
 # Classes and constructs that do what another one does, but for the function of an entry or the way entries are put together.
 ALIKE = {
     *("Activation", "ELU", "Identity", "InputLayer", "Lambda", "LeakyReLU", "Pipeline", "PReLU", "Rescaling"),
@@ -233,18 +225,16 @@ def of_depthwise_convolutions(name, size, **options):
 def of_pools(dims, size):
     """The rows of pools in some dimensions, and of layers that repeat, add and cut places."""
     shape, floatx = (*size, 2), "float32" if dims == 3 else "float64"
-    # XLA has the second derivative of maxima in float32 alone.
-    overlapping = everywhere(REJECTED) | NOT_XLA
     # By `ForwardAccumulation` the three-dimensional maximum is wrong in one run and right in the next: which buffer TensorFlow writes its second
     # derivative to depends on what other threads still hold.
-    adaptive = {AUTOMATIC: REJECTED, DOUBLE: REJECTED, FORWARD: None} if dims == 3 else NOT_XLA
-    for kind, *expected in (("Max", NOT_XLA, overlapping, adaptive), ("Average", {}, {}, {})):
+    adaptive = {DOUBLE: REJECTED, FORWARD: None} if dims == 3 else {}
+    for kind, *expected in (("Max", everywhere(REJECTED), adaptive), ("Average", {}, {})):
         name = f"{kind}Pooling{dims}D"
-        yield behind(name, shape, 2, floatx=floatx, expected=expected[0])
-        yield behind(f"{name}, overlapping", shape, 2, 1, floatx=floatx, expected=expected[0])
-        yield behind(f"{name}, same, overlapping", shape, 2, 1, "same", floatx=floatx, expected=expected[1])
+        yield behind(name, shape, 2, floatx=floatx)
+        yield behind(f"{name}, overlapping", shape, 2, 1, floatx=floatx)
+        yield behind(f"{name}, same, overlapping", shape, 2, 1, "same", floatx=floatx, expected=expected[0])
         yield behind(f"Global{name}", shape)
-        yield behind(f"Adaptive{name}", shape, 2, floatx=floatx, expected=expected[2])
+        yield behind(f"Adaptive{name}", shape, 2, floatx=floatx, expected=expected[1])
     yield behind(f"UpSampling{dims}D", shape)
     yield behind(f"ZeroPadding{dims}D", shape)
     yield behind(f"Cropping{dims}D", (*(n + 1 for n in size), 2))
@@ -275,14 +265,13 @@ def saved_and_loaded(x):
 
 
 LOOP = {"expected": LOOPS, "is_slow": True}
-RANDOM = {"expected": {FORWARD_XLA: REDRAWS}, "is_random": True}
-RANDOM_LOOP = {"expected": LOOPS | {DOUBLE_XLA: REDRAWS}, "is_random": True, "is_slow": True}
+RANDOM = {"is_random": True}
 DROPOUT = {"dropout": 0.5, "recurrent_dropout": 0.5}
 LINEAR = {"interpolation": "bilinear", "floatx": "float32", "expected": everywhere(REJECTED)}
 CURVED = {"floatx": "float32", "expected": everywhere(NO_SECOND)}
 EXACT = {"note": "Its exact Hessian is used.", "is_indefinite": True}
 # What stands in front of the weights is no more than data.
-DATA = {"expected": everywhere(None) | {AUTOMATIC: RIGHT}, "note": "Comes before all weights.", "is_slow": True}
+DATA = {"expected": {FORWARD: None}, "note": "Comes before all weights.", "is_slow": True}
 ENCODED = {"after": lambda x: head(hidden(x)), **DATA}
 HOT = {"output_mode": "multi_hot", **ENCODED}
 UNIT, HALF, FIXED = {"value_range": (0, 1)}, {"factor": 0.5}, {"is_random": False}
@@ -405,7 +394,7 @@ LAYERS = [
     on("GRU", (3, 2), 2, **LOOP),
     on("GRU, unroll", (3, 2), 2, unroll=True),
     on("LSTM, return_sequences, go_backwards", (3, 1), 1, return_sequences=True, go_backwards=True, **LOOP),
-    on("LSTM, dropout", (3, 1), 1, **DROPOUT, **RANDOM_LOOP),
+    on("LSTM, dropout", (3, 1), 1, **DROPOUT, **RANDOM, **LOOP),
     on("GRU, dropout, unroll", (3, 1), 1, unroll=True, **DROPOUT, **RANDOM),
     Row(
         "GRU, stateful",
@@ -549,12 +538,10 @@ OPERATIONS = {
     "tf.nn.local_response_normalization": lambda x: tf.cast(tf.nn.lrn(tf.cast(x, tf.float32)[:, None, None]), x.dtype),
 }
 NOT_RIGHT = {
-    **dict.fromkeys(["tf.cond", "keras.ops.cond", "tf.switch_case", "tf.map_fn", "tf.scan"], LOOPS),
+    **dict.fromkeys(["tf.cond", "keras.ops.cond", "tf.switch_case", "tf.map_fn", "tf.scan", "tf.while_loop"], LOOPS),
     **dict.fromkeys(["nested tf.function", "nested tf.function, jit_compile"], LOOPS),
     **dict.fromkeys(["keras.ops.fori_loop", "keras.ops.scan"], LOOPS),
-    "tf.while_loop": LOOPS | {DOUBLE_XLA: NO_XLA},
-    "tf.vectorized_map": {FORWARD_XLA: REJECTED},
-    "tf.custom_gradient, straight through": {FORWARD: REJECTED, FORWARD_XLA: REJECTED},
+    "tf.custom_gradient, straight through": {FORWARD: REJECTED},
     "tf.recompute_grad": everywhere(NO_SECOND),
     "tf.nn.local_response_normalization": everywhere(NO_SECOND),
 }
@@ -695,14 +682,6 @@ LOSSES = [row for row in LOSSES if hasattr(keras.losses, row.covers)]
 # The rows that stand for the others: the first of every class that is like no other one; of what comes in one to three dimensions the second.
 FIRST = {row.covers: row for row in reversed(LAYERS + CONSTRUCTS + LOSSES) if not re.search("[13]D", row.name)}
 TYPICAL = [row.name for row in FIRST.values() if not row.is_slow and row.covers not in ALIKE]
-# XLA takes seconds: it is measured in these, and where it refuses a loop.
-LAYERS, CONSTRUCTS, LOSSES = (
-    [
-        row if row.name in {*TYPICAL, "LSTM, dropout"} else row._replace(expected=row.expected | UNMEASURED_XLA)
-        for row in rows
-    ]
-    for rows in (LAYERS, CONSTRUCTS, LOSSES)
-)
 ALL_ROWS = LAYERS + CONSTRUCTS + LOSSES
 ROWS = {row.name: row for row in ALL_ROWS}
 
@@ -716,10 +695,8 @@ def measure(row, ways):
     Ways of which products are expected are traced together: if one raises, its error is that of all.
     """
     found, expected = {}, None
-    # The automatic way is one of the others.
-    measured = [way for way in ways if way != AUTOMATIC or len(ways) == 1]
-    together = [way for way in measured if row.cells[way] not in ERRORS]
-    apart = [[way] for way in measured if way not in together]
+    together = [way for way in ways if row.cells[way] not in ERRORS]
+    apart = [[way] for way in ways if way not in together]
     with precision(row.floatx):
         try:
             model, data = oracles.prepare(row)
@@ -737,12 +714,9 @@ def measure(row, ways):
             found |= {
                 way: compared(product, expected, row.floatx) for way, product in zip(group, products, strict=False)
             }
-        chosen = oracles.chosen_way(model) if measured != ways else None
         for way, (cell, words) in found.items():
             if cell == WRONG and oracles.is_rejected(model, data, WAYS[way]):
                 found[way] = REJECTED, words
-    if chosen:
-        found[AUTOMATIC] = found[chosen]
     values = [0.0] if expected is None or not np.isfinite(expected).all() else np.linalg.eigvalsh(expected)
     return found, values[0] < -1e-4 * values[-1]
 

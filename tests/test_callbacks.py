@@ -66,7 +66,7 @@ def test_early_stopping_brings_back_the_best_weights(model):
 
 def test_training_ends_where_the_loss_is_no_number_and_the_weights_stay(model):
     before = model.get_weights()
-    with pytest.warns(UserWarning, match="60 of the 60 cases"):
+    with pytest.warns(UserWarning, match="60 of the cases of the batch"):
         history = fit_with(model, keras.callbacks.TerminateOnNaN(), x=np.full_like(X, np.nan))
     assert len(history["loss"]) == 1 and np.isnan(history["loss"][0])
     assert_equal(before, model.get_weights())

@@ -7,16 +7,17 @@ import tensorflow as tf
 from keras import layers
 
 from keras_hf import (
-    ConjugateGradient,
     DoubleBackward,
     FiniteDifferenceHessian,
     ForwardAccumulation,
     GaussNewton,
     HessianFree,
     HFModel,
+    compiled_model,
 )
-from keras_hf.compiled_model import checked, loss_name, overrides_compute_loss, task_of, trace
+from keras_hf.compiled_model import checked, loss_name, overrides_compute_loss, task_of
 from keras_hf.problem.fixed_network import Data
+from keras_hf.setup import prepare
 
 X, Y = tf.ones([4, 3]), tf.ones([4, 2])
 
@@ -34,9 +35,9 @@ def compiled(*stack, model=HFModel, loss="mse"):
     return model
 
 
-def traced(model, curvature):
-    task = task_of(model, model._whole_loss)
-    return trace(task, Data(X, Y, None), curvature, ConjugateGradient(), 1, "of mine")
+def prepared(model, curvature):
+    model.optimizer.curvature, model.network.name = curvature, "of_mine"
+    return prepare(model, Data(X, Y, None))
 
 
 def test_a_loss_has_the_name_of_keras_function_and_a_checked_one_that_and_the_values_of_the_users():
@@ -66,7 +67,7 @@ def test_a_checked_loss_says_what_the_users_returned():
 
 def test_a_task_holds_weights_states_and_seeds_apart():
     model = compiled(layers.Dense(4, kernel_regularizer="l2"), layers.BatchNormalization(), layers.Dropout(0.5))
-    task = task_of(model, model._whole_loss)
+    task = task_of(model)
     assert [id(v) for v in task.variables] == [id(v.value) for v in model.trainable_variables]
     assert [state.name for state in task.states] == ["moving_mean", "moving_variance"]
     assert len(task.seeds) == 1 and len(task.regularizers) == 1
@@ -77,14 +78,14 @@ def test_a_task_holds_weights_states_and_seeds_apart():
 def test_the_loss_has_a_term_per_output_or_one_where_compute_loss_is_overridden(model, combination):
     model = compiled(model=model)
     assert overrides_compute_loss(model) == (combination == "unknown")
-    (term,) = task_of(model, model._whole_loss).loss_terms(Data(X, Y, None), 3 * Y)
+    (term,) = task_of(model).loss_terms(Data(X, Y, None), 3 * Y)
     assert term.combination() == combination and float(term.value()) == 4.0
 
 
 def test_an_overridden_compute_loss_sees_no_regularizers_of_an_update_and_all_in_evaluation():
     model = compiled(model=WithOwnLoss)
-    model._whole_loss(Data(X, Y, None), Y)
-    assert model.seen == [] and "_regularizers_apart" not in vars(model)
+    compiled_model._whole_loss(model, Data(X, Y, None), Y)
+    assert model.seen == [] and "adds_losses" not in vars(model)
     model.compute_loss(X, Y, Y)
     assert len(model.seen) == len(model.losses) == 1
 
@@ -96,25 +97,19 @@ def test_an_overridden_compute_loss_that_raises_leaves_the_regularizers():
 
     model = compiled(model=Raising)
     with pytest.raises(RuntimeError, match="mine"):
-        model._whole_loss(Data(X, Y, None), Y)
+        compiled_model._whole_loss(model, Data(X, Y, None), Y)
     assert len(model.losses) == 1
 
 
-def test_a_trace_chooses_the_linearization_and_says_so(caplog):
+def test_a_trace_names_the_solver_and_gives_the_linearization(caplog):
     model = compiled()
     with caplog.at_level(logging.INFO, "keras_hf"):
-        structure, choice = traced(model, GaussNewton())
-    assert "Steps for 'of mine': by ConjugateGradient." in caplog.text
-    assert isinstance(choice.linearization, DoubleBackward)
-    assert (choice.rounding, choice.suspects) == (structure.rounding, [])
-    assert (
-        "Products for 'of mine': GaussNewton by DoubleBackward(jit_compile=False), chosen for the network."
-        in caplog.text
-    )
-    _, choice = traced(model, GaussNewton(linearization=ForwardAccumulation()))
-    assert isinstance(choice.linearization, ForwardAccumulation)
-    _, choice = traced(model, FiniteDifferenceHessian())
-    assert choice.linearization is None
+        setup = prepared(model, GaussNewton())
+    assert "Steps for 'of_mine': by ConjugateGradient." in caplog.text
+    assert isinstance(setup.linearization, DoubleBackward)
+    forward = prepared(model, GaussNewton(linearization=ForwardAccumulation()))
+    assert isinstance(forward.linearization, ForwardAccumulation)
+    assert prepared(model, FiniteDifferenceHessian()).linearization is None
 
 
 @pytest.mark.parametrize(
@@ -126,4 +121,4 @@ def test_a_trace_chooses_the_linearization_and_says_so(caplog):
 )
 def test_a_trace_refuses_what_would_be_wrong_for_the_network(stack, operation):
     with pytest.raises(ValueError, match=rf"gives wrong products.*'\w*{operation}'.*DoubleBackward"):
-        traced(compiled(*stack(), layers.Flatten()), GaussNewton(linearization=ForwardAccumulation()))
+        prepared(compiled(*stack(), layers.Flatten()), GaussNewton(linearization=ForwardAccumulation()))

@@ -315,7 +315,7 @@ def test_training_with_any_curvature_lowers_the_loss_by_the_choice_of_one_trace(
     losses = fit(model, x, y, epochs=10)["loss"]
     assert np.diff(losses).max() <= 0
     assert losses[-1] < 0.5 * losses[0]
-    assert chosen == [model._choice.curvature]
+    assert chosen == [model.setup.curvature]
 
 
 class Nested(keras.layers.Layer):
@@ -359,3 +359,10 @@ def test_config_round_trip(curvature):
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(curvature))
     assert type(again) is type(curvature)
     assert type(again.linearization) is type(curvature.linearization)
+
+
+def test_a_linearization_saved_with_jit_compile_loads():
+    for linearization in LINEARIZATIONS:
+        config = keras.saving.serialize_keras_object(linearization)
+        config["config"]["jit_compile"] = True
+        assert type(keras.saving.deserialize_keras_object(config)) is type(linearization)

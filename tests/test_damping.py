@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import keras
@@ -10,8 +11,10 @@ from keras_hf import (
     ArcStepDamping,
     ConstantDamping,
     DampingCallback,
+    DirectSolver,
     EmpiricalFisherDiagonal,
     LevenbergMarquardt,
+    PreconditionedMomentum,
 )
 
 NAN, INF = math.nan, math.inf
@@ -85,6 +88,12 @@ def logs(ratio, damping=6.0, gradient_norm=1.0):
     return {"reduction_ratio": ratio, "damping": damping, "gradient_norm": gradient_norm}
 
 
+def with_solver(rule, solver):
+    """The rule, set to judge the updates of a solver."""
+    rule.set_model(SimpleNamespace(optimizer=SimpleNamespace(solver=solver)))
+    return rule
+
+
 def damping_after(callback, logs, model=None):
     """The optimizer's damping after an update with these logs."""
     model = renewed(linear_model) if model is None else model
@@ -112,7 +121,7 @@ def test_levenberg_marquardt_uses_its_own_thresholds_and_factor():
 
 
 def test_small_updates_move_the_damping_by_the_eighth_root_and_a_rejected_one_by_all_of_the_factor():
-    rule, small = LevenbergMarquardt(factor=4.0), {"mu": 0.5, "step_size": 1.0}
+    rule, small = with_solver(LevenbergMarquardt(factor=4.0), PreconditionedMomentum()), {"step_size": 1.0}
     assert rule.next_damping(8.0, {**logs(1.0), **small}) == pytest.approx(8.0 / 4.0**0.125)
     assert rule.next_damping(8.0, {**logs(0.1), **small}) == pytest.approx(8.0 * 4.0**0.125)
     assert rule.next_damping(8.0, {**logs(-INF), **small, "step_size": 0.0}) == 32.0
@@ -139,6 +148,7 @@ def arc_logs(place, step_size=1.0, **others):
 
 @pytest.mark.parametrize("rule", [ArcStepDamping(), LevenbergMarquardt(low=-9, high=9, factor=2)], ids=["arc", "ratio"])
 def test_the_place_on_the_arc_moves_the_damping_under_either_rule(rule):
+    with_solver(rule, DirectSolver())
     for factor, places in (
         (0.1, [1.0, 0.1]),
         (1, [math.nextafter(0.1, 0), 0.05, 0.02]),
@@ -152,6 +162,7 @@ def test_the_place_on_the_arc_moves_the_damping_under_either_rule(rule):
 
 @pytest.mark.parametrize("rule", [ArcStepDamping(), LevenbergMarquardt()], ids=["arc", "ratio"])
 def test_where_no_step_can_show_anything_the_place_on_the_arc_moves_nothing(rule):
+    with_solver(rule, DirectSolver())
     for place in (1.0, 2.0**-10):
         for outcome in ({"gradient_norm": 0.0}, {"gradient_norm": NAN}, {"gradient_norm": INF}, {"converged": 1}):
             assert rule.next_damping(6.0, arc_logs(place, **outcome)) == 6.0
@@ -167,9 +178,15 @@ def test_arc_step_damping_uses_its_own_thresholds_factor_and_limits():
 
 
 def test_arc_step_damping_without_an_arc_is_refused():
-    message = "`ArcStepDamping` needs a solver that searches along an arc.*logs without `arc_step`. Use `LevenbergMarq"
+    message = "`ArcStepDamping` needs a solver that searches along an arc.*ConjugateGradient.*Use `LevenbergMarq"
     with pytest.raises(ValueError, match=message):
-        ArcStepDamping().next_damping(6.0, logs(1.0))
+        train(renewed(linear_model), *least_squares(), ArcStepDamping())
+
+
+@pytest.mark.parametrize("name", ["mu", "arc_step"])
+def test_a_metric_with_the_name_of_a_solvers_entry_changes_nothing(name):
+    with_metric = {**logs(1.0), "step_size": 1.0, name: 0.001}
+    assert damping_after(LevenbergMarquardt(), with_metric) == damping_after(LevenbergMarquardt(), logs(1.0))
 
 
 @pytest.mark.parametrize(("ratio", "limit"), [(-INF, 2.0**46), (1.0, 2.0**-46)])

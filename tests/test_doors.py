@@ -162,7 +162,7 @@ def test_targets_of_the_wrong_shape_are_refused_by_keras(loss, y):
         fit(compiled(loss=loss), X, y)
 
 
-NOT_FINITE = "1 of the 20 cases of an update hold numbers that are not finite"
+NOT_FINITE = "1 of the cases of the batch hold numbers that are not finite"
 OVERFLOW = "not finite, though the numbers in the cases are"
 # What the first numbers are, the warning, and the loss.
 BAD_NUMBERS = {

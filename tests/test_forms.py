@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import loss_and_gradient, model_data, with_objective
+from problems import loss_and_gradient, model_data, on_objective, with_objective
 from training import assert_equal, assert_same, fit, normal, renewed, set_weights, small_network, trainable
 
 from keras_hf import DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, GrowingBatch, Identity, LevenbergMarquardt
-from keras_hf.arrays import in_batches, repeated
+from keras_hf.fit_data import in_batches, repeated
 from keras_hf.problem import batching, structure
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -639,14 +639,15 @@ def test_sequences_of_unknown_length_are_worked_on_in_pieces_within_the_bound(mo
     def size_and_product(memory):
         monkeypatch.setattr(structure, "_PIECE_MEMORY", memory)
 
-        def of(objective, found):
-            assert not found.chunk_is_one_piece
+        def of(objective):
+            found = model.setup.structure
+            assert not objective._parts.pieces.chunk_is_one_piece
             product = objective.product(GaussNewton(DoubleBackward()))(tf.ones([objective.num_weights], tf.float64))
             return found.default_piece_size(data), product
 
         @tf.function(autograph=False, input_signature=[tf.TensorSpec([30, None, 3], tf.float64)])
         def compute(x):
-            return model._with_objective(data._replace(x=x), of)
+            return on_objective(model, data._replace(x=x), of)
 
         return compute(data.x)
 

@@ -200,7 +200,7 @@ def test_keras_has_the_model_built_before_the_first_batch(method):
     assert model.built and model.optimizer.built and model.network.count_params() == 8
 
 
-def test_an_optimizer_that_keras_builds_from_weights_alone_knows_the_layers():
+def test_an_optimizer_that_is_built_with_the_first_batch_knows_the_layers():
     solver = ConjugateGradient(preconditioner=KroneckerFactored(interval=2))
     shapes = []
     for start in ([], [keras.Input((3,))]):

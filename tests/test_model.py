@@ -213,7 +213,7 @@ def test_data_that_are_not_finite_reject_the_step_and_say_so(value):
     fit(model, x, y)
     x[7, 1] = value
     before = model.get_weights()
-    with pytest.warns(UserWarning, match="1 of the 40 cases of an update hold numbers that are not finite"):
+    with pytest.warns(UserWarning, match="1 of the cases of the batch hold numbers that are not finite"):
         history = fit(model, x, y)
     assert history["step_size"] == [0] and np.isnan(history["reduction_ratio"]).all()
     assert_equal(before, model.get_weights())

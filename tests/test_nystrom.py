@@ -275,7 +275,7 @@ def test_recurrent_networks_have_one():
     model = compiled(sequential(layers.SimpleRNN(3), layers.Dense(2), shape=(3, 2)))
     x = np.random.default_rng(0).normal(size=(7, 3, 2))
     data = model_data(model, x, x[:, 0])
-    assert model._task(data)[1].nesting_ops
+    assert model.setup_for(data).structure.nesting_ops
     found, matrix = with_objective(model, data, lambda objective: inverse_and_matrix(objective, Nystrom(100), 1e-3))
     assert_inverts(found, matrix, 1e-3)
 

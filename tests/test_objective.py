@@ -123,7 +123,7 @@ def test_pieces_make_up_the_whole_of_keras_and_products_are_those_of_their_chunk
         micro_batch_size=2,
         update_number=1,
     )
-    structure = model._task(data)[1]
+    structure = model.setup_for(data).structure
     assert structure.cuts == ("logits", "output", "output", "output")[: 3 + masked]
     behind_the_mask = ["data" if weighted else "cases"]
     expected = ["data", "sum", "data", *behind_the_mask] if masked else ["cases", "sum", "data"]
@@ -238,7 +238,7 @@ def test_renormalization_keeps_the_moving_averages_that_training_normalizes_by()
     normalization = layers.BatchNormalization(renorm=True)
     model, data = problem(normalization, layers.Dense(1))
     found = with_objective(model, data, lambda o: o.next_states(o.loss_and_gradient().states, 0.0))
-    names = [state.name for state in model._task(data)[1].states]
+    names = [state.name for state in model.setup_for(data).structure.states]
     assert set(names) == {"moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev"}
     for name in ("moving_mean", "renorm_mean"):
         np.testing.assert_allclose(found[names.index(name)], 0.01 * inputs().mean(0), **EXACT)
@@ -299,7 +299,7 @@ def test_a_scalar_loss_is_taken_in_one_piece_and_said():
     model = make_model(loss=scalar)
     with pytest.warns(UserWarning, match="cannot be put together from parts of it"):
         data = model_data(model, inputs(), normal(15, 3))
-        assert model._task(data)[1].combinations == ["unknown"]
+        assert model.setup_for(data).structure.combinations == ["unknown"]
 
 
 def test_a_loss_that_compares_cases_is_that_of_all_cases_whatever_the_pieces():

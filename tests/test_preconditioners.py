@@ -210,7 +210,7 @@ def test_squared_gradients_equal_the_sum_over_single_cases(name, micro_batch_siz
     x = rng.integers(0, 4, size=(5, 3)) if shape is None else rng.normal(size=(5, *shape))
     model = compiled(keras.Sequential(network) if isinstance(network, list) else network)
     data = model_data(model, x, rng.normal(size=model.network(x).shape))
-    assert len(model._task(data)[1].captured) == num_captured
+    assert len(model.setup_for(data).structure.captured) == num_captured
     found = with_objective(
         model, data, lambda objective: objective.squared_gradients(), micro_batch_size=micro_batch_size
     )

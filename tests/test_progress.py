@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 from problems import compiled
 from training import small_network
 
-from keras_hf import ConstantDamping, LevenbergMarquardt, progress, workers
+from keras_hf import (
+    ConjugateGradient,
+    ConstantDamping,
+    DirectSolver,
+    LevenbergMarquardt,
+    PreconditionedMomentum,
+    progress,
+    workers,
+)
 from keras_hf.progress import UpdateProgress
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype("float32")
@@ -54,6 +63,7 @@ def numbers(line):
 def bar(capsys, *batches, shows_all=False, verbose=1):
     """The names and texts in the last line of a bar that gets these logs."""
     callback = UpdateProgress(shows_all)
+    callback.set_model(SimpleNamespace(solver=ConjugateGradient(), stop_training=False))
     callback.set_params({"verbose": verbose, "epochs": 1, "steps": len(batches)})
     callback.on_train_begin()
     callback.on_epoch_begin(0)
@@ -103,6 +113,7 @@ def test_the_numbers_are_those_of_the_last_batch_and_no_means(capsys):
 
 def test_no_mean_over_batches_is_shown_in_between(capsys):
     callback = UpdateProgress()
+    callback.set_model(SimpleNamespace(solver=ConjugateGradient(), stop_training=False))
     callback.set_params({"verbose": 1, "epochs": 1, "steps": 3})
     callback.on_train_begin()
     callback.on_epoch_begin(0)
@@ -116,7 +127,12 @@ def test_every_number_in_the_page_on_logs_is_one_that_the_bar_knows():
     page = (Path(__file__).parents[1] / "docs" / "reading-the-logs.md").read_text()
     table = page.partition("| key |")[2].partition("\n\n")[0]
     keys = {key for line in table.splitlines() for key in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert keys == {"loss", *progress._STEERED_BY, *progress._OTHERS}
+    solvers = [
+        name
+        for solver in (ConjugateGradient, DirectSolver, PreconditionedMomentum)
+        for name in solver.steered_by + solver.other_logs
+    ]
+    assert keys == {"loss", *progress._STEERED_BY, *progress._OTHERS, *solvers}
 
 
 def test_fit_shows_few_numbers_and_history_holds_all(model, capsys):
@@ -124,7 +140,8 @@ def test_fit_shows_few_numbers_and_history_holds_all(model, capsys):
     found = [[name for name, _ in numbers(line)] for line in lines(capsys.readouterr().out)]
     assert [names for names in found if names] == [[*SHORT, "val_loss", "val_mae"]] * 2
     assert {*SHORT, "val_loss", "num_cases", "cg_step", "cg_stop", "negative_curvature", "converged"} < set(history)
-    assert set(history) - {"mae", "val_loss", "val_mae"} <= {"loss", *progress._STEERED_BY, *progress._OTHERS}
+    known = {"loss", *progress._STEERED_BY, *progress._OTHERS, "cg_iterations", *ConjugateGradient.other_logs}
+    assert set(history) - {"mae", "val_loss", "val_mae"} <= known
 
 
 def test_fit_shows_one_line_an_epoch_or_all_numbers_or_nothing_as_verbose_says(model, capsys):
@@ -144,7 +161,7 @@ def test_fit_shows_a_rejected_update_and_what_a_callback_adds_to_the_logs(model,
     # Another dtype of the same numbers would be another trace.
     bad = np.full_like(X, np.nan)
     add = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(wave=7.0))
-    with pytest.warns(UserWarning, match="60 of the 60 cases"):
+    with pytest.warns(UserWarning, match="60 of the cases of the batch"):
         model.fit(bad, Y, callbacks=[add, ConstantDamping()])
     assert {("reduction_ratio", "nan (rejected)"), ("wave", "7.0000")} < set(shown(capsys))
 

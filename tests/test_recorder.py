@@ -144,7 +144,7 @@ def test_a_callback_may_bring_back_the_run_after_the_recorder_has_begun(run, tmp
 
 
 def test_numbers_that_are_none_are_read_back(run, tmp_path):
-    with pytest.warns(UserWarning, match="60 of the 60 cases"):
+    with pytest.warns(UserWarning, match="60 of the cases of the batch"):
         recorded(run[0], tmp_path / "u.jsonl", x=X * np.nan)
     (record,) = read_updates(tmp_path / "u.jsonl")
     assert math.isnan(record["loss"]) and record["step_size"] == 0

@@ -32,7 +32,7 @@ LAYERS = {
 }
 
 
-def products(net, x, jit_compile=False):
+def products(net, x):
     """Outputs, and the matrix J'J of all outputs by products as an update forms them."""
     variables = values_of(net)
     sizes = [variable.shape.num_elements() for variable in variables]
@@ -47,9 +47,7 @@ def products(net, x, jit_compile=False):
 
     @tf.function(autograph=False)
     def compute():
-        linearization = DoubleBackward(jit_compile)
-        linearization._keeps_under_jit = False
-        linearized = linearization.gauss_newton(forward, lambda outputs, rest: lambda u: u, variables)
+        linearized = DoubleBackward().gauss_newton(forward, lambda outputs, rest: lambda u: u, variables)
 
         def column(v):
             parts = zip(tf.split(v, sizes), variables, strict=True)
@@ -107,11 +105,6 @@ def test_derivatives_go_through_layers_to_first_states_and_a_simple_recurrence_m
     between = layers.GRU(1, return_sequences=True)(layers.Dense(1)(below), initial_state=first)
     net = keras.Model(x, layers.SimpleRNN(1)(between))
     assert_as_by_keras(products(net, inputs()), net, inputs())
-
-
-def test_under_xla_they_are_the_same():
-    net = network(layers.SimpleRNN(3))
-    assert_as_by_keras(products(net, inputs(), jit_compile=True), net, inputs())
 
 
 def test_lengths_may_be_known_at_run_time_only():

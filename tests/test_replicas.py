@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import worker
 from keras import layers
-from problems import compiled, model_data
+from problems import compiled, model_data, on_objective
 from training import assert_same, fit, renewed
 
 from keras_hf import DoubleBackward, GaussNewton, HessianFree, HFModel, LevenbergMarquardt, UpdateRecorder, read_updates
@@ -127,7 +127,7 @@ def on_replicas(network, divisions, function):
     def on_each(x, y, num_cases):
         # As batches come: of a number of cases that is known no sooner.
         data = Data(x[:num_cases], y[:num_cases], None)
-        return model._with_objective(data, lambda objective, _: function(objective))
+        return on_objective(model, data, function)
 
     @tf.function(autograph=False)
     def compute(*data):
@@ -184,7 +184,7 @@ def test_a_replica_without_cases_adds_nothing():
     def function(objective):
         at_start, v = objective.loss_and_gradient(), tf.ones([objective.num_weights])
         product = objective.product(GaussNewton(DoubleBackward()))
-        return [at_start.loss, at_start.gradient, *at_start.states, product(v), product.errors(v)]
+        return [at_start.loss, at_start.gradient, *at_start.states, product(v), product.error(v)]
 
     # Twice the same cases have the means of once.
     together, *apart = on_replicas(network, [[[0, 1, 2]] * 2, [[0, 1, 2], []], [[], [0, 1, 2]]], function)

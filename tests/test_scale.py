@@ -88,7 +88,7 @@ def test_a_damping_that_is_given_stays_what_it_is():
 
 def test_a_first_batch_that_says_nothing_leaves_the_damping_to_be_found():
     model = renewed(plain)
-    with pytest.warns(UserWarning, match="400 of the 400 cases"):
+    with pytest.warns(UserWarning, match="400 of the cases of the batch"):
         history = fit(model, X * np.nan, np.sin(2 * X), epochs=2)
     assert np.isnan(history["damping"]).all() and float(model.optimizer.curvature_scale) == 0
     history = fit(model, X, np.sin(2 * X), epochs=2)

@@ -14,10 +14,10 @@ from keras_hf import (
     HessianFree,
     HFModel,
     PreconditionedMomentum,
-    compiled_model,
 )
 from keras_hf.pinn import PINN
 from keras_hf.problem.fixed_network import Data
+from keras_hf.solver_choice import exact_solver_pays
 
 X = np.linspace(-1, 1, 600)[:, None]
 Y = np.sin(3 * X)
@@ -65,28 +65,28 @@ def test_a_small_regression_in_float64_on_one_batch_is_solved_exactly_and_goes_o
 )
 def test_elsewhere_conjugate_gradients_are_taken(float64, arguments):
     model = compiled(**arguments)
-    model._choose_solver((X[:1], (Y[:1] > 0).astype("float64"), None), 600)
+    model.choose_solver(Data(X[:1], (Y[:1] > 0).astype("float64"), None), 600)
     assert isinstance(model.solver, ConjugateGradient)
 
 
 def test_a_small_regression_takes_the_exact_solver_in_float64_and_a_state_of_conjugate_gradients(float64):
     """So that the choice may change from one `fit` to the next."""
     model = compiled()
-    model._choose_solver((X[:1], Y[:1], None), 600)
+    model.choose_solver(Data(X[:1], Y[:1], None), 600)
     assert isinstance(model.solver, DirectSolver)
     assert set(model.optimizer.state().solver) == {"warm_start", "preconditioner", "stopping"}
 
 
 def test_in_float32_conjugate_gradients_are_taken():
     model = compiled()
-    model._choose_solver((X[:1].astype("float32"), Y[:1].astype("float32"), None), 600)
+    model.choose_solver(Data(X[:1].astype("float32"), Y[:1].astype("float32"), None), 600)
     assert isinstance(model.solver, ConjugateGradient)
 
 
 def test_the_system_must_be_small(float64):
     model, data = compiled(), Data(tf.constant(X[:1]), tf.constant(Y[:1]), None)
-    assert compiled_model.exact_solver_pays(model, data, 10**6)  # 13 weights
-    assert not compiled_model.exact_solver_pays(model, data, 10**8)
+    assert exact_solver_pays(model, data, 10**6)  # 13 weights
+    assert not exact_solver_pays(model, data, 10**8)
 
 
 def test_the_system_of_equations_may_be_larger(float64):
@@ -97,8 +97,8 @@ def test_the_system_of_equations_may_be_larger(float64):
     for trained, data, pays in ((pinn, Data(x, y, weights), True), (network, Data(x["points"], y, weights), False)):
         model = HFModel(trained)
         model.compile(HessianFree(seed=0), "mse")
-        assert compiled_model.exact_solver_pays(model, data, 3000) is pays
-        assert not compiled_model.exact_solver_pays(model, data, 30_000)
+        assert exact_solver_pays(model, data, 3000) is pays
+        assert not exact_solver_pays(model, data, 30_000)
 
 
 # For a network of 5,560 weights.

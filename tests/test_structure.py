@@ -22,7 +22,7 @@ def structure_of(network, loss, x, y, x_shape=None):
     found = []
     shapes = [[None, *tensor.shape[1:]] for tensor in (x, y)]
     specs = [tf.TensorSpec(x_shape or shapes[0], x.dtype), tf.TensorSpec(shapes[1], y.dtype)]
-    trace = tf.function(lambda x, y: found.append(model._task(Data(x, y, None))[1]), autograph=False)
+    trace = tf.function(lambda x, y: found.append(model.setup_for(Data(x, y, None)).structure), autograph=False)
     trace.get_concrete_function(*specs)
     return found[0]
 
@@ -52,7 +52,7 @@ def test_memory_per_case_counts_forward_and_loss_twice_whether_the_length_of_the
     assert structure.default_piece_size(data) == 2**31 // structure.bytes_per_case
     model = compiled(network)
     model._maybe_symbolic_build(data_batch=data[:2])
-    assert model._task(data)[1].bytes_per_case == structure.bytes_per_case
+    assert model.setup_for(data).structure.bytes_per_case == structure.bytes_per_case
 
 
 def network_of_sequences(*between):
@@ -257,7 +257,7 @@ def entrywise_and_hessian(name):
     """Whether the structure takes the second derivative of a row's loss for diagonal, and that derivative."""
     row = (ROWS | OF_USERS)[name]
     model, data = prepare(row)
-    return model._task(data)[1].is_entrywise, loss_hessian(row, model, data)
+    return model.setup_for(data).structure.is_entrywise, loss_hessian(row, model, data)
 
 
 @pytest.mark.usefixtures("float64")

@@ -10,16 +10,12 @@ import pytest
 import tensorflow as tf
 from oracles import cut_at, first_derivative, loss_at, loss_hessian, prepare
 from problems import flat
-from support import ALIKE, ALL_ROWS, DOCS, DOUBLE_XLA, FORWARD_XLA, LOSSES, RIGHT, ROWS, TYPICAL, document, measure
+from support import ALIKE, ALL_ROWS, DOCS, LOSSES, RIGHT, ROWS, TYPICAL, document, measure
 
 from examples.precision import precision
 
-# Typical rows in one way each, in turn, and a right product and a refusal under XLA.
-QUICK = [
-    (name, ways[i % len(ways)])
-    for i, name in enumerate(TYPICAL)
-    for ways in [[way for way in ROWS[name].cells if "XLA" not in way]]
-] + [("LayerNormalization", DOUBLE_XLA), ("Dropout", FORWARD_XLA)]
+# Typical rows in one way each, in turn.
+QUICK = [(name, ways[i % len(ways)]) for i, name in enumerate(TYPICAL) for ways in [list(ROWS[name].cells)]]
 # Of every kind of operation one: products, convolutions, pools, attention, recurrence, statistics, indices.
 DIFFERENCED = [
     *("Dense", "Conv2D, groups", "MaxPooling2D, same, overlapping", "MultiHeadAttention", "GRU"),

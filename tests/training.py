@@ -106,7 +106,7 @@ def renewed(make, *arguments):
     for variable, value in zip([*model.variables, *model.optimizer.variables], values, strict=True):
         variable.assign(value)
     if model.train_function is not None:
-        model._is_first_update.assign(True)
+        model.train_function.is_first_update = True
     # What it has said once it says again, and Keras' `BackupAndRestore` would have every later `fit` begin at the epoch that it has brought back.
     model._advice, model._initial_epoch = Advice(), None
     return model

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from cluster import LONGEST
 from keras import layers
-from problems import model_data
+from problems import model_data, on_objective
 from training import assert_same, renewed
 
 import keras_hf
@@ -248,7 +248,7 @@ def reductions(strategy, folder):
     solver, variables = model.optimizer.solver, [variable.value for variable in model.trainable_variables]
     damping = tf.constant(0.1, tf.float64)
 
-    def step(objective, structure):
+    def step(objective):
         at_start = objective.loss_and_gradient()
         product = objective.product(GaussNewton(DoubleBackward()))
         local = LocalModel(objective, lambda: product, at_start.gradient)
@@ -257,7 +257,7 @@ def reductions(strategy, folder):
 
     @tf.function(autograph=False)
     def update():
-        return strategy.run(lambda: model._with_objective(data, step))
+        return strategy.run(lambda: on_objective(model, data, step))
 
     graph = update.get_concrete_function().graph.as_graph_def()
     nodes = {each.signature.name: each.node_def for each in graph.library.function}

@@ -24,6 +24,7 @@ from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from keras_hf import GaussNewton, HessianFree, HFModel
 from keras_hf.problem.fixed_network import Data
+from keras_hf.setup import with_objective
 
 PEERS = {"jax": "products_in_jax", "torch": "products_in_torch"}
 
@@ -75,12 +76,14 @@ def measure(name, network, loss, x, y, rounds, path):
     model.compile(HessianFree(micro_batch_size=len(x)), loss)
     data = Data(tf.constant(x), tf.constant(y), None)
     model._maybe_symbolic_build(data_batch=data[:2])
-    curvature = GaussNewton().fitted_to(model._task(data)[1])
+    curvature = GaussNewton().fitted_to(model.setup_for(data).structure)
     v = np.random.default_rng(1).normal(size=model.count_params()).astype("float32")
 
     @tf.function(autograph=False)
     def product_with_v():
-        return model._with_objective(data, lambda objective, structure: objective.product(curvature)(tf.constant(v)))
+        return with_objective(
+            model.setup_for(data), data, lambda objective: objective.product(curvature)(tf.constant(v))
+        )
 
     gradient = compiled_gradient(model, data.x, data.y)
     product = repeated_products(model, data.x, data.y, curvature)

@@ -8,6 +8,7 @@ import contextlib
 
 import keras
 from keras.src.backend.tensorflow import trainer
+from keras.src.utils import io_utils
 
 from keras_hf.common.replaced import replaced
 
@@ -130,6 +131,11 @@ def backups_saved_by(callback, save):
 def start_at_epoch(model, epoch):
     """Has the `fit` that is about to begin its epochs begin with this one."""
     model._initial_epoch = epoch
+
+
+def print_message(message, line_break=True):
+    """Prints as Keras' progress bar does: to standard output, or where `keras.config.disable_interactive_logging` sends it."""
+    io_utils.print_msg(message, line_break=line_break)
 
 
 # Of the functions in which Keras runs steps on all replicas.

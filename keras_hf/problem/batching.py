@@ -22,7 +22,7 @@ _FEWEST_IN_CHUNK = 64
 
 
 class Pieces(NamedTuple):
-    """How the cases of one replica are divided. All but the run are int32 scalars.
+    """How the cases of one replica are divided: int32 scalars, where nothing else is said.
 
     Attributes:
         run: `places.Places`, the cases of the update.
@@ -31,6 +31,7 @@ class Pieces(NamedTuple):
         chunk_start: The first of them that is in the curvature chunk.
         chunk_size: How many of them are in the chunk.
         piece_size: Cases in a piece; the last piece of the chunk and the last of the rest may be smaller.
+        chunk_is_one_piece: Whether the chunk is one piece for every batch that may come, a Python bool: then no loop over its pieces is traced.
     """
 
     run: Places
@@ -39,6 +40,7 @@ class Pieces(NamedTuple):
     chunk_start: tf.Tensor
     chunk_size: tf.Tensor
     piece_size: tf.Tensor
+    chunk_is_one_piece: bool = False
 
     @property
     def num_chunk_pieces(self):
@@ -236,7 +238,7 @@ def order(num_cases, seed):
     return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=tf.stack([tf.cast(seed, tf.int32), -1]))
 
 
-def divide(run, curvature_batch_size, piece_size, update_number, seed):
+def divide(run, curvature_batch_size, piece_size, update_number, seed, chunk_is_one_piece=False):
     """Chooses the chunk of an update and divides one replica's cases into pieces.
 
     There are `ceil(num_cases / curvature_batch_size)` contiguous chunks; the last is shifted back so that it is full. Each round of that many updates
@@ -248,6 +250,7 @@ def divide(run, curvature_batch_size, piece_size, update_number, seed):
         piece_size: Integer or int32 scalar, the number of cases in a piece; `None` for one piece for the chunk and one for the rest.
         update_number: int32 scalar, the number of updates before this one.
         seed: int32 scalar or integer.
+        chunk_is_one_piece: See `Pieces`.
 
     Returns:
         A `Pieces`.
@@ -264,7 +267,7 @@ def divide(run, curvature_batch_size, piece_size, update_number, seed):
     start, num_local = run.up_to(place), run.num_local
     at_most = tf.maximum(num_local, 1)
     piece_size = at_most if piece_size is None else tf.minimum(piece_size, at_most)
-    return Pieces(run, place, num_local, start, run.up_to(place + size) - start, piece_size)
+    return Pieces(run, place, num_local, start, run.up_to(place + size) - start, piece_size, chunk_is_one_piece)
 
 
 def _ceil_div(a, b):

@@ -32,6 +32,7 @@ class Task(NamedTuple):
         states: List of `keras.Variable`, the non-trainable values that a forward pass may change, except seeds.
         seeds: List of `keras.Variable`, the states of the network's seed generators.
         seed: int32 scalar `keras.Variable`, the optimizer's seed.
+        num_updates: Integer scalar `keras.Variable`, the number of updates so far.
         layers: List of `keras.Layer`, all layers of the network.
         structural_damping: `structural_damping.StructuralDamping`, or `None`.
     """
@@ -46,6 +47,7 @@ class Task(NamedTuple):
     states: list
     seeds: list
     seed: keras.Variable
+    num_updates: keras.Variable
     layers: list
     structural_damping: Any = None
 
@@ -114,14 +116,15 @@ class FixedNetwork:
         task: `Task`.
         structure: `structure.Structure` of the traced network.
         update_number: int32 scalar, from which the random numbers of an update are derived.
+        programs: Dict, what is traced of passes so far; see `jacobian.LocalRows`.
 
     Attributes:
-        task, structure, update_number: As above.
+        task, structure, update_number, programs: As above.
         dtype: The dtype of flat vectors.
     """
 
-    def __init__(self, task, structure, update_number):
-        self.task, self.structure, self.update_number = task, structure, update_number
+    def __init__(self, task, structure, update_number, programs=None):
+        self.task, self.structure, self.update_number, self.programs = task, structure, update_number, programs
         self.dtype = vector_dtype(task.variables)
 
     def evaluate(self, data, number, statistics=(), measured=None, weights=None, for_products=False):

@@ -5,6 +5,9 @@ With J the Jacobian of the network's outputs and `H = LL'` the second derivative
 gradient of the loss if r lies in the range of H, as it does for squares and for cross-entropies.
 """
 
+import copy
+import functools
+
 import tensorflow as tf
 
 from keras_hf.common.loops import map_rows
@@ -30,23 +33,26 @@ class LocalRows:
     Args:
         piece: `piece.PieceFunction` of all cases of the replica. Each case must have outputs of its own: no layer may mix cases.
         dtype: Of flat vectors.
+        programs: Dict in which what is traced of the passes is kept, for whatever comes to the same types and shapes; `None` = nothing is shared.
         jit_compile: Whether XLA compiles the passes.
         most_cases: Integer, an upper bound of the number of cases, where only that is known before they come; `None` without one.
     """
 
-    def __init__(self, piece, dtype, jit_compile, most_cases=None):
+    def __init__(self, piece, dtype, programs=None, jit_compile=False, most_cases=None):
         self._piece, self._dtype, self._variables = piece, dtype, piece.variables
-        self._jit_compile = jit_compile
+        self._programs, self._jit_compile, self._roots = programs, jit_compile, None
         self._num_weights = sum(variable.shape.num_elements() for variable in piece.variables)
         # Not by XLA where eigenvectors are needed: its own stop at a relative accuracy of about 1e-9.
-        roots = self._compiled(self._roots_and_residuals) if piece.hessian_is_diagonal else self._roots_and_residuals
+        roots = self._compiled(LocalRows._roots_and_residuals, jit_compile and piece.hessian_is_diagonal)
         self._roots, self.residuals = roots()
         num_cases, size = piece.static_num_cases, self._roots.shape[1]
         per_case = size * max(self._num_weights, piece.floats_per_case)
         self._block = max(1, _BLOCK_FLOATS // per_case)
         most_cases = most_cases if num_cases is None else num_cases
         is_kept = most_cases is not None and most_cases * size * self._num_weights <= _KEPT_FLOATS
-        self._rows_of, self._second = self._compiled(self._rows_of_cases), self._compiled(self._second_of_cases)
+        self._rows_of, self._second = (
+            self._compiled(function, jit_compile) for function in (LocalRows._rows_of_cases, LocalRows._second_of_cases)
+        )
         # The whole Jacobian, or `None` where it is not kept.
         self.jacobian = self._in_blocks(self._rows_of, row_shape=[self._num_weights]) if is_kept else None
 
@@ -86,7 +92,8 @@ class LocalRows:
 
     def tangent_squares(self, v):
         """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
-        by_rows, forward = self.push(v), self._in_blocks(self._compiled(self._tangents_of_cases), v)
+        tangents = self._compiled(LocalRows._tangents_of_cases, self._jit_compile)
+        by_rows, forward = self.push(v), self._in_blocks(tangents, v)
         return tf.reduce_sum((by_rows - forward) ** 2), tf.reduce_sum(by_rows**2)
 
     def losses(self, candidates):
@@ -98,12 +105,7 @@ class LocalRows:
         num_candidates = candidates[0].shape[0]  # static: an arc has so many places
         block = max(1, _BLOCK_FLOATS // max(self._piece.floats_per_case, 1))
 
-        def of_cases(indices, *candidates):
-            cases = self._piece.cases(indices)
-            of_weights = lambda weights: cases.accurate_share(cases.forward(list(weights), for_products=True))  # noqa: E731
-            return self._mapped(of_weights, tuple(candidates), tf.float64)
-
-        compiled = self._compiled(of_cases)
+        compiled = self._compiled(LocalRows._losses_of_cases, self._jit_compile)
         num_cases = self._piece.static_num_cases
         if num_cases is not None and num_cases * num_candidates <= block:
             return compiled(tf.range(num_cases), *candidates)
@@ -165,29 +167,49 @@ class LocalRows:
         num_rows = None if num_cases is None else num_cases * self._roots.shape[1]
         return tf.ensure_shape(parts.concat(), [num_rows, *row_shape])
 
-    def _compiled(self, function):
-        """Returns the function, compiled by XLA where that is wanted: once for all calls with arguments of the same shapes.
+    def _compiled(self, method, jit_compile):
+        """Returns a method, a pass over cases, as a program: traced once for all calls with arguments of the same shapes, in any graph.
 
-        It is traced before, outside of XLA's context: inside, gradients of `tf.concat` and `tf.slice` are made of operations without a gradient.
+        What XLA compiles is traced before, outside of its context: inside, gradients of `tf.concat` and `tf.slice` are made of operations without a
+        gradient.
         """
-        if not self._jit_compile or tf.executing_eagerly():
-            return function
-        programs = {}
+        if self._programs is None or tf.executing_eagerly():
+            return functools.partial(method, self)
 
-        def compiled(*args):
-            signature = tuple(tuple(tensor.shape) for tensor in tf.nest.flatten(args))
-            if signature not in programs:
-                traced = tf.function(function, autograph=False).get_concrete_function(*args)
-                programs[signature] = tf.function(lambda *args: traced(*args), autograph=False, jit_compile=True)
-            return programs[signature](*args)
+        def program(*args):
+            args = self._piece.tensors, self._roots, args
+            leaves = tf.nest.flatten(args)
+            there = [leaf for leaf in leaves if leaf is not None]
+            key = method.__name__, jit_compile, *[(leaf.dtype, tuple(leaf.shape)) for leaf in there]
 
-        return compiled
+            def of_leaves(*there):
+                given = iter(there)
+                filled = [None if leaf is None else next(given) for leaf in leaves]
+                tensors, roots, others = tf.nest.pack_sequence_as(args, filled)
+                rows = copy.copy(self)
+                rows._piece, rows._roots = self._piece.of_tensors(tensors), roots
+                return method(rows, *others)
+
+            if key not in self._programs:
+                specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in there]
+                traced = tf.function(of_leaves, autograph=False).get_concrete_function(*specs)
+                settings = {"jit_compile": True} if jit_compile else {"experimental_attributes": {"_noinline": True}}
+                self._programs[key] = tf.function(lambda *there: traced(*there), autograph=False, **settings)
+            return self._programs[key](*there)
+
+        return program
 
     def _flat(self, outputs):
         """Outputs, a list of tensors of cases, as `(cases, k)`."""
         sizes = [output.shape[1:].num_elements() for output in outputs]
         flat = [tf.reshape(output, [-1, size]) for output, size in zip(outputs, sizes, strict=True)]
         return tf.cast(tf.concat(flat, 1), self._dtype)
+
+    def _losses_of_cases(self, indices, *candidates):
+        """Shares of some cases in the compiled loss at several weights, float64 `(k,)`."""
+        cases = self._piece.cases(indices)
+        of_weights = lambda weights: cases.accurate_share(cases.forward(list(weights), for_products=True))  # noqa: E731
+        return self._mapped(of_weights, tuple(candidates), tf.float64)
 
     def _roots_and_residuals(self):
         """L of every case, `(cases, k, k)`, and `s = L^+ r`, `(cases * k,)`."""

@@ -6,20 +6,14 @@ products follow Pearlmutter (1994), Gauss-Newton products Schraudolph (2002). Tw
 """
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_hf.common.checks import flag
 from keras_hf.common.part import Part
 from keras_hf.common.replaced import replaced
-
-# Below this intensity XLA's fusion of elementwise operations outweighs its slower matrix products on CPUs; above this number of bytes the work per
-# case repays seconds of compilation. Measured by `benchmarks/linearization_choice.py`.
-_JIT_MAX_INTENSITY, _JIT_MIN_BYTES_PER_CASE = 40.0, 2**16
 
 
 class Linearized(NamedTuple):
@@ -27,8 +21,8 @@ class Linearized(NamedTuple):
 
     Attributes:
         product: Callable `v -> Gv`, on lists of tensors shaped as the weights. Further arguments go to H; see `Linearization.gauss_newton`.
-        factors: Callable `() -> (v -> Jv, u -> Hu, u -> J'u)`, the factors of a matrix `J'HJ`, without XLA, against which products are checked. They
-            use the tapes that the product keeps, if any. `None` for a matrix of another form.
+        factors: Callable `() -> (v -> Jv, u -> Hu, u -> J'u)`, the factors of a matrix `J'HJ`, against which products are checked. They use the
+            tapes that the product keeps, if any. `None` for a matrix of another form.
         added: Callable `v -> Av`, the part of the product besides `J'HJ`, or `None`.
     """
 
@@ -50,18 +44,12 @@ class Linearized(NamedTuple):
 
 
 class Linearization(Part):
-    """A way to differentiate twice. Immutable settings.
+    """A way to differentiate twice. Immutable settings."""
 
-    Args:
-        jit_compile: Whether XLA compiles the products. Faster for networks of many small elementwise operations. Every size of piece is compiled
-            separately, which takes seconds.
-
-    Raises:
-        ValueError: If `jit_compile` is not a bool.
-    """
-
-    def __init__(self, jit_compile=False):
-        self.jit_compile = flag("jit_compile", jit_compile)
+    @classmethod
+    def from_config(cls, config):
+        """Creates the linearization from the result of `get_config`, or from a file of version 0.2, which says whether XLA compiled products."""
+        return super().from_config({name: value for name, value in config.items() if name != "jit_compile"})
 
     def gauss_newton(self, forward, hessian_at, variables):
         """Returns `v -> J'H(Jv)`.
@@ -90,16 +78,8 @@ class Linearization(Part):
         Raises:
             ValueError: If its products would be wrong for the network.
         """
-        if self.jit_compile and structure.is_random and self._recomputes(structure):
-            raise ValueError(
-                f"`{type(self).__name__}(jit_compile=True)` re-runs the forward pass of this network under XLA, which draws other random numbers. "
-                "Received: a network with random layers, such as `Dropout`. Use `jit_compile=False`."
-            )
+        del structure
         return self
-
-    def _recomputes(self, structure):
-        """Whether products re-run the forward pass."""
-        raise NotImplementedError
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -108,50 +88,21 @@ class DoubleBackward(Linearization):
 
     The tapes are built once, when the network is linearized, and every product is two backward passes through them. Cost: about 1.2 gradients per
     product, and memory of about twice the activations of one gradient while the products are in use.
-
-    Args:
-        jit_compile: See `Linearization`.
     """
 
-    # Loops keep their activations in TensorLists, which XLA cannot take as inputs: for loops the forward pass is compiled with the product.
-    _keeps_under_jit = True
-
-    def fitted_to(self, structure):
-        fitted = copy.copy(super().fitted_to(structure))
-        fitted._keeps_under_jit = not structure.nesting_ops
-        return fitted
-
-    def _recomputes(self, structure):
-        return bool(structure.nesting_ops)
-
     def gauss_newton(self, forward, hessian_at, variables):
-        def linearize():
-            outputs, rest, tangents, pull_back = _transposed_twice(forward, variables)
-            hessian = hessian_at(outputs, rest)
-            return Linearized(
-                lambda v, *more: pull_back(hessian(tangents(v), *more)), lambda: (tangents, hessian, pull_back)
-            )
-
-        if self.jit_compile and not self._keeps_under_jit:
-            return Linearized(_jit(lambda v, *more: linearize()(v, *more)), lambda: linearize().factors())
-        linearized = linearize()
-        return linearized._replace(product=_jit(linearized.product)) if self.jit_compile else linearized
+        outputs, rest, tangents, pull_back = _transposed_twice(forward, variables)
+        hessian = hessian_at(outputs, rest)
+        return Linearized(
+            lambda v, *more: pull_back(hessian(tangents(v), *more)), lambda: (tangents, hessian, pull_back)
+        )
 
     def hessian(self, loss, variables):
-        def linearize():
-            with tf.GradientTape(persistent=True) as outer:
-                with tf.GradientTape() as inner:
-                    value = loss()
-                gradients = dense(inner.gradient(value, variables), variables)
-
-            def product(v):
-                return dense(outer.gradient(gradients, variables, output_gradients=v), variables)
-
-            return product
-
-        if not self.jit_compile:
-            return linearize()
-        return _jit(linearize() if self._keeps_under_jit else lambda v: linearize()(v))
+        with tf.GradientTape(persistent=True) as outer:
+            with tf.GradientTape() as inner:
+                value = loss()
+            gradients = dense(inner.gradient(value, variables), variables)
+        return lambda v: dense(outer.gradient(gradients, variables, output_gradients=v), variables)
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -160,10 +111,7 @@ class ForwardAccumulation(Linearization):
 
     Memory stays close to that of one gradient. TensorFlow's accumulator silently gives wrong results if a variable is read inside a nested function,
     loop or branch (recurrent layers without `unroll`, grouped convolutions, `tf.cond`). Such a network is refused, and an update whose products
-    violate `v'Gv = (Jv)'H(Jv)` is rejected.
-
-    Args:
-        jit_compile: See `Linearization`.
+    violate `u'(Jv) = (J'u)'v` is rejected.
     """
 
     def gauss_newton(self, forward, hessian_at, variables):
@@ -184,7 +132,7 @@ class ForwardAccumulation(Linearization):
 
             return lambda v: self._tangents(forward, variables, v)[-1], hessian_at(outputs, rest), pull_back
 
-        return Linearized(_jit(product) if self.jit_compile else product, factors)
+        return Linearized(product, factors)
 
     def _tangents(self, forward, variables, v):
         with tf.autodiff.ForwardAccumulator(variables, v) as accumulator:
@@ -199,7 +147,7 @@ class ForwardAccumulation(Linearization):
                 gradients = dense(tape.gradient(value, variables), variables)
             return dense([accumulator.jvp(gradient) for gradient in gradients], variables)
 
-        return _jit(product) if self.jit_compile else product
+        return product
 
     def fitted_to(self, structure):
         if structure.nesting_ops:
@@ -208,10 +156,7 @@ class ForwardAccumulation(Linearization):
                 f"Received: a network with the operations {structure.nesting_ops}. Leave the curvature's `linearization` at its default, or use "
                 "`DoubleBackward()`."
             )
-        return super().fitted_to(structure)
-
-    def _recomputes(self, structure):
-        return True
+        return self
 
 
 def _transposed_twice(forward, variables):
@@ -234,31 +179,11 @@ def _transposed_twice(forward, variables):
     return outputs, rest, tangents, pull_back
 
 
-def choose_linearization(structure, num_replicas):
-    """Returns the fastest right linearization for a network, by a measured rule.
-
-    Double backward with kept tapes is right wherever a second derivative exists, and was nowhere measured slower than forward accumulation. XLA is
-    faster on CPUs if elementwise operations outweigh matrix products and the network has no operation known to be slow or missing in XLA.
-
-    Args:
-        structure: `structure.Structure`.
-        num_replicas: Integer; functions compiled by XLA read the variables of one device only.
-    """
-    pays = structure.arithmetic_intensity < _JIT_MAX_INTENSITY and structure.bytes_per_case >= _JIT_MIN_BYTES_PER_CASE
-    # Not measured on GPUs, so not chosen there.
-    pays &= structure.is_fusible and not tf.config.list_logical_devices("GPU")
-    return DoubleBackward(jit_compile=pays and num_replicas == 1)
-
-
 @contextlib.contextmanager
 def without_fused_kernels(layers):
     """Context in which recurrent layers run without cuDNN's fused kernels, which have no second derivative."""
     with replaced(*[(layer, "use_cudnn", False) for layer in layers if hasattr(layer, "use_cudnn")]):
         yield
-
-
-def _jit(product):
-    return tf.function(product, autograph=False, jit_compile=True)
 
 
 def dense(gradients, sources):

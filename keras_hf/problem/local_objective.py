@@ -13,9 +13,6 @@ from keras_hf.problem.jacobian import LocalRows, compiles_rows
 from keras_hf.problem.linearization import DoubleBackward, dense
 from keras_hf.problem.piece import PieceFunction, Totals
 
-# Roundings of a form `v'Gv`, in machine epsilons of the curvature's scale.
-_NOISE = 10.0
-
 
 class Pass(NamedTuple):
     """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
@@ -81,10 +78,6 @@ class LocalObjective:
         self._cases, self._totals, self._num_replicas = cases, totals, num_replicas
         self._network, self.pieces = cases.network, cases.pieces
         self._task, self._structure, self._dtype = cases.network.task, cases.network.structure, cases.network.dtype
-
-    def num_nonfinite_cases(self):
-        """Returns the number of this replica's cases with a value that is not finite, a scalar."""
-        return tf.cast(self._cases.data.num_nonfinite_cases(), self._dtype)
 
     def _piece(self, number, of_chunk):
         """Returns piece `number` as part of the chunk or of the batch."""
@@ -188,7 +181,10 @@ class LocalObjective:
         """
         most_cases = most_cases and -(-most_cases // self._num_replicas)
         piece = PieceFunction(self._network, self._totals, self._cases.data, tf.constant(0), of_chunk=False)
-        return LocalRows(piece, self._dtype, compiles_rows(self._structure) and self._num_replicas == 1, most_cases)
+        # Programs read the variables of one device only.
+        is_alone = self._num_replicas == 1
+        programs = self._network.programs if is_alone else None
+        return LocalRows(piece, self._dtype, programs, compiles_rows(self._structure) and is_alone, most_cases)
 
     def _regularization_share(self):
         return tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas
@@ -228,14 +224,14 @@ class LocalObjective:
                 return total + image(curvature.linearize(self._piece(number, of_chunk=True)), scaled, more)
 
             total = self._of_cases(image(first, scaled, more))
-            if not self._structure.chunk_is_one_piece:
+            if not self.pieces.chunk_is_one_piece:
                 total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
             return (size / piece.loss_scale) * total + _by_rows(regularization, v)
 
         def forms(vectors):
             parts = [unpack(v / self._size(v), self._task.variables) for v in vectors]
             total = self._of_cases(_forms(first, parts))
-            if not self._structure.chunk_is_one_piece:
+            if not self.pieces.chunk_is_one_piece:
                 total = _over_pieces(
                     1,
                     self.pieces.num_chunk_pieces,
@@ -252,7 +248,7 @@ class LocalObjective:
             return total + tf.stack([tf.stack([dot(v, image) for image in images]) for v in vectors])
 
         # The kept piece is checked: another linearization would take seconds to trace.
-        return _LocalProduct(product, forms, lambda v, scale: self._sides(first, v, scale * piece.loss_scale))
+        return _LocalProduct(product, forms, lambda v: self._sides(first, v))
 
     def _of_cases(self, sums):
         """Returns the results of the chunk's first piece, a nest of tensors; zeros if the piece is empty, as on a replica without cases.
@@ -275,45 +271,34 @@ class LocalObjective:
         largest = tf.reduce_max(tf.abs(v), -1, keepdims=v.shape.rank == 2)
         return tf.where(largest > 0, largest, tf.ones_like(largest))
 
-    def _sides(self, linearized, v, scale):
-        """Computes `v'Gv = (Jv)'H(Jv)` and, for a random u, `u'(Jv) = (J'u)'v` on a piece.
+    def _sides(self, linearized, v):
+        """Computes, for a random u, both sides of `u'(Jv) = (J'u)'v` on a piece.
 
         Returns:
-            For each identity a triple of float64 scalars: left side, right side, and the size that their difference is relative to. `None` for a
-            curvature without J.
+            Float64 scalars: left side, right side, and the size that their difference is relative to. `None` for a curvature without J.
         """
         if getattr(linearized, "factors", None) is None:
             return None
         v = unpack(v / self._size(v), self._task.variables)
-        noise = _NOISE * self._structure.epsilon * tf.cast(scale, tf.float64) * inner_product(v, v)
-        # In sequence: memory is that of one pass. What comes after a call of a function does not wait for its results, but for operations on them.
-        image = _copied(linearized(v))
-        with tf.control_dependencies(image):
-            tangents_of, hessian, pull_back = linearized.factors()
-            tangents = _copied(tangents_of(_copied(v)))
-        left, right = inner_product(v, image), inner_product(tangents, hessian(tangents))
-        if linearized.added is not None:
-            right += inner_product(v, linearized.added(v))
-        # The last term: if positive and negative curvature cancel, rounding is not small compared with the remainder.
-        size = tf.abs(left) + tf.abs(right) + 1e-4 * tf.sqrt(inner_product(v, v) * inner_product(image, image))
-        size += noise / self._structure.rounding
-        identity = left, right, size
+        tangents_of, _, pull_back = linearized.factors()
+        tangents = _copied(tangents_of(v))
         u = [
             tf.cast(tf.random.stateless_normal(tf.shape(tangent), [seed, 2], dtype=self._dtype), tangent.dtype)
             for seed, tangent in enumerate(tangents)
         ]
+        # In sequence: memory is that of one pass. What comes after a call of a function does not wait for its results, but for operations on them.
         with tf.control_dependencies(tangents):
-            left, right = inner_product(u, tangents), inner_product(pull_back(u), v)
+            left, right = inner_product(u, tangents), inner_product(pull_back(_copied(u)), v)
         # If all tangents are lost, their size is zero, and the right side shows the error.
         size = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
-        return self._of_cases([identity, (left, right, size)])
+        return self._of_cases((left, right, size))
 
     def sum_over_chunk(self, function, num_cases):
         """Returns this replica's term of `Objective.sum_over_chunk`."""
         pieces = self.pieces
         if isinstance(num_cases, float):
             # Of one piece at most, where no loop over pieces is traced.
-            most = pieces.piece_size if self._structure.chunk_is_one_piece else pieces.num_cases
+            most = pieces.piece_size if pieces.chunk_is_one_piece else pieces.num_cases
             wanted = pieces.share_of_first(share_of(num_cases, pieces.run.num_cases))
             pieces = pieces._replace(chunk_size=tf.minimum(wanted, most))
         elif num_cases is not None:
@@ -328,7 +313,7 @@ class LocalObjective:
             return function(piece.cases_apart(), seeds)
 
         total = self._of_cases(of_piece(tf.constant(0)))
-        if self._structure.chunk_is_one_piece:
+        if pieces.chunk_is_one_piece:
             return total
         add_piece = lambda number, total: tf.nest.map_structure(tf.add, total, of_piece(number))  # noqa: E731
         return _over_pieces(1, pieces.num_chunk_pieces, add_piece, total)
@@ -349,7 +334,7 @@ class LocalObjective:
 
 
 class _LocalProduct(NamedTuple):
-    """One replica's share of a product `v -> Gv`, the forms `v'Gw`, and the sides of the product's identities; see `LocalObjective`."""
+    """One replica's share of a product `v -> Gv`, the forms `v'Gw`, and the sides of `u'(Jv) = (J'u)'v`; see `LocalObjective`."""
 
     product: Callable
     forms: Callable

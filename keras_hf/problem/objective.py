@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common.loops import map_rows
+from keras_hf.common.passes import graph_function
 from keras_hf.common.vectors import assign, dot, num_weights, pack, unpack, unpack_rows
 from keras_hf.problem import batch_statistics
 from keras_hf.problem.local_objective import LocalObjective
@@ -29,8 +30,15 @@ class Product:
     def __init__(self, replicas, parts, structural_damping=None, strength=None):
         self._replicas, self._parts, self._structural_damping = replicas, parts, structural_damping
         self._more = () if strength is None else (strength,)
+        # Of one vector: a loop over rows calls it, too.
+        self._of_vector = graph_function(
+            lambda *args: replicas.run(lambda part, *args: part.product(*args), parts, *args)
+        )
 
     def __call__(self, v):
+        if v.shape.rank == 1:
+            # Added outside: TensorFlow loses the key of a reduction in a function that is called in a branch.
+            return self._replicas.total(self._of_vector(v, *self._more))
         return self._replicas.sum(lambda part, v, *more: part.product(v, *more), self._parts, v, *self._more)
 
     def damped_with_form(self, v, damping):
@@ -62,21 +70,20 @@ class Product:
         """
         return self._replicas.sum(lambda part, vectors: part.forms(vectors), self._parts, vectors)
 
-    def errors(self, v, scale=0.0):
-        """Returns the relative errors of `v'Gv = (Jv)'H(Jv)` and, for a random u, of `u'(Jv) = (J'u)'v`; `None` without a Jacobian J.
+    def error(self, v):
+        """Returns the relative error of `u'(Jv) = (J'u)'v` for a random u, a float64 scalar; `None` without a Jacobian J.
 
-        Float64 `(2,)`, on the first piece of every replica. If a second derivative of TensorFlow is wrong or tangents are lost, J and J' are not
-        transposes of each other, and neither identity holds. Cost: two products.
+        On the first piece of every replica. If a second derivative of TensorFlow is wrong or tangents are lost, J and J' are not transposes of each
+        other, nor is `v'Gv` what `(Jv)'H(Jv)` is. Cost: a product.
 
         Args:
             v: Tensor `(n,)`.
-            scale: Scalar, a curvature per unit of length. What is rounding beside it is no error of the first identity: where a classifier is sure of
-                all cases, H is next to nothing, the difference of numbers that cancel.
         """
-        sides = self._replicas.sum(lambda part, v, scale: part.sides(v, scale), self._parts, v, tf.cast(scale, v.dtype))
+        sides = self._replicas.sum(lambda part, v: part.sides(v), self._parts, v)
         if sides is None:
             return None
-        return tf.stack([tf.math.divide_no_nan(tf.abs(left - right), size) for left, right, size in sides])
+        left, right, size = sides
+        return tf.math.divide_no_nan(tf.abs(left - right), size)
 
 
 class Rows:
@@ -240,8 +247,9 @@ class Objective:
             )
             assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
-        # Backtracking, line search and checks call the same function, so that the graph, which takes seconds to build, contains the loss once.
-        self._losses = None
+        self._losses = graph_function(lambda step: self._at(step, lambda part: part.loss()))
+        self._chunk_shares = graph_function(lambda step: self._at(step, lambda part: part.chunk_shares()))
+        self._sums_over_cases = graph_function(lambda step: self._at(step, lambda part: part.sums_over_cases()))
         self.totals = replicas.sum(lambda cases: cases.counts(), cases)
         self._parts = replicas.run(
             lambda cases, totals: LocalObjective(cases, totals, replicas.count), cases, self.totals
@@ -311,32 +319,18 @@ class Objective:
 
     def loss_at(self, step):
         """Returns the loss over the batch at start + step, float64, and restores the weights. Cost: one forward pass."""
-        if tf.executing_eagerly():
-            return self._replicas.total(self._losses_of_replicas(step))
-        if self._losses is None:
-            self._losses = tf.function(
-                self._losses_of_replicas, autograph=False, experimental_attributes={"_noinline": True}
-            )
         # Added outside: TensorFlow loses the key of a reduction in a function that is called in a branch.
         return self._replicas.total(self._losses(step))
 
     def chunk_change_at(self, step):
         """Returns the `Change` of the curvature chunk's loss from the start to start + step. Cost: two forward passes of the chunk."""
 
-        def shares():
-            return self._replicas.run(lambda part: part.chunk_shares(), self._parts)
-
         def sums(before, after):
             change = after[0] - before[0]
             losses = [tf.reduce_sum(shares) + regularization for shares, regularization in (before, after)]
             return tf.stack([*losses, tf.reduce_sum(change), tf.reduce_sum(change**2)])
 
-        before = shares()
-        # In sequence: memory is that of one pass.
-        with tf.control_dependencies(tf.nest.flatten(before) if self._replicas.count == 1 else []):
-            assign(self._task.variables, self.candidate(step))
-        after = shares()
-        assign(self._task.variables, self._start)
+        before, after = self._chunk_shares(tf.zeros_like(step)), self._chunk_shares(step)
         loss_before, loss_after, change, squares = tf.unstack(self._replicas.sum(sums, before, after))
         # The variance of a sum of shares: their number times that of one.
         variance = squares - tf.math.divide_no_nan(change**2, tf.cast(self.totals.chunk_cases, tf.float64))
@@ -347,12 +341,9 @@ class Objective:
 
         Float64 scalars; the variation leaves out regularizers. Cost: one forward pass.
         """
-        loss, size, squares = tf.unstack(self._replicas.total(self._at(step, lambda part: part.sums_over_cases())))
+        loss, size, squares = tf.unstack(self._replicas.total(self._sums_over_cases(step)))
         num_cases = tf.cast(self.totals.num_cases, tf.float64)
         return loss, tf.maximum(tf.math.divide_no_nan(num_cases * squares, size**2) - 1.0, 0.0)
-
-    def _losses_of_replicas(self, step):
-        return self._at(step, lambda part: part.loss())
 
     def _at(self, step, function):
         """Returns `function(part)` of every replica at start + step."""
@@ -397,10 +388,6 @@ class Objective:
             costs: List of numbers, what each input costs.
         """
         return self._replicas.shared_out(function, inputs, costs)
-
-    def num_nonfinite_cases(self):
-        """Returns the number of cases of the batch with a value that is not finite, an int32 scalar."""
-        return tf.cast(self._replicas.sum(lambda part: part.num_nonfinite_cases(), self._parts), tf.int32)
 
     def product(self, curvature):
         """Returns `v -> Gv`, the product over the chunk at the start, including the second derivatives of regularizers.

@@ -1,10 +1,12 @@
 """One piece of data as a function of the weights, which curvatures linearize and preconditioners inspect."""
 
+import copy
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_hf.common.vectors import assign
+from keras_hf.problem.fixed_network import Data
 from keras_hf.problem.linearization import dense
 
 
@@ -50,6 +52,25 @@ class PieceFunction:
         self.loss_scale = self.all_cases if is_scaled else tf.ones([], network.dtype)
         self._network, self._totals, self._data, self._number, self._of_chunk = network, totals, data, number, of_chunk
         self._statistics = statistics
+
+    @property
+    def tensors(self):
+        """All tensors of which the piece is made, a nest; see `of_tensors`."""
+        return (
+            self._network.update_number,
+            self._totals,
+            tuple(self._data),
+            self._number,
+            [new for _, new in self._statistics],
+        )
+
+    def of_tensors(self, tensors):
+        """Returns the piece that is made of other tensors, as a function of the graph has them in place of these."""
+        update_number, totals, data, number, statistics = tensors
+        network = copy.copy(self._network)
+        network.update_number = update_number
+        statistics = [(state, new) for (state, _), new in zip(self._statistics, statistics, strict=True)]
+        return PieceFunction(network, Totals(*totals), Data(*data), number, self._of_chunk, statistics)
 
     def forward(self, weights=None, for_products=False):
         """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics.

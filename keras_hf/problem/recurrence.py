@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common.keras_private import takes_training
+from keras_hf.common.passes import graph_function
 from keras_hf.common.replaced import replaced
 from keras_hf.problem.linearization import dense
 
@@ -162,7 +163,7 @@ def _linear(run, arguments):
         def gradient(*u):
             @tf.custom_gradient
             def pulled(*u):
-                return found.pull(u), lambda *v: found.push(v)
+                return found.pull(list(u)), lambda *v: found.push(list(v))
 
             return pulled(*u)
 
@@ -239,7 +240,7 @@ def _recurrence(step, masks, num_states, x, *rest):
         _, of_states, outputs = _loop(times, forwards, (0, list(v[1 : 1 + num_states]), outputs))
         return [outputs.stack(), *of_states]
 
-    return _Linearized([outputs.stack(), *last], pull, push)
+    return _Linearized([outputs.stack(), *last], graph_function(pull), graph_function(push))
 
 
 def _simple_recurrence(activation, x, start, kernel, recurrent_kernel, bias=None):
@@ -310,7 +311,7 @@ def _simple_recurrence(activation, x, start, kernel, recurrent_kernel, bias=None
 
         return list(states(forwards, of_start))
 
-    return _Linearized([outputs, last], pull, push)
+    return _Linearized([outputs, last], graph_function(pull), graph_function(push))
 
 
 def _tangents(function, arguments, v):

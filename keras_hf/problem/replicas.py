@@ -187,6 +187,16 @@ def across_replicas(function, *args):
     return context.merge_call(lambda strategy, *parts: function(Replicas(strategy), *parts), args=args)
 
 
+def on_replicas(strategy, function):
+    """Returns a function that calls `function(*args)` on every replica, and returns the first one's results, a nest: they are the same on all."""
+
+    def run(*args):
+        results = strategy.run(function, args=args)
+        return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], results)
+
+    return run
+
+
 def of_each_replica(number):
     """Returns the int32 scalars `number` of all replicas, int32 `(replicas,)`, the same on each of them."""
     count = tf.distribute.get_replica_context().num_replicas_in_sync

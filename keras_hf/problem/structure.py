@@ -91,7 +91,6 @@ class Structure(NamedTuple):
         has_vectorizable_rows: Whether it is right for single cases' outputs and their first derivatives, if loops of recurrent layers are replaced by
             those of `recurrence`.
         is_fusible: Whether XLA compiles the second derivatives of the forward pass, and into fast code, on every device.
-        arithmetic_intensity: Float, the number of operations in matrix products per float that elementwise operations write.
         layer_of_op: Dict, type of operation -> name of the first layer that uses it.
         bytes_by_power: Tuple of integers, memory of a kept linearization per case: coefficients of the powers, from the zeroth on, of the longest
             axis of unknown length in the data. A single number if all lengths are known.
@@ -104,7 +103,6 @@ class Structure(NamedTuple):
         captured: List of `keras.Layer`, those whose squared gradients `capture` computes from inputs and pre-activation gradients.
         batch_normalizations: List of `keras.layers.BatchNormalization`, those that normalize by the statistics of the piece.
         hidden_layers: List of `keras.layers.RNN`, those whose hidden states are damped; empty without structural damping.
-        chunk_is_one_piece: Whether the curvature chunk is one piece for every batch that may come.
     """
 
     cuts: tuple
@@ -115,7 +113,6 @@ class Structure(NamedTuple):
     is_vectorizable: bool
     has_vectorizable_rows: bool
     is_fusible: bool
-    arithmetic_intensity: float
     layer_of_op: dict
     bytes_by_power: tuple
     unknown_axes: list
@@ -126,7 +123,6 @@ class Structure(NamedTuple):
     captured: list
     batch_normalizations: list
     hidden_layers: list
-    chunk_is_one_piece: bool = False
 
     def cut(self, y_pred):
         """Returns the list of tensors that the loss is a function of: the logits if it is computed from them, else the outputs."""
@@ -260,7 +256,6 @@ def trace_structure(task, data):
         )
         layer_of_op = _layers_of_ops(forward, task.layers)
         _check_randomness(graph, layer_of_op)
-        intensity = _arithmetic_intensity(forward)
         num_forward = len(forward)
         leaves = keras.tree.flatten(y_pred)
         logits = [logits_of(leaf) for leaf in leaves]
@@ -312,7 +307,6 @@ def trace_structure(task, data):
         is_vectorizable=_is_vectorizable(op_types),
         has_vectorizable_rows=_is_vectorizable(other_types),
         is_fusible=op_types <= _PRODUCTS | _FUSIBLE | _MOVING,
-        arithmetic_intensity=intensity,
         layer_of_op=layer_of_op,
         bytes_by_power=_bytes_of_data(num_bytes, data),
         unknown_axes=_unknown_axes(data),
@@ -547,20 +541,6 @@ def _kind(operation, found, sources, is_denominator):
         moves = op not in ("Sum", "Mean") and len(found) == 1 and "sum" not in names
         return ("single", found[0][1]) if moves else ("sum", None)
     return "mixed", None
-
-
-def _arithmetic_intensity(operations):
-    """Returns the number of operations in matrix products per float that elementwise operations write, as far as static shapes show."""
-    multiplied = written = 0
-    for operation in operations:
-        size = _floats_per_case(operation.outputs[0])[0] if operation.outputs else 0
-        if operation.type in ("MatMul", "BatchMatMulV2", "BatchMatMulV3"):
-            transposed = operation.get_attr("transpose_a" if operation.type == "MatMul" else "adj_x")
-            inner = operation.inputs[0].shape[-2 if transposed else -1] or operation.inputs[1].shape[-2] or 1
-            multiplied += 2 * inner * size
-        elif operation.type in _FUSIBLE:
-            written += size
-    return multiplied / max(written, 1)
 
 
 @contextlib.contextmanager

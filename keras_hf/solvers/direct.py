@@ -70,6 +70,9 @@ class DirectSolver(Solver):
     least_damping_power = LEAST_DAMPING_POWER
     uses_all_cases = True
     damps_hidden_states = False
+    judged_by = "arc_step"
+    steered_by = ("arc_step",)
+    other_logs = ("acceleration",)
 
     def __init__(self, order=4):
         self.order = integer("order", order, 1, _MOST_TERMS)
@@ -84,6 +87,11 @@ class DirectSolver(Solver):
     def linearize(self, objective, curvature):
         del curvature
         return _System(objective)
+
+    def product_error(self, objective, curvature, v):
+        """By how much the rows times v and a forward derivative along v differ, relative to them: a float64 scalar."""
+        del curvature
+        return tf.cast(objective.rows.tangent_error(v), tf.float64)
 
     def solve(self, model, damping, state):
         system, objective = model.linearize(), model.objective
@@ -191,10 +199,6 @@ class _System:
             return image if self._added is None else image + self._added * v
         image = tf.linalg.matvec(self._gram, v)
         return image if self._added is None else image + tf.linalg.matvec(self._added, v)
-
-    def errors(self, v, scale=0.0):
-        """By how much the rows times v and a forward derivative along v differ, relative to them: a float64 scalar."""
-        return tf.cast(self.rows.tangent_error(v), tf.float64)
 
     def steps(self, gradient, damping):
         """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`."""

@@ -6,6 +6,7 @@ with respect to the outputs. Martens & Grosse treat the two factors as independe
 factor: it takes vectors u with `E[uu'] = H`, for which `E[(J'u)(J'u)'] = J'HJ`.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -418,9 +419,22 @@ def _inverse(factor, damping):
     """Inverts factor + damping I by Cholesky; where that fails, returns the inverse of its diagonal, 1 where that is not positive."""
     if factor.shape.rank == 1:
         return _reciprocal(factor + damping)
+    size = factor.shape[0]
+    invert = _inverse_of_matrix if size > _MAX_SOLVED else _of_any_size(factor.dtype)
+    return tf.ensure_shape(invert(factor, damping), factor.shape)
+
+
+@functools.cache
+def _of_any_size(dtype):
+    """`_inverse_of_matrix` for all small factors of one type, traced once."""
+    specs = tf.TensorSpec([None, None], dtype), tf.TensorSpec([], dtype)
+    return tf.function(_inverse_of_matrix, specs, autograph=False, experimental_attributes={"_noinline": True})
+
+
+def _inverse_of_matrix(factor, damping):
     # Without damping, a factor of fewer cases than rows is singular, with eigenvalues below zero by rounding.
     jitter = 4 * _epsilon(factor.dtype) * tf.linalg.trace(factor)
-    damped = factor + (damping + jitter) * tf.eye(factor.shape[-1], dtype=factor.dtype)
+    damped = factor + (damping + jitter) * tf.eye(tf.shape(factor)[0], dtype=factor.dtype)
     # NaN where the matrix is not positive definite.
     inverse = _inverse_from_root(tf.linalg.cholesky(damped))
     inverse = (inverse + tf.transpose(inverse)) / 2
@@ -435,8 +449,8 @@ def _inverse_from_root(root):
     for the upper left block alone plus `X'PX`, `-X'P`, and P. This takes 16 ms for 785 rows on one core, a solve for the identity 23 ms.
     """
     size = root.shape[-1]
-    if size <= _MAX_SOLVED:
-        return tf.linalg.cholesky_solve(root, tf.eye(size, dtype=root.dtype))
+    if size is None or size <= _MAX_SOLVED:
+        return tf.linalg.cholesky_solve(root, tf.eye(tf.shape(root)[0], dtype=root.dtype))
     half = size // 2
     upper, lower = root[:half, :half], root[half:, half:]
     x = tf.linalg.triangular_solve(upper, tf.transpose(root[half:, :half]), adjoint=True)  # X'

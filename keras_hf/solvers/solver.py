@@ -108,6 +108,11 @@ class Solver(Part):
         fewest_cases: Integer, the number of cases below which an update is likely to fit their noise, and is warned about.
         damps_hidden_states: Whether the solver forms damped products by `LocalModel.damped`, so that structural damping has an effect.
         judges_by_chunk: Whether the search compares losses of the curvature chunk, not of all cases.
+        judged_by: String, the entry of the logs by which a damping rule judges a step: "reduction_ratio", or "arc_step" where an arc is searched.
+        factor_power: Float, the power of a damping rule's factor that suits an ordinary update: 1, or less where updates are small and many.
+        tells_convexity: Whether `negative_curvature` in its logs is that of the matrix, and not rounding.
+        steered_by: Tuple of strings, those of its entries in the logs that the progress bar shows.
+        other_logs: Tuple of strings, the rest of these entries.
     """
 
     least_damping_power = 2.0
@@ -116,6 +121,11 @@ class Solver(Part):
     fewest_cases = 256
     damps_hidden_states = True
     judges_by_chunk = False
+    judged_by = "reduction_ratio"
+    factor_power = 1.0
+    tells_convexity = False
+    steered_by = ()
+    other_logs = ()
 
     def growing_batch(self):
         """Returns the `GrowingBatch` that suits the solver, `None` where updates use all cases: the default of `HessianFree`."""
@@ -140,6 +150,13 @@ class Solver(Part):
             curvature: `curvature.Curvature`.
         """
         return objective.product(curvature)
+
+    def product_error(self, objective, curvature, v):
+        """Returns by how much the product with a vector fails what must hold of it, relative to it, float64; `None` where nothing is known.
+
+        Called before the first update. For arguments and default see `linearize` and `objective.Product.error`.
+        """
+        return self.linearize(objective, curvature).error(v)
 
     def solve(self, model, damping, state):
         """Finds candidate steps of `q(p) = g'p + p'(G + damping I)p / 2`.

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_hf.common.checks import count, finite, part
 from keras_hf.common.loops import map_rows
 from keras_hf.common.part import if_finite
+from keras_hf.common.passes import graph_function
 from keras_hf.common.vectors import SeparateRows, dot, num_weights, vector_dtype
 from keras_hf.solvers.cg import CGResult, CGStop, minimized
 from keras_hf.solvers.kronecker import KroneckerFactored
@@ -51,6 +52,10 @@ class ConjugateGradient(Solver):
         Martens (2010), *Deep learning via Hessian-free optimization*, sections 4.4 to 4.8.
     """
 
+    tells_convexity = True
+    steered_by = ("cg_iterations",)
+    other_logs = ("cg_step", "cg_stop", "negative_curvature")
+
     def __init__(
         self, preconditioner=None, stopping=None, max_iterations=25, warm_start_decay=0.7, max_kept_iterates=None
     ):
@@ -79,6 +84,7 @@ class ConjugateGradient(Solver):
                 damping,
                 state["preconditioner"],
             )
+        precondition = graph_function(precondition)
         with tf.control_dependencies([precondition(gradient)]):
             damped = model.damped(damping)
         stopping = self.stopping.prepared(state["stopping"])

@@ -7,14 +7,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_hf import guard
 from keras_hf.common.vectors import assign, epsilon, num_weights, pack, unpack, vector_dtype
-from keras_hf.problem.batching import divide
-from keras_hf.problem.fixed_network import FixedNetwork
-from keras_hf.problem.local_objective import LocalCases
-from keras_hf.problem.objective import Objective
-from keras_hf.problem.places import Places
-from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
-from keras_hf.problem.structure import second_derivatives_explained
+from keras_hf.problem.replicas import on_replicas, replica_number
+from keras_hf.setup import with_objective
 
 # By how much half the sum of squared residuals and the loss may differ, relative to them.
 _RTOL = {tf.float32: 1e-3, tf.float64: 1e-6}
@@ -53,24 +49,16 @@ class LossFunction:
     True
     """
 
-    def __init__(self, data, variables, task_of, optimizer, strategy, guard):
-        # `task_of(data)` gives `fixed_network.Task`, `structure.Structure` and `compiled_model.Choice`; `guard()` is open during computations.
-        self._data, self._variables, self._optimizer = data, variables, optimizer
-        self._strategy, self._guard = strategy, guard
-        self._task = functools.cache(lambda: task_of(data))
+    def __init__(self, model, data):
+        self._model, self._data = model, data
+        self._variables = [variable.value for variable in model.trainable_variables]
         # That of now, whatever is trained later: random numbers depend on it.
-        self._update_number = int(optimizer.iterations.numpy())
+        self._update_number = int(model.optimizer.iterations.numpy())
+        loss = lambda objective: objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))  # noqa: E731
+        self._loss = self._compiled(loss)
         self._loss_and_gradient = self._compiled(lambda objective: objective.loss_and_gradient()[:2])
-        self._loss = self._compiled(
-            lambda objective: objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))
-        )
-        self._product = self._compiled(lambda objective, v: objective.product(self._task()[2].curvature)(v))
-        self._residuals = self._compiled(
-            lambda objective: (
-                _residuals(objective),
-                objective.loss_at(tf.zeros([objective.num_weights], objective.dtype)),
-            )
-        )
+        self._product = self._compiled(lambda objective, v: objective.product(self._setup.curvature)(v))
+        self._residuals = self._compiled(lambda objective: (_residuals(objective), loss(objective)))
         self._jacobian = self._compiled(_jacobian)
 
     @property
@@ -168,18 +156,18 @@ class LossFunction:
 
     def _require_rows(self):
         """Raises an error if the network has no rows of single cases, or a regularizer is not a sum of squares."""
-        task, structure, _ = self._task()
-        for what, cure in structure.without_rows:
+        for what, cure in self._setup.structure.without_rows:
             raise ValueError(
                 f"Residuals need the derivative of every case's own outputs in full precision. Received: a network with {what}. "
                 f"Use `loss_and_gradient`, or {cure}."
             )
-        if self._strategy.num_replicas_in_sync > 1:
+        strategy = self._model.distribute_strategy
+        if strategy.num_replicas_in_sync > 1:
             raise ValueError(
                 "Residuals are computed on one replica. "
-                f"Received: a strategy with {self._strategy.num_replicas_in_sync}. Make the model outside of its scope."
+                f"Received: a strategy with {strategy.num_replicas_in_sync}. Make the model outside of its scope."
             )
-        for _, regularizer in task.regularizers:
+        for _, regularizer in self._setup.task.regularizers:
             is_squares = isinstance(regularizer, keras.regularizers.L2) or (
                 isinstance(regularizer, keras.regularizers.L1L2) and float(regularizer.l1) == 0
             )
@@ -211,7 +199,7 @@ class LossFunction:
         before = [variable.read_value() for variable in self._variables]
         try:
             self.assign(w)
-            with self._guard():
+            with guard.unaltered_arithmetic():
                 yield
         finally:
             assign(self._variables, before)
@@ -225,37 +213,29 @@ class LossFunction:
             )
         return tf.constant(value, dtype)
 
+    @functools.cached_property
+    def _setup(self):
+        """The model's `setup.Setup`, for all cases and weights as they are."""
+        setup = self._model.setup_for(self._data).without_metrics()
+        task = setup.task._replace(constraints=[None] * len(self._variables))
+        most = -(-self._data.static_num_cases // self._model.distribute_strategy.num_replicas_in_sync)
+        return setup._replace(task=task, chunk_size=None, chunk_share=1.0, most_cases=most)
+
     def _compiled(self, function):
-        """Compiles `function(objective, *vectors)`, the objective being that at the model's weights."""
+        """Compiles `function(objective, *vectors)`, the objective being that at the model's weights; each replica has its part of the cases."""
+        strategy = self._model.distribute_strategy
+        count = strategy.num_replicas_in_sync
 
-        @tf.function(autograph=False)
-        def compute(*vectors):
-            found = self._strategy.run(lambda: self._with_objective(lambda objective: function(objective, *vectors)))
-            # The same on all replicas.
-            return tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], found)
-
-        return compute
-
-    def _with_objective(self, function):
-        """Calls `function(objective)` once for all replicas, each of which has its part of the cases."""
-        task, structure, _ = self._task()
-        task = task._replace(constraints=[None] * len(task.variables), update_metrics=lambda data, y_pred: None)
-        count = self._strategy.num_replicas_in_sync
-        data, most = self._data, -(-self._data.static_num_cases // count)
-        if count > 1:
-            data = data.take(tf.range(replica_number(), data.num_cases, count))
-        piece_size = self._optimizer.micro_batch_size or structure.default_piece_size(self._data)
-        if "unknown" in structure.combinations:
-            piece_size = None
-        structure = structure._replace(chunk_is_one_piece=piece_size is None or piece_size >= most)
-        run = Places.of_batch(of_each_replica(data.num_cases), replica_number())
-        pieces = divide(run, None, piece_size, self._update_number, self._optimizer.seed)
-        fixed = FixedNetwork(task, structure, tf.constant(self._update_number))
-        with second_derivatives_explained(structure.layer_of_op):
-            return across_replicas(
-                lambda replicas, cases: function(Objective(replicas, cases, fixed)),
-                LocalCases(fixed, data, pieces),
+        def on_replica(*vectors):
+            data = self._data
+            if count > 1:
+                data = data.take(tf.range(replica_number(), data.num_cases, count))
+            number = tf.constant(self._update_number)
+            return with_objective(
+                self._setup, data, lambda objective: function(objective, *vectors), update_number=number
             )
+
+        return tf.function(on_replicas(strategy, on_replica), autograph=False)
 
 
 def _residuals(objective):

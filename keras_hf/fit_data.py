@@ -1,0 +1,215 @@
+"""The cases that `fit` was given, as what Keras' `fit` is to be called with: arrays become one batch of all cases, in an order that stays."""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_hf.common import checks
+from keras_hf.problem import batching
+from keras_hf.problem.fixed_network import Data
+from keras_hf.problem.places import by_replica
+
+
+class FitData:
+    """The cases of a `fit`, and how they come in batches. For arguments see `HFModel.fit`.
+
+    Args:
+        x: As in `fit`.
+        y: As in `fit`.
+        sample_weight: As in `fit`.
+        **arguments: `batch_size`, `steps_per_epoch`, `shuffle`, `validation_data`, `validation_split` and `validation_batch_size`, as in `fit`.
+
+    Raises:
+        ValueError: If there are no cases, if arrays have different numbers of cases, or if `batch_size` is not a positive integer.
+
+    Attributes:
+        source: How cases come, for advice: "arrays", "dataset" or "batches"; `None` if one batch holds all of them.
+        num_cases: Integer, the number of training cases in arrays; `None` of other data.
+        most_cases: Integer, an upper bound of the number of cases of a batch, or `None`.
+    """
+
+    def __init__(self, x, y, sample_weight, **arguments):
+        if x is None:
+            raise ValueError(
+                "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
+            )
+        self._x, self._y, self._sample_weight, self._arguments = x, y, sample_weight, arguments
+        self.source = "dataset" if isinstance(x, tf.data.Dataset) else "batches"
+        self.num_cases = self.most_cases = None
+        if not is_arrays(x):
+            return
+        arguments["batch_size"] = batch_size = checks.count("batch_size", arguments["batch_size"], optional=True)
+        self.num_cases = checks.num_cases(x, y, sample_weight)
+        if self._holds_validation:
+            # As in Keras, the last cases are for validation.
+            self.num_cases = checks.split(self.num_cases, arguments["validation_split"])
+        self.batch_size = batch_size or max(1, math.ceil(self.num_cases / (arguments["steps_per_epoch"] or 1)))
+        self.most_cases = min(self.batch_size, self.num_cases)
+        self.source = None if self.batch_size >= self.num_cases else "arrays"
+
+    @property
+    def _holds_validation(self):
+        return bool(self._arguments["validation_split"]) and self._arguments["validation_data"] is None
+
+    @property
+    def is_one_batch(self):
+        """Whether all cases come as one batch."""
+        return self.num_cases is not None and self.source is None
+
+    def first_case(self):
+        """Returns the first case of arrays, a `Data` as batches will hold it."""
+        cases = self._x, self._y, self._sample_weight
+        first = keras.tree.map_structure(
+            lambda leaf: None if leaf is None else _tensor(getattr(leaf, "iloc", leaf)[:1]), cases
+        )
+        return Data(*keras.tree.lists_to_tuples(first))
+
+    def for_keras(self, seed, is_of_any_length, num_replicas, has_single_steps):
+        """Returns the arguments for `keras.Model.fit`, a dict.
+
+        Args:
+            seed: int32 scalar variable, by which the cases of a batch of all of them are put in order.
+            is_of_any_length: Whether batches of all cases are to be traced for any number of them; see `repeated`.
+            num_replicas: Integer.
+            has_single_steps: Whether Keras takes one batch at a time.
+        """
+        found = {"x": self._x, "y": self._y, "sample_weight": self._sample_weight, **self._arguments}
+        if self.num_cases is None:
+            if isinstance(self._x, (tf.data.Dataset, tf.distribute.DistributedDataset)):
+                found["shuffle"] = False  # Keras ignores True and warns about its own default.
+            return found
+        found["batch_size"] = self.batch_size
+        steps = found["steps_per_epoch"]
+        # Batches of one size would be fewer: 1,020 cases make 93 batches of 11.
+        is_uneven = self._arguments["batch_size"] is None and steps is not None and self.num_cases % steps
+        if not self.is_one_batch and not (is_uneven and self.num_cases > steps):
+            return found
+        arrays = self._x, self._y, self._sample_weight
+        if self._holds_validation:
+            *arrays, found["validation_data"] = split(arrays, self.num_cases)
+            found["validation_split"] = 0.0
+        found.update(y=None, sample_weight=None, batch_size=None, shuffle=False)
+        size = 32 if self.is_one_batch else self.batch_size
+        found["validation_batch_size"] = found["validation_batch_size"] or size
+        if not self.is_one_batch:
+            found.update(x=in_batches(*arrays, steps, bool(self._arguments["shuffle"])), steps_per_epoch=None)
+            return found
+        # Without end: where several workers divide the data, a new iterator in every epoch takes seconds. Not where Keras takes several batches at a
+        # time: the last of an epoch would be of the next one.
+        times = None if has_single_steps else steps or 1
+        found["steps_per_epoch"] = (steps or 1) if has_single_steps else None
+        seed = seed if self._arguments["shuffle"] else None
+        found["x"] = repeated(*arrays, seed, times, is_of_any_length, num_replicas)
+        return found
+
+
+def is_arrays(x):
+    """Whether `fit` was given arrays, and not a dataset or a generator."""
+    if x is None or isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset, keras.utils.PyDataset)):
+        return False
+    leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
+    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__len__") for leaf in leaves)
+
+
+def split(arrays, num_cases):
+    """Takes the first cases of each of `(x, y, sample_weight)` for training, and gives the rest as Keras' `validation_data`."""
+    first, rest = (
+        keras.tree.map_structure(
+            lambda array, part=part: None if array is None else getattr(array, "iloc", array)[part], arrays
+        )
+        for part in (slice(num_cases), slice(num_cases, None))
+    )
+    return *first, rest if arrays[2] is not None else rest[:2]
+
+
+def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False, num_replicas=1):
+    """Gives arrays as a dataset of one batch, `times` or again and again: Keras would copy them, and start anew, in every epoch.
+
+    They are put in the order of `seed` when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
+
+    Args:
+        x: Nest of arrays.
+        y: Nest of arrays, or `None`.
+        sample_weight: Nest of arrays, or `None`.
+        seed: int32 scalar variable, or `None` for the order as it is.
+        times: Integer, how often the batch comes; `None` = without end.
+        is_of_any_length: Whether TensorFlow is not told the number of cases. Another number then needs no other trace. Told, it makes smaller graphs:
+            an update of an LSTM took half as long.
+        num_replicas: Integer, the number of equal parts that TensorFlow will cut the batch into: each gets its share of every run of the order.
+    """
+    batch = _whole(x, y, sample_weight)
+    batch = batch.map(_of_any_length) if is_of_any_length else batch
+    if seed is not None or num_replicas > 1:
+
+        @tf.autograph.experimental.do_not_convert
+        def permuted(*tensors):
+            places = tf.range(_num_cases(tensors))
+            if seed is not None:
+                places = batching.order(_num_cases(tensors), tf.convert_to_tensor(seed))
+            if num_replicas > 1:
+                places = tf.gather(places, by_replica(_num_cases(tensors), num_replicas))
+            gather = lambda t: None if t is None else tf.ensure_shape(tf.gather(t, places), t.shape)  # noqa: E731
+            return keras.tree.map_structure(gather, tensors)
+
+        batch = batch.map(permuted).cache()
+    return batch.repeat(times)
+
+
+def in_batches(x, y, sample_weight, num_batches, is_shuffled):
+    """Gives arrays as a dataset of so many batches, whose sizes differ by at most one case: Keras makes all of one size, but for the last.
+
+    Args:
+        x: Nest of arrays.
+        y: Nest of arrays, or `None`.
+        sample_weight: Nest of arrays, or `None`.
+        num_batches: Integer, at most the number of cases.
+        is_shuffled: Whether every epoch has the cases in another random order.
+    """
+
+    @tf.autograph.experimental.do_not_convert
+    def cut(*tensors):
+        num_cases = tf.cast(_num_cases(tensors), tf.int64)
+        places = tf.random.shuffle(tf.range(num_cases)) if is_shuffled else tf.range(num_cases)
+
+        def batch(number):
+            start, stop = number * num_cases // num_batches, (number + 1) * num_cases // num_batches
+            gather = lambda t: None if t is None else tf.gather(t, places[start:stop])  # noqa: E731
+            return keras.tree.map_structure(gather, tensors)
+
+        return tf.data.Dataset.range(num_batches).map(batch)
+
+    batches = _whole(x, y, sample_weight).flat_map(cut)
+    # Keras ends an epoch by it.
+    return batches.apply(tf.data.experimental.assert_cardinality(num_batches))
+
+
+def _whole(*arrays):
+    """Gives `(x, y, sample_weight)` as a dataset of one batch of all cases."""
+    while arrays[-1] is None:
+        arrays = arrays[:-1]
+    tensors = keras.tree.map_structure(lambda array: None if array is None else _tensor(array), arrays)
+    # tf.data would pack a list into one tensor.
+    return tf.data.Dataset.from_tensors(keras.tree.lists_to_tuples(tensors))
+
+
+def _tensor(array):
+    array = array if isinstance(array, tf.Tensor) else np.asarray(array)
+    is_float = tf.as_dtype(array.dtype).is_floating
+    return tf.cast(array, keras.config.floatx()) if is_float else tf.convert_to_tensor(array)
+
+
+def _num_cases(tensors):
+    return tf.shape(next(t for t in keras.tree.flatten(tensors[0]) if t is not None))[0]
+
+
+@tf.autograph.experimental.do_not_convert
+def _of_any_length(*arrays):
+    """The same arrays, their numbers of cases unknown to TensorFlow: another number then needs no other trace."""
+
+    def of_any_length(tensor):
+        # Nothing is copied.
+        return None if tensor is None else tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
+
+    return keras.tree.map_structure(of_any_length, arrays)

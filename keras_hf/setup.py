@@ -1,0 +1,191 @@
+"""What is known and chosen of a compiled model before its updates, and how it opens the objective on given cases."""
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_hf.common import checks
+from keras_hf.compiled_model import task_of
+from keras_hf.problem import batching
+from keras_hf.problem.curvature import Curvature
+from keras_hf.problem.fixed_network import FixedNetwork, Task
+from keras_hf.problem.local_objective import LocalCases
+from keras_hf.problem.objective import Objective
+from keras_hf.problem.places import Places
+from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
+from keras_hf.problem.structure import Structure, second_derivatives_explained, trace_structure
+from keras_hf.solvers.solver import Solver
+
+_logger = logging.getLogger("keras_hf")
+
+
+class Setup(NamedTuple):
+    """A compiled model, prepared for updates on cases of certain types and shapes. Immutable.
+
+    Attributes:
+        task: `fixed_network.Task`.
+        structure: `structure.Structure`.
+        curvature: `curvature.Curvature`, fitted to the network: products are formed by its linearization.
+        solver: `solvers.solver.Solver`, the one in use.
+        growing_batch: `batching.GrowingBatch`, or `None`: an update uses its whole batch.
+        chunk_size: Integer, the number of cases that products are formed on, over all replicas; `None` = those of `chunk_share`.
+        chunk_share: Float in (0, 1], the same as a share of the cases of an update.
+        piece_size: Integer, the number of cases in a piece; `None` = by memory.
+        most_cases: Integer, an upper bound of the number of cases of a batch, or `None` where none is known.
+        programs: Dict, what is traced of passes; the one thing that grows.
+        made_for: Settings of the optimizer, and types and shapes of a case, for which this is the setup; see `_what_counts`.
+    """
+
+    task: Task
+    structure: Structure
+    curvature: Curvature
+    solver: Solver
+    growing_batch: Any
+    chunk_size: Any
+    chunk_share: float
+    piece_size: Any
+    most_cases: Any
+    made_for: tuple
+    programs: dict
+
+    @property
+    def linearization(self):
+        """`linearization.Linearization`, or `None` where products are formed without one."""
+        return self.curvature.linearization
+
+    @property
+    def most_supported(self):
+        """The number of cases up to which what is traced with this setup is right: infinity, unless a bound made it smaller."""
+        if self.most_cases is None:
+            return math.inf
+        if self.solver.uses_all_cases:
+            # Replicas have room for so many rows.
+            return self.most_cases
+        sizes = self._default_piece_size(None), self.chunk_size or math.inf
+        return sizes[0] if self.most_cases <= sizes[0] < sizes[1] else math.inf
+
+    def is_for(self, optimizer, data):
+        """Whether this is the setup for the settings that the optimizer has now, and for such cases."""
+        return self.made_for == _what_counts(optimizer, data)
+
+    def without_metrics(self):
+        """Returns the setup for passes whose cases metrics do not count."""
+        return self._replace(task=self.task._replace(update_metrics=lambda data, y_pred: None))
+
+    def divided(self, cases, data, update_number):
+        """Returns the `batching.Pieces` of an update's cases.
+
+        Args:
+            cases: `places.Places`.
+            data: `Data` that holds them.
+            update_number: int32 scalar.
+        """
+        piece_size, chunk_size, chunk_share = self._default_piece_size(data), self.chunk_size, self.chunk_share
+        if "unknown" in self.structure.combinations:
+            piece_size, chunk_size, chunk_share = None, None, 1.0
+        bounds = [bound for bound in (chunk_size, data.static_num_cases, self.most_supported) if bound is not None]
+        # Unknown if the size of pieces depends on lengths at run time: products are then traced for several pieces.
+        is_one = piece_size is None or (not tf.is_tensor(piece_size) and piece_size >= min(bounds))
+        if chunk_size is None and chunk_share < 1:
+            chunk_size = batching.chunk_of(chunk_share, cases.num_cases)
+        seed = tf.convert_to_tensor(self.task.seed)
+        return batching.divide(cases, chunk_size, piece_size, update_number, seed, is_one)
+
+    def _default_piece_size(self, data):
+        """Returns `piece_size`, or the size by memory: a tensor where lengths are unknown, or infinity without data."""
+        if self.piece_size is not None:
+            return self.piece_size
+        if data is None and self.structure.unknown_axes:
+            return math.inf
+        return self.structure.default_piece_size(data, self.chunk_size)
+
+
+def _what_counts(optimizer, data):
+    """Returns a tuple of what a `Setup` depends on besides the model, of which parts are equal if they are the same object."""
+    parts = optimizer.solver, optimizer.curvature, optimizer.growing_batch, optimizer.structural_damping
+    cases = [
+        None if leaf is None else (tf.as_dtype(leaf.dtype), tuple(leaf.shape[1:]))
+        for leaf in keras.tree.flatten(tuple(data))
+    ]
+    return *parts, optimizer.curvature_batch_size, optimizer.micro_batch_size, *cases
+
+
+def prepare(model, data, most_cases=None):
+    """Traces a compiled and built model once, and chooses how products are formed. Choices are logged at INFO.
+
+    Args:
+        model: `HFModel`.
+        data: `Data`, of which only types and shapes are used.
+        most_cases: Integer, an upper bound of the number of cases of a batch, or `None`.
+
+    Returns:
+        A `Setup`.
+
+    Raises:
+        ValueError: If there is no loss, if the network draws random numbers that cannot be held fixed, if solver or curvature are wrong for it, or if
+            structural damping finds no hidden states.
+    """
+    optimizer = model.optimizer
+    solver, curvature = optimizer.solver, optimizer.curvature
+    task = task_of(model)
+    structure = traced_structure(task, data)
+    checks.has_loss(structure.combinations or structure.has_added_loss)
+    solver.require(structure)
+    fitted = curvature.fitted_to(structure)
+    on_all = " on all cases" if solver.uses_all_cases else ""
+    _logger.info("Steps for '%s': by %s%s.", model.network.name, type(solver).__name__, on_all)
+    return Setup(
+        task,
+        structure,
+        fitted,
+        solver,
+        None if solver.uses_all_cases else optimizer.growing_batch,
+        optimizer.curvature_batch_size,
+        solver.chunk_share,
+        optimizer.micro_batch_size,
+        most_cases,
+        _what_counts(optimizer, data),
+        {},
+    )
+
+
+def traced_structure(task, data):
+    """Returns `structure.trace_structure(task, data)`; an error about second derivatives names their cure."""
+    with second_derivatives_explained({}):
+        return trace_structure(task, data)
+
+
+def with_objective(setup, data, function, cases=None, unseen=None, update_number=None):
+    """Calls `function(objective)` with the objective on some cases, once for all replicas. Called in replica context.
+
+    Args:
+        setup: `Setup`.
+        data: `Data`, this replica's cases of the objective.
+        function: Callable; where there are unseen cases, their objective is its second argument.
+        cases: `places.Places`, which cases of the batch these are; `None` = all.
+        unseen: `Data` and `Places` of cases that the update does not use, or `None`.
+        update_number: int32 scalar, the number of updates before this one, from which random numbers and chunks are drawn; `None` = those so far.
+
+    Returns:
+        What `function` returns, on every replica.
+    """
+    if cases is None:
+        cases = Places.of_batch(of_each_replica(data.num_cases), replica_number())
+    if update_number is None:
+        update_number = tf.cast(setup.task.num_updates.value, tf.int32)
+    fixed = FixedNetwork(setup.task, setup.structure, update_number, setup.programs)
+    local = [LocalCases(fixed, data, setup.divided(cases, data, update_number))]
+    if unseen is not None:
+        data, places = unseen
+        whole = setup._replace(chunk_size=None, chunk_share=1.0)
+        local.append(LocalCases(fixed, data, whole.divided(places, data, update_number)))
+
+    def across(replicas, *local):
+        first, *others = [Objective(replicas, cases, fixed, setup.most_cases) for cases in local]
+        return function(first, *others)
+
+    with second_derivatives_explained(setup.structure.layer_of_op):
+        return across_replicas(across, *local)

@@ -1,0 +1,76 @@
+"""Which solver trains a compiled model where the optimizer leaves that open, by measured rules."""
+
+import math
+
+import keras
+
+from keras_hf.common import keras_private, vectors
+from keras_hf.compiled_model import loss_name, overrides_compute_loss, task_of
+from keras_hf.pinn import PINN
+from keras_hf.setup import traced_structure
+from keras_hf.solvers.direct import DirectSolver
+from keras_hf.solvers.kronecker import num_factored_weights
+from keras_hf.solvers.momentum import PreconditionedMomentum
+
+# Up to which the exact solver is the choice: operations that form the system, on data and on differential equations, and numbers of its Jacobian
+# (half a GiB). Conjugate gradients are ahead on smooth data from about the first bound on (benchmarks/exact_solver.py); on equations they stall, and
+# are behind in the end at twice the second, too, where an update of the exact solver takes 6 s or more (docs/physics-informed.md).
+_MOST_OPERATIONS, _MOST_OPERATIONS_FOR_EQUATIONS, _MOST_FLOATS = 5e9, 1e11, 2**26
+# Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all are in dense layers and
+# convolutions. With attention it was behind.
+_CLASSIFYING = {"categorical_crossentropy", "sparse_categorical_crossentropy"}
+_FEWEST_WEIGHTS, _LEAST_SHARE = 5_000, 0.9
+_ELSEWHERE = keras.layers.EinsumDense, keras.layers.Embedding
+
+
+def reason(model):
+    """Returns why a compiled model's solver is the one in use, for a user to read."""
+    if not model.optimizer.chooses_solver:
+        return "as `HessianFree` was told"
+    reasons = {DirectSolver: "for small systems in float64", PreconditionedMomentum: "for classifiers of dense layers"}
+    return reasons.get(type(model.solver), "the default")
+
+
+def exact_solver_pays(model, data, num_cases):
+    """Whether `DirectSolver` can train a compiled model and is the choice for it.
+
+    It ends at far smaller losses where digits count: on squared losses in float64, if the system is small; of a `PINN` it may be larger. Conjugate
+    gradients may be ahead early, and were on the two classifiers measured.
+
+    Args:
+        model: `HFModel`, compiled and built.
+        data: `Data`, a few cases, of which only types and shapes are used.
+        num_cases: Integer, of an update.
+    """
+    outputs = [leaf for leaf in keras.tree.flatten(data.y) if leaf is not None]
+    num_weights = vectors.num_weights([variable.value for variable in model.trainable_variables])
+    num_rows = num_cases * sum(math.prod(leaf.shape[1:]) for leaf in outputs)
+    most = _MOST_OPERATIONS_FOR_EQUATIONS if isinstance(model.network, PINN) else _MOST_OPERATIONS
+    is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= most
+    is_precise = all(variable.dtype == "float64" for variable in model.trainable_variables)
+    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
+    is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)
+    if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_precise and is_squared):
+        return False
+    structure = traced_structure(task_of(model), data)
+    return structure.is_vectorizable and not structure.without_rows
+
+
+def momentum_pays(model):
+    """Whether `PreconditionedMomentum` is the choice for a compiled and built model.
+
+    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases (docs/which-solver.md has
+    the measurements).
+
+    Args:
+        model: `HFModel`, compiled and built.
+    """
+    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
+    if not names or not names <= _CLASSIFYING or overrides_compute_loss(model):
+        return False
+    variables = [variable.value for variable in model.trainable_variables]
+    num_weights = vectors.num_weights(variables)
+    if num_weights < _FEWEST_WEIGHTS:
+        return False
+    layers = [layer for layer in keras_private.all_layers(model.network) if not isinstance(layer, _ELSEWHERE)]
+    return num_factored_weights(layers, variables) >= _LEAST_SHARE * num_weights

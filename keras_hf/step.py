@@ -1,0 +1,153 @@
+"""One update of a compiled model: which cases it uses, what it computes, what it assigns, and what it reports."""
+
+import contextlib
+import threading
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_hf.common import checks, keras_private
+from keras_hf.common.part import if_finite
+from keras_hf.problem import batching
+from keras_hf.problem.fixed_network import Data
+from keras_hf.problem.places import Places
+from keras_hf.problem.replicas import of_each_replica, replica_number
+from keras_hf.setup import with_objective
+from keras_hf.update import hf_update
+
+_open = threading.local()
+
+
+class StepReport(NamedTuple):
+    """What an update says of itself: tensors, the same on all replicas.
+
+    Attributes:
+        logs: Dict of scalars, what Keras shows.
+        reduction: float64 scalar, by how much the update lowered the loss of its cases.
+        trace: Dict of tensors, how the step was found; see `update.UpdateResult`.
+    """
+
+    logs: dict
+    reduction: tf.Tensor
+    trace: dict
+
+
+@contextlib.contextmanager
+def reports():
+    """Context that gives a list of the `StepReport`s of steps in it: Keras' `train_step`, which users override, returns logs alone."""
+    before, _open.reports = getattr(_open, "reports", None), []
+    try:
+        yield _open.reports
+    finally:
+        _open.reports = before
+
+
+def step(setup, optimizer, data):
+    """Performs one update on a batch: assigns weights, states, and the optimizer's state. Called in replica context.
+
+    Args:
+        setup: `setup.Setup` for these data.
+        optimizer: `HessianFree`, built.
+        data: `Data`, this replica's part of the batch.
+
+    Returns:
+        A `StepReport`. A rejected step leaves the weights bit-equal.
+    """
+    growing, num_cases = setup.growing_batch, tf.reduce_sum(of_each_replica(data.num_cases))
+
+    def update(objective, others=None):
+        result = hf_update(
+            objective, setup.curvature, setup.solver, optimizer.state(), None if others is None else _trial_on(others)
+        )
+        if others is not None:
+            turn = tf.stack([tf.convert_to_tensor(optimizer.seed), objective.update_number])
+            grown = growing.next_state(
+                result.state.growing_batch,
+                tf.cast(objective.totals.num_cases, tf.int32),
+                result.actual_reduction,
+                result.unseen,
+                num_cases,
+                turn,
+            )
+            result = result._replace(state=result.state._replace(growing_batch=grown))
+        report = StepReport(_logs(objective, result), result.actual_reduction, result.trace)
+        _apply(setup, optimizer, objective, result)
+        return report
+
+    report = on_update_cases(setup, optimizer, data, update)
+    if getattr(_open, "reports", None) is not None:
+        _open.reports.append(report)
+    return report
+
+
+def on_update_cases(setup, optimizer, data, function):
+    """Calls `function(objective, objective of unseen cases)` with the cases that an update on a batch uses; without a growing batch only the first.
+
+    Args:
+        setup: As `step`, as are the next two.
+        optimizer: See there.
+        data: See there.
+        function: See `setup.with_objective`.
+    """
+    with tf.control_dependencies(checks.equal_lengths(*data)):
+        data = Data(*keras.tree.map_structure(lambda leaf: None if leaf is None else tf.identity(leaf), tuple(data)))
+    cases, unseen = Places.of_batch(of_each_replica(data.num_cases), replica_number()), None
+    if setup.growing_batch is not None:
+        cases, unseen = setup.growing_batch.select(optimizer.state().growing_batch, cases.counts, cases.replica)
+        unseen = unseen.first(batching.chunk_of(setup.chunk_share, unseen.num_cases))
+        data, unseen = data.take(cases.indices()), (data.take(unseen.indices()), unseen)
+    return with_objective(setup, data, function, cases, unseen)
+
+
+def _trial_on(others):
+    """Returns `step -> batching.Trial`, the effect of a step on the cases of another objective."""
+
+    def trial(step):
+        before, _ = others.loss_and_variation_at(tf.zeros_like(step))
+        num_cases = tf.cast(others.totals.num_cases, tf.int32)
+        return batching.Trial(num_cases, before, *others.loss_and_variation_at(step))
+
+    return trial
+
+
+def _apply(setup, optimizer, objective, result):
+    """Assigns weights and states."""
+    accepted, states = result.step_size > 0, setup.structure.states
+    for variable, old, new in zip(
+        setup.task.variables, objective.start(), objective.new_weights(result.step), strict=True
+    ):
+        variable.assign(tf.where(accepted, new, old))
+    keras_private.average_weights(optimizer)
+    num_cases, num_before = objective.totals.num_cases, result.state.statistics_cases
+    before = [tf.convert_to_tensor(state.value) for state in states]
+    after = tf.cond(accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before)
+    for state, new in zip(states, after, strict=True):
+        state.value.assign(new)
+    # Halved after every update: old cases say less and less about new ones.
+    next_cases = tf.maximum(num_cases, num_before / 2)
+    # Kept after a rejected step too, since it describes the unchanged weights. Values that are not finite are not: they would outlast the cases
+    # that caused them.
+    before, after = optimizer.state(), result.state
+    kept = {
+        name: if_finite(getattr(after, name), getattr(before, name), objective.agreed)
+        for name in ("solver", "curvature")
+    }
+    optimizer.assign_state(after._replace(statistics_cases=tf.where(accepted, next_cases, num_before), **kept))
+    optimizer.iterations.value.assign_add(1)
+
+
+def _logs(objective, result):
+    floating = {
+        "loss": result.loss,
+        "damping": result.damping,
+        "reduction_ratio": result.reduction_ratio,
+        "step_size": result.step_size,
+        "gradient_norm": result.gradient_norm,
+    }
+    whole = {"num_cases": objective.totals.num_cases, "converged": result.state.convergence.has_converged}
+    return {
+        **{key: tf.convert_to_tensor(value) for key, value in floating.items()},
+        **{key: tf.cast(value, tf.int32) for key, value in whole.items()},
+        **result.logs,
+    }
