@@ -11,28 +11,29 @@ END_OF_DATA = (StopIteration, tf.errors.OutOfRangeError)
 
 
 @contextlib.contextmanager
-def unaltered_arithmetic():
+def unaltered_arithmetic(optimizes_graphs=False):
     """Context in which TensorFlow does not change the arithmetic of an update.
 
     GPUs multiply float32 matrices in TF32, whose 10 bits are too few for CG's recurrences. The arithmetic optimizer merges additions into one sum,
     which becomes an accumulator if TensorFlow expects a shortage of memory; in the loops of large networks creating the accumulator fails (2.21,
     `AlreadyExistsError`). An update takes equally long without this optimizer.
-    """
-    import os
 
-    before = tf.config.optimizer.get_experimental_options()
-    options = {"disable_meta_optimizer": os.environ.get("X_OPT") is None, "arithmetic_optimization": False}
+    Args:
+        optimizes_graphs: Whether the others of TensorFlow's graph optimizers look at what is computed for the first time; see
+            `setup.Setup.gains_by_optimized_graphs`. Where they are switched off already, they stay so.
+    """
+    options = tf.config.optimizer.get_experimental_options()
+    before = {"arithmetic_optimization": True, "disable_meta_optimizer": False}
+    before = {name: options.get(name, default) for name, default in before.items()}
+    none = before["disable_meta_optimizer"] or not optimizes_graphs
     tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    tf.config.optimizer.set_experimental_options(options)
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False, "disable_meta_optimizer": none})
     try:
         yield
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(tf32)
-        defaults = {"disable_meta_optimizer": False, "arithmetic_optimization": True}
-        tf.config.optimizer.set_experimental_options(
-            {name: before.get(name, default) for name, default in defaults.items()}
-        )
+        tf.config.optimizer.set_experimental_options(before)
 
 
 @contextlib.contextmanager

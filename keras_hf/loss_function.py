@@ -199,7 +199,7 @@ class LossFunction:
         before = [variable.read_value() for variable in self._variables]
         try:
             self.assign(w)
-            with guard.unaltered_arithmetic():
+            with guard.unaltered_arithmetic(self._setup.gains_by_optimized_graphs):
                 yield
         finally:
             assign(self._variables, before)

@@ -1,6 +1,7 @@
 """HFModel: what a user calls to compile, train, save and examine a network."""
 
 import contextlib
+import functools
 import math
 import os
 import warnings
@@ -24,7 +25,7 @@ from keras_hf.problem.fixed_network import Data
 from keras_hf.problem.replicas import across_replicas, is_chief
 from keras_hf.product_check import checked_products, report
 from keras_hf.progress import UpdateProgress
-from keras_hf.setup import prepare
+from keras_hf.setup import prepare, traced_structure
 from keras_hf.solver_choice import exact_solver_pays, momentum_pays
 from keras_hf.solvers.direct import DirectSolver
 from keras_hf.solvers.momentum import PreconditionedMomentum
@@ -555,23 +556,27 @@ class HFModel(keras.Model):
     def _prepare_for(self, fit_data):
         """Chooses the solver for a `FitData`, and prepares for it if the number of cases is known."""
         few = None if fit_data.num_cases is None else self._built_for(fit_data.first_case())
-        self.choose_solver(few if fit_data.is_one_batch else None, fit_data.num_cases)
+        trace = functools.cache(lambda: traced_structure(compiled_model.task_of(self), few))
+        if few is not None and self._setup is not None and self._setup.is_for(self.optimizer, few):
+            trace = lambda structure=self._setup.structure: structure  # noqa: E731
+        self.choose_solver(few if fit_data.is_one_batch else None, fit_data.num_cases, trace)
         self._expect(fit_data.most_cases)
         if few is not None and self._setup is None:
-            self._keep_setup(prepare(self, few, fit_data.most_cases))
+            self._keep_setup(prepare(self, few, fit_data.most_cases, trace()))
 
-    def choose_solver(self, few, num_cases):
+    def choose_solver(self, few, num_cases, trace=None):
         """Takes the exact solver, or goes back from it, where the optimizer leaves that open.
 
         Args:
             few: `Data` of a few cases, if all of them come as one batch; else `None`.
             num_cases: Integer, the number of all cases.
+            trace: See `solver_choice.exact_solver_pays`.
         """
         optimizer = self.optimizer
         if not optimizer.chooses_solver:
             return
         pays = few is not None and self.distribute_strategy.num_replicas_in_sync == 1
-        pays = pays and exact_solver_pays(self, few, num_cases)
+        pays = pays and exact_solver_pays(self, few, num_cases, trace)
         if pays != isinstance(self.solver, DirectSolver):
             optimizer.solve_by(DirectSolver() if pays else None)
             self._keep_setup(None)
@@ -579,9 +584,7 @@ class HFModel(keras.Model):
 
     def _built_for(self, data):
         """Returns a `Data` of tensors, and makes the network's weights where they are not made yet."""
-        data = Data(
-            *keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), tuple(data))
-        )
+        data = Data(*data).tensors()
         self._maybe_symbolic_build(data_batch=tuple(data))
         return data
 

@@ -57,6 +57,15 @@ class Setup(NamedTuple):
         return self.curvature.linearization
 
     @property
+    def gains_by_optimized_graphs(self):
+        """Whether updates are faster once TensorFlow has optimised their graphs, which takes up to a third of the first update.
+
+        Without, later updates took 1.15 times as long with an LSTM and 1.07 with convolutions; on Dense layers, attention and Poisson's equation
+        1.00 to 1.02 (benchmarks/first_update.py).
+        """
+        return bool(self.structure.nesting_ops) or any("Conv" in operation for operation in self.structure.layer_of_op)
+
+    @property
     def most_supported(self):
         """The number of cases up to which what is traced with this setup is right: infinity, unless a bound made it smaller."""
         if self.most_cases is None:
@@ -113,13 +122,14 @@ def _what_counts(optimizer, data):
     return *parts, optimizer.curvature_batch_size, optimizer.micro_batch_size, *cases
 
 
-def prepare(model, data, most_cases=None):
+def prepare(model, data, most_cases=None, structure=None):
     """Traces a compiled and built model once, and chooses how products are formed. Choices are logged at INFO.
 
     Args:
         model: `HFModel`.
         data: `Data`, of which only types and shapes are used.
         most_cases: Integer, an upper bound of the number of cases of a batch, or `None`.
+        structure: `structure.Structure` of the network on such data, if it is traced already.
 
     Returns:
         A `Setup`.
@@ -131,7 +141,7 @@ def prepare(model, data, most_cases=None):
     optimizer = model.optimizer
     solver, curvature = optimizer.solver, optimizer.curvature
     task = task_of(model)
-    structure = traced_structure(task, data)
+    structure = structure or traced_structure(task, data)
     checks.has_loss(structure.combinations or structure.has_added_loss)
     solver.require(structure)
     fitted = curvature.fitted_to(structure)

@@ -31,7 +31,7 @@ def reason(model):
     return reasons.get(type(model.solver), "the default")
 
 
-def exact_solver_pays(model, data, num_cases):
+def exact_solver_pays(model, data, num_cases, trace=None):
     """Whether `DirectSolver` can train a compiled model and is the choice for it.
 
     It ends at far smaller losses where digits count: on squared losses in float64, if the system is small; of a `PINN` it may be larger. Conjugate
@@ -41,6 +41,7 @@ def exact_solver_pays(model, data, num_cases):
         model: `HFModel`, compiled and built.
         data: `Data`, a few cases, of which only types and shapes are used.
         num_cases: Integer, of an update.
+        trace: Callable without arguments that returns the `structure.Structure` of the network; called where the rest allows the solver.
     """
     outputs = [leaf for leaf in keras.tree.flatten(data.y) if leaf is not None]
     num_weights = vectors.num_weights([variable.value for variable in model.trainable_variables])
@@ -52,7 +53,7 @@ def exact_solver_pays(model, data, num_cases):
     is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)
     if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_precise and is_squared):
         return False
-    structure = traced_structure(task_of(model), data)
+    structure = trace() if trace else traced_structure(task_of(model), data)
     return structure.is_vectorizable and not structure.without_rows
 
 

@@ -1,5 +1,7 @@
 """What `fit` calls for a batch: one compiled update, what must hold before it, and what is looked at after it."""
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -49,23 +51,32 @@ class TrainFunction:
         # `.numpy()`: `float` does not accept the variables of replicas.
         scale = float(optimizer.curvature_scale.numpy())
         checks.current_damping(float(optimizer.damping.numpy()), is_to_be_found=scale == 0)
-        with guard.values_kept_on_error(model.values()), guard.unaltered_arithmetic():
+        with guard.values_kept_on_error(model.values()):
             if self.begins_at == int(optimizer.iterations.numpy()):
                 # No callback has brought back an earlier run.
                 optimizer.forget_least_loss()
             self.begins_at = None
+            setup = model.setup_for(self._of_one_replica(data))
             # An error of double backward shows in the first update; forward accumulation is checked in every update.
             found = None
-            if self.is_first_update or isinstance(model.setup.linearization, ForwardAccumulation):
-                found = [float(value) for value in self._run(self._check, data, spec)]
-            logs, report = self._run(self._update, data, spec)
+            if self.is_first_update or isinstance(setup.linearization, ForwardAccumulation):
+                with guard.unaltered_arithmetic():
+                    found = [float(value) for value in self._run(self._check, data, spec)]
+            with guard.unaltered_arithmetic(setup.gains_by_optimized_graphs):
+                logs, report = self._run(self._update, data, spec)
             loss = float(report.logs["loss"])
             if found is not None:
-                guard.raise_if_wrong(model.network.name, model.setup, loss, *found)
-            num_nonfinite = 0 if tf.math.is_finite(loss) else int(self._run(self._num_nonfinite, data, spec))
+                guard.raise_if_wrong(model.network.name, setup, loss, *found)
+            num_nonfinite = 0 if math.isfinite(loss) else int(self._run(self._num_nonfinite, data, spec))
         self.is_first_update = False
         model.after_update(report, num_nonfinite)
         return logs
+
+    def _of_one_replica(self, data):
+        """Returns one replica's part of a batch as a `Data` of tensors."""
+        strategy = self._model.distribute_strategy
+        leaves = keras.tree.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], data)
+        return Data(*keras.utils.unpack_x_y_sample_weight(leaves)).tensors()
 
     def _run(self, program, data, spec):
         """Runs a program as traced for batches of `spec`: of a single batch, it would be traced anew for another length."""

@@ -14,11 +14,8 @@ def finite(name, value, minimum=None, maximum=None):
         bounds = f" in [{minimum}, {maximum}]"
     elif minimum is not None:
         bounds = f" >= {minimum}"
-    legal = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    legal = legal and (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
-    if not legal:
-        raise ValueError(f"`{name}` must be a finite number{bounds}. Received: {name}={value!r}.")
-    return float(value)
+    is_within = lambda x: (minimum is None or x >= minimum) and (maximum is None or x <= maximum)  # noqa: E731
+    return _number(name, value, f"a finite number{bounds}", is_within)
 
 
 def current_damping(value, is_to_be_found):
@@ -32,22 +29,23 @@ def current_damping(value, is_to_be_found):
 
 def positive(name, value):
     """Returns `value` as a float, or raises if it is not a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number > 0. Received: {name}={value!r}.")
-    return float(value)
+    return _number(name, value, "a finite number > 0", lambda x: x > 0)
 
 
 def fraction(name, value):
     """Returns `value` as a float, or raises if it is not a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
-        raise ValueError(f"`{name}` must be a number in (0, 1]. Received: {name}={value!r}.")
-    return float(value)
+    return _number(name, value, "a number in (0, 1]", lambda x: 0 < x <= 1)
 
 
 def below_one(name, value):
     """Returns `value` as a float, or raises if it is not a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}.")
+    return _number(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def _number(name, value, rule, holds):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and holds(value)):
+        raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}.")
     return float(value)
 
 

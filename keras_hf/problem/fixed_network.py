@@ -59,6 +59,11 @@ class Data(NamedTuple):
     y: Any
     sample_weight: Any
 
+    def tensors(self):
+        """Returns the same cases as tensors."""
+        to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
+        return Data(*keras.tree.map_structure(to_tensor, tuple(self)))
+
     def take(self, indices):
         """Returns the cases at `indices`, int32 `(k,)`."""
         return Data(
