@@ -6,9 +6,6 @@ import tensorflow as tf
 
 from keras_hf.problem.linearization import ForwardAccumulation
 
-# Exceptions at the end of an epoch's data, which are not errors.
-END_OF_DATA = (StopIteration, tf.errors.OutOfRangeError)
-
 
 @contextlib.contextmanager
 def unaltered_arithmetic(optimizes_graphs=False):
@@ -51,18 +48,15 @@ def values_kept(variables):
 
 
 @contextlib.contextmanager
-def values_kept_on_error(variables, but=()):
+def values_kept_on_error(variables):
     """Context that restores variables if it ends with an error.
 
     Args:
         variables: List of `tf.Variable`.
-        but: Tuple of exceptions that are not errors here.
     """
     before = [variable.read_value() for variable in variables]
     try:
         yield
-    except but:
-        raise
     except BaseException:
         _put_back(variables, before)
         raise

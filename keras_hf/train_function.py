@@ -38,7 +38,7 @@ class TrainFunction:
         for _ in range(self._model.steps_per_execution):
             try:
                 data = next(iterator)
-            except guard.END_OF_DATA:
+            except (StopIteration, tf.errors.OutOfRangeError):
                 if logs is None:
                     raise
                 break

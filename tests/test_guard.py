@@ -14,20 +14,27 @@ def choice(linearization=None, suspects=()):
 
 def settings():
     options = tf.config.optimizer.get_experimental_options()
-    return tf.config.experimental.tensor_float_32_execution_enabled(), options.get("arithmetic_optimization", True)
+    no_optimizers = options.get("disable_meta_optimizer", False)
+    arithmetic = options.get("arithmetic_optimization", True)
+    return tf.config.experimental.tensor_float_32_execution_enabled(), arithmetic, no_optimizers
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_arithmetic_is_unaltered_while_it_is_open_and_as_before_afterwards(tf32):
+@pytest.mark.parametrize("of_user", [True, False])
+def test_arithmetic_is_unaltered_while_it_is_open_and_as_before_afterwards(tf32, of_user):
+    """Of the graph optimizers those of the user's are on that the network gains by."""
     before = settings()
     try:
         tf.config.experimental.enable_tensor_float_32_execution(tf32)
-        with pytest.raises(RuntimeError), guard.unaltered_arithmetic():
-            assert settings() == (False, False)
-            raise RuntimeError
-        assert settings() == (tf32, before[1])
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not of_user})
+        for gains in (True, False):
+            with pytest.raises(RuntimeError), guard.unaltered_arithmetic(gains):
+                assert settings() == (False, False, not (of_user and gains))
+                raise RuntimeError
+            assert settings() == (tf32, before[1], not of_user)
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(before[0])
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": before[2]})
 
 
 def test_values_are_kept_whatever_happens():
@@ -48,20 +55,6 @@ def test_an_error_puts_values_back(error):
         variable.assign(2.0)
         raise error
     assert float(variable) == 1.0
-
-
-@pytest.mark.parametrize("end", [None, StopIteration(), tf.errors.OutOfRangeError(None, None, "End of sequence")])
-def test_the_end_of_the_data_is_no_error(end):
-    """The first of several updates that ran together stays."""
-    variable = tf.Variable(1.0)
-    try:
-        with guard.values_kept_on_error([variable], but=guard.END_OF_DATA):
-            variable.assign(2.0)
-            if end:
-                raise end
-    except type(end) as error:
-        assert error is end
-    assert float(variable) == 2.0
 
 
 def test_numbers_within_rounding_pass():

@@ -41,7 +41,9 @@ LOGS = {
 @pytest.fixture(scope="module")
 def model():
     """One model, traced once."""
-    return compiled(small_network(2, num_inputs=3, units=6), metrics=["mae"])
+    made = compiled(small_network(2, num_inputs=3, units=6), metrics=["mae"])
+    made.fit(X, Y, callbacks=[ConstantDamping()], verbose=0)
+    return made
 
 
 def shown(capsys):
@@ -155,6 +157,19 @@ def test_fit_shows_one_line_an_epoch_or_all_numbers_or_nothing_as_verbose_says(m
     found, logged, _ = names(3)
     assert found == [logged] * 2
     assert names(0)[2] == ""
+
+
+def test_before_the_first_update_fit_says_that_it_traces_and_which_solver_and_why(model, capsys):
+    said = "Tracing the first update: ConjugateGradient, as `HessianFree` was told"
+    for verbose in (1, 2, 0):
+        model.train_function.is_first_update = True
+        model.fit(X, Y, callbacks=[ConstantDamping()], verbose=verbose)
+        text = capsys.readouterr().out
+        assert text.count(said) == (verbose > 0)
+        # The bar takes its place, and it does not come again.
+        assert (said in lines(text)) == (verbose == 2)
+    model.fit(X, Y, callbacks=[ConstantDamping()])
+    assert "Tracing" not in capsys.readouterr().out
 
 
 def test_fit_shows_a_rejected_update_and_what_a_callback_adds_to_the_logs(model, capsys):

@@ -145,6 +145,16 @@ def test_other_networks_and_settings_take_conjugate_gradients(arguments):
     assert isinstance(classifier(**arguments).optimizer.solver, ConjugateGradient)
 
 
+def test_a_growing_batch_that_is_asked_for_is_taken_whatever_its_numbers_and_one_in_an_old_file_is_the_default():
+    asked_for = classifier(growing_batch=GrowingBatch()).optimizer
+    assert isinstance(asked_for.solver, ConjugateGradient) and not asked_for.chooses_solver
+    default = classifier().optimizer.get_config()
+    assert "growing_batch" not in default
+    # As versions up to 0.2 wrote it.
+    old = {**default, "growing_batch": keras.saving.serialize_keras_object(GrowingBatch())}
+    assert HessianFree.from_config(old).chooses_solver and HessianFree.from_config(default).chooses_solver
+
+
 def test_no_growing_batch_stays_none():
     assert classifier(growing_batch=None).optimizer.growing_batch is None
 

@@ -1,0 +1,80 @@
+"""What is known and chosen of a compiled model before its updates: once for cases of the same kind, and for any number of them."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import compiled, model_data
+from training import fit, normal, renewed, small_network, trainable
+
+from keras_hf import GaussNewton, Identity, setup
+from keras_hf.problem import structure
+from keras_hf.problem.fixed_network import Data
+
+X, Y = normal(20, 2, dtype="float32"), normal(20, 1, dtype="float32")
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The calls of `trace_structure`, in which the network is traced."""
+    calls, original = [], setup.trace_structure
+    monkeypatch.setattr(setup, "trace_structure", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+def test_a_setup_is_made_once_for_cases_of_one_kind_and_anew_for_others_and_other_settings(traces):
+    model = compiled(small_network())
+    data = model_data(model, X, Y)
+    first = model.setup_for(data)
+    assert model.setup_for(data.take([3, 4])) is first is model.setup and len(traces) == 1
+    with_weights = Data(data.x, data.y, tf.ones([20]))
+    assert model.setup_for(with_weights) is not first
+    model.optimizer.curvature = GaussNewton()
+    assert model.setup_for(with_weights).made_for != first.made_for and len(traces) == 3
+    model.compile(loss="mse")
+    assert model.setup is None
+
+
+def test_fit_traces_the_structure_once_and_a_second_fit_on_fewer_cases_nothing(traces):
+    model = trainable(preconditioner=Identity(), growing_batch=None)
+    for x, y in ((X, Y), (X, Y), (X[:15], Y[:15])):
+        fit(model, x, y)
+    assert len(traces) == 1 and model.setup.most_cases == 20
+
+
+def one_piece():
+    return trainable(preconditioner=Identity(), growing_batch=None)
+
+
+def test_what_is_traced_for_one_piece_is_traced_anew_where_more_cases_may_come_than_one_piece_takes(monkeypatch):
+    monkeypatch.setattr(structure, "_PIECE_MEMORY", 2**11)
+    model = renewed(one_piece)
+    fit(model, X[:4], Y[:4])
+    function, most = model.train_function, model.setup.most_supported
+    assert 4 <= most < 20
+    fit(model, X[:3], Y[:3])
+    assert model.train_function is function
+    fit(model, X, Y)
+    assert model.train_function is not function
+
+
+@pytest.mark.parametrize(
+    ("stack", "gains"),
+    [
+        ([keras.layers.Dense(4, "tanh")], False),
+        ([keras.layers.Reshape((2, 1)), keras.layers.LSTM(2)], True),
+        ([keras.layers.Reshape((2, 1)), keras.layers.Conv1D(2, 2), keras.layers.Flatten()], True),
+    ],
+    ids=["Dense", "LSTM", "Conv1D"],
+)
+def test_graphs_are_optimised_where_there_are_loops_or_convolutions(stack, gains):
+    model = compiled(small_network(1, *stack))
+    assert model.setup_for(model_data(model, X, Y)).gains_by_optimized_graphs == gains
+
+
+def test_passes_without_metrics_are_those_of_the_same_setup():
+    model = compiled(small_network(), metrics=["mae"])
+    without = model.setup_for(model_data(model, X, Y)).without_metrics()
+    assert without.programs is model.setup.programs
+    without.task.update_metrics(Data(X, Y, None), np.zeros_like(Y))
+    assert float(model.get_metrics_result()["mae"]) == 0
