@@ -58,13 +58,17 @@ class FitData:
         """Whether all cases come as one batch."""
         return self.num_cases is not None and self.source is None
 
-    def first_case(self):
-        """Returns the first case of arrays, a `Data` as batches will hold it."""
-        cases = self._x, self._y, self._sample_weight
-        first = keras.tree.map_structure(
-            lambda leaf: None if leaf is None else _tensor(getattr(leaf, "iloc", leaf)[:1]), cases
-        )
-        return Data(*keras.tree.lists_to_tuples(first))
+    def specs(self):
+        """Returns types and shapes of arrays as batches will hold them, a `Data` of `tf.TensorSpec`."""
+
+        def spec(array):
+            dtype = tf.as_dtype(np.asarray(getattr(array, "iloc", array)[:1]).dtype)
+            dtype = keras.config.floatx() if dtype.is_floating else dtype
+            return tf.TensorSpec([self.most_cases, *array.shape[1:]], dtype)
+
+        arrays = self._x, self._y, self._sample_weight
+        specs = keras.tree.map_structure(lambda array: None if array is None else spec(array), arrays)
+        return Data(*keras.tree.lists_to_tuples(specs))
 
     def for_keras(self, seed, is_of_any_length, num_replicas, has_single_steps):
         """Returns the arguments for `keras.Model.fit`, a dict.

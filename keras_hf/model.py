@@ -84,9 +84,9 @@ class HFModel(keras.Model):
 
     A `train_step` or `compute_loss` that the network overrides is not called; override `HFModel.compute_loss` instead.
 
-    The first update of a compiled model computes its loss twice and its step's curvature in two ways. If they differ by more than rounding (a network
-    that is a different function in every call, a second derivative that is wrong in TensorFlow), the update raises an error and leaves every value
-    unchanged. Weights with constraints are projected before the first update if they violate them, and in every step that is tried.
+    Before the first update of a compiled model its loss is computed once more, and a product is compared with its transpose. If they differ by more
+    than rounding (a network that is a different function in every call, a second derivative that is wrong in TensorFlow), there is an error, and
+    every value stays as it was. Weights with constraints are projected before the first update if they violate them, and in every step that is tried.
 
     `solver` is the solver in use: the optimizer's, or the one that was chosen for network and data. `last_trace` records how the last update found
     its step, a dict of tensors; `UpdateRecorder` writes it to a file. `save` and `save_weights` keep the file that they replace until the new one is
@@ -277,8 +277,9 @@ class HFModel(keras.Model):
           the next update.
         - `verbose`: "auto", 1 and 2 show loss, metrics and the numbers by which one steers: `damping`, `reduction_ratio`, `cg_iterations` (or
           `arc_step`, or `mu`). After the ratio stands "(rejected)" where the update changed no weight, "(converged)" where none can, or the step
-          size where the step was shortened. 3 shows all numbers of an update. With several batches in an epoch they are those of the last one. A
-          `ProgbarLogger` among the callbacks, or a `CallbackList`, is left as it is.
+          size where the step was shortened. Before the first update, which is traced, a line says so, and which solver was taken and why. 3 shows
+          all numbers of an update. With several batches in an epoch they are those of the last one. A `ProgbarLogger` among the callbacks, or a
+          `CallbackList`, is left as it is.
 
         Returns:
             A `keras.callbacks.History`.
@@ -555,7 +556,9 @@ class HFModel(keras.Model):
 
     def _prepare_for(self, fit_data):
         """Chooses the solver for a `FitData`, and prepares for it if the number of cases is known."""
-        few = None if fit_data.num_cases is None else self._built_for(fit_data.first_case())
+        few = None if fit_data.num_cases is None else fit_data.specs()
+        if few is not None:
+            self._maybe_symbolic_build(data_batch=tuple(few))
         trace = functools.cache(lambda: traced_structure(compiled_model.task_of(self), few))
         if few is not None and self._setup is not None and self._setup.is_for(self.optimizer, few):
             trace = lambda structure=self._setup.structure: structure  # noqa: E731

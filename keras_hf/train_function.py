@@ -65,7 +65,8 @@ class TrainFunction:
             with guard.unaltered_arithmetic(setup.gains_by_optimized_graphs):
                 logs, report = self._run(self._update, data, spec)
             loss = float(report.logs["loss"])
-            if found is not None:
+            # Where the gradient is not finite, neither need the product be right, and the step is rejected.
+            if found is not None and math.isfinite(float(report.logs["gradient_norm"])):
                 guard.raise_if_wrong(model.network.name, setup, loss, *found)
             num_nonfinite = 0 if math.isfinite(loss) else int(self._run(self._num_nonfinite, data, spec))
         self.is_first_update = False

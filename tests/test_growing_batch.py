@@ -211,7 +211,7 @@ def test_a_rejected_step_moves_on_and_is_no_miss_nor_are_unseen_cases_that_are_n
     x, model = X.copy(), renewed(impatient)
     x[[2, 12]] = np.nan
     before = model.get_weights()
-    with pytest.warns(UserWarning, match=f"1 of the {SIZE} cases"):
+    with pytest.warns(UserWarning, match="2 of the cases of the batch"):
         assert fit(model, x, Y)["step_size"] == [0]
     assert_equal(before, model.get_weights())
     assert state_of(model) == {"size": SIZE, "start": SIZE, "misses": 0}

@@ -140,7 +140,7 @@ def test_numbers_that_are_not_finite_are_not_handed_on():
     fit(model, x, y)
     before = state_of(model)
     x[3] = np.nan
-    with pytest.warns(UserWarning, match="1 of the 20 cases"):
+    with pytest.warns(UserWarning, match="1 of the cases of the batch"):
         assert fit(model, x, y)["step_size"] == [0]
     assert_same_state(state_of(model), before)
     assert fit(model, *cases())["step_size"][0] > 0

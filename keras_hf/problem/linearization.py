@@ -24,11 +24,13 @@ class Linearized(NamedTuple):
         factors: Callable `() -> (v -> Jv, u -> Hu, u -> J'u)`, the factors of a matrix `J'HJ`, against which products are checked. They use the
             tapes that the product keeps, if any. `None` for a matrix of another form.
         added: Callable `v -> Av`, the part of the product besides `J'HJ`, or `None`.
+        is_of_factors: Whether the product is made of the factors, so that it is right if they are.
     """
 
     product: Callable
     factors: Callable | None = None
     added: Callable | None = None
+    is_of_factors: bool = False
 
     def __call__(self, v, *more):
         return self.product(v, *more)
@@ -94,7 +96,9 @@ class DoubleBackward(Linearization):
         outputs, rest, tangents, pull_back = _transposed_twice(forward, variables)
         hessian = hessian_at(outputs, rest)
         return Linearized(
-            lambda v, *more: pull_back(hessian(tangents(v), *more)), lambda: (tangents, hessian, pull_back)
+            lambda v, *more: pull_back(hessian(tangents(v), *more)),
+            lambda: (tangents, hessian, pull_back),
+            is_of_factors=True,
         )
 
     def hessian(self, loss, variables):

@@ -13,6 +13,9 @@ from keras_hf.problem.jacobian import LocalRows, compiles_rows
 from keras_hf.problem.linearization import DoubleBackward, dense
 from keras_hf.problem.piece import PieceFunction, Totals
 
+# Roundings of H, in machine epsilons of the outputs' type.
+_NOISE = 10.0
+
 
 class Pass(NamedTuple):
     """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
@@ -248,7 +251,7 @@ class LocalObjective:
             return total + tf.stack([tf.stack([dot(v, image) for image in images]) for v in vectors])
 
         # The kept piece is checked: another linearization would take seconds to trace.
-        return _LocalProduct(product, forms, lambda v: self._sides(first, v))
+        return _LocalProduct(product, forms, lambda v: self._sides(first, v, piece.loss_scale / piece.all_cases))
 
     def _of_cases(self, sums):
         """Returns the results of the chunk's first piece, a nest of tensors; zeros if the piece is empty, as on a replica without cases.
@@ -271,16 +274,22 @@ class LocalObjective:
         largest = tf.reduce_max(tf.abs(v), -1, keepdims=v.shape.rank == 2)
         return tf.where(largest > 0, largest, tf.ones_like(largest))
 
-    def _sides(self, linearized, v):
-        """Computes, for a random u, both sides of `u'(Jv) = (J'u)'v` on a piece.
+    def _sides(self, linearized, v, scale):
+        """Computes, for a random u, both sides of `u'(Jv) = (J'u)'v` on a piece, and of `v'Gv = (Jv)'H(Jv)` where that does not follow.
+
+        Args:
+            linearized: `linearization.Linearized` of the piece.
+            v: Tensor `(n,)`.
+            scale: Scalar, by which the loss of a case counts in H.
 
         Returns:
-            Float64 scalars: left side, right side, and the size that their difference is relative to. `None` for a curvature without J.
+            For each identity a triple of float64 scalars: left side, right side, and the size that their difference is relative to. `None` for a
+            curvature without J.
         """
         if getattr(linearized, "factors", None) is None:
             return None
         v = unpack(v / self._size(v), self._task.variables)
-        tangents_of, _, pull_back = linearized.factors()
+        tangents_of, hessian, pull_back = linearized.factors()
         tangents = _copied(tangents_of(v))
         u = [
             tf.cast(tf.random.stateless_normal(tf.shape(tangent), [seed, 2], dtype=self._dtype), tangent.dtype)
@@ -290,8 +299,20 @@ class LocalObjective:
         with tf.control_dependencies(tangents):
             left, right = inner_product(u, tangents), inner_product(pull_back(_copied(u)), v)
         # If all tangents are lost, their size is zero, and the right side shows the error.
-        size = tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right)
-        return self._of_cases((left, right, size))
+        found = [(left, right, tf.sqrt(inner_product(u, u) * inner_product(tangents, tangents)) + tf.abs(right))]
+        if not linearized.is_of_factors:
+            with tf.control_dependencies([right]):
+                image = _copied(linearized(_copied(v)))
+            left, right = inner_product(v, image), inner_product(tangents, hessian(tangents))
+            if linearized.added is not None:
+                right += inner_product(v, linearized.added(v))
+            # The last term: if positive and negative curvature cancel, rounding is not small compared with the remainder; nor is it where a
+            # classifier is sure of all cases, so that H is the difference of numbers that cancel.
+            size = tf.sqrt(inner_product(v, v) * inner_product(image, image))
+            noise = _NOISE * self._structure.epsilon / self._structure.rounding * tf.cast(scale, tf.float64)
+            size = tf.abs(left) + tf.abs(right) + 1e-4 * size + noise * inner_product(tangents, tangents)
+            found.append((left, right, size))
+        return self._of_cases(found)
 
     def sum_over_chunk(self, function, num_cases):
         """Returns this replica's term of `Objective.sum_over_chunk`."""

@@ -79,11 +79,12 @@ class Product:
         Args:
             v: Tensor `(n,)`.
         """
-        sides = self._replicas.sum(lambda part, v: part.sides(v), self._parts, v)
-        if sides is None:
+        # As the product, which TensorFlow may differentiate otherwise in a function than outside.
+        sides = graph_function(lambda v: self._replicas.run(lambda part, v: part.sides(v), self._parts, v))
+        of_identities = self._replicas.total(sides(v))
+        if of_identities is None:
             return None
-        left, right, size = sides
-        return tf.math.divide_no_nan(tf.abs(left - right), size)
+        return tf.reduce_max([tf.math.divide_no_nan(tf.abs(left - right), size) for left, right, size in of_identities])
 
 
 class Rows:
