@@ -54,11 +54,10 @@ class LossFunction:
         self._variables = [variable.value for variable in model.trainable_variables]
         # That of now, whatever is trained later: random numbers depend on it.
         self._update_number = int(model.optimizer.iterations.numpy())
-        loss = lambda objective: objective.loss_at(tf.zeros([objective.num_weights], objective.dtype))  # noqa: E731
-        self._loss = self._compiled(loss)
+        self._loss = self._compiled(lambda objective: objective.loss())
         self._loss_and_gradient = self._compiled(lambda objective: objective.loss_and_gradient()[:2])
         self._product = self._compiled(lambda objective, v: objective.product(self._setup.curvature)(v))
-        self._residuals = self._compiled(lambda objective: (_residuals(objective), loss(objective)))
+        self._residuals = self._compiled(lambda objective: (_residuals(objective), objective.loss()))
         self._jacobian = self._compiled(_jacobian)
 
     @property

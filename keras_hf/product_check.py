@@ -73,11 +73,10 @@ def first_check(objective, setup, optimizer):
         The loss, and by how much the solver's product with a random vector fails what must hold of it, 0 where nothing is known: float64 scalars.
     """
     curvature, _ = setup.curvature.prepared(objective, optimizer.state().curvature)
-    zero = tf.zeros([objective.num_weights], objective.dtype)
-    loss = objective.loss_at(zero)
+    loss = objective.loss()
     # In sequence: memory is that of one pass.
     with tf.control_dependencies([loss]):
-        v = tf.random.stateless_normal(zero.shape, [0, 1], dtype=objective.dtype)
+        v = tf.random.stateless_normal([objective.num_weights], [0, 1], dtype=objective.dtype)
     error = setup.solver.product_error(objective, curvature, v)
     return loss, tf.zeros([], tf.float64) if error is None else error
 

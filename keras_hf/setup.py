@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common import checks
+from keras_hf.common.vectors import num_weights
 from keras_hf.compiled_model import task_of
 from keras_hf.problem import batching
 from keras_hf.problem.curvature import Curvature
@@ -18,6 +19,9 @@ from keras_hf.problem.places import Places
 from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
 from keras_hf.problem.structure import Structure, second_derivatives_explained, trace_structure
 from keras_hf.solvers.solver import Solver
+
+# From here on memory counts, and updates are long beside the first.
+_MANY_WEIGHTS = 100_000
 
 _logger = logging.getLogger("keras_hf")
 
@@ -61,9 +65,11 @@ class Setup(NamedTuple):
         """Whether updates are faster once TensorFlow has optimised their graphs, which takes up to a third of the first update.
 
         Without, later updates took 1.15 times as long with an LSTM and 1.07 with convolutions; on Dense layers, attention and Poisson's equation
-        1.00 to 1.02 (benchmarks/first_update.py).
+        1.00 to 1.02 (benchmarks/first_update.py). Those of a million weights held two vectors more.
         """
-        return bool(self.structure.nesting_ops) or any("Conv" in operation for operation in self.structure.layer_of_op)
+        is_large = num_weights(self.task.variables) > _MANY_WEIGHTS
+        has_convolutions = any("Conv" in operation for operation in self.structure.layer_of_op)
+        return is_large or has_convolutions or bool(self.structure.nesting_ops)
 
     @property
     def most_supported(self):

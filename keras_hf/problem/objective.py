@@ -318,6 +318,10 @@ class Objective:
                 states[place] = tf.cast(value, states[place].dtype)
         return states
 
+    def loss(self):
+        """Returns the loss over the batch at the start, float64. Cost: one forward pass."""
+        return self._replicas.sum(lambda part: part.loss(), self._parts)
+
     def loss_at(self, step):
         """Returns the loss over the batch at start + step, float64, and restores the weights. Cost: one forward pass."""
         # Added outside: TensorFlow loses the key of a reduction in a function that is called in a branch.
