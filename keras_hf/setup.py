@@ -35,12 +35,12 @@ class Setup(NamedTuple):
         curvature: `curvature.Curvature`, fitted to the network: products are formed by its linearization.
         solver: `solvers.solver.Solver`, the one in use.
         growing_batch: `batching.GrowingBatch`, or `None`: an update uses its whole batch.
-        chunk_size: Integer, the number of cases that products are formed on, over all replicas; `None` = those of `chunk_share`.
+        chunk_size: Integer, the number of cases that products are formed on, over all replicas; `None` = by `chunk_share`.
         chunk_share: Float in (0, 1], the same as a share of the cases of an update.
         piece_size: Integer, the number of cases in a piece; `None` = by memory.
         most_cases: Integer, an upper bound of the number of cases of a batch, or `None` where none is known.
-        programs: Dict, what is traced of passes; the one thing that grows.
         made_for: Settings of the optimizer, and types and shapes of a case, for which this is the setup; see `_what_counts`.
+        programs: Dict, what is traced of passes; the one thing that grows.
     """
 
     task: Task
