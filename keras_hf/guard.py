@@ -90,8 +90,8 @@ def raise_if_wrong(name, setup, loss, again, product_error):
         )
     if product_error > rounding:
         raise ValueError(
-            f"The products of '{name}' by `{type(setup.linearization).__name__}` are wrong: u'(Jv) and (J'u)'v must be equal, "
-            f"for any u and v. Their relative difference is {product_error:.2g}. {_cure_for_products(setup)} "
+            f"The products of '{name}' by `{type(setup.linearization).__name__}` are wrong: u'(Jv) and (J'u)'v, and v'Gv and "
+            f"(Jv)'H(Jv), must be equal. Their relative difference is {product_error:.2g}. {_cure_for_products(setup)} "
             "`HFModel.check_products` prints details."
         )
 

@@ -320,15 +320,14 @@ class HFModel(keras.Model):
             # Last, as Keras' own: it shows what the others add to the logs.
             if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
                 callbacks.append(UpdateProgress(shows_all=verbose == 3))
-        is_of_any_length = (
-            optimizer.growing_batch is not None and not self.solver.uses_all_cases
-        ) or strategy.num_replicas_in_sync > 1
+        # The growing part changes its length anyway.
+        grows = self._setup is not None and self._setup.growing_batch is not None
+        num_replicas = strategy.num_replicas_in_sync
         arguments = data.for_keras(
-            optimizer.seed, is_of_any_length, strategy.num_replicas_in_sync, self.steps_per_execution == 1
+            optimizer.seed, grows or num_replicas > 1, num_replicas, self.steps_per_execution == 1
         )
         self.make_train_function()
-        if not initial_epoch:
-            self.train_function.begins_at = int(optimizer.iterations.numpy())
+        self.train_function.begins_at = None if initial_epoch else int(optimizer.iterations.numpy())
         with complete_backups(found, self, is_chief(strategy)):
             history = super().fit(
                 **arguments,
@@ -585,18 +584,14 @@ class HFModel(keras.Model):
             self._keep_setup(None)
             self.train_function = None
 
-    def _built_for(self, data):
-        """Returns a `Data` of tensors, and makes the network's weights where they are not made yet."""
-        data = Data(*data).tensors()
-        self._maybe_symbolic_build(data_batch=tuple(data))
-        return data
-
     def _cases(self, method, x, y, sample_weight):
         """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""
         keras_private.require_compiled(self, method)
         checks.num_cases(x, y, sample_weight)
         compiled_model.require_targets(self, y)
-        return self._built_for((x, y, sample_weight))
+        data = Data(x, y, sample_weight).tensors()
+        self._maybe_symbolic_build(data_batch=tuple(data))
+        return data
 
     # Values and advice.
 

@@ -233,7 +233,7 @@ class HessianFree(keras.optimizers.Optimizer):
 
         Args:
             variables: List of `keras.Variable`, the trainable weights.
-            layers: List of `keras.Layer`, all layers of the network. Keras, which knows none, calls this method from nowhere: `HFModel` does.
+            layers: List of `keras.Layer`, all layers of the network; `HFModel`, which builds the optimizer in place of Keras, hands them over.
             solver: The solver to take where `chooses_solver`; `None` = the default.
         """
         if self.built:

@@ -62,10 +62,10 @@ class Setup(NamedTuple):
 
     @property
     def gains_by_optimized_graphs(self):
-        """Whether updates are faster once TensorFlow has optimised their graphs, which takes up to a third of the first update.
+        """Whether updates are faster once TensorFlow has optimised their graphs, which took 7 to 29 % of the first update.
 
-        Without, later updates took 1.15 times as long with an LSTM and 1.07 with convolutions; on Dense layers, attention and Poisson's equation
-        1.00 to 1.02 (benchmarks/first_update.py). Those of a million weights held two vectors more.
+        Without, later updates of the networks of benchmarks/first_update.py took 1.15 times as long with an LSTM and 1.07 with convolutions; on Dense
+        layers, attention and Poisson's equation 0.98 to 1.02. One of a million weights with Kronecker factors held two vectors more.
         """
         is_large = num_weights(self.task.variables) > _MANY_WEIGHTS
         has_convolutions = any("Conv" in operation for operation in self.structure.layer_of_op)

@@ -27,7 +27,10 @@ def reason(model):
     """Returns why a compiled model's solver is the one in use, for a user to read."""
     if not model.optimizer.chooses_solver:
         return "as `HessianFree` was told"
-    reasons = {DirectSolver: "for small systems in float64", PreconditionedMomentum: "for classifiers of dense layers"}
+    reasons = {
+        DirectSolver: "for small systems in float64",
+        PreconditionedMomentum: "for classifiers of dense layers and convolutions",
+    }
     return reasons.get(type(model.solver), "the default")
 
 

@@ -17,8 +17,7 @@ class Curvature(Part):
 
     Args:
         linearization: A `Linearization`, the way second derivatives are computed: `DoubleBackward()` (correct for every network that has second
-            derivatives) or `ForwardAccumulation()` (less memory; refused where it would be wrong). `None` =
-            `DoubleBackward()`.
+            derivatives) or `ForwardAccumulation()` (less memory; refused where it would be wrong). `None` = `DoubleBackward()`.
 
     Raises:
         TypeError: If `linearization` is not a `Linearization`.

@@ -355,7 +355,7 @@ class LocalObjective:
 
 
 class _LocalProduct(NamedTuple):
-    """One replica's share of a product `v -> Gv`, the forms `v'Gw`, and the sides of `u'(Jv) = (J'u)'v`; see `LocalObjective`."""
+    """One replica's share of a product `v -> Gv`, the forms `v'Gw`, and the sides of the product's identities; see `LocalObjective`."""
 
     product: Callable
     forms: Callable

@@ -71,10 +71,11 @@ class Product:
         return self._replicas.sum(lambda part, vectors: part.forms(vectors), self._parts, vectors)
 
     def error(self, v):
-        """Returns the relative error of `u'(Jv) = (J'u)'v` for a random u, a float64 scalar; `None` without a Jacobian J.
+        """Returns the relative error of `u'(Jv) = (J'u)'v` for a random u, or if it is larger, of `v'Gv = (Jv)'H(Jv)`: a float64 scalar.
 
-        On the first piece of every replica. If a second derivative of TensorFlow is wrong or tangents are lost, J and J' are not transposes of each
-        other, nor is `v'Gv` what `(Jv)'H(Jv)` is. Cost: a product.
+        `None` without a Jacobian J. On the first piece of every replica. If a second derivative of TensorFlow is wrong or tangents are lost, J and J'
+        are not transposes of each other. The second identity follows where the product is made of the same passes, and is left out there. Cost: one
+        product, or two.
 
         Args:
             v: Tensor `(n,)`.
