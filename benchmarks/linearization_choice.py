@@ -1,7 +1,7 @@
 """Whether the default linearization is the fastest one: six networks, every right way, in one process.
 
-The time of a product as CG asks for it, over one piece in float32, in rounds that take each way in turn so that a machine that drifts drifts for
-all; medians over the rounds. The ratio is to the fastest way: that of the default, double backward, should stay below 1.1.
+The time of a product as CG asks for it, over one micro-batch in float32, in rounds that take each way in turn so that a machine that drifts drifts
+for all; medians over the rounds. The ratio is to the fastest way: that of the default, double backward, should stay below 1.1.
 
     python -m benchmarks.linearization_choice --csv benchmarks/results/linearization_choice.csv
 """

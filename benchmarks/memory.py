@@ -5,7 +5,7 @@ Every number is the most that the tensors of a fresh process ever took in two up
 Tensors below 256 KiB are not counted: of small problems only `resident` says something.
 `resident` is the most that the process held, less what it held before the first update; Python's graphs are in that one, about 200 MiB.
 
-Over cases: 6 layers of 64 units, CG of 3 iterations, pieces of at most 100,000 cases. Over weights: 5 layers, 256 cases, CG of 25 iterations.
+Over cases: 6 layers of 64 units, CG of 3 iterations, micro-batches of at most 100,000 cases. Over weights: 5 layers, 256 cases, CG of 25 iterations.
 `ratio` is what the update took, less the kept iterates, over what the gradient took.
 
     python -m benchmarks.memory --csv benchmarks/results/memory.csv     # goes on where it stopped
@@ -44,7 +44,7 @@ COLUMNS = (
     "over source cases weights solver linearization preconditioner max_kept kept peak_mib gradient_mib iterates_mib ratio resident_mib"
 ).split()
 MIB = 2**20
-PIECE = 100_000
+MICRO_BATCH = 100_000
 QUICK = {"cases": [10**4], "weights": [10**6], "direct": [], "ways": ["double, kronecker"]}
 
 
@@ -95,7 +95,7 @@ def jobs(args):
     for cases in args.cases:
         for way in chosen(OVER_CASES):
             yield "cases", "arrays", cases, 0, way
-        if cases > PIECE and "double" in args.ways:
+        if cases > MICRO_BATCH and "double" in args.ways:
             yield "cases", "dataset", cases, 0, "double"
     for weights in args.weights:
         for way in chosen(OVER_WEIGHTS):
@@ -126,15 +126,15 @@ def measure(over, source, num_cases, size, way):
     x = np.random.default_rng(0).normal(size=(num_cases, 20)).astype("float32")
     y = np.sin(x[:, :1])
     weights = network.count_params()
-    piece = min(num_cases, PIECE)
+    micro_batch = min(num_cases, MICRO_BATCH)
     kept = 0
     if tuple(way) == GRADIENT:
-        run = gradient_of(network, x, y, piece)
+        run = gradient_of(network, x, y, micro_batch)
         before = _start()
         run()
     else:
         model = HFModel(network)
-        model.compile(optimizer_of(way, piece, max_iterations=25 if over == "weights" else 3), "mse")
+        model.compile(optimizer_of(way, micro_batch, max_iterations=25 if over == "weights" else 3), "mse")
         cases = (x, y)
         if source == "dataset":
             cases = (tf.data.Dataset.from_tensor_slices(cases).batch(num_cases),)
@@ -164,31 +164,33 @@ def build(over, size):
     return keras.Sequential([keras.Input((20,)), *hidden, keras.layers.Dense(1)])
 
 
-def gradient_of(network, x, y, piece):
-    """Returns a function without arguments that computes the gradient of the mean squared error, summed over pieces, twice."""
+def gradient_of(network, x, y, micro_batch):
+    """Returns a function without arguments that computes the gradient of the mean squared error, summed over micro-batches, twice."""
     import tensorflow as tf
 
     x, y = tf.constant(x), tf.constant(y)
     variables = [variable.value for variable in network.trainable_variables]
 
-    def of_piece(start, sums):
+    def of_micro_batch(start, sums):
         with tf.GradientTape() as tape:
-            error = network(x[start : start + piece]) - y[start : start + piece]
+            error = network(x[start : start + micro_batch]) - y[start : start + micro_batch]
             loss = tf.reduce_sum(error**2) / len(x)
         gradient = tape.gradient(loss, variables)
-        return start + piece, gradient if piece == len(x) else [a + b for a, b in zip(sums, gradient, strict=True)]
+        return start + micro_batch, gradient if micro_batch == len(x) else [
+            a + b for a, b in zip(sums, gradient, strict=True)
+        ]
 
     @tf.function(autograph=False)
     def gradient():
-        if piece == len(x):
-            return of_piece(0, None)[1]
+        if micro_batch == len(x):
+            return of_micro_batch(0, None)[1]
         start = (tf.constant(0), [tf.zeros(variable.shape) for variable in variables])
-        return tf.while_loop(lambda start, _: start < len(x), of_piece, start, parallel_iterations=1)[1]
+        return tf.while_loop(lambda start, _: start < len(x), of_micro_batch, start, parallel_iterations=1)[1]
 
     return lambda: [gradient() for _ in range(2)][1]
 
 
-def optimizer_of(way, piece, max_iterations):
+def optimizer_of(way, micro_batch, max_iterations):
     """Returns `HessianFree` with a solver, a linearization and a preconditioner by their names."""
     from keras_hf import (
         ConjugateGradient,
@@ -206,7 +208,7 @@ def optimizer_of(way, piece, max_iterations):
 
     solver, linearization, preconditioner, max_kept = way
     if solver == "direct":
-        return HessianFree(1e-3, DirectSolver(), micro_batch_size=piece, seed=0)
+        return HessianFree(1e-3, DirectSolver(), micro_batch_size=micro_batch, seed=0)
     curvature = GaussNewton({"double": DoubleBackward, "forward": ForwardAccumulation}[linearization]())
     if solver == "momentum":
         solver = PreconditionedMomentum()
@@ -216,7 +218,7 @@ def optimizer_of(way, piece, max_iterations):
         solver = ConjugateGradient(
             parts[preconditioner](), RelativeProgress(1e-9), max_iterations, max_kept_iterates=max_kept
         )
-    return HessianFree(1e-3, solver, curvature=curvature, growing_batch=None, micro_batch_size=piece, seed=0)
+    return HessianFree(1e-3, solver, curvature=curvature, growing_batch=None, micro_batch_size=micro_batch, seed=0)
 
 
 def _start():

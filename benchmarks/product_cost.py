@@ -1,8 +1,8 @@
 """What a product costs, beside a compiled gradient and beside the work of an update that is no pass over data.
 
 Networks: the CURVES autoencoder 784-400-200-100-50-25-6 and mirror, 842,340 weights, on synthetic curves, and a small convolutional classifier on
-noise. One piece, float32. Everything is timed in one process, in rounds that take each quantity in turn, so that a machine that drifts drifts for
-all; medians over the rounds are printed, and written as CSV.
+noise. One micro-batch, float32. Everything is timed in one process, in rounds that take each quantity in turn, so that a machine that drifts drifts
+for all; medians over the rounds are printed, and written as CSV.
 
     python -m benchmarks.product_cost --cases 5000 --csv benchmarks/results/product_cost.csv
 """

@@ -68,7 +68,7 @@ matplotlib.use("Agg")
 
 RESULTS = Path("benchmarks", "results", "time_to_error")
 TRIALS = Path("runs", "time_to_error")  # Of runs that did not get the whole time.
-PIECE_SIZE = 5000
+MICRO_BATCH_SIZE = 5000
 FIRST_ORDER = ("adam", "nag", "muon", "adam-glorot", "sgd", "gd", "momentum")
 
 
@@ -477,9 +477,9 @@ class Curve(Recorder):
 
     def _means(self, x, y):
         sums = {}
-        for start in range(0, len(x), PIECE_SIZE):
-            piece = slice(start, start + PIECE_SIZE)
-            for name, values in self._values(x[piece], y[piece]).items():
+        for start in range(0, len(x), MICRO_BATCH_SIZE):
+            micro_batch = slice(start, start + MICRO_BATCH_SIZE)
+            for name, values in self._values(x[micro_batch], y[micro_batch]).items():
                 sums[name] = sums.get(name, 0.0) + np.sum(values, dtype="float64")
         return {name: float(total) / len(x) for name, total in sums.items()}
 

@@ -82,7 +82,7 @@ class Advice:
         )
 
     def unknown_combination(self):
-        """Warns that the loss of a batch does not follow from the losses of its pieces."""
+        """Warns that the loss of a batch does not follow from the losses of its micro-batches."""
         self.warn_once(
             "combination",
             "The loss of a batch cannot be put together from parts of it (the loss function gives one number or compares cases, as `Circle` "

@@ -5,7 +5,6 @@ import keras
 from keras_hf.common import checks, keras_private
 from keras_hf.common.replaced import replaced
 from keras_hf.problem.fixed_network import Task
-from keras_hf.problem.linearization import without_fused_kernels
 from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
 
 
@@ -45,7 +44,8 @@ def task_of(model):
     seeds = {id(generator.state): generator.state for generator in generators}
 
     def network(x):
-        with without_fused_kernels(layers):
+        # cuDNN's fused kernels have no second derivative.
+        with replaced(*[(layer, "use_cudnn", False) for layer in layers if hasattr(layer, "use_cudnn")]):
             return model(x, training=True)
 
     return Task(

@@ -78,7 +78,7 @@ class DampingCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # NaN: the first update could not find it yet, and there is nothing to adapt.
         if self.adaptive and not math.isnan(logs["damping"]):
-            damping = self._as_other_cases_allow(self.next_damping(logs["damping"], logs), logs["damping"])
+            damping = self._noise_floor(self.next_damping(logs["damping"], logs), logs["damping"])
             self.model.optimizer.damping.assign(self.within_limits(damping))
 
     def within_limits(self, damping):
@@ -89,7 +89,7 @@ class DampingCallback(keras.callbacks.Callback):
             damping = min(max(damping, least), greatest)
         return min(max(damping, self.min_damping), self.max_damping)
 
-    def _as_other_cases_allow(self, damping, before):
+    def _noise_floor(self, damping, before):
         """Returns the damping, or a larger one where it is small enough for rounding to decide what steps do to other cases."""
         optimizer, scale = self.model.optimizer, self._scale(damping)
         if not scale:

@@ -5,6 +5,7 @@ import contextlib
 import tensorflow as tf
 
 from keras_hf.problem.linearization import ForwardAccumulation
+from keras_hf.problem.second_derivatives import cures_of_wrong_ones
 
 
 @contextlib.contextmanager
@@ -99,5 +100,5 @@ def raise_if_wrong(name, setup, loss, again, product_error):
 def _cure_for_products(setup):
     if isinstance(setup.linearization, ForwardAccumulation):
         return "Leave the curvature's `linearization` at its default, or use `DoubleBackward()`."
-    known = " ".join(setup.structure.suspects) or "Replace that layer."
+    known = " ".join(cures_of_wrong_ones(setup.structure.layer_of_op)) or "Replace that layer."
     return f"TensorFlow has a wrong second derivative of one of the operations. {known}"

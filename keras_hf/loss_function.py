@@ -27,8 +27,8 @@ class LossFunction:
     entries of an output; with sample weights the sum of weighted losses by the number of cases), plus regularizers and added losses, once. Products
     are with the curvature of the compiled optimizer over the same cases, regularizers included, the damping not. It is one fixed function: random
     layers such as `Dropout` draw the same numbers in every call, and BatchNormalization normalizes by the statistics of the cases (where memory calls
-    for several pieces, by those of each piece: see `HessianFree(micro_batch_size=...)`). `growing_batch`, `curvature_batch_size` and constraints are
-    for `fit` alone: all cases count, and weights are taken as they are.
+    for several micro-batches, by those of each micro-batch: see `HessianFree(micro_batch_size=...)`). `growing_batch`, `curvature_batch_size` and
+    constraints are for `fit` alone: all cases count, and weights are taken as they are.
 
     For a loss that is half a sum of squares, such as "mse", `residuals` and `jacobian` are what `scipy.optimize.least_squares` asks for:
     `least_squares(f.residuals, f.weights, f.jacobian)`. Use float64 there.

@@ -14,6 +14,7 @@ from keras_hf import compiled_model, covariance, guard, step, workers
 from keras_hf.advice import Advice
 from keras_hf.backup import complete_backups
 from keras_hf.common import checks, files, keras_private
+from keras_hf.common.cluster import is_chief
 from keras_hf.common.replaced import replaced
 from keras_hf.damping import DampingCallback
 from keras_hf.fit_data import FitData, is_arrays
@@ -22,7 +23,7 @@ from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
 from keras_hf.problem.curvature import GaussNewton
 from keras_hf.problem.fixed_network import Data
-from keras_hf.problem.replicas import across_replicas, is_chief
+from keras_hf.problem.replicas import across_replicas
 from keras_hf.product_check import checked_products, report
 from keras_hf.progress import UpdateProgress
 from keras_hf.setup import prepare, traced_structure
@@ -225,7 +226,7 @@ class HFModel(keras.Model):
                 self._advice.loss_of_gauss_newton(name)
         if kwargs.get("jit_compile", "auto") not in ("auto", False):
             raise ValueError(
-                "`HFModel` cannot train under XLA, whose shapes must not change: pieces of a batch differ in size. "
+                "`HFModel` cannot train under XLA, whose shapes must not change: micro-batches of a batch differ in size. "
                 f"Received: jit_compile={kwargs['jit_compile']!r}. Leave `jit_compile` out: the update is one `tf.function` already."
             )
         kwargs["jit_compile"] = False
@@ -310,16 +311,8 @@ class HFModel(keras.Model):
             compiled_model.require_targets(self, y)
         self._prepare_for(data)
         self._advice.cases_come_as(data.source)
-        callbacks = workers.callbacks_of(strategy, callbacks)
         verbose = workers.verbose_of(strategy, verbose)
-        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
-        if not any(isinstance(callback, DampingCallback) for callback in found):
-            self._advice.no_damping_rule()
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = sorted(found, key=lambda callback: not isinstance(callback, DampingCallback))
-            # Last, as Keras' own: it shows what the others add to the logs.
-            if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
-                callbacks.append(UpdateProgress(shows_all=verbose == 3))
+        callbacks, found = self._in_order(workers.callbacks_of(strategy, callbacks), verbose)
         # The growing part changes its length anyway.
         grows = self._setup is not None and self._setup.growing_batch is not None
         num_replicas = strategy.num_replicas_in_sync
@@ -511,7 +504,7 @@ class HFModel(keras.Model):
     @property
     def losses(self):
         """Losses added in `call`, by activity regularizers and by weight regularizers."""
-        # An update adds them separately: they are not in the compiled loss of a piece.
+        # An update adds them separately: they are not in the compiled loss of a micro-batch.
         return super().losses if self.adds_losses else []
 
     # What is prepared before the first update.
@@ -583,6 +576,19 @@ class HFModel(keras.Model):
             optimizer.solve_by(DirectSolver() if pays else None)
             self._keep_setup(None)
             self.train_function = None
+
+    def _in_order(self, callbacks, verbose):
+        """Returns the callbacks of a `fit`, damping rules first and progress last, and the list of the user's among them."""
+        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
+        if not any(isinstance(callback, DampingCallback) for callback in found):
+            self._advice.no_damping_rule()
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            return callbacks, found
+        callbacks = sorted(found, key=lambda callback: not isinstance(callback, DampingCallback))
+        # Last, as Keras' own: it shows what the others add to the logs.
+        if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
+            callbacks.append(UpdateProgress(shows_all=verbose == 3))
+        return callbacks, found
 
     def _cases(self, method, x, y, sample_weight):
         """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""

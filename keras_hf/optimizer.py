@@ -65,11 +65,11 @@ class HessianFree(keras.optimizers.Optimizer):
         curvature_batch_size: Integer >= 1, the number of cases that products are formed on: one chunk of the batch per update, in turn. `None` =
             all. Usually thousands: with too few, CG fits the curvature of the chunk and not that of the loss. Split among replicas.
         micro_batch_size: Integer >= 1, the number of cases processed at a time on each replica. It changes memory, not results (unless layers combine
-            cases, as BatchNormalization does). Products are fastest if the chunk is one such piece, whose linearization is then kept; further
-            pieces are linearized again in every product. `None` = the chunk's size, or as many cases as keep that piece within about 2 GiB, estimated
-            from what the network, loops included, writes per case. If lengths are known only at run time, as for sequences of shape `(None, 64)`, the
-            longest of the batch counts for all, and tracing the first update takes longer, since several pieces must be possible; a number avoids
-            that.
+            cases, as BatchNormalization does). Products are fastest if the chunk is one such micro-batch, whose linearization is then kept; further
+            micro-batches are linearized again in every product. `None` = the chunk's size, or as many cases as keep that micro-batch within about 2
+            GiB, estimated from what the network, loops included, writes per case. If lengths are known only at run time, as for sequences of shape
+            `(None, 64)`, the longest of the batch counts for all, and tracing the first update takes longer, since several micro-batches must be
+            possible; a number avoids that.
         seed: Integer in [0, 2^31 - 1], the seed of the order of cases and chunks. `None` draws one, which is saved, also in files of weights.
         structural_damping: `StructuralDamping`, for recurrent networks: damps changes of hidden states too. `None` (default) = of the weights alone.
         use_ema: Whether to keep an exponential moving average of the weights over updates, as Keras' optimizers do (Polyak averaging). On minibatches

@@ -11,13 +11,14 @@ from keras_hf.common import checks
 from keras_hf.common.vectors import num_weights
 from keras_hf.compiled_model import task_of
 from keras_hf.problem import batching
+from keras_hf.problem.case_range import CaseRange
 from keras_hf.problem.curvature import Curvature
 from keras_hf.problem.fixed_network import FixedNetwork, Task
 from keras_hf.problem.local_objective import LocalCases
 from keras_hf.problem.objective import Objective
-from keras_hf.problem.places import Places
 from keras_hf.problem.replicas import across_replicas, of_each_replica, replica_number
-from keras_hf.problem.structure import Structure, second_derivatives_explained, trace_structure
+from keras_hf.problem.second_derivatives import second_derivatives_explained
+from keras_hf.problem.structure import Structure, trace_structure
 from keras_hf.solvers.solver import Solver
 
 # From here on memory counts, and updates are long beside the first.
@@ -37,7 +38,7 @@ class Setup(NamedTuple):
         growing_batch: `batching.GrowingBatch`, or `None`: an update uses its whole batch.
         chunk_size: Integer, the number of cases that products are formed on, over all replicas; `None` = by `chunk_share`.
         chunk_share: Float in (0, 1], the same as a share of the cases of an update.
-        piece_size: Integer, the number of cases in a piece; `None` = by memory.
+        micro_batch_size: Integer, the number of cases in a micro-batch; `None` = by memory.
         most_cases: Integer, an upper bound of the number of cases of a batch, or `None` where none is known.
         made_for: Settings of the optimizer, and types and shapes of a case, for which this is the setup; see `_what_counts`.
         programs: Dict, what is traced of passes; the one thing that grows.
@@ -50,7 +51,7 @@ class Setup(NamedTuple):
     growing_batch: Any
     chunk_size: Any
     chunk_share: float
-    piece_size: Any
+    micro_batch_size: Any
     most_cases: Any
     made_for: tuple
     programs: dict
@@ -79,7 +80,7 @@ class Setup(NamedTuple):
         if self.solver.uses_all_cases:
             # Replicas have room for so many rows.
             return self.most_cases
-        sizes = self._default_piece_size(None), self.chunk_size or math.inf
+        sizes = self._default_micro_batch_size(None), self.chunk_size or math.inf
         return sizes[0] if self.most_cases <= sizes[0] < sizes[1] else math.inf
 
     def is_for(self, optimizer, data):
@@ -91,31 +92,35 @@ class Setup(NamedTuple):
         return self._replace(task=self.task._replace(update_metrics=lambda data, y_pred: None))
 
     def divided(self, cases, data, update_number):
-        """Returns the `batching.Pieces` of an update's cases.
+        """Returns the `batching.MicroBatches` of an update's cases.
 
         Args:
-            cases: `places.Places`.
+            cases: `case_range.CaseRange`.
             data: `Data` that holds them.
             update_number: int32 scalar.
         """
-        piece_size, chunk_size, chunk_share = self._default_piece_size(data), self.chunk_size, self.chunk_share
+        micro_batch_size, chunk_size, chunk_share = (
+            self._default_micro_batch_size(data),
+            self.chunk_size,
+            self.chunk_share,
+        )
         if "unknown" in self.structure.combinations:
-            piece_size, chunk_size, chunk_share = None, None, 1.0
+            micro_batch_size, chunk_size, chunk_share = None, None, 1.0
         bounds = [bound for bound in (chunk_size, data.static_num_cases, self.most_supported) if bound is not None]
-        # Unknown if the size of pieces depends on lengths at run time: products are then traced for several pieces.
-        is_one = piece_size is None or (not tf.is_tensor(piece_size) and piece_size >= min(bounds))
+        # Unknown if the size of micro-batches depends on lengths at run time: products are then traced for several micro-batches.
+        is_one = micro_batch_size is None or (not tf.is_tensor(micro_batch_size) and micro_batch_size >= min(bounds))
         if chunk_size is None and chunk_share < 1:
             chunk_size = batching.chunk_of(chunk_share, cases.num_cases)
         seed = tf.convert_to_tensor(self.task.seed)
-        return batching.divide(cases, chunk_size, piece_size, update_number, seed, is_one)
+        return batching.divide(cases, chunk_size, micro_batch_size, update_number, seed, is_one)
 
-    def _default_piece_size(self, data):
-        """Returns `piece_size`, or the size by memory: a tensor where lengths are unknown, or infinity without data."""
-        if self.piece_size is not None:
-            return self.piece_size
+    def _default_micro_batch_size(self, data):
+        """Returns `micro_batch_size`, or the size by memory: a tensor where lengths are unknown, or infinity without data."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
         if data is None and self.structure.unknown_axes:
             return math.inf
-        return self.structure.default_piece_size(data, self.chunk_size)
+        return self.structure.default_micro_batch_size(data, self.chunk_size)
 
 
 def _what_counts(optimizer, data):
@@ -181,15 +186,15 @@ def with_objective(setup, data, function, cases=None, unseen=None, update_number
         setup: `Setup`.
         data: `Data`, this replica's cases of the objective.
         function: Callable; where there are unseen cases, their objective is its second argument.
-        cases: `places.Places`, which cases of the batch these are; `None` = all.
-        unseen: `Data` and `Places` of cases that the update does not use, or `None`.
+        cases: `case_range.CaseRange`, which cases of the batch these are; `None` = all.
+        unseen: `Data` and `CaseRange` of cases that the update does not use, or `None`.
         update_number: int32 scalar, the number of updates before this one, from which random numbers and chunks are drawn; `None` = those so far.
 
     Returns:
         What `function` returns, on every replica.
     """
     if cases is None:
-        cases = Places.of_batch(of_each_replica(data.num_cases), replica_number())
+        cases = CaseRange.of_batch(of_each_replica(data.num_cases), replica_number())
     if update_number is None:
         update_number = tf.cast(setup.task.num_updates.value, tf.int32)
     fixed = FixedNetwork(setup.task, setup.structure, update_number, setup.programs)

@@ -10,8 +10,8 @@ import tensorflow as tf
 from keras_hf.common import checks, keras_private
 from keras_hf.common.part import if_finite
 from keras_hf.problem import batching
+from keras_hf.problem.case_range import CaseRange
 from keras_hf.problem.fixed_network import Data
-from keras_hf.problem.places import Places
 from keras_hf.problem.replicas import of_each_replica, replica_number
 from keras_hf.setup import with_objective
 from keras_hf.update import hf_update
@@ -92,7 +92,7 @@ def on_update_cases(setup, optimizer, data, function):
     """
     with tf.control_dependencies(checks.equal_lengths(*data)):
         data = Data(*keras.tree.map_structure(lambda leaf: None if leaf is None else tf.identity(leaf), tuple(data)))
-    cases, unseen = Places.of_batch(of_each_replica(data.num_cases), replica_number()), None
+    cases, unseen = CaseRange.of_batch(of_each_replica(data.num_cases), replica_number()), None
     if setup.growing_batch is not None:
         cases, unseen = setup.growing_batch.select(optimizer.state().growing_batch, cases.counts, cases.replica)
         unseen = unseen.first(batching.chunk_of(setup.chunk_share, unseen.num_cases))

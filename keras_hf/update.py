@@ -75,6 +75,17 @@ class UpdateResult(NamedTuple):
     trace: dict
 
 
+class _Measured(NamedTuple):
+    """How well the quadratic model predicted the loss of a step, and what of it rounding explains."""
+
+    reduction_ratio: tf.Tensor
+    squared_length: tf.Tensor
+    rounding: tf.Tensor
+    is_at_rounding: tf.Tensor
+    is_hidden: tf.Tensor
+    num_products: tf.Tensor
+
+
 def hf_update(objective, curvature, solver, state, unseen=None):
     """Computes one update.
 
@@ -114,9 +125,62 @@ def hf_update(objective, curvature, solver, state, unseen=None):
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 
+    measured = _measured(objective, path, taken, linearize(), gradient, gradient_norm, at_start)
+    step_size = tf.where(measured.squared_length == 0, tf.zeros([], tf.float64), taken.step_size)
+    accepted = step_size > 0
+    step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
+    # 0 times a candidate that is not finite would be NaN.
+    step = objective.agreed(tf.where(accepted, step, tf.zeros([], step.dtype)))
+    reduction = taken.start_loss - taken.loss
+    return UpdateResult(
+        step=step,
+        step_size=step_size,
+        loss=at_start.loss,
+        gradient_norm=gradient_norm,
+        damping=found_damping,
+        reduction_ratio=measured.reduction_ratio,
+        actual_reduction=reduction,
+        unseen=unseen(step) if unseen else None,
+        state=state._replace(
+            damping=found_damping,
+            scale=scale,
+            loss=at_start.loss,
+            least_loss=tf.where(at_start.loss < state.least_loss, at_start.loss, state.least_loss),
+            convergence=state.convergence.after(
+                measured.is_at_rounding, accepted & (reduction > measured.rounding) & ~measured.is_hidden, norm, damping
+            ),
+            solver=path.next_state(step),
+            curvature=curvature_state,
+        ),
+        network_states=at_start.states,
+        logs=path.logs(taken.row),
+        trace={
+            "losses": taken.losses,
+            "num_cuts": taken.num_cuts,
+            "num_products": measured.num_products,
+            **path.trace,
+        },
+    )
+
+
+def _scale_and_damping(objective, linearize, gradient, state):
+    """Returns the scale of the curvature and the damping: those of the state, or else computed now; the damping is NaN if that is impossible."""
+    # In sequence: the graph would otherwise run gradient and linearization in parallel and hold the activations of both.
+    with tf.control_dependencies([gradient]):
+        product = linearize()
+    scale = tf.cond(
+        state.scale > 0,
+        lambda: state.scale,
+        lambda: curvature_scale(gradient, dot(gradient, product(gradient)), objective.start_vector),
+    )
+    scale = objective.agreed(scale)
+    return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale), state.damping)
+
+
+def _measured(objective, path, taken, product, gradient, gradient_norm, at_start):
+    """Returns the `_Measured` of the step that the search has taken. Cost: one product, unless the path has made it."""
     # At step size 1 and without damping, as in Martens' released code, which has the loss of the chunk, though, and the gradient of all cases. Then
     # the ratio of short steps is not 1: where the gradients of cases cancel, it may stay small, and the damping rise for ever.
-    product = linearize()
     model_step = taken.candidate if path.model_steps is None else path.model_steps[taken.row]
     if path.curvatures is None:
         along_step, num_products = dot(model_step, product(model_step)), path.num_products + 1
@@ -137,61 +201,13 @@ def hf_update(objective, curvature, solver, state, unseen=None):
     step_rounding = epsilon(objective.dtype) ** 2 * squared_weights
     is_hidden = squared_length <= step_rounding
     is_at_rounding |= is_hidden
-    is_measured = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
-
-    step_size = tf.where(squared_length == 0, tf.zeros([], tf.float64), taken.step_size)
-    accepted = step_size > 0
-    step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
-    # 0 times a candidate that is not finite would be NaN.
-    step = objective.agreed(tf.where(accepted, step, tf.zeros([], step.dtype)))
-    reduction = taken.start_loss - taken.loss
-    return UpdateResult(
-        step=step,
-        step_size=step_size,
-        loss=at_start.loss,
-        gradient_norm=gradient_norm,
-        damping=found_damping,
-        reduction_ratio=_reduction_ratio(actual_reduction, predicted_reduction, is_measured),
-        actual_reduction=reduction,
-        unseen=unseen(step) if unseen else None,
-        state=state._replace(
-            damping=found_damping,
-            scale=scale,
-            loss=at_start.loss,
-            least_loss=tf.where(at_start.loss < state.least_loss, at_start.loss, state.least_loss),
-            convergence=state.convergence.after(
-                is_at_rounding, accepted & (reduction > rounding) & ~is_hidden, norm, damping
-            ),
-            solver=path.next_state(step),
-            curvature=curvature_state,
-        ),
-        network_states=at_start.states,
-        logs=path.logs(taken.row),
-        trace={
-            "losses": taken.losses,
-            "num_cuts": taken.num_cuts,
-            "num_products": num_products,
-            **path.trace,
-        },
-    )
+    is_known = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
+    ratio = _reduction_ratio(actual_reduction, predicted_reduction, is_known)
+    return _Measured(ratio, squared_length, rounding, is_at_rounding, is_hidden, num_products)
 
 
-def _scale_and_damping(objective, linearize, gradient, state):
-    """Returns the scale of the curvature and the damping: those of the state, or else computed now; the damping is NaN if that is impossible."""
-    # In sequence: the graph would otherwise run gradient and linearization in parallel and hold the activations of both.
-    with tf.control_dependencies([gradient]):
-        product = linearize()
-    scale = tf.cond(
-        state.scale > 0,
-        lambda: state.scale,
-        lambda: curvature_scale(gradient, dot(gradient, product(gradient)), objective.start_vector),
-    )
-    scale = objective.agreed(scale)
-    return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale), state.damping)
-
-
-def _reduction_ratio(actual, predicted, is_measured):
-    """Returns actual over predicted; minus infinity if the loss rose or is not finite, NaN if nothing was measured."""
+def _reduction_ratio(actual, predicted, is_known):
+    """Returns actual over predicted; minus infinity if the loss rose or is not finite, NaN if it says nothing."""
     fell = actual >= 0
     ratio = tf.where(fell, actual / predicted, tf.constant(-float("inf"), tf.float64))
-    return tf.where(is_measured, ratio, tf.constant(float("nan"), tf.float64))
+    return tf.where(is_known, ratio, tf.constant(float("nan"), tf.float64))

@@ -1,6 +1,6 @@
-"""Several processes that train together: how they meet, whether they have the same job, and who writes files.
+"""Several processes that train together: the rendezvous, whether they have the same job, and who writes files.
 
-TensorFlow's own meeting has no end if a worker never comes, and its error for a port in use names none.
+TensorFlow's own rendezvous never ends if a worker does not come, and its error for a port in use names none.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_hf import compiled_model
 from keras_hf.common.checks import positive
-from keras_hf.problem.replicas import is_chief, num_workers, tasks_of, worker_number
+from keras_hf.common.cluster import is_chief, num_workers, tasks_of, worker_number
 from keras_hf.recorder import UpdateRecorder
 
 # Callbacks that do nothing but write files; not those derived from them, which may do more.
@@ -62,11 +62,11 @@ def multi_worker_strategy(cluster_resolver=None, timeout=60.0, communication_opt
                 f"The cluster must hold this task. Received: task {own[0]} {own[1]} and the workers {_named(tasks)}. Set `task` in `TF_CONFIG` "
                 "to one of them."
             )
-        _meet(addresses, own, timeout)
+        _rendezvous(addresses, own, timeout)
     return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver, communication_options)
 
 
-def _meet(addresses, own, timeout):
+def _rendezvous(addresses, own, timeout):
     """Returns once all workers have come: the chief listens at its address, the others say there who they are, and wait for its word.
 
     Args:
@@ -77,9 +77,9 @@ def _meet(addresses, own, timeout):
     end, chief = time.monotonic() + timeout, next(iter(addresses))
     with _listener(addresses[own], own) as listener:
         if own == chief:
-            _gather(listener, set(addresses) - {own}, end, timeout)
+            _accept_workers(listener, set(addresses) - {own}, end, timeout)
     if own != chief:
-        _report(addresses[chief], own, end, timeout)
+        _register(addresses[chief], own, end, timeout)
 
 
 def _listener(address, own):
@@ -95,7 +95,7 @@ def _listener(address, own):
         ) from error
 
 
-def _gather(listener, missing, end, timeout):
+def _accept_workers(listener, missing, end, timeout):
     """Accepts the workers, and gives all of them the word."""
     with contextlib.ExitStack() as stack:
         connections = []
@@ -120,7 +120,7 @@ def _gather(listener, missing, end, timeout):
             connection.sendall(b"go\n")
 
 
-def _report(address, own, end, timeout):
+def _register(address, own, end, timeout):
     """Says to the chief who has come, and waits for its word."""
     while True:
         try:

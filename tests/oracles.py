@@ -34,7 +34,7 @@ def traced_matrices(model, data, curvatures):
     def of(objective):
         return matrices(objective, [curvature.fitted_to(model.setup.structure) for curvature in curvatures])
 
-    # One piece: what is linearized is the same in every further piece.
+    # One micro-batch: what is linearized is the same in every further micro-batch.
     model.optimizer.curvature_batch_size = model.optimizer.micro_batch_size = NUM_CASES
     model.optimizer.curvature = GaussNewton()
     compute = tf.function(lambda cases: on_objective(model, cases, of), autograph=False)
@@ -56,15 +56,15 @@ def is_rejected(model, data, curvature):
 
 
 class DenseJacobian(Curvature):
-    """The oracle for networks that draw random numbers: `J'HJ` of the mean squared error, J by `GradientTape.jacobian` of the piece itself."""
+    """The oracle for networks that draw random numbers: `J'HJ` of the mean squared error, J by `GradientTape.jacobian` of the micro-batch itself."""
 
     def fitted_to(self, structure):
         return self
 
-    def linearize(self, piece):
+    def linearize(self, micro_batch):
         with tf.GradientTape(persistent=True) as tape:
-            output = flat(piece.forward().outputs)
-        j = tape.jacobian(output, piece.variables, experimental_use_pfor=False, unconnected_gradients="zero")
+            output = flat(micro_batch.forward().outputs)
+        j = tape.jacobian(output, micro_batch.variables, experimental_use_pfor=False, unconnected_gradients="zero")
 
         def product(v):
             tangent = tf.add_n([tf.tensordot(part, u, u.shape.rank) for part, u in zip(j, v, strict=True)])

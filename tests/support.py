@@ -749,7 +749,7 @@ def table(rows):
             row.note,
             "In float32: there is no float64 kernel." * (row.floatx == "float32"),
             "Indefinite." * row.is_indefinite,
-            "In one piece." * (row.warning == WHOLE["warning"]),
+            "In one micro-batch." * (row.warning == WHOLE["warning"]),
         ]
         cells = [row.cells.get(way, "") for way in WAYS]
         lines.append(" | ".join([f"| {row.name}", *cells, f"{' '.join(filter(None, notes))} |"]))

@@ -7,9 +7,9 @@ import tensorflow as tf
 
 from keras_hf import GrowingBatch
 from keras_hf.problem import batching
-from keras_hf.problem.places import Places
+from keras_hf.problem.case_range import CaseRange
 
-# Cases, chunk, piece: fitting and not, larger than there is, one, and none.
+# Cases, chunk, micro-batch: fitting and not, larger than there is, one, and none.
 DIVISIONS = [
     (12, 4, 2),
     (12, 4, 3),
@@ -27,13 +27,13 @@ DIVISIONS = [
 ]
 
 
-def divide(num_cases, chunk=None, piece=None, update=0, seed=0):
-    return batching.divide(Places.of_batch([num_cases]), chunk, piece, tf.constant(update), seed)
+def divide(num_cases, chunk=None, micro_batch=None, update=0, seed=0):
+    return batching.divide(CaseRange.of_batch([num_cases]), chunk, micro_batch, tf.constant(update), seed)
 
 
-def pieces_of(division):
-    """Places of the cases of each piece, as lists."""
-    return [division.indices(number).numpy().tolist() for number in range(division.num_pieces)]
+def micro_batches_of(division):
+    """CaseRange of the cases of each micro-batch, as lists."""
+    return [division.indices(number).numpy().tolist() for number in range(division.num_in_batch)]
 
 
 def chunk_starts(num_cases, chunk, seed=0, rounds=1):
@@ -45,20 +45,24 @@ def chunk_starts(num_cases, chunk, seed=0, rounds=1):
 
 
 @pytest.mark.parametrize("update", [0, 1, 5])
-@pytest.mark.parametrize(("num_cases", "chunk", "piece"), DIVISIONS)
-def test_pieces_hold_every_case_once_around_the_ring_and_are_full_but_for_the_last_of_chunk_and_rest(
-    num_cases, chunk, piece, update
+@pytest.mark.parametrize(("num_cases", "chunk", "micro_batch"), DIVISIONS)
+def test_micro_batches_hold_every_case_once_around_the_ring_and_are_full_but_for_the_last_of_chunk_and_rest(
+    num_cases, chunk, micro_batch, update
 ):
-    division = divide(num_cases, chunk, piece, update)
-    pieces, start, in_chunk = pieces_of(division), int(division.chunk_start), int(division.num_chunk_pieces)
-    assert sum(pieces, []) == [(start + i) % num_cases for i in range(num_cases)]
+    division = divide(num_cases, chunk, micro_batch, update)
+    micro_batches, start, in_chunk = (
+        micro_batches_of(division),
+        int(division.chunk_start),
+        int(division.num_in_chunk),
+    )
+    assert sum(micro_batches, []) == [(start + i) % num_cases for i in range(num_cases)]
     # Without a chunk size the chunk is all cases from the first.
     assert chunk is not None or start == 0
-    first = sum(pieces[:in_chunk], [])
+    first = sum(micro_batches[:in_chunk], [])
     assert first == division.chunk_indices().numpy().tolist()
     assert len(first) == (num_cases if chunk is None else min(chunk, num_cases))
-    largest = num_cases if piece is None else piece
-    for part in (pieces[:in_chunk], pieces[in_chunk:]):
+    largest = num_cases if micro_batch is None else micro_batch
+    for part in (micro_batches[:in_chunk], micro_batches[in_chunk:]):
         sizes = [len(each) for each in part]
         assert all(size == largest for size in sizes[:-1]) and all(0 < size <= largest for size in sizes[-1:])
 
@@ -66,7 +70,7 @@ def test_pieces_hold_every_case_once_around_the_ring_and_are_full_but_for_the_la
 def test_a_division_by_hand():
     # 11 cases, chunks of 4 start at 0, 4 and, shifted back from 8, 7.
     divisions = [divide(11, 4, 3, update) for update in range(3)]
-    by_start = {int(division.chunk_start): pieces_of(division) for division in divisions}
+    by_start = {int(division.chunk_start): micro_batches_of(division) for division in divisions}
     assert by_start == {
         0: [[0, 1, 2], [3], [4, 5, 6], [7, 8, 9], [10]],
         4: [[4, 5, 6], [7], [8, 9, 10], [0, 1, 2], [3]],
@@ -109,24 +113,24 @@ def test_every_chunk_comes_equally_often_at_every_turn():
     assert abs(first_half_first - 50) <= 20
 
 
-def test_a_piece_size_that_is_known_at_run_time_divides_as_a_number_does():
+def test_a_micro_batch_size_that_is_known_at_run_time_divides_as_a_number_does():
     for chunk in (None, 7):
-        assert pieces_of(divide(11, chunk, tf.constant(3))) == pieces_of(divide(11, chunk, 3))
+        assert micro_batches_of(divide(11, chunk, tf.constant(3))) == micro_batches_of(divide(11, chunk, 3))
 
 
-def test_no_cases_make_no_pieces():
-    for chunk, piece in itertools.product([None, 3], [None, 2]):
-        division = divide(0, chunk, piece, update=4)
-        assert (division.num_pieces, division.num_chunk_pieces) == (0, 0)
+def test_no_cases_make_no_micro_batches():
+    for chunk, micro_batch in itertools.product([None, 3], [None, 2]):
+        division = divide(0, chunk, micro_batch, update=4)
+        assert (division.num_in_batch, division.num_in_chunk) == (0, 0)
         assert not len(division.chunk_indices())
 
 
 def test_a_share_of_no_cases_leaves_all_to_the_rest():
     # What a replica gets where there are fewer curvature cases than replicas.
     division = divide(5, tf.constant(0), 2)
-    assert division.num_chunk_pieces == 0
+    assert division.num_in_chunk == 0
     assert not len(division.chunk_indices())
-    assert sorted(sum(pieces_of(division), [])) == list(range(5))
+    assert sorted(sum(micro_batches_of(division), [])) == list(range(5))
 
 
 def test_one_graph_divides_batches_of_every_size():
@@ -135,7 +139,7 @@ def test_one_graph_divides_batches_of_every_size():
     @tf.function
     def compiled(num_cases, update):
         traces.append(1)
-        division = batching.divide(Places.of_batch(num_cases[None]), 4, 3, update, 0)
+        division = batching.divide(CaseRange.of_batch(num_cases[None]), 4, 3, update, 0)
         return division, division.indices(0), division.chunk_indices()
 
     for num_cases in (11, 12, 3, 0):
@@ -157,12 +161,12 @@ def state_of(size, start=0, misses=0):
 
 @tf.function
 def selected(state, counts, replica):
-    """Places used and unseen; compiled, since tests ask for hundreds."""
+    """CaseRange used and unseen; compiled, since tests ask for hundreds."""
     return [run.indices() for run in GrowingBatch().select(state, counts, replica)]
 
 
 def select(*counts, replica=0, **state):
-    """Places used and unseen, as lists, of one of the replicas that hold so many cases."""
+    """CaseRange used and unseen, as lists, of one of the replicas that hold so many cases."""
     return tuple(
         places.numpy().tolist() for places in selected(state_of(**state), tf.constant(counts), tf.constant(replica))
     )

@@ -38,7 +38,7 @@ LINEARIZATIONS = [DoubleBackward(), ForwardAccumulation()]
 LINEARIZED = [GaussNewton, Hessian, EmpiricalFisher]
 DIFFERENCES = FiniteDifferenceHessian()
 CURVATURES = [*(make(linearization) for make in LINEARIZED for linearization in LINEARIZATIONS), DIFFERENCES]
-# Each once, in one of the ways: what pieces, chunks, regularizers and added losses bring to a product is the same in both.
+# Each once, in one of the ways: what micro-batches, chunks, regularizers and added losses bring to a product is the same in both.
 ONE_OF_EACH = [
     GaussNewton(ForwardAccumulation()),
     Hessian(DoubleBackward()),
@@ -110,7 +110,7 @@ def test_products_equal_the_dense_matrices(name):
     np.testing.assert_allclose(np.diag(expected[-1]), squared_case_gradients(model, data), **EXACT)
 
 
-def test_products_are_symmetric_and_those_of_any_pieces():
+def test_products_are_symmetric_and_those_of_any_micro_batches():
     model = make_model(loss=keras.losses.MeanSquaredError(), regularizer=keras.regularizers.L2(0.25))
     data = model_data(model, inputs(), targets(), np.linspace(0.1, 2, 15))
     whole = matrices_of(model, data, ONE_OF_EACH)
@@ -183,7 +183,9 @@ def test_empirical_fisher_of_a_loss_without_curvature_is_not_zero_and_gives_no_w
 
 
 @pytest.mark.parametrize(
-    ("linearization", "micro_batch_size"), [(LINEARIZATIONS[0], 4), (LINEARIZATIONS[1], None)], ids=["pieces", "whole"]
+    ("linearization", "micro_batch_size"),
+    [(LINEARIZATIONS[0], 4), (LINEARIZATIONS[1], None)],
+    ids=["micro-batches", "whole"],
 )
 def test_empirical_fisher_holds_batch_statistics_constant(linearization, micro_batch_size):
     stack = [keras.layers.Dense(3), keras.layers.BatchNormalization(), keras.layers.Dense(1)]

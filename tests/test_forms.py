@@ -36,7 +36,7 @@ X, Y, WEIGHT = normal(24, 2), normal(24, 3, seed=1), np.linspace(0.1, 2, 24)
 ARRAYS = {"x": X, "y": Y, "sample_weight": WEIGHT}
 
 
-# With these, one trace is for arrays and datasets of any number of cases: those of a batch that may grow, and that fit into one piece.
+# With these, one trace is for arrays and datasets of any number of cases: those of a batch that may grow, and that fit into one micro-batch.
 OF_ANY_SIZE = {"growing_batch": GrowingBatch(), "curvature_batch_size": 24}
 
 
@@ -180,7 +180,7 @@ def test_every_epoch_of_arrays_is_an_update_as_of_a_dataset_until_a_callback_sto
         model = renewed(regression)
         for num_cases, batch_size, arguments in (
             (24, None, {"epochs": 5, "callbacks": [LevenbergMarquardt(), Stopping()]}),
-            # Other cases, other numbers, then pieces of them, and epochs counted from another.
+            # Other cases, other numbers, then micro-batches of them, and epochs counted from another.
             (16, None, {}),
             (24, 10, {"epochs": 2}),
             (20, None, {"epochs": 5, "initial_epoch": 2}),
@@ -631,19 +631,19 @@ def test_digits_are_learned_with_a_loss_that_falls_in_every_update(hidden, digit
     assert history["accuracy"][-1] > 0.3
 
 
-def test_sequences_of_unknown_length_are_worked_on_in_pieces_within_the_bound(monkeypatch):
+def test_sequences_of_unknown_length_are_worked_on_in_micro_batches_within_the_bound(monkeypatch):
     hidden = layers.Dense(2, "tanh"), layers.GlobalAveragePooling1D()
     model = compiled(keras.Sequential([keras.Input((None, 3)), *hidden, layers.Dense(1)]))
     data = model_data(model, normal(30, 8, 3), normal(30, 1, seed=1))
 
     def size_and_product(memory):
-        monkeypatch.setattr(structure, "_PIECE_MEMORY", memory)
+        monkeypatch.setattr(structure, "_MICRO_BATCH_MEMORY", memory)
 
         def of(objective):
             found = model.setup.structure
-            assert not objective._parts.pieces.chunk_is_one_piece
+            assert not objective._parts.micro_batches.chunk_is_one
             product = objective.product(GaussNewton(DoubleBackward()))(tf.ones([objective.num_weights], tf.float64))
-            return found.default_piece_size(data), product
+            return found.default_micro_batch_size(data), product
 
         @tf.function(autograph=False, input_signature=[tf.TensorSpec([30, None, 3], tf.float64)])
         def compute(x):
@@ -651,6 +651,6 @@ def test_sequences_of_unknown_length_are_worked_on_in_pieces_within_the_bound(mo
 
         return compute(data.x)
 
-    (of_whole, whole), (of_piece, in_pieces) = size_and_product(2**31), size_and_product(2**14)
-    assert of_whole > 30 and 1 < of_piece < 15
-    assert_same([whole], [in_pieces])
+    (of_whole, whole), (of_micro_batch, in_micro_batches) = size_and_product(2**31), size_and_product(2**14)
+    assert of_whole > 30 and 1 < of_micro_batch < 15
+    assert_same([whole], [in_micro_batches])

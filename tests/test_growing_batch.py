@@ -46,8 +46,8 @@ def of_parts(growing_batch=None):
     return compiled(growing_batch, metrics=METRICS)
 
 
-def of_pieces(growing_batch=None):
-    """Of pieces, by the default preconditioner, for means that weights divide."""
+def of_micro_batches(growing_batch=None):
+    """Of micro-batches, by the default preconditioner, for means that weights divide."""
     loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
     settings = {"preconditioner": None, "curvature_batch_size": 4, "micro_batch_size": 3}
     return compiled(growing_batch, loss, metrics=METRICS, **settings)
@@ -73,7 +73,7 @@ PARTS = [range(0, 5), range(5, 10), range(10, 15), range(15, 20), [20, 21, 22, 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [of_parts, of_pieces])
+@pytest.mark.parametrize("make", [of_parts, of_micro_batches])
 def test_updates_and_logs_are_those_of_the_cases_used_alone(make):
     model, reference = renewed(make, FIXED), renewed(make)
     history = fit(model, X, Y, sample_weight=WEIGHT, epochs=5)
@@ -84,8 +84,8 @@ def test_updates_and_logs_are_those_of_the_cases_used_alone(make):
 
 
 @pytest.mark.slow
-def test_chunks_and_pieces_may_be_larger_than_the_part():
-    model, reference = renewed(of_pieces, FIXED), renewed(of_pieces)
+def test_chunks_and_micro_batches_may_be_larger_than_the_part():
+    model, reference = renewed(of_micro_batches, FIXED), renewed(of_micro_batches)
     set_size(model, 2)
     history = fit(model, X, Y, sample_weight=WEIGHT, epochs=3)
     assert_same_updates(model, history, reference, [range(0, 2), range(2, 4), range(4, 6)])
@@ -102,7 +102,7 @@ def test_loss_and_metrics_are_what_evaluate_gives_of_the_cases_used():
 
 @pytest.mark.slow
 def test_every_batch_of_a_dataset_gives_a_part():
-    model, reference = renewed(of_pieces, FIXED), renewed(of_pieces)
+    model, reference = renewed(of_micro_batches, FIXED), renewed(of_micro_batches)
     set_size(model, 3)
     history = fit(model, tf.data.Dataset.from_tensor_slices((X, Y, WEIGHT)).batch(10), epochs=2)
     # Of batches of 10, 10 and 4 cases: the next three, and all where they are fewer than six. After four updates the next round begins anywhere.

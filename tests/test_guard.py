@@ -6,9 +6,9 @@ import tensorflow as tf
 from keras_hf import DoubleBackward, ForwardAccumulation, guard
 
 
-def choice(linearization=None, suspects=()):
+def choice(linearization=None, **layer_of_op):
     """What a `Setup` says of products."""
-    structure = SimpleNamespace(rounding=1e-3, suspects=list(suspects))
+    structure = SimpleNamespace(rounding=1e-3, layer_of_op=layer_of_op)
     return SimpleNamespace(linearization=linearization or DoubleBackward(), structure=structure)
 
 
@@ -73,7 +73,7 @@ def test_a_loss_that_repeats_otherwise_is_named():
     [
         (choice(ForwardAccumulation()), "Leave the curvature's `linearization` at its default, or use `DoubleBackward"),
         (choice(), "wrong second derivative of one of the operations. Replace that layer."),
-        (choice(suspects=["Layer 'pool': use average pooling."]), "of the operations. Layer 'pool': use average pool"),
+        (choice(MaxPool="pool"), "of the operations. Layer 'pool': use `padding=\"valid\"`"),
     ],
 )
 def test_wrong_products_are_named_with_the_cure(of, cure):

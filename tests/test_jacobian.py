@@ -173,7 +173,7 @@ def test_rows_of_recurrent_networks_and_their_losses_are_right(stack, is_vectori
     model, data = recurrent(*stack())
 
     def compute(o):
-        is_found = tf.constant(o.rows._parts._piece.has_vectorizable_rows)
+        is_found = tf.constant(o.rows._parts._micro_batch.has_vectorizable_rows)
         return o.rows.gram(), o.rows.pull(o.rows.residuals), losses_of_candidates(o), is_found
 
     gram, pulled, (losses, one_by_one), is_found = numbers(model, data, compute)
@@ -215,12 +215,12 @@ def everything(objective):
     # Shapes are known: what is solved later asks for them.
     assert rows.jacobian is None or rows.jacobian.shape == (45, 27)
     kept = tf.zeros([0, 27], tf.float64) if rows.jacobian is None else rows.jacobian
-    return found, kept, tf.constant(rows._parts._block), tf.constant(int(rows._parts._piece.floats_per_case))
+    return found, kept, tf.constant(rows._parts._block), tf.constant(int(rows._parts._micro_batch.floats_per_case))
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    """A classifier, its cases, and everything in one piece: of these cases, and where one is not finite."""
+    """A classifier, its cases, and everything in one micro-batch: of these cases, and where one is not finite."""
     with precision("float64"):
         model = make_model("softmax", "categorical_crossentropy")
         data = model_data(model, inputs(), CLASSES)

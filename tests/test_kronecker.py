@@ -123,7 +123,7 @@ def test_before_an_activation_the_mean_over_signs_is_the_pulled_back_loss_curvat
 
     def draws(objective):
         def draw(i):
-            moments = lambda piece, seeds: kronecker._moments(piece, [first], seeds + [[0, i]])  # noqa: E731
+            moments = lambda micro_batch, seeds: kronecker._moments(micro_batch, [first], seeds + [[0, i]])  # noqa: E731
             return objective.sum_over_chunk(moments)[0].s
 
         return tf.map_fn(draw, tf.range(400), fn_output_signature=tf.float64)
@@ -135,7 +135,7 @@ def test_before_an_activation_the_mean_over_signs_is_the_pulled_back_loss_curvat
     assert standard_error.max() < 0.05 * expected.max()
 
 
-def test_inverse_is_that_of_the_damped_kronecker_product_in_pieces_too_and_needs_no_diagonal(monkeypatch):
+def test_inverse_is_that_of_the_damped_kronecker_product_in_micro_batches_too_and_needs_no_diagonal(monkeypatch):
     monkeypatch.setattr(EmpiricalFisherDiagonal, "inverse", None)
     model = make_model(regularizer=keras.regularizers.L2(0.25))
     data = model_data(model, inputs(), targets())
@@ -144,7 +144,7 @@ def test_inverse_is_that_of_the_damped_kronecker_product_in_pieces_too_and_needs
     small, large = (lambda objective, d=damping: inverse(objective, damping=d)[0] for damping in (1e-3, 10.0))
     means, found = with_objective(model, data, lambda objective: (factors(objective), small(objective)))
     np.testing.assert_allclose(found, damped_inverse(means, 1e-3 + own), rtol=1e-8, atol=1e-11)
-    # The last piece is one case.
+    # The last micro-batch is one case.
     found = with_objective(model, data, large, micro_batch_size=7)
     np.testing.assert_allclose(found, damped_inverse(means, 10.0 + own), rtol=1e-8, atol=1e-11)
 
@@ -252,13 +252,13 @@ def test_a_share_of_the_cases_may_be_more_than_the_chunk():
     data = model_data(model, inputs(), targets())
 
     def compute(objective):
-        number = lambda piece, seeds: tf.cast(piece.num_cases, tf.float64)  # noqa: E731
-        chunk = objective._parts.pieces.chunk_indices()
+        number = lambda micro_batch, seeds: tf.cast(micro_batch.num_cases, tf.float64)  # noqa: E731
+        chunk = objective._parts.micro_batches.chunk_indices()
         return [*(objective.sum_over_chunk(number, share) for share in (0.1, 0.4, 1.0)), tf.size(chunk)]
 
-    # Of one piece, of the chunk's size, at most; of several pieces, all.
-    for piece_size, expected in ((None, [2, 4, 4, 4]), (2, [2, 6, 15, 4])):
-        found = with_objective(model, data, compute, curvature_batch_size=4, micro_batch_size=piece_size)
+    # Of one micro-batch, of the chunk's size, at most; of several micro-batches, all.
+    for micro_batch_size, expected in ((None, [2, 4, 4, 4]), (2, [2, 6, 15, 4])):
+        found = with_objective(model, data, compute, curvature_batch_size=4, micro_batch_size=micro_batch_size)
         assert [int(number) for number in found] == expected
 
 

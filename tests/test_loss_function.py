@@ -55,7 +55,7 @@ def every_value(model):
 
 WEIGHTS = np.random.default_rng(4).uniform(size=15)
 CASES = {
-    "regularizers and weights, in pieces, whatever the chunk": (
+    "regularizers and weights, in micro-batches, whatever the chunk": (
         lambda: hessian_model(regularizer=keras.regularizers.L2(0.1), micro_batch_size=4, curvature_batch_size=5),
         WEIGHTS,
     ),

@@ -1,4 +1,4 @@
-"""What the terms of a compiled loss promise: what Keras computes, and how pieces combine."""
+"""What the terms of a compiled loss promise: what Keras computes, and how micro-batches combine."""
 
 import keras
 import numpy as np
@@ -84,8 +84,8 @@ def test_an_unreduced_loss_is_refused():
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", BY_WEIGHT])
-def test_losses_of_pieces_add_up_to_the_loss_of_all(reduction, is_weighted, is_masked, values_per_case):
-    # The promise of the room, on what Keras computes: sum(denominator * loss) over pieces / denominator of all = loss of all.
+def test_losses_of_micro_batches_add_up_to_the_loss_of_all(reduction, is_weighted, is_masked, values_per_case):
+    # The promise of the room, on what Keras computes: sum(denominator * loss) over micro-batches / denominator of all = loss of all.
     rng = np.random.default_rng(0)
     y, y_pred = rng.normal(size=(2, 10, *values_per_case, 4))
     weight = rng.uniform(1, 3, size=(10, *values_per_case)) if is_weighted else None
@@ -100,12 +100,12 @@ def test_losses_of_pieces_add_up_to_the_loss_of_all(reduction, is_weighted, is_m
         denominator = part.denominator() if denominator is None else tf.constant(denominator, tf.float64)
         return denominator * part.value(), denominator
 
-    pieces = [scaled(of(slice(start, stop)), stop - start) for start, stop in ((0, 5), (5, 6), (6, 10))]
+    micro_batches = [scaled(of(slice(start, stop)), stop - start) for start, stop in ((0, 5), (5, 6), (6, 10))]
     whole, denominator = scaled(of(slice(0, 10)), 10)
     rounding = MASK_ROUNDING if is_masked else 1e-13
-    np.testing.assert_allclose(sum(loss for loss, _ in pieces), whole, rtol=rounding)
+    np.testing.assert_allclose(sum(loss for loss, _ in micro_batches), whole, rtol=rounding)
     if reduction != "sum":
-        np.testing.assert_allclose(sum(part for _, part in pieces), denominator, rtol=1e-14)
+        np.testing.assert_allclose(sum(part for _, part in micro_batches), denominator, rtol=1e-14)
     # And the accurate value is the value, which is that of Keras.
     everything = of(slice(0, 10))
     np.testing.assert_allclose(everything.accurate_value(), everything.value(), rtol=1e-13)

@@ -1,4 +1,4 @@
-"""What memory promises: it is bounded by a piece, not by the batch."""
+"""What memory promises: it is bounded by a micro-batch, not by the batch."""
 
 import os
 import subprocess
@@ -31,6 +31,6 @@ def test_six_times_the_cases_take_the_memory_of_their_data_only():
     assert run.returncode == 0, run.stderr
     small, large = map(float, run.stdout.split())
     # 50,000 more cases of 20 bytes are 1 MB, a few copies of which Keras makes. Their activations would be 50,000 * 6 * 50 * 4 bytes = 60 MB
-    # for one pass and some three times that for a kept linearization: with pieces of 60,000 the peak rises by 320 MB. The allocator's own noise
-    # is about 20 MB.
+    # for one pass and some three times that for a kept linearization: with micro-batches of 60,000 the peak rises by 320 MB. The allocator's own
+    # noise is about 20 MB.
     assert large - small < 50, (small, large)

@@ -77,9 +77,9 @@ def test_the_order_of_a_whole_batch_is_fixed_by_the_seed():
     seen = []
 
     class Recording(Curvature):
-        def linearize(self, piece):
-            tf.py_function(lambda x: seen.append(x.numpy()), [piece._data.x], [])
-            return GaussNewton(self.linearization).linearize(piece)
+        def linearize(self, micro_batch):
+            tf.py_function(lambda x: seen.append(x.numpy()), [micro_batch._data.x], [])
+            return GaussNewton(self.linearization).linearize(micro_batch)
 
     x, y = cases(20)
     model = trainable(curvature=Recording(), curvature_batch_size=5, **SIMPLE)
@@ -103,7 +103,7 @@ def limited(micro_batch_size=None, run_eagerly=False):
 
 
 @pytest.mark.slow
-def test_pieces_give_the_updates_of_the_whole_though_an_update_was_traced_for_one_piece(float64):
+def test_micro_batches_give_the_updates_of_the_whole_though_an_update_was_traced_for_one_micro_batch(float64):
     x, y = cases(400)
     reference, model = renewed(limited), renewed(limited, 90)
     fit(model, x[:80], y[:80])
@@ -331,8 +331,8 @@ def test_a_step_that_raises_leaves_every_value_bit_equal():
         return tf.control_dependencies([tf.py_function(count, [], [])])
 
     class Interrupted(Curvature):
-        def linearize(self, piece):
-            product = GaussNewton(self.linearization).linearize(piece)
+        def linearize(self, micro_batch):
+            product = GaussNewton(self.linearization).linearize(micro_batch)
 
             def interrupted(v):
                 with interrupt("product"):

@@ -28,7 +28,7 @@ from keras_hf import (
 )
 from keras_hf.problem.objective import Change
 from keras_hf.solvers.momentum import minimizer
-from keras_hf.solvers.search import take_unless_it_rises
+from keras_hf.solvers.search import accept_unless_loss_rises
 from keras_hf.update import hf_update
 
 DAMPING = 0.02
@@ -121,7 +121,7 @@ def test_a_quadratic_of_kronecker_structure_takes_one_update():
 
 
 @pytest.mark.usefixtures("float64")
-def test_forms_are_those_of_the_dense_matrix_on_a_chunk_in_pieces():
+def test_forms_are_those_of_the_dense_matrix_on_a_chunk_in_micro_batches():
     model, data = problem(regularizer=keras.regularizers.L2(0.1))
     vectors = np.random.default_rng(6).normal(size=(3, model.count_params()))
     of_one_matrix = [
@@ -168,7 +168,7 @@ def test_where_two_directions_have_no_one_minimum_the_first_descends_alone(matri
 def taken(before, after, standard_error, loss=5.0):
     """What becomes of a step that changes the loss of the chunk."""
     change = Change(*(tf.constant(value, tf.float64) for value in (before, after, standard_error)))
-    return take_unless_it_rises(lambda step: change, None, tf.ones([1, 2]), tf.constant(loss, tf.float64), None)
+    return accept_unless_loss_rises(lambda step: change, None, tf.ones([1, 2]), tf.constant(loss, tf.float64), None)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_change_and_its_standard_error_are_those_of_the_cases_one_by_one():
 
     def compute(objective):
         change = objective.chunk_change_at(tf.constant(step))
-        return change, objective._parts.pieces.chunk_indices(), objective.candidate(tf.constant(step))
+        return change, objective._parts.micro_batches.chunk_indices(), objective.candidate(tf.constant(step))
 
     change, chunk, moved = with_objective(model, data, compute, curvature_batch_size=9, micro_batch_size=4)
     losses, of_cases = [], []

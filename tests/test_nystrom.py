@@ -243,7 +243,7 @@ def test_in_16_bits_it_trains_with_a_sketch_of_32_and_goes_on_after_saving_as_if
         (ForwardAccumulation(), {"micro_batch_size": 4}),
         (DoubleBackward(), {"curvature_batch_size": 6, "micro_batch_size": 4}),
     ],
-    ids=["forward, pieces", "double, chunk"],
+    ids=["forward, micro-batches", "double, chunk"],
 )
 def test_full_rank_is_the_damped_inverse_of_a_network_with_its_regularizers(linearization, sizes):
     model = make_model(regularizer=keras.regularizers.L2(0.25))
@@ -289,9 +289,9 @@ def test_an_update_takes_fewer_iterations_to_the_same_step_and_forms_products_on
     formed = []
 
     class Counted(GaussNewton):
-        def linearize(self, piece):
-            formed.append(piece)
-            return super().linearize(piece)
+        def linearize(self, micro_batch):
+            formed.append(micro_batch)
+            return super().linearize(micro_batch)
 
     def both(objective):
         results = []

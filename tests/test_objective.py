@@ -1,4 +1,4 @@
-"""What the objective promises: one fixed function per update, whatever the pieces."""
+"""What the objective promises: one fixed function per update, whatever the micro-batches."""
 
 import keras
 import numpy as np
@@ -112,7 +112,7 @@ def problem_of_all_reductions(weighted, masked):
     ("weighted", "masked"),
     [(True, False), pytest.param(False, True, marks=SLOW), pytest.param(True, True, marks=SLOW)],
 )
-def test_pieces_make_up_the_whole_of_keras_and_products_are_those_of_their_chunk_alone(weighted, masked):
+def test_micro_batches_make_up_the_whole_of_keras_and_products_are_those_of_their_chunk_alone(weighted, masked):
     model, alone, data = problem_of_all_reductions(weighted, masked)
     before = model.get_weights()
     found, of_chunk = with_objective(
@@ -143,8 +143,8 @@ def test_pieces_make_up_the_whole_of_keras_and_products_are_those_of_their_chunk
     np.testing.assert_allclose(found[3], loss_and_gradient(model, data)[0], **EXACT)
 
 
-def assert_pieces_give_what_keras_computes(model, data, micro_batch_size, rtol=1e-10):
-    """That loss, gradient and matrix in pieces are those of the Keras loss of a linear network, whose Hessian is its Gauss-Newton matrix."""
+def assert_micro_batches_give_what_keras_computes(model, data, micro_batch_size, rtol=1e-10):
+    """That loss, gradient and matrix in micro-batches are those of the Keras loss of a linear network, whose Hessian is its Gauss-Newton matrix."""
     compute = lambda o: (*o.loss_and_gradient()[:2], matrix_of(o))  # noqa: E731
     found = with_objective(model, data, compute, micro_batch_size=micro_batch_size)
     assert_same(found, loss_derivatives(model, data), rtol=rtol, atol=1e-12)
@@ -153,14 +153,14 @@ def assert_pieces_give_what_keras_computes(model, data, micro_batch_size, rtol=1
 def test_ignored_classes_are_a_mask_too():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)
     of_classes = problem(layers.Dense(3), y=np.arange(15) % 3, loss=loss)
-    assert_pieces_give_what_keras_computes(*of_classes, micro_batch_size=4, rtol=max(1e-10, 10 * MASK_ROUNDING))
+    assert_micro_batches_give_what_keras_computes(*of_classes, micro_batch_size=4, rtol=max(1e-10, 10 * MASK_ROUNDING))
 
 
 def test_targets_of_any_rank():
     # The loss of an image has one value a pixel; a case's weight spreads over them.
     images, y = normal(5, 3, 2, 1), normal(5, 3, 2, 2, seed=1)
     of_images = problem(layers.Conv2D(2, 2, padding="same"), x=images, y=y)
-    assert_pieces_give_what_keras_computes(*of_images, micro_batch_size=2)
+    assert_micro_batches_give_what_keras_computes(*of_images, micro_batch_size=2)
 
 
 def test_a_mask_is_as_good_as_leaving_the_steps_out():
@@ -215,7 +215,7 @@ def test_dropout_masks_are_the_optimizers_seed_and_differ_between_layers():
     assert 4 <= np.count_nonzero(one) <= 26
 
 
-def test_pieces_have_dropout_masks_of_their_own():
+def test_micro_batches_have_dropout_masks_of_their_own():
     model, data = problem(layers.Dropout(0.5, seed=1), layers.Dense(1, use_bias=False), x=np.ones((2, 64)))
     # With inputs 1 and target 0, the gradient is mask'(mask w); two equal masks would give two proportional gradients.
     gradient = with_objective(model, data, lambda o: o.loss_and_gradient().gradient, micro_batch_size=1).numpy()
@@ -244,7 +244,7 @@ def test_renormalization_keeps_the_moving_averages_that_training_normalizes_by()
         np.testing.assert_allclose(found[names.index(name)], 0.01 * inputs().mean(0), **EXACT)
 
 
-def test_batch_statistics_are_those_of_all_pieces_follow_the_weights_and_weigh_by_the_cases_behind_them():
+def test_batch_statistics_are_those_of_all_micro_batches_follow_the_weights_and_weigh_by_the_cases_behind_them():
     dense, normalization = layers.Dense(3, use_bias=False), layers.BatchNormalization(momentum=0.75)
     model, data = problem(dense, normalization, layers.Dense(1), x=(x := 100 + inputs()))
     kernel = dense.kernel.numpy()
@@ -292,7 +292,7 @@ def test_weights_that_the_loss_does_not_touch_have_zero_rows():
         assert (values[:2].numpy() == 0).all() and (values[2:].numpy() != 0).any(-1).all()
 
 
-def test_a_scalar_loss_is_taken_in_one_piece_and_said():
+def test_a_scalar_loss_is_taken_in_one_micro_batch_and_said():
     def scalar(y, y_pred):
         return tf.reduce_max((y - y_pred) ** 2) + tf.reduce_mean((y - y_pred) ** 2)
 
@@ -302,7 +302,7 @@ def test_a_scalar_loss_is_taken_in_one_piece_and_said():
         assert model.setup_for(data).structure.combinations == ["unknown"]
 
 
-def test_a_loss_that_compares_cases_is_that_of_all_cases_whatever_the_pieces():
+def test_a_loss_that_compares_cases_is_that_of_all_cases_whatever_the_micro_batches():
     loss = keras.losses.Circle(gamma=2.0)
     model = make_model("sigmoid", loss)
     y = np.arange(15) % 3

@@ -200,7 +200,7 @@ NETWORKS = {
 }
 
 
-# Networks whose weights are captured, and those where squares are found in blocks of cases, in one piece too, which is the easier case.
+# Networks whose weights are captured, and those where squares are found in blocks of cases, in one micro-batch too, which is the easier case.
 @pytest.mark.parametrize(
     ("name", "micro_batch_size"), [*((name, 3) for name in NETWORKS), ("Dense", None), ("recurrent", None)]
 )

@@ -62,7 +62,8 @@ def test_a_growing_batch_grows_on_replicas_as_on_one_device(float64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("optimizer", "reduction"), [("Fisher in pieces", "sum"), ("Hessian in pieces", "mean_with_sample_weight")]
+    ("optimizer", "reduction"),
+    [("Fisher in micro-batches", "sum"), ("Hessian in micro-batches", "mean_with_sample_weight")],
 )
 def test_two_replicas_form_the_products_and_combine_the_losses_of_one_device(optimizer, reduction, float64):
     loss = keras.losses.MeanSquaredError(reduction=reduction)

@@ -42,13 +42,15 @@ def test_fit_traces_the_structure_once_and_a_second_fit_on_fewer_cases_nothing(t
     assert len(traces) == 1 and model.setup.most_cases == 20
 
 
-def one_piece():
+def one_micro_batch():
     return trainable(preconditioner=Identity(), growing_batch=None)
 
 
-def test_what_is_traced_for_one_piece_is_traced_anew_where_more_cases_may_come_than_one_piece_takes(monkeypatch):
-    monkeypatch.setattr(structure, "_PIECE_MEMORY", 2**11)
-    model = renewed(one_piece)
+def test_what_is_traced_for_one_micro_batch_is_traced_anew_where_more_cases_may_come_than_one_micro_batch_takes(
+    monkeypatch,
+):
+    monkeypatch.setattr(structure, "_MICRO_BATCH_MEMORY", 2**11)
+    model = renewed(one_micro_batch)
     fit(model, X[:4], Y[:4])
     function, most = model.train_function, model.setup.most_supported
     assert 4 <= most < 20

@@ -125,8 +125,8 @@ class CountingCurvature(Curvature):
         curvature.factor = state["updates"] + 1
         return curvature, {"updates": state["updates"] + 1}
 
-    def linearize(self, piece):
-        product = GaussNewton(self.linearization).linearize(piece)
+    def linearize(self, micro_batch):
+        product = GaussNewton(self.linearization).linearize(micro_batch)
         return lambda v: [self.factor * image for image in product(v)]
 
 

@@ -63,7 +63,7 @@ def local_model(objective, curvature=None):
     )
 
 
-def matrices(model, data, *products, curvature=None, **pieces):
+def matrices(model, data, *products, curvature=None, **micro_batches):
     """The matrices of products: of the damped one for each damping that is given, of the undamped one for `None`."""
 
     def compute(objective):
@@ -74,7 +74,7 @@ def matrices(model, data, *products, curvature=None, **pieces):
         ]
         return [dense_matrix(product, objective.num_weights) for product in found]
 
-    return [matrix.numpy() for matrix in with_objective(model, data, compute, **pieces)]
+    return [matrix.numpy() for matrix in with_objective(model, data, compute, **micro_batches)]
 
 
 def hidden_matrix(model, x, mask=None):
@@ -90,9 +90,9 @@ def hidden_matrix(model, x, mask=None):
     return j.T @ j / len(x)
 
 
-def assert_right(model, data, mask=None, curvature=None, **pieces):
+def assert_right(model, data, mask=None, curvature=None, **micro_batches):
     """That the damped product is `G + damping (I + weight G_S)`, with G of the mean squared error, or the empirical Fisher matrix."""
-    damped = matrices(model, data, DAMPING, curvature=curvature, **pieces)[0]
+    damped = matrices(model, data, DAMPING, curvature=curvature, **micro_batches)[0]
     if isinstance(curvature, EmpiricalFisher):
         gradients = case_gradients(model, data)
         undamped = gradients.T @ gradients / NUM_CASES
@@ -138,7 +138,7 @@ def test_the_empirical_fisher_matrix_takes_it():
 
 
 @pytest.mark.slow
-def test_it_is_that_of_any_pieces():
+def test_it_is_that_of_any_micro_batches():
     model, data = problem(layers.SimpleRNN(3, unroll=True))
     assert_right(model, data, micro_batch_size=2)
 

@@ -49,7 +49,7 @@ def test_memory_per_case_counts_forward_and_loss_twice_whether_the_length_of_the
     structure = structure_of(network, "mse", data.x, data.y)
     # Input 5; product, bias and tanh of 7; product and bias of 3; of the loss the target, difference and square of 3 each, and their mean.
     assert structure.bytes_per_case == 2 * 4 * (5 + 3 * 7 + 2 * 3 + 3 * 3 + 1)
-    assert structure.default_piece_size(data) == 2**31 // structure.bytes_per_case
+    assert structure.default_micro_batch_size(data) == 2**31 // structure.bytes_per_case
     model = compiled(network)
     model._maybe_symbolic_build(data_batch=data[:2])
     assert model.setup_for(data).structure.bytes_per_case == structure.bytes_per_case
@@ -103,11 +103,11 @@ def test_memory_per_case_is_the_same_whether_lengths_are_known_beforehand_or_not
 
 
 @pytest.mark.parametrize("name", NETWORKS_OF_SEQUENCES)
-def test_a_piece_of_long_sequences_keeps_within_the_bound(name):
+def test_a_micro_batch_of_long_sequences_keeps_within_the_bound(name):
     structure, data = structure_of_any_length(name), sequences(1000)
-    size = int(structure.default_piece_size(data))
+    size = int(structure.default_micro_batch_size(data))
     assert size * int(structure.bytes_of(data)) <= 2**31 < (size + 1) * int(structure.bytes_of(data))
-    assert int(structure.default_piece_size(data, 3)) == 3
+    assert int(structure.default_micro_batch_size(data, 3)) == 3
 
 
 def test_memory_of_a_dense_layer_on_sequences_counts_every_place():

@@ -21,7 +21,7 @@ from training import assert_equal, fit, renewed
 from examples.precision import precision
 from keras_hf import multi_worker_strategy, read_updates, workers
 from keras_hf.backup import complete_backups
-from keras_hf.problem.replicas import is_chief, num_workers, worker_number
+from keras_hf.common.cluster import is_chief, num_workers, worker_number
 
 pytestmark = pytest.mark.filterwarnings("ignore:An update on")
 ONE = tf.distribute.get_strategy()
@@ -160,15 +160,17 @@ def test_workers_meet_whoever_comes_first(monkeypatch):
         return called
 
     # The chief listens by then, and a worker was where no chief is yet.
-    monkeypatch.setattr(workers, "_gather", seen(workers._gather))
+    monkeypatch.setattr(workers, "_accept_workers", seen(workers._accept_workers))
     monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=seen(time.sleep)))
     for first in (0, 1, 2):
         tasks = {("worker", i): workers._address(address) for i, address in enumerate(cluster.free_addresses(3))}
         has_come.clear()
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            meetings = [pool.submit(workers._meet, tasks, ("worker", first), cluster.LONGEST)]
+            meetings = [pool.submit(workers._rendezvous, tasks, ("worker", first), cluster.LONGEST)]
             assert has_come.wait(cluster.LONGEST)
-            meetings += [pool.submit(workers._meet, tasks, task, cluster.LONGEST) for task in tasks if task[1] != first]
+            meetings += [
+                pool.submit(workers._rendezvous, tasks, task, cluster.LONGEST) for task in tasks if task[1] != first
+            ]
             assert [meeting.result() for meeting in meetings] == [None] * 3
 
 
@@ -191,7 +193,7 @@ def test_strangers_who_call_at_the_port_do_not_end_the_meeting_nor_hold_it_up(mo
         # One says nothing and does not hang up. What the worker says is there before it is asked.
         with socket.create_connection(address), socket.create_connection(address) as one:
             one.sendall(b'["worker", 1]\n')
-            workers._gather(listener, {("worker", 1)}, time.monotonic() + cluster.LONGEST, cluster.LONGEST)
+            workers._accept_workers(listener, {("worker", 1)}, time.monotonic() + cluster.LONGEST, cluster.LONGEST)
             assert one.makefile().readline() == "go\n"
 
 

@@ -33,7 +33,7 @@ from keras_hf import (
     PreconditionedMomentum,
     UpdateRecorder,
 )
-from keras_hf.problem.replicas import num_workers, worker_number
+from keras_hf.common.cluster import num_workers, worker_number
 from keras_hf.solvers.solver import LocalModel
 
 
@@ -60,8 +60,10 @@ OPTIMIZERS = {
     "Nystrom": by_cg(Nystrom(rank=4)),
     "momentum": {"solver": PreconditionedMomentum(share=0.5), "growing_batch": GrowingBatch(20, rate=0.2)},
     "direct": {"solver": DirectSolver(), "growing_batch": None},
-    "Fisher in pieces": by_cg(EmpiricalFisherDiagonal(), curvature=EmpiricalFisher(), micro_batch_size=20),
-    "Hessian in pieces": by_cg(EmpiricalFisherDiagonal(), curvature=FiniteDifferenceHessian(), micro_batch_size=20),
+    "Fisher in micro-batches": by_cg(EmpiricalFisherDiagonal(), curvature=EmpiricalFisher(), micro_batch_size=20),
+    "Hessian in micro-batches": by_cg(
+        EmpiricalFisherDiagonal(), curvature=FiniteDifferenceHessian(), micro_batch_size=20
+    ),
 }
 # Runs, by the arguments of `trained`. Those of one optimizer share a trace.
 RUNS = {

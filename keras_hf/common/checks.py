@@ -216,7 +216,8 @@ def loss_values(name, values, y_pred):
     if not keras.backend.is_float_dtype(dtype):
         raise ValueError(f"{rule} Received: a tensor of dtype {dtype}, through which no gradient flows.")
     if isinstance(values, tf.Tensor) and values.shape.rank and values.shape[0] is None and y_pred.shape[0] is None:
-        # Pieces of a batch are combined by their numbers of cases. If both lengths are known, a difference (a value per class, say) is found later.
+        # Micro-batches of a batch are combined by their numbers of cases. If both lengths are known, a difference (a value per class, say) is found
+        # later.
         tf.debugging.assert_equal(
             tf.shape(values)[0],
             tf.shape(y_pred)[0],

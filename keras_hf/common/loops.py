@@ -1,4 +1,4 @@
-"""A loop over rows that leaves nothing behind."""
+"""Loops over rows and over blocks of cases, in sequence, so that memory is that of one of them."""
 
 import tensorflow as tf
 
@@ -22,3 +22,22 @@ def map_rows(function, rows, dtype=None):
         # Eagerly nothing is left, and nothing can be set.
         if not tf.executing_eagerly():
             scope.set_caching_device(caching_device)
+
+
+def sum_over_blocks(size, block, terms, start):
+    """Adds `terms(first, last)` over blocks of cases `first` to `last - 1`, in sequence: memory is that of one block.
+
+    Args:
+        size: Integer scalar, the number of cases.
+        block: Scalar of the same type, or integer, >= 1: the number of cases in a block. The last one may have fewer.
+        terms: Callable `(first, last) -> nest of tensors`.
+        start: The same nest, what they are added to.
+    """
+
+    def add_block(first, sums):
+        last = tf.minimum(first + block, size)
+        return last, tf.nest.map_structure(tf.add, sums, terms(first, last))
+
+    return tf.while_loop(lambda first, _: first < size, add_block, (tf.zeros_like(size), start), parallel_iterations=1)[
+        1
+    ]

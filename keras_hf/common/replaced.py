@@ -1,4 +1,4 @@
-"""Attributes that are others for a while: the only way this package changes what a layer or a loss of the user's does."""
+"""Temporary replacement of attributes: the only way in which this package changes what a layer or a loss does."""
 
 import contextlib
 

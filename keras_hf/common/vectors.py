@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 # Columns of a strip of a Gram matrix.
@@ -15,7 +14,8 @@ _FEWEST_IN_BLOCKS = 2**14
 
 def epsilon(dtype):
     """Returns the distance from 1 to the next number of a float type, of TensorFlow or NumPy: a float."""
-    return float(np.finfo(tf.as_dtype(dtype).as_numpy_dtype).eps)
+    # NumPy does not know bfloat16.
+    return 2.0 ** -{"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}[tf.as_dtype(dtype).name]
 
 
 class SeparateRows(NamedTuple):
@@ -112,3 +112,17 @@ def _of_upper_half(size, strip):
     strips = [tf.pad(strip(i, i + _STRIP), [[0, 0], [i, 0]]) for i in starts]
     upper = tf.linalg.band_part(tf.concat(strips, 0), 0, -1)
     return upper + tf.transpose(upper) - tf.linalg.diag(tf.linalg.diag_part(upper))
+
+
+def dense(gradients, sources):
+    """Returns gradients as dense tensors of their sources' shapes: zeros for `None`, sparse ones converted, lost static shapes restored."""
+
+    def of(gradient, source):
+        if gradient is None:
+            return tf.zeros_like(source)
+        gradient = tf.convert_to_tensor(gradient)
+        # Only where needed: `tf.autodiff.ForwardAccumulator` cannot differentiate `tf.ensure_shape`.
+        same = gradient.shape.as_list() == source.shape.as_list() if gradient.shape.rank is not None else False
+        return gradient if same else tf.ensure_shape(gradient, source.shape)
+
+    return [of(gradient, source) for gradient, source in zip(gradients, sources, strict=True)]

@@ -1,8 +1,12 @@
-"""Statistics of BatchNormalization's inputs: joined over pieces and replicas, and carried over from one update to the next."""
+"""Statistics of BatchNormalization's inputs: joined over micro-batches and replicas, and carried over from one update to the next."""
 
+import contextlib
+import itertools
 from typing import NamedTuple
 
 import tensorflow as tf
+
+from keras_hf.common.replaced import replaced
 
 
 class Statistics(NamedTuple):
@@ -67,3 +71,37 @@ def carried_over(old, start, end, fresh, is_variance):
         moved = tf.where(end < start, old * tf.math.divide_no_nan(end, start), moved)
     value = tf.where(fresh < 1, fresh * end + (1 - fresh) * moved, end)
     return tf.where(tf.reduce_all(tf.math.is_finite(value)), value, old)
+
+
+@contextlib.contextmanager
+def constant_statistics(layers):
+    """Context in which these BatchNormalization layers use their moving statistics in training mode, too."""
+
+    def call(layer):
+        original = layer.call
+        return lambda inputs, training=None, mask=None: original(inputs, training=False, mask=mask)
+
+    with replaced(*[(layer, "call", call(layer)) for layer in layers]):
+        yield
+
+
+@contextlib.contextmanager
+def own_statistics(layers):
+    """Context in which these BatchNormalization layers assign the statistics of their inputs instead of moving averages.
+
+    A layer that is called several times assigns the mean over its calls, which is what its moving averages tend to.
+    """
+
+    def call(layer):
+        original, calls = layer.call, itertools.count()
+
+        def counted(*args, **kwargs):
+            number = next(calls)
+            layer.momentum = number / (number + 1)
+            return original(*args, **kwargs)
+
+        return counted
+
+    momenta = [(layer, "momentum", layer.momentum) for layer in layers]  # to be restored
+    with replaced(*momenta, *[(layer, "call", call(layer)) for layer in layers]):
+        yield

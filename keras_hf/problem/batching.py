@@ -1,8 +1,8 @@
-"""Which cases an update uses: the part of the batch, the curvature chunk, and the pieces (micro-batches) in which they are processed.
+"""Which cases an update uses: the part of the batch, the curvature chunk, and the micro-batches in which they are processed.
 
 Martens (2010), section 4.3: the gradient on all cases of the batch, products on a chunk of them. The batch is read as a ring that starts at the
-chunk, so that the chunk is the first `chunk_size` cases and a union of whole pieces. Gradient, products, backtracking and line search then use the
-same pieces, with the same random numbers and batch statistics in each.
+chunk, so that the chunk is the first `chunk_size` cases and a union of whole micro-batches. Gradient, products, backtracking and line search then use
+the same micro-batches, with the same random numbers and batch statistics in each.
 """
 
 import math
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_hf.common.checks import count, finite, positive
 from keras_hf.common.part import Part
-from keras_hf.problem.places import Places
+from keras_hf.problem.case_range import CaseRange
 
 # Twice as many still fit in an int32.
 _LARGEST_SIZE = 2**29
@@ -21,43 +21,44 @@ _LARGEST_SIZE = 2**29
 _FEWEST_IN_CHUNK = 64
 
 
-class Pieces(NamedTuple):
+class MicroBatches(NamedTuple):
     """How the cases of one replica are divided: int32 scalars, where nothing else is said.
 
     Attributes:
-        run: `places.Places`, the cases of the update.
-        chunk_place: The position of the chunk's first case in the run.
+        cases: `case_range.CaseRange`, the cases of the update.
+        chunk_place: The position of the chunk's first case in the range.
         num_cases: Cases on this replica.
         chunk_start: The first of them that is in the curvature chunk.
         chunk_size: How many of them are in the chunk.
-        piece_size: Cases in a piece; the last piece of the chunk and the last of the rest may be smaller.
-        chunk_is_one_piece: Whether the chunk is one piece for every batch that may come, a Python bool: then no loop over its pieces is traced.
+        micro_batch_size: Cases in a micro-batch; the last micro-batch of the chunk and the last of the rest may be smaller.
+        chunk_is_one: Whether the chunk is one micro-batch for every batch that may come, a Python bool: then no loop over its
+            micro-batches is traced.
     """
 
-    run: Places
+    cases: CaseRange
     chunk_place: tf.Tensor
     num_cases: tf.Tensor
     chunk_start: tf.Tensor
     chunk_size: tf.Tensor
-    piece_size: tf.Tensor
-    chunk_is_one_piece: bool = False
+    micro_batch_size: tf.Tensor
+    chunk_is_one: bool = False
 
     @property
-    def num_chunk_pieces(self):
-        """Pieces in the chunk; they come first."""
-        return _ceil_div(self.chunk_size, self.piece_size)
+    def num_in_chunk(self):
+        """Micro-batches in the chunk; they come first."""
+        return _ceil_div(self.chunk_size, self.micro_batch_size)
 
     @property
-    def num_pieces(self):
-        """Pieces in the batch."""
-        return self.num_chunk_pieces + _ceil_div(self.num_cases - self.chunk_size, self.piece_size)
+    def num_in_batch(self):
+        """Micro-batches in the batch."""
+        return self.num_in_chunk + _ceil_div(self.num_cases - self.chunk_size, self.micro_batch_size)
 
     def indices(self, number):
-        """Returns the positions in the batch, int32 `(cases,)`, of the cases of piece `number`."""
-        past_chunk = tf.maximum(number - self.num_chunk_pieces, 0)
-        in_chunk = number < self.num_chunk_pieces
-        start = tf.where(in_chunk, number * self.piece_size, self.chunk_size + past_chunk * self.piece_size)
-        stop = tf.minimum(start + self.piece_size, tf.where(in_chunk, self.chunk_size, self.num_cases))
+        """Returns the positions in the batch, int32 `(cases,)`, of the cases of micro-batch `number`."""
+        past_chunk = tf.maximum(number - self.num_in_chunk, 0)
+        in_chunk = number < self.num_in_chunk
+        start = tf.where(in_chunk, number * self.micro_batch_size, self.chunk_size + past_chunk * self.micro_batch_size)
+        stop = tf.minimum(start + self.micro_batch_size, tf.where(in_chunk, self.chunk_size, self.num_cases))
         return self._around(start, stop)
 
     def chunk_indices(self):
@@ -65,10 +66,10 @@ class Pieces(NamedTuple):
         return self._around(0, self.chunk_size)
 
     def share_of_first(self, num_cases):
-        """Returns how many of the first `num_cases` of the run, counted around from the chunk's first, are on this replica: an int32 scalar."""
-        end = self.chunk_place + tf.minimum(num_cases, self.run.num_cases)
-        past = tf.maximum(end - self.run.num_cases, 0)
-        return self.run.up_to(end - past) + self.run.up_to(past) - self.chunk_start
+        """Returns how many of the first `num_cases` of the range, counted around from the chunk's first, are on this replica: an int32 scalar."""
+        end = self.chunk_place + tf.minimum(num_cases, self.cases.num_cases)
+        past = tf.maximum(end - self.cases.num_cases, 0)
+        return self.cases.up_to(end - past) + self.cases.up_to(past) - self.chunk_start
 
     def _around(self, start, stop):
         return (self.chunk_start + tf.range(start, stop)) % tf.maximum(self.num_cases, 1)
@@ -78,12 +79,12 @@ class Selection(NamedTuple):
     """The cases of one update.
 
     Attributes:
-        used: `places.Places`, the cases that the update uses.
-        unseen: `places.Places`, as many cases after them; none if the update uses all.
+        used: `case_range.CaseRange`, the cases that the update uses.
+        unseen: `case_range.CaseRange`, as many cases after them; none if the update uses all.
     """
 
-    used: Places
-    unseen: Places
+    used: CaseRange
+    unseen: CaseRange
 
 
 class Trial(NamedTuple):
@@ -163,7 +164,7 @@ class GrowingBatch(Part):
             counts: int32 `(replicas,)`, the number of cases that each replica holds.
             replica: int32 scalar or integer, the index of this replica.
         """
-        batch, size, start = Places.of_batch(counts, replica), state["size"], state["start"]
+        batch, size, start = CaseRange.of_batch(counts, replica), state["size"], state["start"]
         uses_all = 2 * size > batch.num_cases
         size = tf.where(uses_all, batch.num_cases, size)
         # From the first case where all are used: that order is the same in every update, and so are the chunks.
@@ -238,24 +239,25 @@ def order(num_cases, seed):
     return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=tf.stack([tf.cast(seed, tf.int32), -1]))
 
 
-def divide(run, curvature_batch_size, piece_size, update_number, seed, chunk_is_one_piece=False):
-    """Chooses the chunk of an update and divides one replica's cases into pieces.
+def divide(cases, curvature_batch_size, micro_batch_size, update_number, seed, chunk_is_one=False):
+    """Chooses the chunk of an update and divides one replica's cases into micro-batches.
 
     There are `ceil(num_cases / curvature_batch_size)` contiguous chunks; the last is shifted back so that it is full. Each round of that many updates
     visits all of them, in an order drawn from `(seed, round)`. With a plain counter, each of several batches would always get the same chunk.
 
     Args:
-        run: `places.Places`, the cases of the update.
+        cases: `case_range.CaseRange`, the cases of the update.
         curvature_batch_size: int32 scalar or integer, the number of cases wanted in the chunk, over all replicas, or `None` for all.
-        piece_size: Integer or int32 scalar, the number of cases in a piece; `None` for one piece for the chunk and one for the rest.
+        micro_batch_size: Integer or int32 scalar, the number of cases in a micro-batch; `None` for one micro-batch for the chunk and one for the
+            rest.
         update_number: int32 scalar, the number of updates before this one.
         seed: int32 scalar or integer.
-        chunk_is_one_piece: See `Pieces`.
+        chunk_is_one: See `MicroBatches`.
 
     Returns:
-        A `Pieces`.
+        A `MicroBatches`.
     """
-    num_cases = run.num_cases
+    num_cases = cases.num_cases
     if curvature_batch_size is None:
         place, size = tf.constant(0), num_cases
     else:
@@ -264,10 +266,12 @@ def divide(run, curvature_batch_size, piece_size, update_number, seed, chunk_is_
         turn = tf.stack([tf.cast(seed, tf.int32), update_number // num_chunks])
         turns = tf.random.experimental.stateless_shuffle(tf.range(num_chunks), seed=turn)
         place = tf.minimum(turns[update_number % num_chunks] * size, num_cases - size)
-    start, num_local = run.up_to(place), run.num_local
+    start, num_local = cases.up_to(place), cases.num_local
     at_most = tf.maximum(num_local, 1)
-    piece_size = at_most if piece_size is None else tf.minimum(piece_size, at_most)
-    return Pieces(run, place, num_local, start, run.up_to(place + size) - start, piece_size, chunk_is_one_piece)
+    micro_batch_size = at_most if micro_batch_size is None else tf.minimum(micro_batch_size, at_most)
+    return MicroBatches(
+        cases, place, num_local, start, cases.up_to(place + size) - start, micro_batch_size, chunk_is_one
+    )
 
 
 def _ceil_div(a, b):

@@ -16,8 +16,9 @@ import re
 import keras
 import tensorflow as tf
 
+from keras_hf.common.loops import sum_over_blocks
 from keras_hf.common.replaced import replaced
-from keras_hf.problem.linearization import dense
+from keras_hf.common.vectors import dense
 
 # Number of floats in the largest temporary tensor of a block of cases.
 _BLOCK_FLOATS = 2**22
@@ -121,58 +122,24 @@ def recorded_uses(layers, tape=None):
         yield uses
 
 
-@contextlib.contextmanager
-def constant_statistics(layers):
-    """Context in which these BatchNormalization layers use their moving statistics in training mode, too."""
-
-    def call(layer):
-        original = layer.call
-        return lambda inputs, training=None, mask=None: original(inputs, training=False, mask=mask)
-
-    with replaced(*[(layer, "call", call(layer)) for layer in layers]):
-        yield
-
-
-@contextlib.contextmanager
-def own_statistics(layers):
-    """Context in which these BatchNormalization layers assign the statistics of their inputs instead of moving averages.
-
-    A layer that is called several times assigns the mean over its calls, which is what its moving averages tend to.
-    """
-
-    def call(layer):
-        original, calls = layer.call, itertools.count()
-
-        def counted(*args, **kwargs):
-            number = next(calls)
-            layer.momentum = number / (number + 1)
-            return original(*args, **kwargs)
-
-        return counted
-
-    momenta = [(layer, "momentum", layer.momentum) for layer in layers]  # to be restored
-    with replaced(*momenta, *[(layer, "call", call(layer)) for layer in layers]):
-        yield
-
-
-def squared_gradients(piece, layers, skipped=()):
-    """Returns the sum over the cases of a piece of the squared gradient of each case's share of the compiled loss.
+def squared_gradients(micro_batch, layers, skipped=()):
+    """Returns the sum over the cases of a micro-batch of the squared gradient of each case's share of the compiled loss.
 
     Cost: one forward and one backward pass, about one more weight gradient for each captured layer, and about one more gradient for all other layers.
 
     Args:
-        piece: `piece.PieceFunction`.
+        micro_batch: `micro_batch.MicroBatch`.
         layers: List of the layers to capture; see `is_capturable`. Their weights must not be read anywhere else.
         skipped: List of layers whose weights get zeros, at no cost.
 
     Returns:
-        List of tensors shaped as `piece.variables`.
+        List of tensors shaped as `micro_batch.variables`.
     """
     squares = {id(weight.value): tf.zeros_like(weight.value) for layer in skipped for weight in layer.trainable_weights}
     layers = [layer for layer in layers if layer not in skipped]
     if layers:
         with tf.GradientTape() as tape, recorded_uses(layers, tape) as uses:
-            share = piece.loss(piece.forward())
+            share = micro_batch.loss(micro_batch.forward())
         layers = [layer for layer in layers if uses[layer]]
         preactivations = [use.preactivation for layer in layers for use in uses[layer]]
         gradients = iter(dense(tape.gradient(share, preactivations), preactivations))
@@ -181,11 +148,11 @@ def squared_gradients(piece, layers, skipped=()):
             found = (_embedding_squares if has_tokens(layer) else _layer_squares)(layer, of_uses)
             for weight, square in zip(kernel_and_bias(layer), found, strict=False):
                 squares[id(weight.value)] = square
-    others = [variable for variable in piece.variables if id(variable) not in squares]
+    others = [variable for variable in micro_batch.variables if id(variable) not in squares]
     if others:
-        method = _case_by_case if piece.is_vectorizable else _in_signed_blocks
-        squares.update(zip(map(id, others), method(piece, others), strict=True))
-    return [tf.reshape(squares[id(variable)], variable.shape) for variable in piece.variables]
+        method = _case_by_case if micro_batch.is_vectorizable else _in_signed_blocks
+        squares.update(zip(map(id, others), method(micro_batch, others), strict=True))
+    return [tf.reshape(squares[id(variable)], variable.shape) for variable in micro_batch.variables]
 
 
 def at_least_float32(tensor):
@@ -210,21 +177,18 @@ def _layer_squares(layer, uses):
     num_places = tf.add_n([tf.size(gradient, tf.int64) for _, gradient in uses]) // (units * tf.maximum(num_cases, 1))
     block = tf.maximum(_BLOCK_FLOATS // tf.maximum(num_places * max(fan_in, units), fan_in * units), 1)
 
-    def add_block(start, kernel, bias):
-        block_uses = [(a[start : start + block], d[start : start + block]) for a, d in uses]
+    def terms(first, last):
         of_kernel, of_bias = [], []
-        for inputs, gradient in block_uses:
+        for inputs, gradient in [(a[first:last], d[first:last]) for a, d in uses]:
             places = _places(layer, inputs, tf.shape(gradient))
             d = tf.reshape(gradient, [tf.shape(gradient)[0], 1, -1, units])
             of_kernel.append(tf.matmul(places, d, transpose_a=True))
             of_bias.append(tf.reduce_sum(d, [1, 2]))
-        kernel += tf.reshape(tf.reduce_sum(tf.add_n(of_kernel) ** 2, 0), [fan_in, units])
-        return start + block, kernel, bias + tf.reduce_sum(tf.add_n(of_bias) ** 2, 0)
+        kernel = tf.reshape(tf.reduce_sum(tf.add_n(of_kernel) ** 2, 0), [fan_in, units])
+        return kernel, tf.reduce_sum(tf.add_n(of_bias) ** 2, 0)
 
     dtype = uses[0][1].dtype
-    zeros = (tf.zeros([], tf.int64), tf.zeros([fan_in, units], dtype), tf.zeros([units], dtype))
-    _, kernel, bias = tf.while_loop(lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1)
-    return kernel, bias
+    return sum_over_blocks(num_cases, block, terms, (tf.zeros([fan_in, units], dtype), tf.zeros([units], dtype)))
 
 
 def _embedding_squares(layer, uses):
@@ -271,15 +235,13 @@ def second_moments(layer, inputs, gradient):
         num_places = tf.size(gradient, tf.int64) // (units * tf.maximum(num_cases, 1))
         block = tf.maximum(_BLOCK_FLOATS // tf.maximum(num_places * fan_in, 1), 1)
 
-        def add_block(start, products, sums):
-            of_block = slice(start, start + block)
-            places = _places(layer, inputs[of_block], tf.shape(gradient[of_block]))
+        def terms(first, last):
+            places = _places(layer, inputs[first:last], tf.shape(gradient[first:last]))
             a = tf.reshape(tf.transpose(places, [0, 2, 1, 3]), [-1, fan_in])
-            found = moments(a, counts[start * num_places : (start + block) * num_places])
-            return start + block, products + found[0], sums + found[1]
+            return moments(a, counts[first * num_places : last * num_places])
 
-        zeros = (tf.zeros([], tf.int64), tf.zeros([fan_in, fan_in], d.dtype), tf.zeros([fan_in], d.dtype))
-        _, products, sums = tf.while_loop(lambda start, *_: start < num_cases, add_block, zeros, parallel_iterations=1)
+        zeros = tf.zeros([fan_in, fan_in], d.dtype), tf.zeros([fan_in], d.dtype)
+        products, sums = sum_over_blocks(num_cases, block, terms, zeros)
     if len(kernel_and_bias(layer)) == 2:
         products = tf.concat([products, sums[None]], 0)
         products = tf.concat([products, tf.concat([sums, count[None]], 0)[:, None]], 1)
@@ -350,41 +312,37 @@ def _places(layer, inputs, output_shape):
     return tf.stack([tap(place) for place in itertools.product(*map(range, sizes))], 1)
 
 
-def _case_by_case(piece, variables):
+def _case_by_case(micro_batch, variables):
     """Returns the squared gradients of any weights summed over cases, by one vectorised gradient per case.
 
     Memory: the gradients of one block of cases.
     """
     num_weights = sum(variable.shape.num_elements() for variable in variables)
-    largest = tf.maximum(tf.constant(num_weights, tf.int64), piece.floats_per_case)
+    largest = tf.maximum(tf.constant(num_weights, tf.int64), micro_batch.floats_per_case)
     block = tf.cast(tf.maximum(_BLOCK_FLOATS // largest, 1), tf.int32)
 
     def squares_of(index):
-        case = piece.cases(index[None])
+        case = micro_batch.cases(index[None])
         with tf.GradientTape() as tape:
             share = case.loss(case.forward())
         return [gradient**2 for gradient in dense(tape.gradient(share, variables), variables)]
 
-    def add_block(start, sums):
-        by_case = tf.vectorized_map(squares_of, tf.range(start, tf.minimum(start + block, piece.num_cases)))
-        return start + block, [total + tf.reduce_sum(squares, 0) for total, squares in zip(sums, by_case, strict=True)]
+    def terms(first, last):
+        by_case = tf.vectorized_map(squares_of, tf.range(first, last))
+        return [tf.reduce_sum(squares, 0) for squares in by_case]
 
-    sums = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
-    _, sums = tf.while_loop(
-        lambda start, _: start < piece.num_cases, add_block, (tf.constant(0), sums), parallel_iterations=1
-    )
-    return sums
+    return sum_over_blocks(micro_batch.num_cases, block, terms, [tf.zeros(v.shape, v.dtype) for v in variables])
 
 
-def _in_signed_blocks(piece, variables):
+def _in_signed_blocks(micro_batch, variables):
     """Estimates the squared gradients summed over cases: adds the gradients of a block with random signs and squares the sum.
 
-    Exact if each block is one case. Cost: one gradient of the piece, in 32 parts.
+    Exact if each block is one case. Cost: one gradient of the micro-batch, in 32 parts.
     """
-    block = tf.maximum((piece.num_cases + _SIGNED_BLOCKS - 1) // _SIGNED_BLOCKS, 1)
+    block = tf.maximum((micro_batch.num_cases + _SIGNED_BLOCKS - 1) // _SIGNED_BLOCKS, 1)
 
-    def add_block(start, sums):
-        cases = piece.cases(tf.range(start, tf.minimum(start + block, piece.num_cases)))
+    def terms(first, last):
+        cases = micro_batch.cases(tf.range(first, last))
         with tf.GradientTape() as tape:
             evaluation = cases.forward()
             outputs = evaluation.outputs
@@ -393,17 +351,13 @@ def _in_signed_blocks(piece, variables):
             share = cases.loss(evaluation)
         # Pulling back a case's own row of the outputs' gradient gives the gradient of that case.
         pulls = [
-            gradient * tf.cast(_spread(cases.signs(start), gradient), gradient.dtype)
+            gradient * tf.cast(_spread(cases.signs(first), gradient), gradient.dtype)
             for gradient in dense(loss_tape.gradient(share, outputs), outputs)
         ]
         gradients = dense(tape.gradient(outputs, variables, output_gradients=pulls), variables)
-        return start + block, [total + gradient**2 for total, gradient in zip(sums, gradients, strict=True)]
+        return [gradient**2 for gradient in gradients]
 
-    sums = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
-    _, sums = tf.while_loop(
-        lambda start, _: start < piece.num_cases, add_block, (tf.constant(0), sums), parallel_iterations=1
-    )
-    return sums
+    return sum_over_blocks(micro_batch.num_cases, block, terms, [tf.zeros(v.shape, v.dtype) for v in variables])
 
 
 def _spread(vector, like):

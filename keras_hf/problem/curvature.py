@@ -1,4 +1,4 @@
-"""Curvatures: matrices that CG multiplies with. A curvature handles one piece of data; it knows neither damping nor CG."""
+"""Curvatures: matrices that CG multiplies with. A curvature handles one micro-batch of data; it knows neither damping nor CG."""
 
 import copy
 
@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from keras_hf.common.checks import part
 from keras_hf.common.part import Part
-from keras_hf.common.vectors import epsilon, inner_product
-from keras_hf.problem.linearization import DoubleBackward, Linearization, dense
+from keras_hf.common.vectors import dense, epsilon, inner_product
+from keras_hf.problem.linearization import DoubleBackward, Linearization
 from keras_hf.problem.structural_damping import with_hidden_states
 
 
@@ -64,15 +64,16 @@ class Curvature(Part):
         del objective
         return self, state
 
-    def linearize(self, piece):
-        """Prepares the products of one piece of data.
+    def linearize(self, micro_batch):
+        """Prepares the products of one micro-batch of data.
 
         Args:
-            piece: A `piece.PieceFunction`: `variables`, `forward()`, `loss(evaluation)`, `added_loss(evaluation)`.
+            micro_batch: A `micro_batch.MicroBatch`: `variables`, `forward()`, `loss(evaluation)`, `added_loss(evaluation)`.
 
         Returns:
-            Callable `v -> Gv` on lists of tensors shaped as `piece.variables`. Of a `linearization.Linearized`, updates check the products. Where
-            `piece.has_hidden_states`, it is a callable `(v, strength) -> Gv + strength G_S v`; see `structural_damping.StructuralDamping`.
+            Callable `v -> Gv` on lists of tensors shaped as `micro_batch.variables`. Of a `linearization.Linearized`, updates check the products.
+            Where `micro_batch.has_hidden_states`, it is a callable `(v, strength) -> Gv + strength G_S v`; see
+            `structural_damping.StructuralDamping`.
         """
         raise NotImplementedError
 
@@ -85,18 +86,20 @@ class _ThroughOutputs(Curvature):
 
     takes_hidden_states = True
 
-    def _through_outputs(self, piece):
-        """Returns `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a piece's compiled loss."""
+    def _through_outputs(self, micro_batch):
+        """Returns `forward() -> (outputs, evaluation)` and `hessian_at(outputs, evaluation) -> (u -> Hu)` of a micro-batch's compiled loss."""
         raise NotImplementedError
 
-    def linearize(self, piece):
-        forward, hessian_at = self._through_outputs(piece)
-        if piece.has_hidden_states:
-            forward, hessian_at = with_hidden_states(piece, forward, hessian_at)
-        linearized = self.linearization.gauss_newton(forward, hessian_at, piece.variables)
-        if not piece.has_added_loss:
+    def linearize(self, micro_batch):
+        forward, hessian_at = self._through_outputs(micro_batch)
+        if micro_batch.has_hidden_states:
+            forward, hessian_at = with_hidden_states(micro_batch, forward, hessian_at)
+        linearized = self.linearization.gauss_newton(forward, hessian_at, micro_batch.variables)
+        if not micro_batch.has_added_loss:
             return linearized
-        return linearized.plus(self.linearization.hessian(lambda: piece.added_loss(piece.forward()), piece.variables))
+        return linearized.plus(
+            self.linearization.hessian(lambda: micro_batch.added_loss(micro_batch.forward()), micro_batch.variables)
+        )
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -118,16 +121,16 @@ class GaussNewton(_ThroughOutputs):
         Schraudolph (2002), *Fast curvature matrix-vector products for second-order gradient descent*; Martens (2010), section 4.2.
     """
 
-    def _through_outputs(self, piece):
+    def _through_outputs(self, micro_batch):
         def hessian_at(outputs, evaluation):
-            hessian = loss_hessian(lambda: piece.loss(evaluation), outputs)
-            if not piece.hessian_is_diagonal:
+            hessian = loss_hessian(lambda: micro_batch.loss(evaluation), outputs)
+            if not micro_batch.hessian_is_diagonal:
                 return hessian
             # Computed once: every product would need a dozen operations on the outputs.
             diagonal = hessian([tf.ones_like(output) for output in outputs])
             return lambda u: [d * entry for d, entry in zip(diagonal, u, strict=True)]
 
-        return _forward(piece), hessian_at
+        return _forward(micro_batch), hessian_at
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -149,10 +152,11 @@ class EmpiricalFisher(_ThroughOutputs):
         approximation for natural gradient descent*.
     """
 
-    def _through_outputs(self, piece):
-        apart = piece.cases_apart()
-        # The piece's loss is the sum of its cases' shares, whose gradients are `g_i / all_cases`: the product of two has that factor once too often.
-        scale = piece.all_cases / piece.loss_scale
+    def _through_outputs(self, micro_batch):
+        apart = micro_batch.cases_apart()
+        # The micro-batch's loss is the sum of its cases' shares, whose gradients are `g_i / all_cases`: the product of two has that factor once too
+        # often.
+        scale = micro_batch.all_cases / micro_batch.loss_scale
 
         def hessian_at(outputs, evaluation):
             with tf.GradientTape() as tape:
@@ -184,8 +188,8 @@ class Hessian(Curvature):
         Pearlmutter (1994), *Fast exact multiplication by the Hessian*.
     """
 
-    def linearize(self, piece):
-        return self.linearization.hessian(lambda: piece.whole_loss(piece.forward()), piece.variables)
+    def linearize(self, micro_batch):
+        return self.linearization.hessian(lambda: micro_batch.whole_loss(micro_batch.forward()), micro_batch.variables)
 
 
 @keras.saving.register_keras_serializable("keras_hf")
@@ -217,8 +221,8 @@ class FiniteDifferenceHessian(Curvature):
             )
         return self
 
-    def linearize(self, piece):
-        weights = [tf.convert_to_tensor(variable) for variable in piece.variables]
+    def linearize(self, micro_batch):
+        weights = [tf.convert_to_tensor(variable) for variable in micro_batch.variables]
         roundoff = max(epsilon(weight.dtype) for weight in weights)
         distance = tf.constant(roundoff ** (1 / 3), tf.float64)  # How far the weights move, whatever the length of v.
 
@@ -227,7 +231,9 @@ class FiniteDifferenceHessian(Curvature):
             step = tf.math.divide_no_nan(distance, length)
 
             def gradient_at(step):
-                return piece.gradient_at([w + tf.cast(step, w.dtype) * d for w, d in zip(weights, v, strict=True)])
+                return micro_batch.gradient_at(
+                    [w + tf.cast(step, w.dtype) * d for w, d in zip(weights, v, strict=True)]
+                )
 
             slope = length / (2 * distance)
             differences = zip(gradient_at(step), gradient_at(-step), strict=True)
@@ -236,11 +242,11 @@ class FiniteDifferenceHessian(Curvature):
         return product
 
 
-def _forward(piece):
-    """Returns `() -> (outputs, evaluation)`, one forward pass on a piece."""
+def _forward(micro_batch):
+    """Returns `() -> (outputs, evaluation)`, one forward pass on a micro-batch."""
 
     def forward():
-        evaluation = piece.forward(for_products=True)
+        evaluation = micro_batch.forward(for_products=True)
         return evaluation.outputs, evaluation
 
     return forward

@@ -1,6 +1,6 @@
 """The network and its loss in one update: one fixed function of weights and cases.
 
-Within an update, every call on a piece uses the same random numbers, batch statistics are those of the piece, and no state is changed.
+Within an update, every call on a micro-batch uses the same random numbers, batch statistics are those of the micro-batch, and no state is changed.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common.vectors import vector_dtype
-from keras_hf.problem.batch_statistics import Statistics
-from keras_hf.problem.capture import constant_statistics, own_statistics
+from keras_hf.problem.batch_statistics import Statistics, constant_statistics, own_statistics
 from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers
 from keras_hf.problem.recurrence import linear_derivatives
 from keras_hf.problem.replicas import replica_number
@@ -25,7 +24,7 @@ class Task(NamedTuple):
         loss_terms: Callable `(data, y_pred) -> list of loss_terms.LossTerm`, the compiled loss without regularizers and added losses; no terms if
             the model has only added losses.
         regularizers: List of `(tf.Variable, callable variable -> scalar)`, the losses that depend on one weight alone.
-        update_metrics: Callable `(data, y_pred)`, called once per piece with its outputs before the update.
+        update_metrics: Callable `(data, y_pred)`, called once per micro-batch with its outputs before the update.
         variables: List of `tf.Variable`, the trainable weights.
         weights: List of `keras.Variable`, the same as Keras knows them.
         constraints: List, the Keras constraint of every variable, a callable that projects a value, or `None`.
@@ -94,10 +93,10 @@ class Data(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One forward pass on one piece.
+    """One forward pass on one micro-batch.
 
     Attributes:
-        data: `Data`, the piece's cases.
+        data: `Data`, the micro-batch's cases.
         y_pred: The network's outputs, as Keras returns them.
         outputs: List of tensors, the tensors at which the loss is cut from the network: logits or entries of `y_pred`.
         added_loss: Scalar, the sum of the losses added in `call` and by activity regularizers, or `None`.
@@ -133,13 +132,13 @@ class FixedNetwork:
         self.dtype = vector_dtype(task.variables)
 
     def evaluate(self, data, number, statistics=(), measured=None, weights=None, for_products=False):
-        """Runs the network on a piece.
+        """Runs the network on a micro-batch.
 
         Args:
-            data: `Data`, the piece's cases.
-            number: int32 scalar, the piece's number, on which its random numbers depend.
-            statistics: Pairs of a moving statistic of BatchNormalization and the constant that replaces the piece's own.
-            measured: List of BatchNormalization layers whose statistics on the piece are returned among the states; by default
+            data: `Data`, the micro-batch's cases.
+            number: int32 scalar, the micro-batch's number, on which its random numbers depend.
+            statistics: Pairs of a moving statistic of BatchNormalization and the constant that replaces the micro-batch's own.
+            measured: List of BatchNormalization layers whose statistics on the micro-batch are returned among the states; by default
                 `measured_normalizations`.
             weights: List of tensors, the values of the trainable weights in this pass; `None` = those that they have.
             for_products: Whether Gauss-Newton products are to be formed from the pass: recurrent layers then have the derivatives of `recurrence`,
@@ -162,7 +161,7 @@ class FixedNetwork:
         return Evaluation(data, y_pred, self.structure.cut(y_pred), added, states, hidden)
 
     def batch_statistics(self, data, number):
-        """Returns the statistics of BatchNormalization layers on a piece, as pairs of a moving statistic and a tensor. Cost: one forward pass."""
+        """Returns the statistics of BatchNormalization layers on a micro-batch, as pairs of a moving statistic and a tensor. Cost: one pass."""
         layers = self.structure.batch_normalizations
         if not layers:
             return []
@@ -183,11 +182,11 @@ class FixedNetwork:
         return self.statistics(0, [tf.zeros(state.shape, self.dtype) for state in self.structure.states])
 
     def fixed_state(self, number, values=()):
-        """Returns a scope in which piece `number` gets the same random numbers in every call of an update, and no state is changed.
+        """Returns a scope in which micro-batch `number` gets the same random numbers in every call of an update, and no state is changed.
 
         The state of a seed generator is a seed and a counter of its calls, which Keras does not save. The optimizer's seed, which is saved, replaces
         the seed, shifted by the update's number and by the generator's position in the network, times multipliers (Knuth's and another) that separate
-        neighbouring seeds. The numbers of the piece and the replica are the counter's upper bits, which leaves 2^12 calls within one pass.
+        neighbouring seeds. The numbers of the micro-batch and the replica are the counter's upper bits, which leaves 2^12 calls within one pass.
         """
         if not self.task.seeds:
             return keras.StatelessScope(state_mapping=list(values), collect_losses=True)

@@ -1,4 +1,4 @@
-"""Hidden states of recurrent layers at all time steps, whatever of them the layers return: read while the network runs, and what may be read.
+"""Records the hidden states of recurrent layers at all time steps while the network runs, and says which layers allow it.
 
 Keras' recurrent layers run their cell in `inner_loop`. While hidden states are recorded, it returns the outputs of all steps, of which the layer
 takes the last one where it would have taken that alone.

@@ -10,9 +10,8 @@ import functools
 
 import tensorflow as tf
 
-from keras_hf.common.loops import map_rows
-from keras_hf.common.vectors import epsilon, gram, pack, unpack
-from keras_hf.problem.linearization import dense
+from keras_hf.common.loops import map_rows, sum_over_blocks
+from keras_hf.common.vectors import dense, epsilon, gram, pack, unpack
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
 _BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27
@@ -31,22 +30,22 @@ class LocalRows:
     """The rows of one replica, `(rows, n)`. A Jacobian that would be too large is formed anew, block by block, wherever it is needed.
 
     Args:
-        piece: `piece.PieceFunction` of all cases of the replica. Each case must have outputs of its own: no layer may mix cases.
+        micro_batch: `micro_batch.MicroBatch` of all cases of the replica. Each case must have outputs of its own: no layer may mix cases.
         dtype: Of flat vectors.
         programs: Dict in which what is traced of the passes is kept, for whatever comes to the same types and shapes; `None` = nothing is shared.
         jit_compile: Whether XLA compiles the passes.
         most_cases: Integer, an upper bound of the number of cases, where only that is known before they come; `None` without one.
     """
 
-    def __init__(self, piece, dtype, programs=None, jit_compile=False, most_cases=None):
-        self._piece, self._dtype, self._variables = piece, dtype, piece.variables
+    def __init__(self, micro_batch, dtype, programs=None, jit_compile=False, most_cases=None):
+        self._micro_batch, self._dtype, self._variables = micro_batch, dtype, micro_batch.variables
         self._programs, self._jit_compile, self._roots = programs, jit_compile, None
-        self._num_weights = sum(variable.shape.num_elements() for variable in piece.variables)
+        self._num_weights = sum(variable.shape.num_elements() for variable in micro_batch.variables)
         # Not by XLA where eigenvectors are needed: its own stop at a relative accuracy of about 1e-9.
-        roots = self._compiled(LocalRows._roots_and_residuals, jit_compile and piece.hessian_is_diagonal)
+        roots = self._compiled(LocalRows._roots_and_residuals, jit_compile and micro_batch.hessian_is_diagonal)
         self._roots, self.residuals = roots()
-        num_cases, size = piece.static_num_cases, self._roots.shape[1]
-        per_case = size * max(self._num_weights, piece.floats_per_case)
+        num_cases, size = micro_batch.static_num_cases, self._roots.shape[1]
+        per_case = size * max(self._num_weights, micro_batch.floats_per_case)
         self._block = max(1, _BLOCK_FLOATS // per_case)
         most_cases = most_cases if num_cases is None else num_cases
         is_kept = most_cases is not None and most_cases * size * self._num_weights <= _KEPT_FLOATS
@@ -103,23 +102,23 @@ class LocalRows:
             candidates: List of tensors `(k, *weight's shape)`.
         """
         num_candidates = candidates[0].shape[0]  # static: an arc has so many places
-        block = max(1, _BLOCK_FLOATS // max(self._piece.floats_per_case, 1))
+        block = max(1, _BLOCK_FLOATS // max(self._micro_batch.floats_per_case, 1))
 
         compiled = self._compiled(LocalRows._losses_of_cases, self._jit_compile)
-        num_cases = self._piece.static_num_cases
+        num_cases = self._micro_batch.static_num_cases
         if num_cases is not None and num_cases * num_candidates <= block:
             return compiled(tf.range(num_cases), *candidates)
 
-        def add_block(start, total):
-            stop = tf.minimum(start + max(1, block // num_candidates), self._piece.num_cases)
-            return stop, total + compiled(tf.range(start, stop), *candidates)
-
-        start = tf.constant(0), tf.zeros([num_candidates], tf.float64)
-        return tf.while_loop(lambda start, _: start < self._piece.num_cases, add_block, start, parallel_iterations=1)[1]
+        return sum_over_blocks(
+            self._micro_batch.num_cases,
+            max(1, block // num_candidates),
+            lambda first, last: compiled(tf.range(first, last), *candidates),
+            tf.zeros([num_candidates], tf.float64),
+        )
 
     def _mapped(self, function, args, dtype):
         """Applies a function to every row of nested tensors: vectorised where TensorFlow can."""
-        if self._piece.has_vectorizable_rows:
+        if self._micro_batch.has_vectorizable_rows:
             return tf.vectorized_map(function, args)
         return map_rows(function, args, dtype)
 
@@ -129,29 +128,22 @@ class LocalRows:
             return function(self.jacobian, u)
         size = self._roots.shape[1]
 
-        def add_block(start, total):
-            stop = tf.minimum(start + self._block, self._piece.num_cases)
-            part = None if u is None else u[start * size : stop * size]
-            return stop, total + function(self._rows_of(tf.range(start, stop)), part)
+        def terms(first, last):
+            part = None if u is None else u[first * size : last * size]
+            return function(self._rows_of(tf.range(first, last)), part)
 
-        _, total = tf.while_loop(
-            lambda start, _: start < self._piece.num_cases,
-            add_block,
-            (tf.constant(0), tf.zeros(shape, self._dtype)),
-            parallel_iterations=1,
-        )
-        return total
+        return sum_over_blocks(self._micro_batch.num_cases, self._block, terms, tf.zeros(shape, self._dtype))
 
     def _in_blocks(self, function, *args, row_shape=()):
         """Calls `function(indices of cases, *args)` for blocks of cases and joins what comes, whose first axis is the rows."""
-        num_cases = self._piece.static_num_cases
+        num_cases = self._micro_batch.static_num_cases
         if num_cases is not None and num_cases <= self._block:
             return function(tf.range(num_cases), *args)
-        num_blocks = (self._piece.num_cases + self._block - 1) // self._block
+        num_blocks = (self._micro_batch.num_cases + self._block - 1) // self._block
 
         def add_block(number, parts):
             start = number * self._block
-            indices = tf.range(start, tf.minimum(start + self._block, self._piece.num_cases))
+            indices = tf.range(start, tf.minimum(start + self._block, self._micro_batch.num_cases))
             return number + 1, parts.write(number, function(indices, *args))
 
         _, parts = tf.while_loop(
@@ -177,7 +169,7 @@ class LocalRows:
             return functools.partial(method, self)
 
         def program(*args):
-            args = self._piece.tensors, self._roots, args
+            args = self._micro_batch.tensors, self._roots, args
             leaves = tf.nest.flatten(args)
             there = [leaf for leaf in leaves if leaf is not None]
             key = method.__name__, jit_compile, *[(leaf.dtype, tuple(leaf.shape)) for leaf in there]
@@ -187,7 +179,7 @@ class LocalRows:
                 filled = [None if leaf is None else next(given) for leaf in leaves]
                 tensors, roots, others = tf.nest.pack_sequence_as(args, filled)
                 rows = copy.copy(self)
-                rows._piece, rows._roots = self._piece.of_tensors(tensors), roots
+                rows._micro_batch, rows._roots = self._micro_batch.of_tensors(tensors), roots
                 return method(rows, *others)
 
             if key not in self._programs:
@@ -207,19 +199,19 @@ class LocalRows:
 
     def _losses_of_cases(self, indices, *candidates):
         """Shares of some cases in the compiled loss at several weights, float64 `(k,)`."""
-        cases = self._piece.cases(indices)
+        cases = self._micro_batch.cases(indices)
         of_weights = lambda weights: cases.accurate_share(cases.forward(list(weights), for_products=True))  # noqa: E731
         return self._mapped(of_weights, tuple(candidates), tf.float64)
 
     def _roots_and_residuals(self):
         """L of every case, `(cases, k, k)`, and `s = L^+ r`, `(cases * k,)`."""
-        piece, evaluation = self._piece, self._piece.forward()
+        micro_batch, evaluation = self._micro_batch, self._micro_batch.forward()
         outputs = evaluation.outputs
         with tf.GradientTape(persistent=True) as outer:
             outer.watch(outputs)
             with tf.GradientTape() as inner:
                 inner.watch(outputs)
-                loss = piece.loss(evaluation)
+                loss = micro_batch.loss(evaluation)
             gradients = dense(inner.gradient(loss, outputs), outputs)
         slopes = self._flat(gradients)
         size = slopes.shape[1]
@@ -233,7 +225,7 @@ class LocalRows:
             ]
             return self._flat(dense(outer.gradient(gradients, outputs, output_gradients=u), outputs))
 
-        if piece.hessian_is_diagonal or size == 1:
+        if micro_batch.hessian_is_diagonal or size == 1:
             values = image(tf.ones([size], self._dtype))
             # A loss that is not convex there (a negative second derivative) has no root: the rows are those of its convex part.
             root = tf.sqrt(tf.maximum(values, 0))
@@ -255,7 +247,7 @@ class LocalRows:
         def of_row(args):
             index, u = args
             with tf.GradientTape() as tape:
-                outputs = self._flat(self._piece.cases(index[None]).forward(for_products=True).outputs)[0]
+                outputs = self._flat(self._micro_batch.cases(index[None]).forward(for_products=True).outputs)[0]
             gradients = tape.gradient(outputs, self._variables, output_gradients=u)
             return pack(dense(gradients, self._variables), self._dtype)
 
@@ -279,7 +271,7 @@ class LocalRows:
 
     def _outputs_at(self, indices):
         """Outputs of some cases as a function of the change of the weights: `(n,) -> (cases, k)`."""
-        cases = self._piece.cases(indices)
+        cases = self._micro_batch.cases(indices)
         start = [tf.convert_to_tensor(variable) for variable in self._variables]
 
         def outputs(change):

@@ -1,11 +1,10 @@
-"""Directional derivatives of a network on one piece of data: `Jv`, `J'u` and the curvature-vector products formed from them.
+"""Directional derivatives of a network on one micro-batch of data: `Jv`, `J'u` and the curvature-vector products formed from them.
 
 There are two ways, both exact. Forward accumulation re-runs the forward pass in every product; double backward runs it once and keeps it. Hessian
 products follow Pearlmutter (1994), Gauss-Newton products Schraudolph (2002). Two backward passes replace forward mode: `Jv` is the derivative of
 `<J'u, v>` in u.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +12,11 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common.part import Part
-from keras_hf.common.replaced import replaced
+from keras_hf.common.vectors import dense
 
 
 class Linearized(NamedTuple):
-    """The linearized curvature on one piece of data, at the current weights. Calling it computes the product.
+    """The linearized curvature on one micro-batch of data, at the current weights. Calling it computes the product.
 
     Attributes:
         product: Callable `v -> Gv`, on lists of tensors shaped as the weights. Further arguments go to H; see `Linearization.gauss_newton`.
@@ -181,24 +180,3 @@ def _transposed_twice(forward, variables):
         return dense(transposing.gradient(pulled_back, cotangents, output_gradients=v), outputs)
 
     return outputs, rest, tangents, pull_back
-
-
-@contextlib.contextmanager
-def without_fused_kernels(layers):
-    """Context in which recurrent layers run without cuDNN's fused kernels, which have no second derivative."""
-    with replaced(*[(layer, "use_cudnn", False) for layer in layers if hasattr(layer, "use_cudnn")]):
-        yield
-
-
-def dense(gradients, sources):
-    """Returns gradients as dense tensors of their sources' shapes: zeros for `None`, sparse ones converted, lost static shapes restored."""
-
-    def of(gradient, source):
-        if gradient is None:
-            return tf.zeros_like(source)
-        gradient = tf.convert_to_tensor(gradient)
-        # Only where needed: `tf.autodiff.ForwardAccumulator` cannot differentiate `tf.ensure_shape`.
-        same = gradient.shape.as_list() == source.shape.as_list() if gradient.shape.rank is not None else False
-        return gradient if same else tf.ensure_shape(gradient, source.shape)
-
-    return [of(gradient, source) for gradient, source in zip(gradients, sources, strict=True)]

@@ -1,4 +1,4 @@
-"""The objective on one replica's cases, processed in pieces: one replica's terms of the sums that `objective` takes over all replicas."""
+"""The objective on one replica's cases, processed in micro-batches: one replica's terms of the sums that `objective` takes over all replicas."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,22 +6,23 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.loops import map_rows
-from keras_hf.common.vectors import dot, inner_product, num_weights, pack, unpack
+from keras_hf.common.vectors import dense, dot, inner_product, num_weights, pack, unpack
 from keras_hf.problem.batching import share_of
 from keras_hf.problem.capture import squared_gradients
 from keras_hf.problem.jacobian import LocalRows, compiles_rows
-from keras_hf.problem.linearization import DoubleBackward, dense
-from keras_hf.problem.piece import PieceFunction, Totals
+from keras_hf.problem.linearization import DoubleBackward
+from keras_hf.problem.micro_batch import MicroBatch, Totals
 
 # Roundings of H, in machine epsilons of the outputs' type.
 _NOISE = 10.0
 
 
 class Pass(NamedTuple):
-    """One pass over all pieces: loss in float64, gradient `(n,)`, the network's states after it.
+    """One pass over all micro-batches: loss in float64, gradient `(n,)`, the network's states after it.
 
-    Losses and gradients are sums over pieces. So are floating-point states: they are the mean over cases of the states after each piece. Other states
-    (counts, flags) have no mean, and the first piece's are taken. Statistics of BatchNormalization are those of all cases together.
+    Losses and gradients are sums over micro-batches. So are floating-point states: they are the mean over cases of the states after each micro-batch.
+    Other states (counts, flags) have no mean, and the first micro-batch's are taken. Statistics of BatchNormalization are those of all cases
+    together.
     """
 
     loss: tf.Tensor
@@ -30,41 +31,45 @@ class Pass(NamedTuple):
 
 
 class LocalCases:
-    """One replica's cases and their division into pieces. Used in replica context.
+    """One replica's cases and their division into micro-batches. Used in replica context.
 
     Args:
         network: `fixed_network.FixedNetwork`.
         data: `fixed_network.Data`.
-        pieces: `batching.Pieces`.
+        micro_batches: `batching.MicroBatches`.
     """
 
-    def __init__(self, network, data, pieces):
-        self.network, self.data, self.pieces = network, data, pieces
+    def __init__(self, network, data, micro_batches):
+        self.network, self.data, self.micro_batches = network, data, micro_batches
         self.dtype = network.dtype
 
-    def of_piece(self, number):
-        """Returns the cases of piece `number`."""
-        return self.data.take(self.pieces.indices(number))
+    def of_micro_batch(self, number):
+        """Returns the cases of micro-batch `number`."""
+        return self.data.take(self.micro_batches.indices(number))
 
     def counts(self):
         """Returns this replica's terms of `Totals`. Cost: if an output's mask must be known, the part of a forward pass that computes it."""
-        num_cases, chunk_size = (tf.cast(n, self.dtype) for n in (self.pieces.num_cases, self.pieces.chunk_size))
+        num_cases, chunk_size = (
+            tf.cast(n, self.dtype) for n in (self.micro_batches.num_cases, self.micro_batches.chunk_size)
+        )
         combinations = self.network.structure.combinations
         of_batch = of_chunk = tf.zeros([len(combinations)], self.dtype)
         if "data" in combinations:
 
-            def add_piece(number, sums):
-                data = self.of_piece(number)
+            def add_micro_batch(number, sums):
+                data = self.of_micro_batch(number)
                 with self.network.fixed_state(number):
                     terms = self.network.task.loss_terms(data, self.network.evaluate(data, number).y_pred)
                     found = [
                         tf.cast(term.denominator(), self.dtype) if combination == "data" else tf.zeros([], self.dtype)
                         for term, combination in zip(terms, combinations, strict=True)
                     ]
-                in_chunk = tf.cast(number < self.pieces.num_chunk_pieces, self.dtype)
+                in_chunk = tf.cast(number < self.micro_batches.num_in_chunk, self.dtype)
                 return sums[0] + tf.stack(found), sums[1] + in_chunk * tf.stack(found)
 
-            of_batch, of_chunk = _over_pieces(0, self.pieces.num_pieces, add_piece, (of_batch, of_chunk))
+            of_batch, of_chunk = _over_micro_batches(
+                0, self.micro_batches.num_in_batch, add_micro_batch, (of_batch, of_chunk)
+            )
         return Totals(num_cases, of_batch, chunk_size, of_chunk)
 
 
@@ -73,37 +78,37 @@ class LocalObjective:
 
     Args:
         cases: `LocalCases`.
-        totals: `piece.Totals`, the sums of `LocalCases.counts` over all replicas.
+        totals: `micro_batch.Totals`, the sums of `LocalCases.counts` over all replicas.
         num_replicas: Integer.
     """
 
     def __init__(self, cases, totals, num_replicas):
         self._cases, self._totals, self._num_replicas = cases, totals, num_replicas
-        self._network, self.pieces = cases.network, cases.pieces
+        self._network, self.micro_batches = cases.network, cases.micro_batches
         self._task, self._structure, self._dtype = cases.network.task, cases.network.structure, cases.network.dtype
 
-    def _piece(self, number, of_chunk):
-        """Returns piece `number` as part of the chunk or of the batch."""
-        return PieceFunction(self._network, self._totals, self._cases.of_piece(number), number, of_chunk)
+    def _micro_batch(self, number, of_chunk):
+        """Returns micro-batch `number` as part of the chunk or of the batch."""
+        return MicroBatch(self._network, self._totals, self._cases.of_micro_batch(number), number, of_chunk)
 
     def gradient_pass(self):
-        """Returns a `Pass` and its `batch_statistics.Statistics` over all pieces, and updates the metrics. Cost: one gradient."""
+        """Returns a `Pass` and its `batch_statistics.Statistics` over all micro-batches, and updates the metrics. Cost: one gradient."""
         task = self._task
 
-        def add_piece(number, sums):
+        def add_micro_batch(number, sums):
             sums, statistics = sums
-            piece = self._piece(number, of_chunk=False)
-            gradient, evaluation = piece.gradient()
-            gradient = pack(gradient, self._dtype) / piece.loss_scale
+            micro_batch = self._micro_batch(number, of_chunk=False)
+            gradient, evaluation = micro_batch.gradient()
+            gradient = pack(gradient, self._dtype) / micro_batch.loss_scale
             task.update_metrics(evaluation.data, evaluation.y_pred)
             states = [
-                total + tf.cast(piece.share, total.dtype) * new
+                total + tf.cast(micro_batch.share, total.dtype) * new
                 if total.dtype.is_floating
                 else tf.where(number == 0, new, total)
                 for total, new in zip(sums.states, evaluation.states, strict=True)
             ]
-            sums = Pass(sums.loss + piece.accurate_share(evaluation), sums.gradient + gradient, states)
-            return sums, statistics.joined(self._network.statistics(piece.num_cases, evaluation.states))
+            sums = Pass(sums.loss + micro_batch.accurate_share(evaluation), sums.gradient + gradient, states)
+            return sums, statistics.joined(self._network.statistics(micro_batch.num_cases, evaluation.states))
 
         with tf.GradientTape() as tape:
             regularization = self._regularization()
@@ -113,26 +118,30 @@ class LocalObjective:
             for value in map(tf.convert_to_tensor, self._structure.states)
         ]
         start = Pass(tf.cast(regularization, tf.float64), gradient, states)
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, (start, self._network.no_statistics()))
+        return _over_micro_batches(
+            0, self.micro_batches.num_in_batch, add_micro_batch, (start, self._network.no_statistics())
+        )
 
     def statistics(self):
-        """Returns the `batch_statistics.Statistics` over all pieces at the current weights. Cost: one forward pass."""
+        """Returns the `batch_statistics.Statistics` over all micro-batches at the current weights. Cost: one forward pass."""
 
-        def add_piece(number, statistics):
-            data = self._cases.of_piece(number)
+        def add_micro_batch(number, statistics):
+            data = self._cases.of_micro_batch(number)
             states = self._network.evaluate(data, number).states
             return statistics.joined(self._network.statistics(data.num_cases, states))
 
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, self._network.no_statistics())
+        return _over_micro_batches(0, self.micro_batches.num_in_batch, add_micro_batch, self._network.no_statistics())
 
     def loss(self):
         """Returns this replica's share of the loss over the batch: float64 scalar. Cost: one forward pass."""
 
-        def add_piece(number, total):
-            piece = self._piece(number, of_chunk=False)
-            return total + piece.accurate_share(piece.forward())
+        def add_micro_batch(number, total):
+            micro_batch = self._micro_batch(number, of_chunk=False)
+            return total + micro_batch.accurate_share(micro_batch.forward())
 
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, tf.cast(self._regularization(), tf.float64))
+        return _over_micro_batches(
+            0, self.micro_batches.num_in_batch, add_micro_batch, tf.cast(self._regularization(), tf.float64)
+        )
 
     def chunk_shares(self):
         """Returns each case's share of the chunk's loss, float64 `(chunk_size,)`, and this replica's share of the regularizers' loss.
@@ -140,13 +149,13 @@ class LocalObjective:
         Cost: one forward pass of the chunk.
         """
 
-        def add_piece(number, shares):
-            piece = self._piece(number, of_chunk=True)
-            places = number * self.pieces.piece_size + tf.range(piece.num_cases)
-            return tf.tensor_scatter_nd_update(shares, places[:, None], piece.case_shares(piece.forward()))
+        def add_micro_batch(number, shares):
+            micro_batch = self._micro_batch(number, of_chunk=True)
+            places = number * self.micro_batches.micro_batch_size + tf.range(micro_batch.num_cases)
+            return tf.tensor_scatter_nd_update(shares, places[:, None], micro_batch.case_shares(micro_batch.forward()))
 
-        zeros = tf.zeros([self.pieces.chunk_size], tf.float64)
-        shares = _over_pieces(0, self.pieces.num_chunk_pieces, add_piece, zeros)
+        zeros = tf.zeros([self.micro_batches.chunk_size], tf.float64)
+        shares = _over_micro_batches(0, self.micro_batches.num_in_chunk, add_micro_batch, zeros)
         return shares, tf.cast(self._regularization(), tf.float64)
 
     def sums_over_cases(self):
@@ -155,13 +164,13 @@ class LocalObjective:
         Float64 `(3,)`. Cost: one forward pass.
         """
 
-        def add_piece(number, total):
-            piece = self._piece(number, of_chunk=False)
-            shares = piece.case_shares(piece.forward())
+        def add_micro_batch(number, total):
+            micro_batch = self._micro_batch(number, of_chunk=False)
+            shares = micro_batch.case_shares(micro_batch.forward())
             return total + tf.stack([tf.reduce_sum(sums) for sums in (shares, tf.abs(shares), shares**2)])
 
         start = tf.stack([tf.cast(self._regularization(), tf.float64), 0.0, 0.0])
-        return _over_pieces(0, self.pieces.num_pieces, add_piece, start)
+        return _over_micro_batches(0, self.micro_batches.num_in_batch, add_micro_batch, start)
 
     def regularizations(self, candidates):
         """This replica's shares of the regularizers' loss at several weights, float64 `(k,)`.
@@ -183,11 +192,11 @@ class LocalObjective:
             most_cases: Integer, an upper bound of their number over all replicas, or `None`.
         """
         most_cases = most_cases and -(-most_cases // self._num_replicas)
-        piece = PieceFunction(self._network, self._totals, self._cases.data, tf.constant(0), of_chunk=False)
+        micro_batch = MicroBatch(self._network, self._totals, self._cases.data, tf.constant(0), of_chunk=False)
         # Programs read the variables of one device only.
         is_alone = self._num_replicas == 1
         programs = self._network.programs if is_alone else None
-        return LocalRows(piece, self._dtype, programs, compiles_rows(self._structure) and is_alone, most_cases)
+        return LocalRows(micro_batch, self._dtype, programs, compiles_rows(self._structure) and is_alone, most_cases)
 
     def _regularization_share(self):
         return tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas
@@ -209,11 +218,11 @@ class LocalObjective:
 
         With structural damping a second argument, a scalar, is that by which G_S is added to G; see `structural_damping.StructuralDamping`.
 
-        The first piece is linearized now and kept; further pieces, if the chunk has them, are linearized again in every product, so that memory is
-        bounded by that of one piece.
+        The first micro-batch is linearized now and kept; further micro-batches, if the chunk has them, are linearized again in every product, so that
+        memory is bounded by that of one micro-batch.
         """
-        piece = self._piece(tf.constant(0), of_chunk=True)
-        first = curvature.linearize(piece)
+        micro_batch = self._micro_batch(tf.constant(0), of_chunk=True)
+        first = curvature.linearize(micro_batch)
         regularization = self.regularization_product()
 
         def image(linearized, v, more):
@@ -223,45 +232,47 @@ class LocalObjective:
             size = self._size(v)
             scaled = v / size
 
-            def add_piece(number, total):
-                return total + image(curvature.linearize(self._piece(number, of_chunk=True)), scaled, more)
+            def add_micro_batch(number, total):
+                return total + image(curvature.linearize(self._micro_batch(number, of_chunk=True)), scaled, more)
 
             total = self._of_cases(image(first, scaled, more))
-            if not self.pieces.chunk_is_one_piece:
-                total = _over_pieces(1, self.pieces.num_chunk_pieces, add_piece, total)
-            return (size / piece.loss_scale) * total + _by_rows(regularization, v)
+            if not self.micro_batches.chunk_is_one:
+                total = _over_micro_batches(1, self.micro_batches.num_in_chunk, add_micro_batch, total)
+            return (size / micro_batch.loss_scale) * total + _by_rows(regularization, v)
 
         def forms(vectors):
             parts = [unpack(v / self._size(v), self._task.variables) for v in vectors]
             total = self._of_cases(_forms(first, parts))
-            if not self.pieces.chunk_is_one_piece:
-                total = _over_pieces(
+            if not self.micro_batches.chunk_is_one:
+                total = _over_micro_batches(
                     1,
-                    self.pieces.num_chunk_pieces,
+                    self.micro_batches.num_in_chunk,
                     lambda number, total: (
-                        total + _forms(curvature.linearize(self._piece(number, of_chunk=True)), parts)
+                        total + _forms(curvature.linearize(self._micro_batch(number, of_chunk=True)), parts)
                     ),
                     total,
                 )
             sizes = tf.stack([tf.cast(tf.reshape(self._size(v), []), tf.float64) for v in vectors])
-            total *= sizes[:, None] * sizes / tf.cast(piece.loss_scale, tf.float64)
+            total *= sizes[:, None] * sizes / tf.cast(micro_batch.loss_scale, tf.float64)
             if not self._task.regularizers:
                 return total
             images = [regularization(v) for v in vectors]
             return total + tf.stack([tf.stack([dot(v, image) for image in images]) for v in vectors])
 
-        # The kept piece is checked: another linearization would take seconds to trace.
-        return _LocalProduct(product, forms, lambda v: self._sides(first, v, piece.loss_scale / piece.all_cases))
+        # The kept micro-batch is checked: another linearization would take seconds to trace.
+        return _LocalProduct(
+            product, forms, lambda v: self._sides(first, v, micro_batch.loss_scale / micro_batch.all_cases)
+        )
 
     def _of_cases(self, sums):
-        """Returns the results of the chunk's first piece, a nest of tensors; zeros if the piece is empty, as on a replica without cases.
+        """Returns the results of the chunk's first micro-batch, a nest of tensors; zeros if the micro-batch is empty, as on a replica without cases.
 
         The mean over zero cases, which BatchNormalization takes, is NaN, and would make a sum over replicas NaN.
         """
         if self._num_replicas == 1:
             return sums
         return tf.nest.map_structure(
-            lambda value: tf.where(self.pieces.chunk_size > 0, value, tf.zeros_like(value)), sums
+            lambda value: tf.where(self.micro_batches.chunk_size > 0, value, tf.zeros_like(value)), sums
         )
 
     def _size(self, v):
@@ -275,10 +286,10 @@ class LocalObjective:
         return tf.where(largest > 0, largest, tf.ones_like(largest))
 
     def _sides(self, linearized, v, scale):
-        """Computes, for a random u, both sides of `u'(Jv) = (J'u)'v` on a piece, and of `v'Gv = (Jv)'H(Jv)` where that does not follow.
+        """Computes, for a random u, both sides of `u'(Jv) = (J'u)'v` on a micro-batch, and of `v'Gv = (Jv)'H(Jv)` where that does not follow.
 
         Args:
-            linearized: `linearization.Linearized` of the piece.
+            linearized: `linearization.Linearized` of the micro-batch.
             v: Tensor `(n,)`.
             scale: Scalar, by which the loss of a case counts in H.
 
@@ -316,28 +327,30 @@ class LocalObjective:
 
     def sum_over_chunk(self, function, num_cases):
         """Returns this replica's term of `Objective.sum_over_chunk`."""
-        pieces = self.pieces
+        micro_batches = self.micro_batches
         if isinstance(num_cases, float):
-            # Of one piece at most, where no loop over pieces is traced.
-            most = pieces.piece_size if pieces.chunk_is_one_piece else pieces.num_cases
-            wanted = pieces.share_of_first(share_of(num_cases, pieces.run.num_cases))
-            pieces = pieces._replace(chunk_size=tf.minimum(wanted, most))
+            # Of one micro-batch at most, where no loop over micro-batches is traced.
+            most = micro_batches.micro_batch_size if micro_batches.chunk_is_one else micro_batches.num_cases
+            wanted = micro_batches.share_of_first(share_of(num_cases, micro_batches.cases.num_cases))
+            micro_batches = micro_batches._replace(chunk_size=tf.minimum(wanted, most))
         elif num_cases is not None:
-            pieces = pieces._replace(chunk_size=tf.minimum(pieces.chunk_size, pieces.share_of_first(num_cases)))
+            micro_batches = micro_batches._replace(
+                chunk_size=tf.minimum(micro_batches.chunk_size, micro_batches.share_of_first(num_cases))
+            )
 
-        def of_piece(number):
-            indices = pieces.indices(number)
-            # Not the numbers of piece and replica: results must not depend on how cases are divided.
-            numbers = pieces.run.numbers(indices)
+        def of_micro_batch(number):
+            indices = micro_batches.indices(number)
+            # Not the numbers of micro-batch and replica: results must not depend on how cases are divided.
+            numbers = micro_batches.cases.numbers(indices)
             seeds = tf.stack([numbers, tf.fill(tf.shape(numbers), self._network.update_number)], 1)
-            piece = PieceFunction(self._network, self._totals, self._cases.data.take(indices), number, of_chunk=True)
-            return function(piece.cases_apart(), seeds)
+            micro_batch = MicroBatch(self._network, self._totals, self._cases.data.take(indices), number, of_chunk=True)
+            return function(micro_batch.cases_apart(), seeds)
 
-        total = self._of_cases(of_piece(tf.constant(0)))
-        if pieces.chunk_is_one_piece:
+        total = self._of_cases(of_micro_batch(tf.constant(0)))
+        if micro_batches.chunk_is_one:
             return total
-        add_piece = lambda number, total: tf.nest.map_structure(tf.add, total, of_piece(number))  # noqa: E731
-        return _over_pieces(1, pieces.num_chunk_pieces, add_piece, total)
+        add_micro_batch = lambda number, total: tf.nest.map_structure(tf.add, total, of_micro_batch(number))  # noqa: E731
+        return _over_micro_batches(1, micro_batches.num_in_chunk, add_micro_batch, total)
 
     def squared_gradients(self, skipped=()):
         """Returns this replica's share of the mean over cases of the squared gradient of a case's loss, `(n,)`. Cost: about two gradients.
@@ -345,13 +358,13 @@ class LocalObjective:
         If the loss is the sum of the cases' shares c_i, this is `N * sum_i (dc_i)^2`: for a mean over N cases, the mean of their squared gradients.
         """
 
-        def add_piece(number, total):
-            piece = self._piece(number, of_chunk=False).cases_apart()
-            squares = squared_gradients(piece, self._structure.captured, skipped)
-            return total + pack(squares, self._dtype) / piece.loss_scale**2
+        def add_micro_batch(number, total):
+            micro_batch = self._micro_batch(number, of_chunk=False).cases_apart()
+            squares = squared_gradients(micro_batch, self._structure.captured, skipped)
+            return total + pack(squares, self._dtype) / micro_batch.loss_scale**2
 
         zeros = tf.zeros([num_weights(self._task.variables)], self._dtype)
-        return self._totals.num_cases * _over_pieces(0, self.pieces.num_pieces, add_piece, zeros)
+        return self._totals.num_cases * _over_micro_batches(0, self.micro_batches.num_in_batch, add_micro_batch, zeros)
 
 
 class _LocalProduct(NamedTuple):
@@ -381,14 +394,14 @@ def _forms(linearized, vectors):
     return (forms + tf.transpose(forms)) / 2
 
 
-def _over_pieces(first, stop, add_piece, sums):
-    """Runs `sums = add_piece(number, sums)` for the pieces first..stop-1 in sequence: memory is that of one piece."""
-    # What comes before the loop is to be done: pieces do not depend on it, and would be computed beside it.
+def _over_micro_batches(first, stop, add_micro_batch, sums):
+    """Runs `sums = add_micro_batch(number, sums)` for the micro-batches first..stop-1 in sequence: memory is that of one micro-batch."""
+    # What comes before the loop is to be done: micro-batches do not depend on it, and would be computed beside it.
     with tf.control_dependencies(tf.nest.flatten(sums)):
         number = tf.identity(first)
     _, sums = tf.while_loop(
         lambda number, _: number < stop,
-        lambda number, sums: (number + 1, add_piece(number, sums)),
+        lambda number, sums: (number + 1, add_micro_batch(number, sums)),
         (number, sums),
         parallel_iterations=1,
     )

@@ -1,7 +1,7 @@
-"""The compiled loss as a sum of terms, one an output, and how the values of a term on pieces of the data combine.
+"""The compiled loss as a sum of terms, one an output, and how the values of a term on micro-batches of the data combine.
 
 Keras reduces every term by itself, dividing by what its reduction says: the number of cases, the sum of their weights, of a mask, or nothing. The
-value on all cases follows from those on pieces only through that denominator.
+value on all cases follows from those on micro-batches only through that denominator.
 """
 
 import contextlib
@@ -51,11 +51,11 @@ class LossTerm:
         return self._loss.name
 
     def combination(self):
-        """Says what the values of pieces combine by.
+        """Says what the values of micro-batches combine by.
 
         Returns:
-            "cases" (a mean over cases), "data" (a mean by `denominator()`), "sum" (no denominator) or "unknown": then the loss of several pieces
-            cannot be put together and a batch must be one piece.
+            "cases" (a mean over cases), "data" (a mean by `denominator()`), "sum" (no denominator) or "unknown": then the loss of several
+            micro-batches cannot be put together and a batch must be one micro-batch.
 
         Raises:
             ValueError: If the loss is not reduced, or weights do not fit its values.
@@ -154,7 +154,7 @@ class LossTerm:
 
 
 class WholeLoss:
-    """A loss of which nothing is known but its value, as an overridden `compute_loss` gives: one term, to be taken in one piece.
+    """A loss of which nothing is known but its value, as an overridden `compute_loss` gives: one term, to be taken in one micro-batch.
 
     Args:
         value: Callable `() -> scalar`.

@@ -1,7 +1,7 @@
 """The objective: network and loss on given cases as functions of one flat vector of all trainable weights `(n,)`.
 
-Each replica holds a `LocalObjective`, which processes its own cases in pieces. The `Objective` sums over replicas, packs and unpacks the flat vector,
-and assigns candidate weights and restores them. It knows nothing about damping or CG.
+Each replica holds a `LocalObjective`, which processes its own cases in micro-batches. The `Objective` sums over replicas, packs and unpacks the flat
+vector, and assigns candidate weights and restores them. It knows nothing about damping or CG.
 """
 
 import functools
@@ -73,9 +73,9 @@ class Product:
     def error(self, v):
         """Returns the relative error of `u'(Jv) = (J'u)'v` for a random u, or if it is larger, of `v'Gv = (Jv)'H(Jv)`: a float64 scalar.
 
-        `None` without a Jacobian J. On the first piece of every replica. If a second derivative of TensorFlow is wrong or tangents are lost, J and J'
-        are not transposes of each other. The second identity follows where the product is made of the same passes, and is left out there. Cost: one
-        product, or two.
+        `None` without a Jacobian J. On the first micro-batch of every replica. If a second derivative of TensorFlow is wrong or tangents are lost, J
+        and J' are not transposes of each other. The second identity follows where the product is made of the same passes, and is left out there.
+        Cost: one product, or two.
 
         Args:
             v: Tensor `(n,)`.
@@ -268,7 +268,7 @@ class Objective:
         # The first replica with cases: others have made no pass.
         first = self._replicas.first(
             [states[i] for i in others],
-            lambda part, local: (part.pieces.num_cases > 0, [local.states[i] for i in others]),
+            lambda part, local: (part.micro_batches.num_cases > 0, [local.states[i] for i in others]),
             self._parts,
             passes,
         )
@@ -398,7 +398,7 @@ class Objective:
     def product(self, curvature):
         """Returns `v -> Gv`, the product over the chunk at the start, including the second derivatives of regularizers.
 
-        It applies to a vector `(n,)` or to every row of `(k, n)`; for all rows together, pieces after the first are linearized once. Rows are
+        It applies to a vector `(n,)` or to every row of `(k, n)`; for all rows together, micro-batches after the first are linearized once. Rows are
         processed in sequence: on a CPU, vectorised products took up to 3.7 times as long, and a third less at best.
 
         Args:
@@ -467,11 +467,12 @@ class Objective:
         return self._structure.captured
 
     def sum_over_chunk(self, function, num_cases=None):
-        """Returns a sum over pieces of the chunk, and over all replicas.
+        """Returns a sum over micro-batches of the chunk, and over all replicas.
 
         Args:
-            function: Callable `(piece, seeds) -> nest of tensors`. `piece` is a `PieceFunction` with batch statistics held constant; `seeds`, int32
-                `(cases, 2)`, holds two numbers per case that are unique to the case and the update and do not depend on pieces and replicas.
+            function: Callable `(micro_batch, seeds) -> nest of tensors`. `micro_batch` is a `MicroBatch` with batch statistics held constant;
+                `seeds`, int32 `(cases, 2)`, holds two numbers per case that are unique to the case and the update and do not depend on micro-batches
+                and replicas.
             num_cases: Integer, the largest number of the chunk's cases to use; `None` = all. Float: the share of the batch's cases instead, which may
                 be more than the chunk.
         """

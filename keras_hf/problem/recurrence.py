@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras_hf.common.keras_private import takes_training
 from keras_hf.common.passes import graph_function
 from keras_hf.common.replaced import replaced
-from keras_hf.problem.linearization import dense
+from keras_hf.common.vectors import dense
 
 # Activations of which each entry is a function of one entry.
 _ENTRYWISE = (keras.activations.linear, keras.activations.tanh, keras.activations.sigmoid, keras.activations.relu)

@@ -6,6 +6,8 @@ what each replica does with its own cases runs through `Replicas.run`. On a sing
 
 import tensorflow as tf
 
+from keras_hf.common.cluster import num_workers
+
 
 class Replicas:
     """The replicas of a strategy, seen from outside.
@@ -145,37 +147,6 @@ class Replicas:
         is_it, rows = self.sum(row, *args)
         number = tf.argmax(is_it)
         return [_from_bytes(of_replicas[number], value) for of_replicas, value in zip(rows, like, strict=True)]
-
-
-def num_workers(strategy):
-    """Returns the number of processes that train together under a strategy, an integer: 1 unless it is one of several workers."""
-    return max(len(_tasks(strategy)), 1)
-
-
-def worker_number(strategy):
-    """Returns the place of this process among the workers of a strategy, the chief's being 0: an integer."""
-    tasks = _tasks(strategy)
-    if not tasks:
-        return 0
-    resolver = strategy.cluster_resolver
-    return tasks.index((resolver.task_type, resolver.task_id))
-
-
-def is_chief(strategy):
-    """Whether this process is the one that writes files: the only one, or the first of several workers."""
-    return worker_number(strategy) == 0
-
-
-def _tasks(strategy):
-    return (
-        tasks_of(strategy.cluster_resolver) if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) else []
-    )
-
-
-def tasks_of(resolver):
-    """Returns the workers of a `ClusterResolver`, a list of tuples of job and number, the chief first; empty without a cluster."""
-    cluster = resolver.cluster_spec()
-    return [(job, number) for job in ("chief", "worker") if job in cluster.jobs for number in cluster.task_indices(job)]
 
 
 def across_replicas(function, *args):

@@ -54,11 +54,11 @@ class StructuralDamping(Part):
         self.weight = positive("weight", weight)
 
 
-def with_hidden_states(piece, forward, hessian_at):
+def with_hidden_states(micro_batch, forward, hessian_at):
     """Adds hidden states to the outputs of a Gauss-Newton matrix `J'HJ`, so that `J'HJ + strength G_S` is one product.
 
     Args:
-        piece: `piece.PieceFunction`.
+        micro_batch: `micro_batch.MicroBatch`.
         forward: Callable `() -> (outputs, evaluation)`.
         hessian_at: Callable `(outputs, evaluation) -> (u -> Hu)`.
 
@@ -78,8 +78,8 @@ def with_hidden_states(piece, forward, hessian_at):
             curved = hessian(u[:num_outputs])
             if strength is None:
                 return [*curved, *map(tf.zeros_like, u[num_outputs:])]
-            # G_S is a mean over all cases, of which these are a piece.
-            strength *= piece.loss_scale / tf.maximum(piece.all_cases, 1)
+            # G_S is a mean over all cases, of which these are a micro-batch.
+            strength *= micro_batch.loss_scale / tf.maximum(micro_batch.all_cases, 1)
             return [*curved, *map(_scaled(strength), u[num_outputs:], evaluation.hidden)]
 
         return product

@@ -4,7 +4,8 @@ Martens (2010), sections 4.4 (when to stop), 4.6 (which iterates to keep) and 4.
 """
 
 import enum
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -145,47 +146,66 @@ def minimized(
     else:
         max_iterations = tf.constant(count("max_iterations", max_iterations))
 
-    if x0 is None:
-        x, residual = tf.zeros_like(b), b
-    else:
-        x = tf.where(dot(b, b) > 0, x0, tf.zeros([], b.dtype))
-        residual = b - with_form(x)[0]
-
-    def numbers(x, residual, preconditioned):
-        # x'Ax/2 - b'x is known without another product.
-        products = [dot(residual, preconditioned), dot(residual, residual), -0.5 * dot(x, b + residual)]
-        return tf.unstack(agreed(tf.stack(products)))
-
-    direction = precondition(residual)
-    b_norm = tf.sqrt(agreed(dot(b, b)[None])[0])
-    residual_product, squared_norm, value = numbers(x, residual, direction)
-    at_once = tf.sqrt(squared_norm) <= epsilon(b.dtype) * b_norm
-    reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
-    reason = tf.where(tf.math.is_finite(b_norm), reason, CGStop.BREAKDOWN)  # No residual is small relative to infinity.
-
-    def array(dtype, size, element_shape=()):
-        return tf.TensorArray(dtype, size=size, dynamic_size=True, clear_after_read=False, element_shape=element_shape)
-
-    def place_of(row):
-        return row if max_kept is None else row % max_kept
-
-    state = _State(
-        iteration=tf.constant(0),
-        x=x,
-        residual=residual,
-        direction=direction,
-        residual_product=residual_product,
-        # It grows where a run with the default limit is longer than n.
-        values=array(tf.float64, tf.minimum(max_iterations, tf.shape(b)[0]) + 1).write(0, value),
-        iterates=array(b.dtype, 1, b.shape).write(0, x),
-        iterate_numbers=array(tf.int32, 2).write(0, 0),
-        num_kept=tf.constant(0),
-        next_kept=tf.constant(_FIRST_KEPT, tf.float64),
-        reason=reason,
+    run = _Run(
+        b, with_form, precondition, stopping, max_iterations, max_kept, agreed, tf.sqrt(agreed(dot(b, b)[None])[0])
     )
+    state = tf.while_loop(
+        lambda state: state.reason < 0, lambda state: (run.iterate(state),), (run.start(x0),), parallel_iterations=1
+    )[0]
+    # If the last iterate was kept, it is at num_kept - 1, and there is nothing new after it.
+    last = tf.maximum(state.num_kept - 1, 0)
+    last = tf.where(state.iterate_numbers.read(last) == state.iteration, last, state.num_kept)
+    rows = tf.range(0 if max_kept is None else tf.maximum(last + 1 - max_kept, 0), last + 1)
+    numbers = state.iterate_numbers.gather(rows)
+    iterates = SeparateRows(state.iterates, run.place_of(rows))
+    course = state.values.gather(tf.range(state.iteration + 1))
+    return CGResult(iterates, numbers, tf.gather(course, numbers), state.iteration, state.reason, course)
 
-    def iterate(state):
-        image, curvature = with_form(state.direction)
+
+class _Run(NamedTuple):
+    """A run of CG: its settings, and one iteration. Attributes as the arguments of `minimized`, and the norm of b."""
+
+    b: tf.Tensor
+    with_form: Callable
+    precondition: Callable
+    stopping: Any
+    max_iterations: tf.Tensor
+    max_kept: int | None
+    agreed: Callable
+    b_norm: tf.Tensor
+
+    def start(self, x0):
+        """Returns the `_State` before the first iteration."""
+        b = self.b
+        if x0 is None:
+            x, residual = tf.zeros_like(b), b
+        else:
+            x = tf.where(dot(b, b) > 0, x0, tf.zeros([], b.dtype))
+            residual = b - self.with_form(x)[0]
+        direction = self.precondition(residual)
+        residual_product, squared_norm, value = self._numbers(x, residual, direction)
+        at_once = tf.sqrt(squared_norm) <= epsilon(b.dtype) * self.b_norm
+        reason = tf.where(at_once, CGStop.CONVERGED, tf.where(residual_product > 0, -1, CGStop.BREAKDOWN))
+        # No residual is small relative to infinity.
+        reason = tf.where(tf.math.is_finite(self.b_norm), reason, CGStop.BREAKDOWN)
+        return _State(
+            iteration=tf.constant(0),
+            x=x,
+            residual=residual,
+            direction=direction,
+            residual_product=residual_product,
+            # It grows where a run with the default limit is longer than n.
+            values=_array(tf.float64, tf.minimum(self.max_iterations, tf.shape(b)[0]) + 1).write(0, value),
+            iterates=_array(b.dtype, 1, b.shape).write(0, x),
+            iterate_numbers=_array(tf.int32, 2).write(0, 0),
+            num_kept=tf.constant(0),
+            next_kept=tf.constant(_FIRST_KEPT, tf.float64),
+            reason=reason,
+        )
+
+    def iterate(self, state):
+        """Returns the `_State` after one more iteration."""
+        image, curvature = self.with_form(state.direction)
         finite = tf.math.is_finite(curvature)
         usable = finite & (curvature > 0)
         # Without curvature the length of a step is not determined. The first step, the preconditioned gradient, is better than none.
@@ -194,23 +214,32 @@ def minimized(
         stopped = tf.where(usable, -1, tf.where(finite, CGStop.NEGATIVE_CURVATURE, CGStop.BREAKDOWN))
         return tf.cond(
             usable | first,
-            lambda: advance(state, image, tf.cast(length, b.dtype), stopped),
+            lambda: self._advanced(state, image, tf.cast(length, self.b.dtype), stopped),
             lambda: state._replace(reason=stopped),
         )
 
-    def advance(state, image, length, stopped):
+    def place_of(self, row):
+        """Where a kept iterate is stored: old ones give way where their number is limited."""
+        return row if self.max_kept is None else row % self.max_kept
+
+    def _numbers(self, x, residual, preconditioned):
+        # x'Ax/2 - b'x is known without another product.
+        products = [dot(residual, preconditioned), dot(residual, residual), -0.5 * dot(x, self.b + residual)]
+        return tf.unstack(self.agreed(tf.stack(products)))
+
+    def _advanced(self, state, image, length, stopped):
         iteration = state.iteration + 1
         x = state.x + length * state.direction
         residual = state.residual - length * image
-        preconditioned = precondition(residual)
-        residual_product, squared_norm, value = numbers(x, residual, preconditioned)
-        direction = preconditioned + tf.cast(residual_product / state.residual_product, b.dtype) * state.direction
+        preconditioned = self.precondition(residual)
+        residual_product, squared_norm, value = self._numbers(x, residual, preconditioned)
+        direction = preconditioned + tf.cast(residual_product / state.residual_product, self.b.dtype) * state.direction
         residual_norm = tf.sqrt(squared_norm)
-        at_rounding = residual_norm <= epsilon(b.dtype) * b_norm
+        at_rounding = residual_norm <= epsilon(self.b.dtype) * self.b_norm
         values = state.values.write(iteration, value)
-        stalled = stopping.should_stop(iteration, values.read, residual_norm, b_norm)
+        stalled = self.stopping.should_stop(iteration, values.read, residual_norm, self.b_norm)
 
-        reason = tf.where(iteration >= max_iterations, CGStop.MAX_ITERATIONS, -1)
+        reason = tf.where(iteration >= self.max_iterations, CGStop.MAX_ITERATIONS, -1)
         reason = tf.where(stalled, CGStop.STOPPING_RULE, reason)
         reason = tf.where(residual_product > 0, reason, CGStop.BREAKDOWN)
         reason = tf.where(at_rounding, CGStop.CONVERGED, reason)
@@ -225,21 +254,13 @@ def minimized(
             direction=direction,
             residual_product=residual_product,
             values=values,
-            iterates=state.iterates.write(place_of(state.num_kept), x),
+            iterates=state.iterates.write(self.place_of(state.num_kept), x),
             iterate_numbers=state.iterate_numbers.write(state.num_kept, iteration),
             num_kept=state.num_kept + tf.cast(kept, tf.int32),
             next_kept=tf.where(kept, _KEPT_RATIO * state.next_kept, state.next_kept),
             reason=reason,
         )
 
-    state = tf.while_loop(
-        lambda state: state.reason < 0, lambda state: (iterate(state),), (state,), parallel_iterations=1
-    )[0]
-    # If the last iterate was kept, it is at num_kept - 1, and there is nothing new after it.
-    last = tf.maximum(state.num_kept - 1, 0)
-    last = tf.where(state.iterate_numbers.read(last) == state.iteration, last, state.num_kept)
-    rows = tf.range(0 if max_kept is None else tf.maximum(last + 1 - max_kept, 0), last + 1)
-    numbers = state.iterate_numbers.gather(rows)
-    iterates = SeparateRows(state.iterates, place_of(rows))
-    course = state.values.gather(tf.range(state.iteration + 1))
-    return CGResult(iterates, numbers, tf.gather(course, numbers), state.iteration, state.reason, course)
+
+def _array(dtype, size, element_shape=()):
+    return tf.TensorArray(dtype, size=size, dynamic_size=True, clear_after_read=False, element_shape=element_shape)

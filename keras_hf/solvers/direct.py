@@ -52,7 +52,7 @@ class DirectSolver(Solver):
 
     Cost: the Jacobian, about as much as one or two gradients for each output of a case; `rows n min(rows, n)` multiplications and a factorization;
     about 17 forward passes; for the terms c_2, c_3 and c_4 about 4, 8 and 4 gradients. Memory: the Jacobian, up to 1 GiB; a larger one is formed
-    anew in pieces.
+    anew in micro-batches.
 
     Args:
         order: Integer in [1, 4], the number of terms of the arc: 1 = a line, 2 = geodesic acceleration.

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_hf.common.checks import below_one, count, count_or_share
 from keras_hf.common.part import all_finite
-from keras_hf.common.vectors import num_weights, vector_dtype
+from keras_hf.common.vectors import dense, epsilon, num_weights, vector_dtype
 from keras_hf.problem.capture import (
     at_least_float32,
     has_tokens,
@@ -26,7 +26,6 @@ from keras_hf.problem.capture import (
     second_moments,
 )
 from keras_hf.problem.curvature import loss_hessian
-from keras_hf.problem.linearization import dense
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
 
 # Size of the outputs' last axis up to which H is formed column by column; above, only its diagonal. Columns cost passes through the loss only.
@@ -225,7 +224,10 @@ class KroneckerFactored(Preconditioner):
     def _factors(self, objective, layers):
         """Returns A and S of every layer, in the type of flat vectors."""
         sums, num_cases = objective.sum_over_chunk(
-            lambda piece, seeds: (_moments(piece, layers, seeds), tf.cast(piece.num_cases, objective.dtype)),
+            lambda micro_batch, seeds: (
+                _moments(micro_batch, layers, seeds),
+                tf.cast(micro_batch.num_cases, objective.dtype),
+            ),
             self.num_cases,
         )
         # S is a sum over cases, each with the loss's own 1/N: scaled up to the cases that were left out.
@@ -291,11 +293,11 @@ def _shape(layer):
     return fan_in + len(kernel_and_bias(layer)) - 1, units
 
 
-def _moments(piece, layers, seeds):
-    """Sums the moments of every layer over the cases of a piece."""
+def _moments(micro_batch, layers, seeds):
+    """Sums the moments of every layer over the cases of a micro-batch."""
     with tf.GradientTape(watch_accessed_variables=False) as tape, recorded_uses(layers, tape) as uses:
-        outputs = (evaluation := piece.forward()).outputs
-    pulls, expected = _square_roots(piece, evaluation, seeds)
+        outputs = (evaluation := micro_batch.forward()).outputs
+    pulls, expected = _square_roots(micro_batch, evaluation, seeds)
     preactivations = [use.preactivation for layer in layers for use in uses[layer]]
     gradients = tape.gradient(outputs, preactivations, output_gradients=pulls) if preactivations else []
     gradients = iter(dense(gradients, preactivations))
@@ -311,19 +313,19 @@ def _moments(piece, layers, seeds):
         # The outputs' last axis may be less than all units.
         if is_output and expected[0].shape[-1] == units and getattr(layer, "data_format", None) != "channels_first":
             s = expected[0]
-        found.append(_Moments(a, s / tf.cast(piece.loss_scale, s.dtype), places))
+        found.append(_Moments(a, s / tf.cast(micro_batch.loss_scale, s.dtype), places))
     return found
 
 
-def _square_roots(piece, evaluation, seeds):
-    """Draws u with `E[uu'] = H` for every case, H the second derivative of the piece's loss with respect to the outputs where it is cut.
+def _square_roots(micro_batch, evaluation, seeds):
+    """Draws u with `E[uu'] = H` for every case, H the second derivative of the micro-batch's loss with respect to the outputs where it is cut.
 
     Returns:
         List of tensors u shaped as the outputs, and a list of the expected sums of `uu'` over cases and positions: (k, k) for outputs whose last axis
         has k entries or, where H is treated as diagonal, the diagonal (k,).
     """
     outputs = evaluation.outputs
-    hessian = loss_hessian(lambda: piece.loss(evaluation), outputs)
+    hessian = loss_hessian(lambda: micro_batch.loss(evaluation), outputs)
     pulls, expected = [], []
     for number, output in enumerate(outputs):
 
@@ -351,7 +353,7 @@ def _square_roots(piece, evaluation, seeds):
 def _cholesky(product, like):
     """Returns L (..., k, k) with `LL' = H`, from products with H; pivots below zero, by rounding or negative curvature, count as zero."""
     size = like.shape[-1]
-    rounding = size * _epsilon(like.dtype)
+    rounding = size * epsilon(like.dtype)
     first = at_least_float32(tf.zeros_like(like))
 
     def add_column(k, root):
@@ -367,11 +369,6 @@ def _cholesky(product, like):
 
     start = (tf.constant(0), tf.zeros_like(first)[..., None] + tf.zeros([size], first.dtype))
     return tf.while_loop(lambda k, _: k < size, add_column, start, parallel_iterations=1)[1]
-
-
-def _epsilon(dtype):
-    """The distance from 1 to the next number."""
-    return 2.0 ** -{"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[dtype.name]
 
 
 def _signs(like, seeds, salts):
@@ -433,7 +430,7 @@ def _of_any_size(dtype):
 
 def _inverse_of_matrix(factor, damping):
     # Without damping, a factor of fewer cases than rows is singular, with eigenvalues below zero by rounding.
-    jitter = 4 * _epsilon(factor.dtype) * tf.linalg.trace(factor)
+    jitter = 4 * epsilon(factor.dtype) * tf.linalg.trace(factor)
     damped = factor + (damping + jitter) * tf.eye(tf.shape(factor)[0], dtype=factor.dtype)
     # NaN where the matrix is not positive definite.
     inverse = _inverse_from_root(tf.linalg.cholesky(damped))

@@ -13,7 +13,7 @@ from keras_hf.common.vectors import dot, epsilon, num_weights, vector_dtype
 from keras_hf.problem.batching import GrowingBatch
 from keras_hf.solvers.kronecker import KroneckerFactored
 from keras_hf.solvers.preconditioners import Preconditioner
-from keras_hf.solvers.search import take_unless_it_rises
+from keras_hf.solvers.search import accept_unless_loss_rises
 from keras_hf.solvers.solver import Path, Solver
 
 # Directions count as parallel where the squared sine of their angle, in the metric of the quadratic, is below so many machine epsilons.
@@ -110,7 +110,7 @@ class PreconditionedMomentum(Solver):
 
         return Path(
             candidates=candidate[None],
-            search=functools.partial(take_unless_it_rises, model.objective.chunk_change_at),
+            search=functools.partial(accept_unless_loss_rises, model.objective.chunk_change_at),
             logs=lambda row: {"alpha": alpha, "mu": mu, "negative_curvature": tf.cast(is_negative, tf.int32)},
             next_state=next_state,
             num_products=tf.constant(0),

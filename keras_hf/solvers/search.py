@@ -147,7 +147,7 @@ def least_loss(losses_at, loss_at, candidates, loss, gradient):
     )
 
 
-def take_unless_it_rises(change_at, loss_at, candidates, loss, gradient):
+def accept_unless_loss_rises(change_at, loss_at, candidates, loss, gradient):
     """Takes the only candidate of a path, unless the loss rises there by more than the noise of the cases explains.
 
     It is rejected if the mean change of the loss is not finite, exceeds twice its standard error over cases, or exceeds the loss itself: where a few

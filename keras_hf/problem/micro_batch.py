@@ -1,13 +1,12 @@
-"""One piece of data as a function of the weights, which curvatures linearize and preconditioners inspect."""
+"""One micro-batch of data as a function of the weights, which curvatures linearize and preconditioners inspect."""
 
 import copy
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_hf.common.vectors import assign
+from keras_hf.common.vectors import assign, dense
 from keras_hf.problem.fixed_network import Data
-from keras_hf.problem.linearization import dense
 
 
 class Totals(NamedTuple):
@@ -19,15 +18,15 @@ class Totals(NamedTuple):
     chunk_denominators: tf.Tensor
 
 
-class PieceFunction:
-    """One piece of data as a function of the weights, which curvatures linearize and preconditioners inspect.
+class MicroBatch:
+    """One micro-batch of data as a function of the weights, which curvatures linearize and preconditioners inspect.
 
     Args:
         network: `FixedNetwork`.
         totals: `Totals`.
         data: `Data`, its cases.
-        number: int32 scalar, the piece's number.
-        of_chunk: Whether the piece is part of the mean over the curvature chunk, or of that over the batch.
+        number: int32 scalar, the micro-batch's number.
+        of_chunk: Whether the micro-batch is part of the mean over the curvature chunk, or of that over the batch.
         statistics: See `FixedNetwork.evaluate`.
 
     Attributes:
@@ -35,10 +34,11 @@ class PieceFunction:
         has_added_loss: Whether the network adds losses of its own.
         has_hidden_states: Whether the damping has hidden states in it; see `structural_damping.StructuralDamping`.
         num_cases: int32 scalar.
-        all_cases: Scalar, the number of cases of the chunk or the batch, including other pieces and replicas.
-        share: Scalar, the piece's fraction of all cases.
-        loss_scale: Scalar, the factor by which `loss`, `added_loss` and their derivatives exceed the piece's shares, as in mixed-precision training;
-            results are divided by it. 1, except for float16, whose range the derivatives of a mean would leave: there, the number of all cases.
+        all_cases: Scalar, the number of cases of the chunk or the batch, including other micro-batches and replicas.
+        share: Scalar, the micro-batch's fraction of all cases.
+        loss_scale: Scalar, the factor by which `loss`, `added_loss` and their derivatives exceed the micro-batch's shares, as in mixed-precision
+            training; results are divided by it. 1, except for float16, whose range the derivatives of a mean would leave: there, the number of all
+            cases.
     """
 
     def __init__(self, network, totals, data, number, of_chunk, statistics=()):
@@ -55,7 +55,7 @@ class PieceFunction:
 
     @property
     def tensors(self):
-        """All tensors of which the piece is made, a nest; see `of_tensors`."""
+        """All tensors of which the micro-batch is made, a nest; see `of_tensors`."""
         return (
             self._network.update_number,
             self._totals,
@@ -65,12 +65,12 @@ class PieceFunction:
         )
 
     def of_tensors(self, tensors):
-        """Returns the piece that is made of other tensors, as a function of the graph has them in place of these."""
+        """Returns the micro-batch that is made of other tensors, as a function of the graph has them in place of these."""
         update_number, totals, data, number, statistics = tensors
         network = copy.copy(self._network)
         network.update_number = update_number
         statistics = [(state, new) for (state, _), new in zip(self._statistics, statistics, strict=True)]
-        return PieceFunction(network, Totals(*totals), Data(*data), number, self._of_chunk, statistics)
+        return MicroBatch(network, Totals(*totals), Data(*data), number, self._of_chunk, statistics)
 
     def forward(self, weights=None, for_products=False):
         """Runs the network once and returns an `Evaluation`. Nothing is assigned: every call sees the same random numbers and statistics.
@@ -84,15 +84,15 @@ class PieceFunction:
         )
 
     def cases(self, indices):
-        """Returns the function of only the piece's cases at `indices`, int32 `(k,)`."""
+        """Returns the function of only the micro-batch's cases at `indices`, int32 `(k,)`."""
         return self._of(self._data.take(indices), self._statistics)
 
     def cases_apart(self):
-        """Returns the piece with its batch statistics held constant, so that each case has its own gradient."""
+        """Returns the micro-batch with its batch statistics held constant, so that each case has its own gradient."""
         return self._of(self._data, self._network.batch_statistics(self._data, self._number))
 
     def _of(self, data, statistics):
-        return PieceFunction(self._network, self._totals, data, self._number, self._of_chunk, statistics)
+        return MicroBatch(self._network, self._totals, data, self._number, self._of_chunk, statistics)
 
     def signs(self, salt):
         """Returns a random sign per case, float32 `(cases,)`; the signs depend on the update and on the int32 `salt`."""
@@ -125,16 +125,16 @@ class PieceFunction:
         return self._network.structure.bytes_of(self._data) // 4
 
     def loss(self, evaluation):
-        """The piece's share of the compiled loss, times `loss_scale`, a scalar."""
+        """The micro-batch's share of the compiled loss, times `loss_scale`, a scalar."""
         dtype = self._network.dtype
         return self.loss_scale * self._sum_of_terms(evaluation, lambda term: tf.cast(term.value(), dtype), dtype)
 
     def added_loss(self, evaluation):
-        """The piece's share of the added losses, times `loss_scale`, a scalar."""
+        """The micro-batch's share of the added losses, times `loss_scale`, a scalar."""
         return self.loss_scale * self.share * evaluation.added_loss
 
     def whole_loss(self, evaluation):
-        """The piece's share of the compiled loss and of the added losses, times `loss_scale`, a scalar."""
+        """The micro-batch's share of the compiled loss and of the added losses, times `loss_scale`, a scalar."""
         loss = self.loss(evaluation)
         return loss + self.added_loss(evaluation) if self.has_added_loss else loss
 
@@ -154,7 +154,7 @@ class PieceFunction:
         return gradient
 
     def accurate_share(self, evaluation):
-        """The piece's share of the whole loss, a float64 scalar."""
+        """The micro-batch's share of the whole loss, a float64 scalar."""
         loss = self._sum_of_terms(evaluation, lambda term: term.accurate_value(), tf.float64)
         return loss + tf.cast(self.share * evaluation.added_loss, tf.float64) if self.has_added_loss else loss
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_hf.problem.batching import divide
-from keras_hf.problem.places import Places, by_replica, parts_of_replicas, share
+from keras_hf.problem.case_range import CaseRange, by_replica, parts_of_replicas, share
 
 COUNTS = [(10,), (10, 10), (26, 25), (3, 3, 3, 0), (2, 2, 1, 0), (7, 0, 1), (1, 9)]
 
@@ -13,8 +13,8 @@ each_division_among_replicas = pytest.mark.parametrize("counts", COUNTS)
 
 
 def runs(counts, start=0, num_cases=None):
-    """The run of a batch as each replica sees it."""
-    whole = [Places.of_batch(list(counts), replica) for replica in range(len(counts))]
+    """The range of a batch as each replica sees it."""
+    whole = [CaseRange.of_batch(list(counts), replica) for replica in range(len(counts))]
     num_cases = sum(counts) if num_cases is None else num_cases
     return [run._replace(start=tf.constant(start), num_cases=tf.constant(num_cases)) for run in whole]
 
@@ -50,10 +50,10 @@ def test_the_chunk_of_all_replicas_is_that_of_one_device(counts):
     for update in (0, 1, 2):
         numbers = []
         for run in runs(counts):
-            pieces = divide(run, chunk, 2, tf.constant(update), 5)
-            numbers += run.numbers(pieces.chunk_indices()).numpy().tolist()
-            assert int(pieces.share_of_first(chunk)) == int(pieces.chunk_size)
-        one = divide(Places.of_batch([sum(counts)]), chunk, 2, tf.constant(update), 5)
+            micro_batches = divide(run, chunk, 2, tf.constant(update), 5)
+            numbers += run.numbers(micro_batches.chunk_indices()).numpy().tolist()
+            assert int(micro_batches.share_of_first(chunk)) == int(micro_batches.chunk_size)
+        one = divide(CaseRange.of_batch([sum(counts)]), chunk, 2, tf.constant(update), 5)
         assert sorted(numbers) == one.chunk_indices().numpy().tolist()
 
 

@@ -1,7 +1,7 @@
-"""Where the cases of a batch are: its order over all replicas, and each replica's share of any run of it.
+"""Where the cases of a batch are: its order over all replicas, and each replica's share of any range of it.
 
-Whatever chooses cases (the growing part, the curvature chunk, the cases of a preconditioner) chooses runs of the order of all of them, so that the
-choice does not depend on the number of replicas, and every replica has its share of every run.
+Whatever chooses cases (the growing part, the curvature chunk, the cases of a preconditioner) chooses ranges of the order of all of them, so that the
+choice does not depend on the number of replicas, and every replica has its share of every range.
 """
 
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from typing import NamedTuple
 import tensorflow as tf
 
 
-class Places(NamedTuple):
-    """A run of a batch's cases, as one replica sees it.
+class CaseRange(NamedTuple):
+    """A range of a batch's cases, as one replica sees it.
 
     Attributes:
         counts: int32 `(replicas,)`, the number of cases of the batch that each replica holds.
         replica: int32 scalar or integer, the index of this replica.
-        start: int32 scalar, the position in the batch of the run's first case. After the last case the batch starts again.
-        num_cases: int32 scalar, the number of cases of the run, over all replicas.
+        start: int32 scalar, the position in the batch of the range's first case. After the last case the batch starts again.
+        num_cases: int32 scalar, the number of cases of the range, over all replicas.
     """
 
     counts: tf.Tensor
@@ -26,30 +26,30 @@ class Places(NamedTuple):
 
     @classmethod
     def of_batch(cls, counts, replica=0):
-        """The run of all cases."""
+        """The range of all cases."""
         counts = tf.convert_to_tensor(counts)
         return cls(counts, replica, tf.constant(0), tf.reduce_sum(counts))
 
     def first(self, num_cases):
-        """The run of the first `num_cases` of this one."""
+        """The range of the first `num_cases` of this one."""
         return self._replace(num_cases=num_cases)
 
     def up_to(self, place):
-        """Returns how many of the run's first `place` cases are on this replica, an int32 scalar."""
+        """Returns how many of the range's first `place` cases are on this replica, an int32 scalar."""
         return self._share(self.start + place) - self._share(self.start)
 
     @property
     def num_local(self):
-        """The number of the run's cases on this replica, an int32 scalar."""
+        """The number of the range's cases on this replica, an int32 scalar."""
         return self.up_to(self.num_cases)
 
     def indices(self):
-        """Returns the run's cases on this replica: their positions among the cases that it holds, int32 `(num_local,)`."""
+        """Returns the range's cases on this replica: their positions among the cases that it holds, int32 `(num_local,)`."""
         places = tf.range(self._share(self.start), self._share(self.start + self.num_cases))
         return places % tf.maximum(self.counts[self.replica], 1)
 
     def numbers(self, indices):
-        """Returns the positions in the run of this replica's cases, of which `indices` are the positions among those of the run that it has."""
+        """Returns the positions in the range of this replica's cases, of which `indices` are the positions among those of the range that it has."""
         if self.counts.shape[0] == 1:
             return indices
         # One table for all: the case at which the share of this replica reaches a number is the one that it has there.
@@ -87,7 +87,7 @@ def shares(place, counts):
 
 
 def by_replica(num_cases, num_replicas):
-    """Returns the order in which a batch must be divided into equal parts, one after the other, so that each replica gets its share of any run.
+    """Returns the order in which a batch must be divided into equal parts, one after the other, so that each replica gets its share of any range.
 
     Args:
         num_cases: int32 scalar.
