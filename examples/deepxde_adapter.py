@@ -13,8 +13,8 @@ A script of DeepXDE goes on like this where it made a `dde.Model`:
     net = dde.nn.FNN([2, 32, 1], "tanh", "Glorot normal")
     pinn, (points, targets, weights) = as_pinn(data, net)
     model = HFModel(pinn)
-    model.compile(optimizer=HessianFree(), loss="mse")
-    model.fit(points, targets, sample_weight=weights, epochs=300, callbacks=[LevenbergMarquardt()])
+    model.compile(loss="mse")
+    model.fit(points, targets, sample_weight=weights, epochs=300)
 
 A `dde.Model(data, net)` then predicts with the trained weights: the network is the same object.
 """
@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from examples.tables import write_rows  # noqa: E402
-from keras_hf import HessianFree, HFModel, LevenbergMarquardt  # noqa: E402
+from keras_hf import HFModel, LevenbergMarquardt  # noqa: E402
 from keras_hf.pinn import PINN  # noqa: E402
 
 
@@ -222,7 +222,7 @@ def by_hessian_free(data, network, seconds):
     start = time.perf_counter()
     pinn, (points, targets, weights) = as_pinn(data, network)
     model = HFModel(pinn)
-    model.compile(optimizer=HessianFree(), loss="mse")
+    model.compile(loss="mse")
 
     def stop(epoch, logs):
         model.stop_training = time.perf_counter() >= start + seconds

@@ -56,14 +56,6 @@ class Advice:
         self._source, self._largest_batch = source, 0
         self._losses.clear()
 
-    def no_damping_rule(self):
-        """Warns that `fit` runs without a damping callback."""
-        self.warn_once(
-            "damping",
-            "`fit` without a damping callback keeps the damping constant. Add `callbacks=[keras_hf.LevenbergMarquardt()]`, or "
-            "`keras_hf.ConstantDamping()` if that is what you want.",
-        )
-
     def loss_of_gauss_newton(self, name):
         """Warns if the loss of this name has no curvature. For models that use the Gauss-Newton matrix."""
         if name in _NO_CURVATURE:

@@ -111,7 +111,7 @@ class DampingCallback(keras.callbacks.Callback):
 
 
 class ConstantDamping(DampingCallback):
-    """Keeps the damping constant. With this rule `fit` does not warn that no rule is set, and any `steps_per_execution` is allowed."""
+    """Keeps the damping constant. With this rule any `steps_per_execution` is allowed."""
 
     adaptive = False
 
@@ -171,7 +171,7 @@ class ArcStepDamping(DampingCallback):
 
 
 class LevenbergMarquardt(DampingCallback):
-    """Martens' Levenberg-Marquardt rule.
+    """Martens' Levenberg-Marquardt rule, which `fit` uses unless its callbacks hold another.
 
     The reduction ratio of an update is the actual over the predicted reduction of the loss.
 

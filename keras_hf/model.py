@@ -16,7 +16,7 @@ from keras_hf.backup import complete_backups
 from keras_hf.common import checks, files, keras_private
 from keras_hf.common.cluster import is_chief
 from keras_hf.common.replaced import replaced
-from keras_hf.damping import DampingCallback
+from keras_hf.damping import DampingCallback, LevenbergMarquardt
 from keras_hf.fit_data import FitData, is_arrays
 from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
@@ -45,7 +45,7 @@ class HFModel(keras.Model):
       the logs are of the cases used.
     - A batch of all cases has a fixed order, permuted once by the optimizer's seed (`shuffle=True`) or as given, so that curvature chunks do not
       change.
-    - `compile` without an optimizer uses `HessianFree()`.
+    - `compile` without an optimizer uses `HessianFree()`, and `fit` without a damping rule `LevenbergMarquardt()`.
     - The moving statistics of BatchNormalization are those of the cases used, at the weights after the update, instead of averages over updates.
 
     Logs of an update, in addition to the loss (before the update, Keras' running mean) and the metrics (before the update); the progress bar shows
@@ -104,9 +104,9 @@ class HFModel(keras.Model):
 
     >>> network = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)])
     >>> model = HFModel(network)
-    >>> model.compile(optimizer=HessianFree(damping=0.1), loss="mse")
+    >>> model.compile(loss="mse")
     >>> x = np.linspace(-1, 1, 64)[:, None]
-    >>> history = model.fit(x, np.sin(3 * x), epochs=5, callbacks=[LevenbergMarquardt()], verbose=0)
+    >>> history = model.fit(x, np.sin(3 * x), epochs=5, verbose=0)
     """
 
     # Whether `losses` has what is added in `call` and by regularizers.
@@ -274,8 +274,9 @@ class HFModel(keras.Model):
           one case. If one batch holds all cases, an epoch makes `steps_per_epoch` updates on it.
         - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not again in every epoch.
         - `validation_batch_size`: defaults to 32 if one batch holds all cases.
-        - `callbacks`: include a `DampingCallback`, such as `LevenbergMarquardt()`. It is called before the others, so that they save the damping of
-          the next update.
+        - `callbacks`: without a `DampingCallback` among them, `LevenbergMarquardt()` adapts the damping; `ConstantDamping()` keeps it constant. The
+          rule is called before the others, so that they save the damping of the next update. A `CallbackList` is used as it is: without a rule in
+          it the damping stays.
         - `verbose`: "auto", 1 and 2 show loss, metrics and the numbers by which one steers: `damping`, `reduction_ratio`, `cg_iterations` (or
           `arc_step`, or `mu`). After the ratio stands "(rejected)" where the update changed no weight, "(converged)" where none can, or the step
           size where the step was shortened. Before the first update, which is traced, a line says so, and which solver was taken and why. 3 shows
@@ -434,7 +435,7 @@ class HFModel(keras.Model):
         >>> y = 2 * x + np.random.default_rng(0).normal(size=x.shape)
         >>> model = HFModel(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
         >>> model.compile(HessianFree(solver=DirectSolver()), loss="mse")
-        >>> history = model.fit(x, y, epochs=5, callbacks=[LevenbergMarquardt()], verbose=0)
+        >>> history = model.fit(x, y, epochs=5, verbose=0)
         >>> model.parameter_covariance(x, y).matrix.shape
         (2, 2)
         """
@@ -580,11 +581,11 @@ class HFModel(keras.Model):
     def _in_order(self, callbacks, verbose):
         """Returns the callbacks of a `fit`, damping rules first and progress last, and the list of the user's among them."""
         found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
-        if not any(isinstance(callback, DampingCallback) for callback in found):
-            self._advice.no_damping_rule()
         if isinstance(callbacks, keras.callbacks.CallbackList):
+            # It may run in a thread of its own what a rule must do between two updates.
             return callbacks, found
-        callbacks = sorted(found, key=lambda callback: not isinstance(callback, DampingCallback))
+        rules = [callback for callback in found if isinstance(callback, DampingCallback)]
+        callbacks = [*(rules or [LevenbergMarquardt()]), *(callback for callback in found if callback not in rules)]
         # Last, as Keras' own: it shows what the others add to the logs.
         if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
             callbacks.append(UpdateProgress(shows_all=verbose == 3))

@@ -39,8 +39,8 @@ class HessianFree(keras.optimizers.Optimizer):
         q(p) = g'p + p'(G + damping I)p / 2
 
     of the loss, whose curvature G is used only through products with vectors. A solver computes candidate steps from it, and the true loss decides
-    which one is taken. The optimizer holds settings and state; `HFModel` performs the update, and a damping callback such as `LevenbergMarquardt`
-    adapts the damping to how well q predicted the loss. There is no learning rate.
+    which one is taken. The optimizer holds settings and state; `HFModel` performs the update, and a damping callback, by default
+    `LevenbergMarquardt()`, adapts the damping to how well q predicted the loss. There is no learning rate.
 
     The defaults reach a given loss soonest on deep networks (docs/faster.md). The recipe of Martens (2010) is
 

@@ -93,9 +93,9 @@ class PINN(keras.Model):
 
         pinn = PINN(network, {"equation": equation, "boundary": boundary})
         model = HFModel(pinn)
-        model.compile(optimizer=HessianFree(), loss="mse")
+        model.compile(loss="mse")
         x, y, sample_weight = pinn.cases({"equation": inner, "boundary": on_the_boundary}, weights={"boundary": 4.0})
-        model.fit(x, y, sample_weight=sample_weight, epochs=500, callbacks=[LevenbergMarquardt()])
+        model.fit(x, y, sample_weight=sample_weight, epochs=500)
 
     The loss is then `sum over terms of weight * mean of squared residuals`, the mean over the term's points and over its m components.
 

@@ -33,8 +33,8 @@ def multi_worker_strategy(cluster_resolver=None, timeout=60.0, communication_opt
         strategy = keras_hf.multi_worker_strategy()
         with strategy.scope():
             model = keras_hf.HFModel(network)
-            model.compile(keras_hf.HessianFree(), loss="mse")
-        model.fit(x, y, callbacks=[keras_hf.LevenbergMarquardt()])
+            model.compile(loss="mse")
+        model.fit(x, y)
 
     Args:
         cluster_resolver: `tf.distribute.cluster_resolver.ClusterResolver`, such as `SlurmClusterResolver()`. Defaults to the environment variable

@@ -15,13 +15,13 @@ def advice():
 
 
 def test_the_same_advice_is_given_once(advice):
-    with pytest.warns(UserWarning, match="without a damping callback keeps the damping constant"):
-        advice.no_damping_rule()
+    with pytest.warns(UserWarning, match="no second derivative in the network"):
+        advice.no_curvature()
     # Warnings of our own are errors.
-    advice.no_damping_rule()
+    advice.no_curvature()
     # To this model's user: another's has not heard it.
-    with pytest.warns(UserWarning, match="without a damping callback"):
-        Advice().no_damping_rule()
+    with pytest.warns(UserWarning, match="no second derivative in the network"):
+        Advice().no_curvature()
 
 
 def test_the_line_that_is_shown_is_the_models():

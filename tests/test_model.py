@@ -402,14 +402,20 @@ def test_a_loss_without_curvature_is_said_with_its_smooth_cousin(loss, cousin):
         HFModel(small_network()).compile(loss=loss)
 
 
-def test_fit_without_a_damping_rule_warns_once():
+def test_fit_without_a_damping_rule_adapts_the_damping_as_levenberg_marquardt_does_and_with_one_by_that_alone():
+    dampings = {}
+    for rules in ((), (LevenbergMarquardt(),), (ConstantDamping(),)):
+        model = renewed(default)
+        fit(model, *cases(), callbacks=[*rules, keras.callbacks.LambdaCallback()], epochs=4)
+        dampings[rules] = float(model.optimizer.damping.numpy())
+    by_default, by_the_rule, constant = dampings.values()
+    assert by_default == by_the_rule != constant
+
+    # Which may run in another thread.
     model = renewed(default)
-    with pytest.warns(UserWarning, match=r"without a damping callback.*LevenbergMarquardt\(\)") as record:
-        for _ in range(2):
-            # It is said before the first update.
-            fit(model, *cases(), callbacks=[], epochs=0)
-    assert len(record) == 1
-    fit(renewed(default), *cases(), callbacks=[ConstantDamping()], epochs=0)
+    damping = float(model.optimizer.damping.numpy())
+    fit(model, *cases(), callbacks=keras.callbacks.CallbackList([], add_history=True, model=model), epochs=4)
+    assert float(model.optimizer.damping.numpy()) == damping
 
 
 def test_overrides_of_the_network_are_not_called_and_that_is_said():
