@@ -26,6 +26,7 @@ BENCHMARKS = {
     "scaling": ("What does a second worker bring?", "file"),
     "recurrent_cost": ("What does a product of a recurrent network cost?", "file"),
     "first_damping": ("Where should the damping start?", "file"),
+    "small_batches": ("What damping do small batches bear?", "file"),
     "classifier_solvers": ("Which solver trains classifiers soonest?", "file"),
     "exact_solver": ("Where does the exact solver pay?", "file"),
     "levers": ("What is each part worth?", "folder"),

@@ -1,6 +1,5 @@
 """Warnings that a user can act on, each given once. This room receives logs, numbers and names; it knows no model."""
 
-import collections
 import math
 import warnings
 
@@ -9,10 +8,12 @@ import warnings
 _SPURIOUS = 100.0
 # Rejected updates in a row that call for a warning: a damping that starts far too small is large enough after fewer.
 _MANY_REJECTIONS = 30
-# Updates in a row that are looked at together, to see whether what they gain on their own batches is there on the next.
-_NUM_COMPARED = 40
-# The share of it that must be there.
-_SHARE_KEPT = 0.05
+# A batch of fewer cases is hardly worth an update: half of a fit to 8 is noise at any damping.
+_FEW_CASES = 16
+# The rest of an epoch with fewer cases, and less than a quarter of the batches before it, gets a damping that is right for those.
+_FEW_IN_REMAINDER = 64
+# The share of the loss above which, in so many updates in a row, steps fit the noise of their batches: damping rules hold it at a half.
+_OPTIMISTIC, _MANY_OPTIMISTIC = 0.75, 40
 _NO_CURVATURE = {
     "mean_absolute_error": "keras.losses.Huber() or LogCosh()",
     "mean_absolute_percentage_error": "keras.losses.MeanSquaredLogarithmicError()",
@@ -41,7 +42,7 @@ class Advice:
         self._given = set()
         self._source, self._largest_batch = "batches", 0
         self._num_rejected = 0
-        self._losses = collections.deque(maxlen=_NUM_COMPARED)
+        self._num_optimistic = 0
 
     def warn_once(self, key, message):
         """Warns with `message`, unless a warning with this `key` was given before. Call it from a method that the model calls: see `stacklevel`."""
@@ -54,7 +55,6 @@ class Advice:
     def cases_come_as(self, source):
         """Records at the start of `fit` how cases come: as "arrays", "dataset" or "batches"; `None` if one batch holds all of them."""
         self._source, self._largest_batch = source, 0
-        self._losses.clear()
 
     def loss_of_gauss_newton(self, name):
         """Warns if the loss of this name has no curvature. For models that use the Gauss-Newton matrix."""
@@ -104,39 +104,33 @@ class Advice:
 
     # After an update.
 
-    def small_batch(self, logs, fewest):
-        """Warns if the update had fewer than `fewest` cases."""
+    def small_batch(self, logs, on_purpose):
+        """Warns if the update had very few cases.
+
+        Args:
+            logs: Dict, the logs of the update.
+            on_purpose: Number of cases that are not too few: those of a growing part that starts small; infinity without one.
+        """
         if self._source is None or "small batch" in self._given:
             return
         num_cases = int(logs["num_cases"])
         is_remainder = num_cases < self._largest_batch
         self._largest_batch = max(num_cases, self._largest_batch)
-        if num_cases >= fewest:
-            return
-        what = f"An update on {num_cases} cases fits their noise: Hessian-free optimization wants batches of hundreds to thousands. "
-        if not is_remainder:
+        what = f"An update on {num_cases} cases says little about others: Hessian-free optimization wants batches of hundreds to thousands. "
+        if not is_remainder and num_cases < min(_FEW_CASES, on_purpose):
             self.warn_once("small batch", what + _LARGER_BATCHES[self._source])
-        elif 4 * num_cases < self._largest_batch:
+        elif num_cases < _FEW_IN_REMAINDER and 4 * num_cases < self._largest_batch:
             self.warn_once("remainder", f"{what}Others held up to {self._largest_batch}. {_NO_REMAINDER[self._source]}")
 
-    def batches_disagree(self, loss, reduction):
-        """Warns if hardly anything of what many updates in a row gained on their own batches was there on the next ones.
-
-        Args:
-            loss: Float, the loss of the batch before the update.
-            reduction: Float, by how much the update lowered it.
-        """
-        self._losses.append((loss, reduction))
-        if self._source is None or len(self._losses) < _NUM_COMPARED:
-            return
-        gained = sum(reduction for _, reduction in list(self._losses)[:-1])
-        # Less is not worth a word: a run that goes slowly, or is at rounding.
-        if gained > abs(loss) and self._losses[0][0] - loss < _SHARE_KEPT * gained:
+    def noise_is_fitted(self, optimism):
+        """Warns if updates keep fitting the noise of their batches; `optimism` is that of the logs."""
+        self._num_optimistic = self._num_optimistic + 1 if optimism > _OPTIMISTIC else 0
+        if self._num_optimistic == _MANY_OPTIMISTIC:
             self.warn_once(
-                "disagreement",
-                f"In the last {_NUM_COMPARED} updates, next to nothing of what an update gained on its own batch was there on the next one: the sum "
-                f"of the gains is {gained:.3g}, and the loss went from {self._losses[0][0]:.3g} to {loss:.3g}. Each update fits what only its batch "
-                f"has. {_LARGER_BATCHES[self._source]}",
+                "optimism",
+                f"For {_MANY_OPTIMISTIC} updates, steps have gained on their own batch what was not there on the next one: {optimism:.0%} of "
+                "the loss (`optimism` in the logs). They fit the noise of their batches. A damping rule such as `LevenbergMarquardt()` raises the "
+                f"damping where that happens. {_LARGER_BATCHES[self._source or 'batches']}",
             )
 
     def negative_curvature(self, logs, rounding):

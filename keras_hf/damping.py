@@ -5,11 +5,14 @@ import math
 import keras
 
 from keras_hf.common.checks import count, finite, positive
-from keras_hf.scale import damping_limits, noise_damping
+from keras_hf.scale import damping_limits
 from keras_hf.solvers.solver import Solver
 
-# A loss so many times the least one is no matter of which cases the batch has.
-_HARM = 4.0
+# The share of the loss up to which steps may gain on their own batch what they do not gain on the next. Of least squares with noise it is twice the
+# effective number of parameters of a step over the number of cases: a quarter of a parameter for each case.
+_MOST_OPTIMISM = 0.5
+# By which the damping rises where they gain twice as much.
+_FACTOR = 2.5
 
 
 def _number(value):
@@ -24,9 +27,11 @@ class DampingCallback(keras.callbacks.Callback):
     within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `DirectSolver` and `PreconditionedMomentum`) to eps^-2 times
     the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
 
-    Below `eps sqrt(n)` times that curvature, n being the number of weights, the reduction ratio of a batch cannot tell what a step does to the cases
-    of other batches: rounding decides that. There the damping is lowered only after an update whose loss, before its step, was the least so far, and
-    it returns to that value where the loss is more than four times the least. A run on one batch is not affected.
+    A step is fitted to the noise of its batch, too, the more so the smaller the damping is; the reduction ratio, which is of the same cases, does not
+    show it. Where cases come in several batches, `optimism` in the logs does: the share of the loss that steps gain on their own batch and not on the
+    next one, a mean over updates. Up to a quarter the rule is followed; then it lowers the damping by the power `(2 - 4 o)^2` of its factor, o being
+    the optimism, and above a half the damping rises, by `2.5^((2 o - 1)^2)`. So the damping stays where batches of that size bear it. Parts of a
+    batch that grow are not judged by this: they grow.
 
     Args:
         min_damping: Float >= 0, the smallest damping assigned.
@@ -78,7 +83,10 @@ class DampingCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # NaN: the first update could not find it yet, and there is nothing to adapt.
         if self.adaptive and not math.isnan(logs["damping"]):
-            damping = self._noise_floor(self.next_damping(logs["damping"], logs), logs["damping"])
+            before, setup = logs["damping"], self.model.setup
+            # Otherwise it is a metric of that name.
+            optimism = logs["optimism"] if setup is not None and setup.has_other_cases else math.nan
+            damping = _as_batches_bear(self.next_damping(before, logs), before, optimism)
             self.model.optimizer.damping.assign(self.within_limits(damping))
 
     def within_limits(self, damping):
@@ -89,25 +97,20 @@ class DampingCallback(keras.callbacks.Callback):
             damping = min(max(damping, least), greatest)
         return min(max(damping, self.min_damping), self.max_damping)
 
-    def _noise_floor(self, damping, before):
-        """Returns the damping, or a larger one where it is small enough for rounding to decide what steps do to other cases."""
-        optimizer, scale = self.model.optimizer, self._scale(damping)
-        if not scale:
-            return damping
-        num_weights = sum(math.prod(weight.shape) for weight in self.model.trainable_variables)
-        enough = noise_damping(scale, optimizer.damping.dtype, num_weights)
-        # The logs have the mean of the epoch.
-        loss, least_loss = map(_number, optimizer.loss_and_least)
-        if damping >= enough or loss <= least_loss:
-            return damping
-        if loss - least_loss > (_HARM - 1) * abs(least_loss):
-            return enough
-        return max(damping, min(before, enough))
-
     def _scale(self, damping):
         """Returns the scale of the curvature; 0 where it is not known, or the damping is 0 and to stay so."""
         optimizer = self.model.optimizer
         return _number(optimizer.curvature_scale) if damping and optimizer.built else 0
+
+
+def _as_batches_bear(damping, before, optimism):
+    """Returns the damping that a rule wants in place of the one before, or a larger one where updates fit the noise of their batches."""
+    if math.isnan(optimism) or damping > before:
+        return damping
+    room = 1 - optimism / _MOST_OPTIMISM
+    if room < 0:
+        return before * _FACTOR**room**2
+    return before * (damping / before) ** min((2 * room) ** 2, 1.0) if before else damping
 
 
 class ConstantDamping(DampingCallback):

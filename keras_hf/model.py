@@ -59,6 +59,7 @@ class HFModel(keras.Model):
     | `gradient_norm` | norm of the gradient before the update |
     | `num_cases` | number of cases that the update used: those of the batch, or of its growing part |
     | `converged` | 1 if no step lowers the loss by more than rounding: the solver pauses until gradient or damping change |
+    | `optimism` | of several batches: the share of the loss that steps gain on their own batch and not on the next; see `DampingCallback` |
 
     The solver adds its own entries; those of `ConjugateGradient` are:
 
@@ -321,7 +322,6 @@ class HFModel(keras.Model):
             optimizer.seed, grows or num_replicas > 1, num_replicas, self.steps_per_execution == 1
         )
         self.make_train_function()
-        self.train_function.begins_at = None if initial_epoch else int(optimizer.iterations.numpy())
         with complete_backups(found, self, is_chief(strategy)):
             history = super().fit(
                 **arguments,
@@ -353,7 +353,7 @@ class HFModel(keras.Model):
         keras_private.require_compiled(self, "train_on_batch")
         if is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
-        self._expect(None)
+        self._expect()
         return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
 
     def check_products(self, x, y=None, sample_weight=None):
@@ -541,10 +541,17 @@ class HFModel(keras.Model):
             dtypes = {weight.dtype for weight in setup.task.weights}
             self._advice.exact_solver_in_float32(dtypes | {keras.config.floatx()})
 
-    def _expect(self, most_cases):
-        """Forgets what is traced for fewer cases than may come, at most `most_cases`; `None` = any number."""
-        if self._setup is not None and (most_cases or math.inf) > self._setup.most_supported:
+    def _expect(self, most_cases=None, has_other_cases=True):
+        """Forgets what is traced for fewer cases than may come, at most `most_cases`, or for batches of the same cases where they differ."""
+        setup = self._setup
+        if setup is None:
+            return
+        if (most_cases or math.inf) > setup.most_supported:
             self._keep_setup(None)
+            self.train_function = None
+        elif has_other_cases > setup.has_other_cases or self.train_function is None:
+            # The other way round a trace serves: the same cases gain what they gained.
+            self._keep_setup(setup._replace(has_other_cases=has_other_cases))
             self.train_function = None
 
     def _prepare_for(self, fit_data):
@@ -556,9 +563,10 @@ class HFModel(keras.Model):
         if few is not None and self._setup is not None and self._setup.is_for(self.optimizer, few):
             trace = lambda structure=self._setup.structure: structure  # noqa: E731
         self.choose_solver(few if fit_data.is_one_batch else None, fit_data.num_cases, trace)
-        self._expect(fit_data.most_cases)
+        has_other_cases = not fit_data.is_one_batch
+        self._expect(fit_data.most_cases, has_other_cases)
         if few is not None and self._setup is None:
-            self._keep_setup(prepare(self, few, fit_data.most_cases, trace()))
+            self._keep_setup(prepare(self, few, fit_data.most_cases, trace(), has_other_cases))
 
     def choose_solver(self, few, num_cases, trace=None):
         """Takes the exact solver, or goes back from it, where the optimizer leaves that open.
@@ -635,12 +643,9 @@ class HFModel(keras.Model):
         optimizer, solver, logs = self.optimizer, self.solver, report.logs
         growing_batch, advice = self._setup.growing_batch, self._advice
         if not solver.uses_all_cases:
-            # A growing batch that starts small does so on purpose.
-            starts_with = growing_batch.initial_size if growing_batch else math.inf
-            advice.small_batch(logs, min(solver.fewest_cases, starts_with))
-        if not solver.judges_by_chunk:
-            # Not of small updates, each of which may gain little that lasts.
-            advice.batches_disagree(float(optimizer.loss_and_least[0].numpy()), float(report.reduction))
+            advice.small_batch(logs, growing_batch.initial_size if growing_batch else math.inf)
+        if self._setup.has_other_cases:
+            advice.noise_is_fitted(float(logs["optimism"]))
         if solver.tells_convexity and isinstance(optimizer.curvature, GaussNewton):
             # Errors add up in the sums of a product: negative curvature of 2.3 epsilons was measured with a convex loss under BatchNormalization.
             rounding = 10 * self._setup.structure.epsilon * float(optimizer.curvature_scale.numpy())

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from keras_hf.common import checks
 from keras_hf.common.checks import count, finite, integer, part
-from keras_hf.common.vectors import vector_dtype
+from keras_hf.common.vectors import num_weights, vector_dtype
 from keras_hf.convergence import Convergence
+from keras_hf.optimism import Optimism
 from keras_hf.problem.batching import GrowingBatch
 from keras_hf.problem.curvature import Curvature, GaussNewton
 from keras_hf.problem.structural_damping import StructuralDamping
@@ -195,19 +196,6 @@ class HessianFree(keras.optimizers.Optimizer):
         return None if self._state is None else self._state.scale
 
     @property
-    def loss_and_least(self):
-        """The loss before the last update, on its batch alone, and the least such loss since `fit` began; `None` before the optimizer is built.
-
-        Float64 scalar variables, infinity before the first update.
-        """
-        return None if self._state is None else (self._state.loss, self._state.least_loss)
-
-    def forget_least_loss(self):
-        """Lets the next update find the least loss anew: its cases may be others."""
-        if self._state is not None:
-            self._state.least_loss.assign(math.inf)
-
-    @property
     def learning_rate(self):
         """Always 1, for callbacks that read it. Assigning another value warns and has no effect."""
         return keras.optimizers.Optimizer.learning_rate.fget(self)
@@ -249,9 +237,9 @@ class HessianFree(keras.optimizers.Optimizer):
         initial = UpdateState(
             damping=number(damping),
             scale=number(0.0),
-            loss=tf.constant(math.inf, tf.float64),
-            least_loss=tf.constant(math.inf, tf.float64),
             convergence=Convergence(number(0.0), number(0.0), number(0.0)),
+            optimism=Optimism.unknown(),
+            last_step=tf.zeros([num_weights(values)], dtype),
             solver=self._solver.initial_state(values, layers),
             curvature=self.curvature.initial_state(values, layers),
             growing_batch=self.growing_batch.initial_state(values, layers) if self.growing_batch else {},

@@ -7,7 +7,7 @@ from keras_hf.solver_choice import reason
 
 # Of the update, before those that the solver names. What has other names, such as metrics, is always shown.
 _STEERED_BY = ("damping", "reduction_ratio")
-_OTHERS = ("step_size", "gradient_norm", "num_cases", "converged")
+_OTHERS = ("step_size", "gradient_norm", "num_cases", "converged", "optimism")
 
 
 class UpdateProgress(keras.callbacks.ProgbarLogger):

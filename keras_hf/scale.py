@@ -54,17 +54,3 @@ def damping_limits(scale, dtype, least_power=2.0):
     rounding = epsilon(dtype)
     largest = float(np.finfo(dtype).max) / 1e6  # factors of a rule and products with a vector must not overflow
     return rounding**least_power * scale, min(scale / rounding**2, largest)
-
-
-def noise_damping(scale, dtype, num_weights):
-    """Returns the damping below which rounding may decide the part of a step that its own cases do not see, a Python float.
-
-    A step has a part of the size `eps |g| / damping` in directions in which the cases of the update have no curvature. It changes nothing there, but
-    what the step does to other cases. With the damping `eps sqrt(n)` times the scale, n such parts together do as much harm as the step does good.
-
-    Args:
-        scale: Float, of the curvature.
-        dtype: String, name of the float type.
-        num_weights: Integer, n.
-    """
-    return epsilon(dtype) * num_weights**0.5 * scale

@@ -40,6 +40,7 @@ class Setup(NamedTuple):
         chunk_share: Float in (0, 1], the same as a share of the cases of an update.
         micro_batch_size: Integer, the number of cases in a micro-batch; `None` = by memory.
         most_cases: Integer, an upper bound of the number of cases of a batch, or `None` where none is known.
+        has_other_cases: Whether batches may have other cases than those before them.
         made_for: Settings of the optimizer, and types and shapes of a case, for which this is the setup; see `_what_counts`.
         programs: Dict, what is traced of passes; the one thing that grows.
     """
@@ -53,6 +54,7 @@ class Setup(NamedTuple):
     chunk_share: float
     micro_batch_size: Any
     most_cases: Any
+    has_other_cases: bool
     made_for: tuple
     programs: dict
 
@@ -133,7 +135,7 @@ def _what_counts(optimizer, data):
     return *parts, optimizer.curvature_batch_size, optimizer.micro_batch_size, *cases
 
 
-def prepare(model, data, most_cases=None, structure=None):
+def prepare(model, data, most_cases=None, structure=None, has_other_cases=True):
     """Traces a compiled and built model once, and chooses how products are formed. Choices are logged at INFO.
 
     Args:
@@ -141,6 +143,7 @@ def prepare(model, data, most_cases=None, structure=None):
         data: `Data`, of which only types and shapes are used.
         most_cases: Integer, an upper bound of the number of cases of a batch, or `None`.
         structure: `structure.Structure` of the network on such data, if it is traced already.
+        has_other_cases: See `Setup`.
 
     Returns:
         A `Setup`.
@@ -168,6 +171,7 @@ def prepare(model, data, most_cases=None, structure=None):
         solver.chunk_share,
         optimizer.micro_batch_size,
         most_cases,
+        has_other_cases,
         _what_counts(optimizer, data),
         {},
     )

@@ -71,7 +71,9 @@ def step(setup, optimizer, data):
                 turn,
             )
             result = result._replace(state=result.state._replace(growing_batch=grown))
-        report = StepReport(_logs(objective, result), result.actual_reduction, result.trace)
+        uses_all = tf.cast(objective.totals.num_cases, tf.int32) == num_cases
+        result = _seen_by_others(setup, objective, result, optimizer.state(), uses_all)
+        report = StepReport(_logs(setup, objective, result), result.actual_reduction, result.trace)
         _apply(setup, optimizer, objective, result)
         return report
 
@@ -111,6 +113,29 @@ def _trial_on(others):
     return trial
 
 
+def _seen_by_others(setup, objective, result, state, uses_all):
+    """Returns the result with the `Optimism` that this batch's cases give, which the last step was not fitted to. Cost: one forward pass at most.
+
+    Args:
+        setup: `setup.Setup`.
+        objective: `objective.Objective`, at the weights after the last step.
+        result: `update.UpdateResult`.
+        state: `update.UpdateState` before this update.
+        uses_all: Bool scalar, whether this update uses all cases of its batch. Where it does not, the growing part answers for its steps.
+    """
+    unknown, optimism = tf.constant(float("nan"), tf.float64), state.optimism
+    reduction = tf.where(uses_all & (result.step_size > 0), result.actual_reduction, unknown)
+    if setup.has_other_cases:
+        # In sequence: memory is that of one pass.
+        with tf.control_dependencies([result.step]):
+            is_asked = tf.math.is_finite(optimism.reduction)
+            before = tf.cond(is_asked, lambda: objective.loss_at(-state.last_step), lambda: unknown)
+        optimism = optimism.after(before, result.loss)
+    else:
+        reduction = unknown
+    return result._replace(state=result.state._replace(optimism=optimism._replace(reduction=reduction)))
+
+
 def _apply(setup, optimizer, objective, result):
     """Assigns weights and states."""
     accepted, states = result.step_size > 0, setup.structure.states
@@ -137,7 +162,7 @@ def _apply(setup, optimizer, objective, result):
     optimizer.iterations.value.assign_add(1)
 
 
-def _logs(objective, result):
+def _logs(setup, objective, result):
     floating = {
         "loss": result.loss,
         "damping": result.damping,
@@ -145,6 +170,8 @@ def _logs(objective, result):
         "step_size": result.step_size,
         "gradient_norm": result.gradient_norm,
     }
+    if setup.has_other_cases:
+        floating["optimism"] = result.state.optimism.of_loss
     whole = {"num_cases": objective.totals.num_cases, "converged": result.state.convergence.has_converged}
     return {
         **{key: tf.convert_to_tensor(value) for key, value in floating.items()},

@@ -26,8 +26,6 @@ class TrainFunction:
     def __init__(self, model):
         self._model = model
         self.is_first_update = True
-        # The number of updates before a `fit` that goes on from no other; `BackupAndRestore` brings back another number.
-        self.begins_at = None
         self._update = self._compiled(lambda data: _reported(model, data))
         self._check = self._compiled(lambda data: self._opened(data, first_check))
         self._num_nonfinite = self._compiled(_num_nonfinite_cases)
@@ -52,10 +50,6 @@ class TrainFunction:
         scale = float(optimizer.curvature_scale.numpy())
         checks.current_damping(float(optimizer.damping.numpy()), is_to_be_found=scale == 0)
         with guard.values_kept_on_error(model.values()):
-            if self.begins_at == int(optimizer.iterations.numpy()):
-                # No callback has brought back an earlier run.
-                optimizer.forget_least_loss()
-            self.begins_at = None
             setup = model.setup_for(self._of_one_replica(data))
             # An error of double backward shows in the first update; forward accumulation is checked in every update.
             found = None

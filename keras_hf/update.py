@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_hf.common.vectors import dot, epsilon
 from keras_hf.convergence import Convergence, rounding_of
+from keras_hf.optimism import Optimism
 from keras_hf.scale import curvature_scale, first_damping
 from keras_hf.solvers.solver import LocalModel
 
@@ -20,9 +21,9 @@ class UpdateState(NamedTuple):
     Attributes:
         damping: Scalar >= 0 of the weights' dtype; NaN = the first update derives it.
         scale: Scalar of the weights' dtype, the scale of the curvature; 0 = the first update computes it. See `scale.curvature_scale`.
-        loss: float64 scalar, the loss at the start of the last update; infinity before the first.
-        least_loss: float64 scalar, the least of these losses so far.
         convergence: `Convergence`, the record of updates at rounding.
+        optimism: `Optimism`, what batches after the steps say of them; `hf_update` returns it unchanged.
+        last_step: `(n,)`, the last step, which the next batch is asked about; zeros where it was rejected.
         solver: Nest of tensors, the solver's state.
         curvature: Dict of tensors, the curvature's state.
         growing_batch: Dict of tensors, the growing batch's state; `hf_update` returns it unchanged.
@@ -32,9 +33,9 @@ class UpdateState(NamedTuple):
 
     damping: tf.Tensor
     scale: tf.Tensor
-    loss: tf.Tensor
-    least_loss: tf.Tensor
     convergence: Convergence
+    optimism: Optimism
+    last_step: tf.Tensor
     solver: Any
     curvature: dict
     growing_batch: dict
@@ -144,11 +145,10 @@ def hf_update(objective, curvature, solver, state, unseen=None):
         state=state._replace(
             damping=found_damping,
             scale=scale,
-            loss=at_start.loss,
-            least_loss=tf.where(at_start.loss < state.least_loss, at_start.loss, state.least_loss),
             convergence=state.convergence.after(
                 measured.is_at_rounding, accepted & (reduction > measured.rounding) & ~measured.is_hidden, norm, damping
             ),
+            last_step=step,
             solver=path.next_state(step),
             curvature=curvature_state,
         ),

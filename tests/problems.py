@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel, setup
 from keras_hf.common.loops import map_rows
 from keras_hf.convergence import Convergence
+from keras_hf.optimism import Optimism
 from keras_hf.problem.fixed_network import Data
 from keras_hf.update import UpdateState
 
@@ -283,9 +284,9 @@ def update_state(objective, solver, damping=0.3, scale=0.0, curvature=None):
     return UpdateState(
         damping=number(damping),
         scale=number(scale),
-        loss=tf.constant(np.inf, tf.float64),
-        least_loss=tf.constant(np.inf, tf.float64),
         convergence=Convergence(number(0.0), number(0.0), number(0.0)),
+        optimism=Optimism.unknown(),
+        last_step=tf.zeros([objective.num_weights], objective.dtype),
         solver=solver.initial_state(objective.variables, []),
         curvature=curvature.initial_state(objective.variables, []) if curvature else {},
         growing_batch={},

@@ -47,54 +47,34 @@ def test_small_batches_are_said_with_the_cure_for_how_the_cases_came():
     for source, cure in cures.items():
         advice = Advice()
         advice.cases_come_as(source)
-        with pytest.warns(UserWarning, match=f"An update on 32 cases fits their noise.*{cure}"):
-            advice.small_batch({"num_cases": 32}, 256)
+        with pytest.warns(UserWarning, match=f"An update on 8 cases says little about others.*{cure}"):
+            advice.small_batch({"num_cases": 8}, math.inf)
 
 
 def test_a_small_remainder_has_a_cure_of_its_own(advice):
     advice.cases_come_as("dataset")
-    advice.small_batch({"num_cases": 600}, 256)
-    advice.small_batch({"num_cases": 200}, 256)  # not that small
-    with pytest.warns(UserWarning, match="An update on 3 cases.*Others held up to 600. Leave out the remainder, by"):
-        advice.small_batch({"num_cases": 3}, 256)
+    for num_cases in (600, 151, 200, 64):  # not that small
+        advice.small_batch({"num_cases": num_cases}, math.inf)
+    with pytest.warns(UserWarning, match="An update on 63 cases.*Others held up to 600. Leave out the remainder, by"):
+        advice.small_batch({"num_cases": 63}, math.inf)
 
 
-def test_one_batch_of_all_cases_and_a_part_that_starts_small_are_as_they_should_be(advice):
+def test_batches_that_are_small_enough_one_batch_of_all_cases_and_a_part_that_starts_small_need_no_advice(advice):
     advice.cases_come_as("dataset")
-    advice.small_batch({"num_cases": 32}, fewest=32)
-    advice.cases_come_as(None)
-    advice.small_batch({"num_cases": 32}, 256)
-
-
-def after_updates(advice, losses, reductions):
-    for loss, reduction in zip(losses, reductions, strict=True):
-        advice.batches_disagree(loss, reduction)
-
-
-def test_gains_that_the_next_batches_do_not_have_are_said_with_the_cure(advice):
+    for num_cases in (16, 12, 4):
+        advice.small_batch({"num_cases": num_cases}, math.inf)
     advice.cases_come_as("dataset")
-    after_updates(advice, [1.0] * 39, [0.1] * 39)
-    # 39 gains before the last loss.
-    message = "the sum of the gains is 3.9, and the loss went from 1 to 0.9. .*Batch the dataset by more cases"
-    with pytest.warns(UserWarning, match=message):
-        advice.batches_disagree(0.9, 0.1)
-
-
-def test_gains_that_last_or_are_small_need_no_advice():
-    # A sixteenth of each gain is there on the next batch; or there is hardly any gain.
-    falling = [1.0 - 0.01 * number for number in range(60)]
-    for losses, reduction in ((falling, 0.16), ([1.0] * 60, 0.02), ([1.0] * 60, 0.0), ([math.nan] * 60, math.nan)):
-        advice = Advice()
-        advice.cases_come_as("dataset")
-        after_updates(advice, losses, [reduction] * 60)
-
-
-def test_gains_are_not_compared_on_one_batch_nor_from_fit_to_fit(advice):
+    advice.small_batch({"num_cases": 8}, on_purpose=8)
     advice.cases_come_as(None)
-    after_updates(advice, [1.0] * 60, [0.1] * 60)
-    for _ in range(3):
-        advice.cases_come_as("arrays")
-        after_updates(advice, [1.0] * 39, [0.1] * 39)
+    advice.small_batch({"num_cases": 8}, math.inf)
+
+
+def test_updates_that_keep_fitting_noise_are_said_with_the_cure(advice):
+    advice.cases_come_as("dataset")
+    for optimism in [*[0.8] * 39, 0.75, *[0.8] * 39, math.nan, *[0.8] * 39]:
+        advice.noise_is_fitted(optimism)
+    with pytest.warns(UserWarning, match="For 40 updates.*next one: 81% of the loss .*Batch the dataset by more cases"):
+        advice.noise_is_fitted(0.81)
 
 
 def test_losses_without_curvature_are_named_with_their_smooth_cousin(advice):

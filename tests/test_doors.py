@@ -199,8 +199,8 @@ def test_negative_weights_are_taken_as_they_are():
 
 
 def test_a_small_batch_of_a_dataset_is_said_once():
-    with pytest.warns(UserWarning, match="update on 32 cases fits their noise") as record:
-        fit(renewed(compiled), dataset(weighted(32), weighted(32)), epochs=2)
+    with pytest.warns(UserWarning, match="update on 8 cases says little") as record:
+        fit(renewed(compiled), dataset(weighted(8), weighted(8)), epochs=2)
     assert len(record) == 1
 
 
@@ -209,7 +209,7 @@ def test_a_small_remainder_is_said_once_with_the_cure():
     message = "An update on 3 cases.*Others held up to 300. Choose a `batch_size` that leaves no"
     with pytest.warns(UserWarning, match=message) as record:
         fit(renewed(compiled), x, y, sample_weight=weight, batch_size=300, epochs=2)
-    assert sum("fits their noise" in str(warning.message) for warning in record) == 1
+    assert sum("says little" in str(warning.message) for warning in record) == 1
 
 
 # Models.

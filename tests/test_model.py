@@ -49,9 +49,11 @@ def test_fit_lowers_the_loss_and_logs_that_before_every_update():
     assert history["loss"] == pytest.approx([before, *history["val_loss"][:-1]], rel=1e-5)
 
 
-def test_arrays_without_batch_size_are_one_batch_with_it_several_and_nothing_is_traced_anew():
+def test_arrays_without_batch_size_are_one_batch_with_it_several_and_no_size_is_traced_anew():
     model = renewed(default)
-    fit(model, *cases())
+    # Several batches are compared with each other, one is not.
+    for batch_size in (None, 150, None):
+        fit(model, *cases(), batch_size=batch_size)
     num_traces = model.num_traces
 
     def num_updates(num_cases, **arguments):

@@ -170,7 +170,8 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
     assert float(optimizer.learning_rate) == 1.0
     assert {variable.name for variable in optimizer.variables} == {
         *("iteration", "learning_rate", "seed", "statistics_cases"),
-        *("damping", "scale", "loss", "least_loss"),
+        *("damping", "scale"),
+        *("last_step", "optimism_reduction", "optimism_total", "optimism_weight"),
         *("convergence_count", "convergence_gradient_norm", "convergence_damping"),
         *("solver_warm_start", "solver_preconditioner_others", "solver_preconditioner_made_at"),
         *("growing_batch_size", "growing_batch_start", "growing_batch_misses"),

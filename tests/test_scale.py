@@ -7,7 +7,7 @@ import tensorflow as tf
 from training import assert_equal, fit, normal, renewed, small_network, trainable
 
 from keras_hf import EmpiricalFisherDiagonal, GrowingBatch, KroneckerFactored
-from keras_hf.scale import curvature_scale, damping_limits, first_damping, noise_damping
+from keras_hf.scale import curvature_scale, damping_limits, first_damping
 
 
 def vector(*values):
@@ -36,10 +36,6 @@ def test_limits_are_relative_to_the_scale():
     assert (least, greatest) == (8 * 2.0**-46, 8 * 2.0**46)
     # No factor of a rule may overflow.
     assert np.isfinite(np.float32(damping_limits(1e37, "float32")[1]) * np.float32(1e6))
-
-
-def test_noise_damping_grows_with_the_root_of_the_number_of_weights():
-    assert noise_damping(8.0, "float32", 16) == 8 * 4 * 2.0**-23
 
 
 X = normal(400, 2, dtype="float32")

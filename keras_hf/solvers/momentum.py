@@ -55,7 +55,6 @@ class PreconditionedMomentum(Solver):
     """
 
     judges_by_chunk = True
-    fewest_cases = 64
     damps_hidden_states = False
     # The damping of a layer's factors is the root of it: with a smaller one the preconditioner inverts the noise of a minibatch.
     least_damping_power = 1.25

@@ -105,7 +105,6 @@ class Solver(Part):
             machine epsilon of the weights' float type.
         uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
         chunk_share: Float in (0, 1], the curvature chunk as a share of the cases of an update.
-        fewest_cases: Integer, the number of cases below which an update is likely to fit their noise, and is warned about.
         damps_hidden_states: Whether the solver forms damped products by `LocalModel.damped`, so that structural damping has an effect.
         judges_by_chunk: Whether the search compares losses of the curvature chunk, not of all cases.
         judged_by: String, the entry of the logs by which a damping rule judges a step: "reduction_ratio", or "arc_step" where an arc is searched.
@@ -118,7 +117,6 @@ class Solver(Part):
     least_damping_power = 2.0
     uses_all_cases = False
     chunk_share = 1.0
-    fewest_cases = 256
     damps_hidden_states = True
     judges_by_chunk = False
     judged_by = "reduction_ratio"

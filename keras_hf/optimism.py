@@ -1,0 +1,57 @@
+"""How much of what updates gain on their own cases is missing on other cases: what a batch is too small for. Works on numbers only.
+
+A step is fitted to the cases of its batch, noise included, and lowers their loss more than that of others: the optimism of the training error (Efron,
+2004). For least squares with noise it is 2 d / N of the loss, N being the number of cases and d the effective number of parameters of the step, which
+falls as the damping rises. The reduction ratio does not show it, since both of its numbers are of the batch.
+
+The next batch shows it: its loss is computed at the weights after the last step, as for any update, and once more at those before it.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+# Of the mean before an update: single batches are noisy.
+_DECAY = 0.9
+
+
+class Optimism(NamedTuple):
+    """What is known of the batches so far, kept between updates; float64 scalars.
+
+    Attributes:
+        reduction: The decrease of the loss that the last step made on its own batch; NaN where there is nothing to compare with the next one.
+        total: Sum over batches of what such reductions exceed those on the next batch by, as a share of its loss; each batch counts 0.9 times as much
+            as the one after it.
+        weight: The sum of these weights.
+    """
+
+    reduction: tf.Tensor
+    total: tf.Tensor
+    weight: tf.Tensor
+
+    @classmethod
+    def unknown(cls):
+        """Before the first update."""
+        return cls(*(tf.constant(value, tf.float64) for value in (float("nan"), 0.0, 0.0)))
+
+    def after(self, before, now):
+        """Returns the record after another batch was seen.
+
+        Args:
+            before: float64 scalar, the loss of that batch at the weights before the last step.
+            now: float64 scalar, its loss at the present weights.
+        """
+        share = tf.math.divide_no_nan(self.reduction - (before - now), before)
+        # As much as the whole loss at most: one bad batch says no more than that.
+        share = tf.where(tf.math.is_finite(now), tf.clip_by_value(share, -1.0, 1.0), tf.ones_like(share))
+        is_measured = tf.math.is_finite(self.reduction) & tf.math.is_finite(before) & (before > 0)
+        total, weight = _DECAY * self.total + share, _DECAY * self.weight + 1
+        return self._replace(
+            total=tf.where(is_measured, total, self.total), weight=tf.where(is_measured, weight, self.weight)
+        )
+
+    @property
+    def of_loss(self):
+        """The mean share of the loss, in [-1, 1], a float64 scalar; NaN before it was measured."""
+        unknown = tf.constant(float("nan"), tf.float64)
+        return tf.where(self.weight > 0, tf.math.divide_no_nan(self.total, self.weight), unknown)
