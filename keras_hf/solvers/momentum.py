@@ -54,7 +54,6 @@ class PreconditionedMomentum(Solver):
         Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 6.4 and 7.
     """
 
-    judges_by_chunk = True
     damps_hidden_states = False
     # The damping of a layer's factors is the root of it: with a smaller one the preconditioner inverts the noise of a minibatch.
     least_damping_power = 1.25

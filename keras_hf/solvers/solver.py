@@ -106,7 +106,6 @@ class Solver(Part):
         uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
         chunk_share: Float in (0, 1], the curvature chunk as a share of the cases of an update.
         damps_hidden_states: Whether the solver forms damped products by `LocalModel.damped`, so that structural damping has an effect.
-        judges_by_chunk: Whether the search compares losses of the curvature chunk, not of all cases.
         judged_by: String, the entry of the logs by which a damping rule judges a step: "reduction_ratio", or "arc_step" where an arc is searched.
         factor_power: Float, the power of a damping rule's factor that suits an ordinary update: 1, or less where updates are small and many.
         tells_convexity: Whether `negative_curvature` in its logs is that of the matrix, and not rounding.
@@ -118,7 +117,6 @@ class Solver(Part):
     uses_all_cases = False
     chunk_share = 1.0
     damps_hidden_states = True
-    judges_by_chunk = False
     judged_by = "reduction_ratio"
     factor_power = 1.0
     tells_convexity = False
