@@ -23,7 +23,7 @@ class UpdateState(NamedTuple):
         scale: Scalar of the weights' dtype, the scale of the curvature; 0 = the first update computes it. See `scale.curvature_scale`.
         convergence: `Convergence`, the record of updates at rounding.
         optimism: `Optimism`, what batches after the steps say of them; `hf_update` returns it unchanged.
-        last_step: `(n,)`, the last step, which the next batch is asked about; zeros where it was rejected.
+        last_step: `(n,)`, the step of the last update, zeros where it was rejected: for solvers, and for the next batch to judge.
         solver: Nest of tensors, the solver's state.
         curvature: Dict of tensors, the curvature's state.
         growing_batch: Dict of tensors, the growing batch's state; `hf_update` returns it unchanged.
@@ -122,7 +122,7 @@ def hf_update(objective, curvature, solver, state, unseen=None):
 
     # The zero is a scalar, here and below: vectors of zeros become constants of the graph, which are never freed.
     gradient = tf.where(is_at_rest, tf.zeros([], gradient.dtype), gradient)
-    model = LocalModel(objective, linearize, gradient)
+    model = LocalModel(objective, linearize, gradient, state.last_step)
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 

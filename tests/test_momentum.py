@@ -43,7 +43,7 @@ def updated(objective, solver, previous=None):
     """What one update of an objective returns, the last step given."""
     state = update_state(objective, solver, DAMPING, scale=1.0)
     if previous is not None:
-        state = state._replace(solver={**state.solver, "previous": tf.constant(previous)})
+        state = state._replace(last_step=tf.constant(previous))
     return hf_update(objective, GaussNewton(DoubleBackward()), solver, state)
 
 
@@ -222,7 +222,7 @@ def test_a_rejected_step_leaves_the_weights_and_the_next_begins_without_it():
     result = with_objective(model, data, lambda objective: updated(objective, solver, previous))
     assert result.step_size == 0 and not np.any(result.step)
     assert result.reduction_ratio == -np.inf
-    assert not np.any(result.state.solver["previous"])
+    assert not np.any(result.state.last_step)
     assert_equal(before, model.get_weights())
 
 

@@ -117,7 +117,7 @@ def test_a_classifier_takes_momentum_and_its_growing_batch():
     optimizer = classifier().optimizer
     assert isinstance(optimizer.solver, PreconditionedMomentum)
     assert optimizer.growing_batch.get_config() == PreconditionedMomentum().growing_batch().get_config()
-    assert set(optimizer.state().solver) == {"previous", "preconditioner"}
+    assert set(optimizer.state().solver) == {"preconditioner"}
 
 
 def test_losses_are_known_as_strings_and_as_objects():

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common.checks import fraction, part
-from keras_hf.common.vectors import dot, epsilon, num_weights, vector_dtype
+from keras_hf.common.vectors import dot, epsilon
 from keras_hf.problem.batching import GrowingBatch
 from keras_hf.solvers.kronecker import KroneckerFactored
 from keras_hf.solvers.preconditioners import Preconditioner
@@ -76,13 +76,10 @@ class PreconditionedMomentum(Solver):
         return GrowingBatch(500, share=0.0, patience=10, rate=0.0116)
 
     def initial_state(self, variables, layers):
-        return {
-            "previous": tf.zeros([num_weights(variables)], vector_dtype(variables)),
-            "preconditioner": self.preconditioner.initial_state(variables, layers),
-        }
+        return {"preconditioner": self.preconditioner.initial_state(variables, layers)}
 
     def solve(self, model, damping, state):
-        gradient, previous = model.gradient, state["previous"]
+        gradient, previous = model.gradient, model.last_step
         # In sequence: the graph would otherwise run these passes in parallel and hold the activations of all of them.
         with tf.control_dependencies([gradient, damping]):
             precondition, preconditioner_state = self.preconditioner.inverse(
@@ -103,14 +100,11 @@ class PreconditionedMomentum(Solver):
         # A direction of coefficient 0 may be without numbers.
         candidate = tf.where(alpha == 0, tf.zeros([], direction.dtype), alpha * direction) + mu * previous
 
-        def next_state(step):
-            return {"previous": step, "preconditioner": preconditioner_state}
-
         return Path(
             candidates=candidate[None],
             search=functools.partial(accept_unless_loss_rises, model.objective.chunk_change_at),
             logs=lambda row: {"alpha": alpha, "mu": mu, "negative_curvature": tf.cast(is_negative, tf.int32)},
-            next_state=next_state,
+            next_state=lambda step: {"preconditioner": preconditioner_state},
             num_products=tf.constant(0),
             trace={
                 "num_forward_derivatives": tf.constant(2),

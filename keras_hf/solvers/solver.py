@@ -20,16 +20,19 @@ class LocalModel:
         objective: `objective.Objective`.
         linearize: Callable without arguments that returns the update's product; see below.
         gradient: Tensor `(n,)`. Zero once the run has converged to rounding, so that every solver returns a zero step.
+        last_step: Tensor `(n,)`, the step of the last update, zero if it was rejected or there was none; `None` = zero.
 
     Attributes:
         objective: As above; preconditioners use it.
         gradient: As above.
+        last_step: As above.
         linearize: Returns the undamped product `v -> Gv` on vectors `(n,)` or rows `(k, n)`; see `Objective.product`. Call it outside branches and
             loops.
     """
 
-    def __init__(self, objective, linearize, gradient):
+    def __init__(self, objective, linearize, gradient, last_step=None):
         self.objective, self.linearize, self.gradient = objective, linearize, gradient
+        self.last_step = tf.zeros_like(gradient) if last_step is None else last_step
 
     def damped(self, damping):
         """Returns the damped product `v -> (G + damping I) v` on vectors `(n,)`; under structural damping `I + weight G_S` takes the place of I.
