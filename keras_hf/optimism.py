@@ -19,7 +19,7 @@ class Optimism(NamedTuple):
     """What is known of the batches so far, kept between updates; float64 scalars.
 
     Attributes:
-        reduction: The decrease of the loss that the last step made on its own batch; NaN where there is nothing to compare with the next one.
+        reduction: The decrease of the loss that the last step made on its own batch; 0 where there is nothing to compare with the next one.
         total: Sum over batches of what such reductions exceed those on the next batch by, as a share of its loss; each batch counts 0.9 times as much
             as the one after it.
         weight: The sum of these weights.
@@ -32,7 +32,7 @@ class Optimism(NamedTuple):
     @classmethod
     def unknown(cls):
         """Before the first update."""
-        return cls(*(tf.constant(value, tf.float64) for value in (float("nan"), 0.0, 0.0)))
+        return cls(*[tf.constant(0.0, tf.float64)] * 3)
 
     def after(self, before, now):
         """Returns the record after another batch was seen.
@@ -44,7 +44,7 @@ class Optimism(NamedTuple):
         share = tf.math.divide_no_nan(self.reduction - (before - now), before)
         # As much as the whole loss at most: one bad batch says no more than that.
         share = tf.where(tf.math.is_finite(now), tf.clip_by_value(share, -1.0, 1.0), tf.ones_like(share))
-        is_measured = tf.math.is_finite(self.reduction) & tf.math.is_finite(before) & (before > 0)
+        is_measured = (self.reduction != 0) & tf.math.is_finite(before) & (before > 0)
         total, weight = _DECAY * self.total + share, _DECAY * self.weight + 1
         return self._replace(
             total=tf.where(is_measured, total, self.total), weight=tf.where(is_measured, weight, self.weight)

@@ -123,16 +123,18 @@ def _seen_by_others(setup, objective, result, state, uses_all):
         state: `update.UpdateState` before this update.
         uses_all: Bool scalar, whether this update uses all cases of its batch. Where it does not, the growing part answers for its steps.
     """
-    unknown, optimism = tf.constant(float("nan"), tf.float64), state.optimism
-    reduction = tf.where(uses_all & (result.step_size > 0), result.actual_reduction, unknown)
+    optimism, reduction = state.optimism, result.actual_reduction
+    is_comparable = setup.has_other_cases & uses_all & (result.step_size > 0) & tf.math.is_finite(reduction)
     if setup.has_other_cases:
         # In sequence: memory is that of one pass.
         with tf.control_dependencies([result.step]):
-            is_asked = tf.math.is_finite(optimism.reduction)
-            before = tf.cond(is_asked, lambda: objective.loss_at(-state.last_step), lambda: unknown)
+            before = tf.cond(
+                optimism.reduction != 0,
+                lambda: objective.loss_at(-state.last_step),
+                lambda: tf.constant(float("nan"), tf.float64),
+            )
         optimism = optimism.after(before, result.loss)
-    else:
-        reduction = unknown
+    reduction = tf.where(is_comparable, reduction, tf.zeros_like(reduction))
     return result._replace(state=result.state._replace(optimism=optimism._replace(reduction=reduction)))
 
 

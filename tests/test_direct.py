@@ -22,7 +22,7 @@ from problems import (
     values_of,
     with_objective,
 )
-from training import assert_equal, assert_same, fit, renewed, trainable
+from training import all_values, assert_equal, assert_same, fit, renewed, trainable
 
 from keras_hf import ConjugateGradient, DirectSolver, DoubleBackward, GaussNewton, GrowingBatch, Hessian, HessianFree
 from keras_hf.problem import jacobian as jacobian_room
@@ -191,7 +191,7 @@ def test_exact_steps_fit_a_small_regression_and_at_the_end_of_the_run_nothing_ha
     assert falls(history["loss"], rounding=1e-30)
     # After 45 and 28 epochs.
     assert history["damping"][-1] == history["damping"][-10] if y.any() else history["converged"][-1] == 1
-    assert all(np.isfinite(values).all() for values in [*model.get_weights(), history["loss"], history["damping"]])
+    assert all(np.isfinite(values).all() for values in [*all_values(model), history["loss"], history["damping"]])
 
 
 def test_a_factor_of_the_loss_does_not_change_the_run(float64):

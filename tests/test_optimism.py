@@ -53,7 +53,7 @@ def test_what_the_next_batch_adds_to_the_mean(reduction, before, now, share):
     np.testing.assert_allclose(later.of_loss, (2.7 + share) / 4.6)
 
 
-@pytest.mark.parametrize(("reduction", "before"), [(NAN, 2.0), (0.5, NAN), (0.5, INF), (0.5, 0.0), (0.5, -1.0)])
+@pytest.mark.parametrize(("reduction", "before"), [(0.0, 2.0), (0.5, NAN), (0.5, INF), (0.5, 0.0), (0.5, -1.0)])
 def test_batches_that_say_nothing_leave_the_mean(reduction, before):
     assert record(reduction, 3.0, 4.0).after(number(before), number(1.0))[1:] == (3.0, 4.0)
     assert math.isnan(Optimism.unknown().after(number(before), number(1.0)).of_loss)
@@ -143,7 +143,7 @@ def test_a_rejected_step_is_not_judged():
     poisoned = np.where(np.arange(80)[:, None] < 40, np.nan, y)
     with pytest.warns(UserWarning, match="hold numbers that are not finite"):
         found = fit(model, batches(x, poisoned, 40), callbacks=[ConstantDamping()])
-    assert math.isnan(found["optimism"][-1]) and np.isfinite(model.optimizer.state().optimism.reduction)
+    assert math.isnan(found["optimism"][-1]) and model.optimizer.state().optimism.reduction != 0
 
 
 @pytest.mark.parametrize(
