@@ -85,7 +85,7 @@ class DampingCallback(keras.callbacks.Callback):
         if self.adaptive and not math.isnan(logs["damping"]):
             before, setup = logs["damping"], self.model.setup
             # Otherwise it is a metric of that name.
-            optimism = logs["optimism"] if setup is not None and setup.has_other_cases else math.nan
+            optimism = logs.get("optimism", math.nan) if setup is not None and setup.has_other_cases else math.nan
             damping = _as_batches_bear(self.next_damping(before, logs), before, optimism)
             self.model.optimizer.damping.assign(self.within_limits(damping))
 

@@ -522,8 +522,11 @@ class HFModel(keras.Model):
 
     def setup_for(self, data):
         """Returns the `setup.Setup` for the types and shapes of a `Data`: the present one, or one that is made now, and kept."""
-        if self._setup is None or not self._setup.is_for(self.optimizer, data):
-            self._keep_setup(prepare(self, data, self._setup and self._setup.most_cases))
+        setup = self._setup
+        if setup is None:
+            self._keep_setup(prepare(self, data))
+        elif not setup.is_for(self.optimizer, data):
+            self._keep_setup(prepare(self, data, setup.most_cases, has_other_cases=setup.has_other_cases))
         return self._setup
 
     def _keep_setup(self, setup):
@@ -644,7 +647,7 @@ class HFModel(keras.Model):
         growing_batch, advice = self._setup.growing_batch, self._advice
         if not solver.uses_all_cases:
             advice.small_batch(logs, growing_batch.initial_size if growing_batch else math.inf)
-        if self._setup.has_other_cases:
+        if "optimism" in logs:
             advice.noise_is_fitted(float(logs["optimism"]))
         if solver.tells_convexity and isinstance(optimizer.curvature, GaussNewton):
             # Errors add up in the sums of a product: negative curvature of 2.3 epsilons was measured with a convex loss under BatchNormalization.
