@@ -8,7 +8,7 @@ import warnings
 _SPURIOUS = 100.0
 # Rejected updates in a row that call for a warning: a damping that starts far too small is large enough after fewer.
 _MANY_REJECTIONS = 30
-# A batch of fewer cases is hardly worth an update: half of a fit to 8 is noise at any damping.
+# A batch of fewer cases is hardly worth an update, whatever the damping.
 _FEW_CASES = 16
 # The rest of an epoch with fewer cases, and less than a quarter of the batches before it, gets a damping that is right for those.
 _FEW_IN_REMAINDER = 64
