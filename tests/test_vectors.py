@@ -117,9 +117,8 @@ def test_dot_passes_on_what_is_not_finite(place, mode):
     assert np.isnan(total(np.inf, -np.inf))
 
 
-@pytest.mark.parametrize("num_columns", [5, 383, 384, 500])
-def test_the_gram_matrix_by_strips_is_the_product_of_all(num_columns):
-    matrix = np.random.default_rng(0).normal(size=(20, num_columns))
+def test_gram_matrices_of_columns_and_of_rows_are_the_products():
+    matrix = np.random.default_rng(0).normal(size=(20, 7))
     for found in (gram(tf.constant(matrix)), row_gram(tf.constant(matrix.T))):
         np.testing.assert_allclose(found, matrix.T @ matrix, atol=1e-13)
 

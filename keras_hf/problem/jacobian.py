@@ -10,6 +10,7 @@ import functools
 
 import tensorflow as tf
 
+from keras_hf.common import taylor
 from keras_hf.common.loops import map_rows, sum_over_blocks
 from keras_hf.common.vectors import dense, epsilon, gram, pack, unpack
 
@@ -256,34 +257,49 @@ class LocalRows:
 
     def _tangents_of_cases(self, indices, v):
         """`L'(Jv)` of some cases, `(cases * k,)`."""
-        outputs_at, zero = self._outputs_at(indices), tf.zeros([], self._dtype)
-        return self._weighted(indices, _derivative(lambda t: outputs_at(t * v), zero))
+        return self._weighted(indices, _derivative_along(self._outputs_of(indices), self._moved(), self._parts(v)))
 
     def _second_of_cases(self, indices, slope, second, at):
         """`L'(f''[slope, slope] + J second)` of some cases at weights `w + at`, `(cases * k,)`."""
-        outputs_at, zero = self._outputs_at(indices), tf.zeros([], self._dtype)
+        terms = self._parts(slope), self._parts(second)
+        return self._weighted(
+            indices, _derivative_along(self._outputs_of(indices), self._moved(self._parts(at)), *terms)
+        )
 
-        def outputs(t):
-            # Not by a power: that of t = 0 has no second derivative in TensorFlow.
-            return outputs_at(at + t * (slope + t * (second / 2)))
-
-        return self._weighted(indices, _derivative(lambda t: _derivative(outputs, t), zero))
-
-    def _outputs_at(self, indices):
-        """Outputs of some cases as a function of the change of the weights: `(n,) -> (cases, k)`."""
+    def _outputs_of(self, indices):
+        """Outputs of some cases as a function of a list of weights: `-> (cases, k)`."""
         cases = self._micro_batch.cases(indices)
-        start = [tf.convert_to_tensor(variable) for variable in self._variables]
+        return lambda weights: self._flat(cases.forward(weights).outputs)
 
-        def outputs(change):
-            moved = [w + d for w, d in zip(start, unpack(change, self._variables), strict=True)]
-            return self._flat(cases.forward(moved).outputs)
+    def _parts(self, vector):
+        return unpack(vector, self._variables)
 
-        return outputs
+    def _moved(self, change=None):
+        """The weights, a list of tensors, after a change, a list of tensors."""
+        weights = [tf.convert_to_tensor(variable) for variable in self._variables]
+        return weights if change is None else [w + d for w, d in zip(weights, change, strict=True)]
 
     def _weighted(self, indices, derivatives):
         """`L'u` of some cases, `(cases * k,)`, of u `(cases, k)`."""
         roots = tf.gather(self._roots, indices)
         return tf.reshape(tf.linalg.matvec(roots, derivatives, transpose_a=True), [-1])
+
+
+def _derivative_along(function, start, *terms):
+    """The first or second derivative of a function along a curve; see `taylor.derivative_along`. By tapes where an operation has no rule there."""
+    found = None if tf.executing_eagerly() else taylor.derivative_along(function, start, *terms)
+    if found is not None:
+        return found
+
+    def along(t):
+        # Not by a power: that of t = 0 has no second derivative in TensorFlow.
+        change = (
+            terms[0] if len(terms) == 1 else [slope + t * (second / 2) for slope, second in zip(*terms, strict=True)]
+        )
+        return function([w + t * d for w, d in zip(start, change, strict=True)])
+
+    zero = tf.zeros([], start[0].dtype)
+    return _derivative(along, zero) if len(terms) == 1 else _derivative(lambda t: _derivative(along, t), zero)
 
 
 def _derivative(function, t):

@@ -1,0 +1,256 @@
+"""Derivatives through the operations of a graph are those of nested tapes, to rounding; where an operation has no rule, they are the tapes'."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from problems import model_data, with_objective
+
+from keras_hf import DirectSolver, HessianFree, HFModel
+from keras_hf.common import taylor
+from keras_hf.pinn import PINN, derivatives
+
+POINTS = np.random.default_rng(0).uniform(0.2, 0.9, size=(5, 2))
+
+
+def columns_up_to(order):
+    return [index for size in range(order + 1) for index in itertools.combinations_with_replacement((0, 1), size)]
+
+
+def by_tapes(u, points, order):
+    """All derivatives up to an order, a dict, by one tape within another."""
+    found = {(): u(points)}
+    if order:
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(points)
+            lower = by_tapes(u, points, order - 1)
+            columns = {index: tf.unstack(value, axis=1) for index, value in lower.items()}
+        found = lower
+        for index in [index for index in lower if len(index) == order - 1]:
+            rows = [tape.gradient(column, points, unconnected_gradients="zero") for column in columns[index]]
+            for letter in range(index[-1] if index else 0, 2):
+                found[(*index, letter)] = tf.stack([row[:, letter] for row in rows], 1)
+    return found
+
+
+def assert_same_derivatives(u, order, points=POINTS):
+    """To rounding, by order of the derivatives."""
+    points = tf.constant(points)
+    wanted = set(columns_up_to(order))
+    found = tf.function(lambda p: taylor.partial_derivatives(u, p, wanted), autograph=False)(points)
+    expected = by_tapes(u, points, order)
+    assert found.keys() == expected.keys()
+    for index, values in expected.items():
+        size = np.abs(values).max()
+        np.testing.assert_allclose(found[index], values, rtol=0, atol=3e-14 * size, err_msg=str(index))
+
+
+def perceptron(activation, num_outputs=1):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [keras.Input((2,)), layers.Dense(3, activation), layers.Dense(3, activation), layers.Dense(num_outputs)]
+    )
+
+
+ACTIVATIONS = ["tanh", "sigmoid", "softplus", "gelu", "silu", "exponential", "elu", "relu", "log_sigmoid", "mish"]
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, ops.sin, ops.cos, ops.square])
+def test_a_perceptron_of_every_activation_has_the_derivatives_of_tapes(float64, activation):
+    assert_same_derivatives(perceptron(activation), 3)
+
+
+def test_two_outputs_and_the_fourth_order(float64):
+    assert_same_derivatives(perceptron("tanh", 2), 4)
+
+
+def functional():
+    """Gated branches, joined, normalised and scaled."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((2,))
+    first, second = layers.Dense(3, "tanh")(inputs), layers.Dense(3, "sigmoid")(inputs)
+    joined = layers.Concatenate()([layers.Add()([layers.Multiply()([first, second]), first]), inputs])
+    scaled = layers.Rescaling(2.0, 0.5)(layers.Normalization(mean=[0.1] * 5, variance=[2.0] * 5)(joined))
+    return keras.Model(inputs, layers.Dense(2)(scaled))
+
+
+def branch_and_trunk():
+    """DeepONet's: an inner product of two networks."""
+    branch, trunk = perceptron("tanh", 3), perceptron(ops.sin, 3)
+    return lambda p: tf.reduce_sum(branch(p) * trunk(p), 1, keepdims=True)
+
+
+def with_features_and_a_hard_constraint():
+    network = perceptron("tanh")
+
+    def u(p):
+        x, y = p[:, :1], p[:, 1:]
+        return tf.sin(3 * x) + x * (1 - y**2) * network(tf.concat([tf.cos(y), x], 1)) / (1 + x)
+
+    return u
+
+
+def of_all_points(p):
+    """Operations that one meets in constraints and exact solutions."""
+    x, y = p[:, 0], tf.unstack(p, axis=1)[1]
+    columns = [
+        tf.sqrt(x) * tf.math.log(y) + tf.math.rsqrt(x) * tf.math.log1p(y),
+        tf.reduce_sum(p * p, 1) - tf.reduce_mean(p, 1) * tf.reduce_prod(1 - p**2, 1),
+        tf.pow(x, 2.5) + tf.pow(y, 3) + tf.pow(x, 1.0) - y**0,
+        tf.math.erf(x) * tf.math.erfc(y) + tf.math.expm1(x),
+        tf.exp(-x) / y + tf.math.reciprocal(x) / 3,
+        tf.math.tan(x) / tf.math.cosh(y) + tf.math.sinh(x) * tf.cos(y),
+        tf.math.squared_difference(x, y) - tf.abs(x - y),
+        tf.where(x > 0.5, x * y, 1.0 - y),
+    ]
+    return tf.reshape(tf.transpose(tf.stack(columns)), [-1, 4, 2])[:, :, 0]
+
+
+def of_matrices(p):
+    """Products of two matrices that both depend on the points, slices, and gathered, tiled, padded and split columns."""
+    left = tf.stack([p, p**2], 1)
+    right = tf.stack([tf.sin(p), tf.ones_like(p)], 1)
+    first, second = tf.split(tf.matmul(left, right, transpose_b=True)[:, 0], 2, 1)
+    padded = tf.pad(tf.gather(p, [1, 0], axis=1) * first, [[0, 0], [1, 0]])
+    return padded + tf.tile(second, [1, 3]) + tf.broadcast_to(p[:1, :1], [5, 3]) * p[:, 1:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functional,
+        branch_and_trunk,
+        with_features_and_a_hard_constraint,
+        pytest.param(lambda: of_all_points, id="functions"),
+        pytest.param(lambda: lambda p: p, id="points"),
+        pytest.param(lambda: tf.ones_like, id="constant"),
+        pytest.param(lambda: lambda p: p * tf.stop_gradient(p), id="stopped"),
+    ],
+)
+def test_networks_and_functions_have_the_derivatives_of_tapes(float64, make):
+    assert_same_derivatives(make(), 2)
+
+
+def test_matrices_have_the_derivatives_of_tapes(float64):
+    """Not row by row: the first point's column is in all rows, whose derivatives are then those of a sum."""
+    points = tf.constant(np.repeat(POINTS[:1], 5, 0))
+    wanted = set(columns_up_to(2))
+    found = tf.function(lambda p: taylor.partial_derivatives(of_matrices, p, wanted), autograph=False)(points)
+    alone = by_tapes(lambda p: of_matrices(tf.tile(p, [5, 1]))[:1], points[:1], 2)
+    for index, values in alone.items():
+        np.testing.assert_allclose(found[index], np.repeat(values, 5, 0), rtol=1e-12, atol=1e-13, err_msg=str(index))
+
+
+def test_a_number_of_points_that_no_trace_knows(float64):
+    network = perceptron("tanh", 2)
+    compiled = tf.function(
+        lambda p: derivatives(network, p, "xy", "u", "u_xx", "u_xy"),
+        autograph=False,
+        input_signature=[tf.TensorSpec([None, 2], "float64")],
+    )
+    for number in (1, 5):
+        for found, expected in zip(
+            compiled(tf.constant(POINTS[:number])),
+            derivatives(network, tf.constant(POINTS[:number]), "xy", "u", "u_xx", "u_xy"),  # eagerly, by tapes
+            strict=True,
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-14)
+
+
+def test_derivatives_of_derivatives(float64):
+    network = perceptron("tanh")
+    nested = tf.function(
+        lambda p: derivatives(lambda q: derivatives(network, q, "xy", "u_xx"), p, "xy", "u_xy"), autograph=False
+    )(tf.constant(POINTS))
+    at_once = tf.function(lambda p: derivatives(network, p, "xy", "u_xxxy"), autograph=False)(tf.constant(POINTS))
+    np.testing.assert_allclose(nested, at_once, rtol=1e-10, atol=1e-14)
+
+
+@tf.custom_gradient
+def rounded(x):
+    """Rounds, and is the identity for gradients."""
+    return tf.round(x), lambda dy: dy
+
+
+@pytest.mark.parametrize("without_rule", [tf.math.lgamma, rounded, lambda p: tf.cumsum(p, 1)])
+def test_what_has_no_rule_is_differentiated_by_tapes(float64, without_rule):
+    network = perceptron("tanh", 2)
+
+    def u(p):
+        return network(without_rule(p))
+
+    names = ["u", "u_x", "u_xy", "u_yy"]
+    compiled = tf.function(lambda p: derivatives(u, p, "xy", *names), autograph=False)(tf.constant(POINTS))
+    expected = by_tapes(u, tf.constant(POINTS), 2)
+    for found, index in zip(compiled, [(), (0,), (0, 1), (1, 1)], strict=True):
+        np.testing.assert_allclose(found, expected[index], rtol=1e-11, atol=1e-13)
+
+
+def residual(u, points):
+    """Of first and of mixed and pure second derivatives, a product among them."""
+    value, u_x, u_xy, u_yy = derivatives(u, points, "xy", "u", "u_x", "u_xy", "u_yy")
+    return value * u_x + u_yy - u_xy
+
+
+@pytest.mark.slow
+def test_rows_and_the_second_derivative_of_the_arc_are_those_of_tapes(float64, monkeypatch):
+    def computed():
+        pinn = PINN(perceptron("tanh"), {"equation": residual, "data": lambda u, points: u(points)[:, 0]})
+        x, y, weights = pinn.cases({"equation": POINTS, "data": POINTS[:3] + 1})
+        model = HFModel(pinn)
+        model.compile(HessianFree(solver=DirectSolver()), "mse")
+        slope, second, at = np.random.default_rng(1).normal(size=(3, pinn.network.count_params()))
+        return with_objective(
+            model,
+            model_data(model, x, y, weights),
+            lambda o: (o.rows.jacobian, o.rows.second_derivative(*map(tf.constant, (slope, second, 0.1 * at)))),
+        )
+
+    found = computed()
+    monkeypatch.setattr(taylor, "partial_derivatives", lambda *arguments: None)
+    monkeypatch.setattr(taylor, "derivative_along", lambda *arguments: None)
+    for by_series, by_tape in zip(found, computed(), strict=True):
+        np.testing.assert_allclose(by_series, by_tape, rtol=0, atol=1e-13 * np.abs(by_tape).max())
+
+
+def test_more_outputs_take_no_more_operations(float64):
+    def num_operations(num_outputs):
+        network = perceptron("tanh", num_outputs)
+        compiled = tf.function(lambda p: derivatives(network, p, "xy", "u_xx", "u_yy"), autograph=False)
+        return len(compiled.get_concrete_function(tf.TensorSpec([5, 2], "float64")).graph.get_operations())
+
+    assert num_operations(1) == num_operations(3)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_along_a_curve_of_weights_the_derivative_is_that_in_its_parameter(order):
+    rng = np.random.default_rng(0)
+    start = [tf.constant(rng.normal(size=shape)) for shape in ((2, 3), (3,), (3, 1))]
+    terms = [[tf.constant(rng.normal(size=part.shape)) for part in start] for _ in range(order)]
+    x = tf.constant(POINTS)
+
+    def function(weights):
+        kernel, bias, last = weights
+        return tf.tanh(x @ kernel + bias) @ last
+
+    found = tf.function(lambda: taylor.derivative_along(function, start, *terms), autograph=False)()
+
+    def weighted(t, num_derivatives):
+        """A derivative of the sum of the outputs, each with a weight of its own, in the curve's parameter."""
+        if not num_derivatives:
+            powers = [t, t * t / 2, t * t * t / 6]
+            moved = [
+                w + sum(p * c for p, c in zip(powers, parts, strict=False))
+                for w, *parts in zip(start, *terms, strict=True)
+            ]
+            return tf.reduce_sum(function(moved) * POINTS[:, :1])
+        with tf.GradientTape() as tape:
+            tape.watch(t)
+            lower = weighted(t, num_derivatives - 1)
+        return tape.gradient(lower, t)
+
+    expected = weighted(tf.constant(0.0, "float64"), order)
+    np.testing.assert_allclose(tf.reduce_sum(found * POINTS[:, :1]), expected, rtol=1e-12)
