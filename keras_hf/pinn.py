@@ -3,6 +3,8 @@
 Raissi, Perdikaris & Karniadakis (2019), *Physics-informed neural networks*. Names follow DeepXDE (Lu et al., 2021).
 """
 
+import warnings
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -122,6 +124,9 @@ class PINN(keras.Model):
     Raises:
         ValueError: If there is no term.
 
+    Warns:
+        UserWarning: If the network does not compute in float64.
+
     References:
         Raissi, Perdikaris & Karniadakis (2019), *Physics-informed neural networks*.
     """
@@ -132,12 +137,20 @@ class PINN(keras.Model):
         super().__init__(name=name, **kwargs)
         if not terms:
             raise ValueError("`terms` must hold at least one residual. Received: none.")
+        if network.compute_dtype != "float64":
+            warnings.warn(
+                "The residuals of a `PINN` are second derivatives, of which float32 leaves few digits. Make the network after "
+                f'`keras.config.set_floatx("float64")`. Received: a network that computes in {network.compute_dtype}.',
+                stacklevel=2,
+            )
         self.network, self.terms = network, dict(terms)
         self._features, self._transform = features, transform
         self.external_trainable_variables = list(external_trainable_variables)
         for variable in self.external_trainable_variables:
             self._track_variable(variable)
         self._num_residuals = None
+        # A network that has its weights can load others at once.
+        self.built = network.built
 
     def solution(self, points):
         """Returns the solution at points, `(N, d) -> (N, k)`, features and transform included."""
@@ -157,15 +170,15 @@ class PINN(keras.Model):
         """Returns inputs, targets and weights for `fit`, `evaluate` and `validation_data`.
 
         Args:
-            points: Dict from names of terms to points, arrays `(N_i, d)`, or to pairs `(points, values)`, with values `(N_i,)` or `(N_i, m)` that the
-                term is to have instead of zero.
+            points: Dict from the names of all terms to points, arrays `(N_i, d)`, or to pairs `(points, values)`, with values `(N_i,)` or `(N_i, m)`
+                that the term is to have instead of zero.
             weights: Dict from names to the weights of terms, positive floats; 1 where none is given.
 
         Returns:
             `x`, a dict of arrays; `y` `(N, m)`; `sample_weight` `(N,)`.
 
         Raises:
-            ValueError: If a name is not that of a term, or if points do not have the shape `(N_i, d)`.
+            ValueError: If a name is not that of a term, if a term is missing, or if points do not have the shape `(N_i, d)`, all of the same d.
         """
         weights = weights or {}
         for name in [*points, *weights]:
@@ -173,6 +186,9 @@ class PINN(keras.Model):
                 raise ValueError(
                     f"Points and weights are given by the names of terms: {', '.join(self.terms)}. Received: {name!r}."
                 )
+        missing = [name for name in self.terms if name not in points]
+        if missing:
+            raise ValueError(f"Every term needs points. Received: none for {', '.join(map(repr, missing))}.")
         dtype = keras.config.floatx()
         groups = []
         for name, given in points.items():
@@ -183,6 +199,12 @@ class PINN(keras.Model):
                     f"The points of a term must be an array (N, d), N >= 1. Received: shape={where.shape} for {name!r}."
                 )
             groups.append((name, where, values, positive(f"weights[{name!r}]", weights.get(name, 1.0))))
+        columns = {name: where.shape[1] for name, where, _, _ in groups}
+        needed = self._num_inputs() or max(columns.values())
+        if set(columns.values()) != {needed}:
+            raise ValueError(
+                f"Points must have as many columns as the solution has coordinates, {needed}. Received: {columns}."
+            )
         sizes = self._sizes(groups[0][1][:1])
         total, largest = sum(len(where) for _, where, _, _ in groups), max(sizes.values())
         parts = []
@@ -219,6 +241,11 @@ class PINN(keras.Model):
 
         return tf.data.Dataset.from_generator(batches, output_signature=signature)
 
+    def _num_inputs(self):
+        """The coordinates of the solution, where the network's inputs tell."""
+        shape = getattr(self.network, "input_shape", None) if self._features is None and self.network.built else None
+        return shape[-1] if isinstance(shape, tuple) else None
+
     def _sizes(self, point):
         """Components of every term's residual, a dict."""
         if self._num_residuals is None:
@@ -235,7 +262,7 @@ class PINN(keras.Model):
         """Raises: terms are functions, which no file holds."""
         raise NotImplementedError(
             "The terms of a `PINN` are functions, which no file holds. Save the network, `pinn.network.save(...)`, or weights and training state, "
-            "`model.save_weights(...)`."
+            "`model.save_weights(...)`, and load these into a model that the same code has made and compiled: `model.load_weights(...)`."
         )
 
 

@@ -141,9 +141,9 @@ def test_cases_of_one_term_are_independent_of_the_others(float64):
     together = pinn(x).numpy()
     np.testing.assert_allclose(together[:4, :1], poisson(pinn.solution, tf.constant(INNER)), rtol=1e-12)
     assert not together[:4, 1].any() and not together[6:, 1].any()
-    alone = pinn.cases({"slope": GIVEN["slope"]})
-    np.testing.assert_allclose(pinn(alone[0]).numpy(), together[4:6], rtol=1e-12)
-    np.testing.assert_array_equal(alone[1], y[4:6])
+    others = pinn.cases(GIVEN | {"equation": INNER[:1], "data": POINTS[:5]})
+    np.testing.assert_allclose(pinn(others[0]).numpy()[1:3], together[4:6], rtol=1e-12)
+    np.testing.assert_array_equal(others[1][1:3], y[4:6])
 
 
 def test_rows_through_derivatives_of_the_network_equal_differences(float64):
@@ -194,8 +194,8 @@ def test_a_hard_constraint_and_features_make_the_solution(float64):
     # Zero at 0 and 1, and periodic but for the factor.
     border = np.array([[0.0, 0.3], [1.0, 0.3]])
     assert not pinn.solution(border).numpy().any()
-    x, *_ = pinn.cases({"equation": INNER})
-    np.testing.assert_allclose(pinn(x).numpy()[:, :1], poisson(pinn.solution, tf.constant(INNER)), rtol=1e-12)
+    x, *_ = pinn.cases(GIVEN)
+    np.testing.assert_allclose(pinn(x).numpy()[:4, :1], poisson(pinn.solution, tf.constant(INNER)), rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -219,14 +219,14 @@ def test_points_are_drawn_anew_in_every_so_many_updates(every, float64):
 
     def draw():
         drawn.append(rng.uniform(size=(5, 2)))
-        return {"equation": drawn[-1], "slope": GIVEN["slope"]}
+        return GIVEN | {"equation": drawn[-1]}
 
     batches = list(pinn.redrawn(draw, WEIGHTS, every).take(7))
     for number, (x, y, sample_weight) in enumerate(batches):
         np.testing.assert_array_equal(x["points"][:5], drawn[number // every])
-        assert x["term"].shape == (7, 1) and y.shape == (7, 2) and sample_weight.shape == (7,)
+        assert x["term"].shape == (8, 1) and y.shape == (8, 2) and sample_weight.shape == (8,)
     assert not np.array_equal(drawn[0], drawn[1])
-    expected = pinn.cases({"equation": drawn[0], "slope": GIVEN["slope"]}, WEIGHTS)
+    expected = pinn.cases(GIVEN | {"equation": drawn[0]}, WEIGHTS)
     for one, other in zip(keras.tree.flatten(batches[0]), keras.tree.flatten(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -235,25 +235,48 @@ def test_points_are_drawn_anew_in_every_so_many_updates(every, float64):
     "given, weights, message",
     [
         ({"edge": INNER}, None, "by the names of terms: equation, slope, data. Received: 'edge'"),
-        ({"equation": INNER}, {"edge": 1.0}, "by the names of terms: equation, slope, data. Received: 'edge'"),
+        ({}, {"edge": 1.0}, "by the names of terms: equation, slope, data. Received: 'edge'"),
         ({"equation": X}, None, r"must be an array \(N, d\), N >= 1. Received: shape=\(7,\) for 'equation'"),
         ({"equation": POINTS[:0]}, None, r"must be an array \(N, d\), N >= 1. Received: shape=\(0, 2\) for 'equation'"),
-        ({"equation": INNER}, {"equation": 0}, r"`weights\['equation'\]` must be a finite number > 0"),
+        ({"data": POINTS[:, :1]}, None, r"columns as the solution has coordinates, 2. Received: .*'data': 1"),
+        ({}, {"equation": 0}, r"`weights\['equation'\]` must be a finite number > 0"),
     ],
 )
 def test_points_and_weights_that_fit_no_term_are_refused(given, weights, message, float64):
     with pytest.raises(ValueError, match=message):
-        made()[0].cases(given, weights)
+        made()[0].cases(GIVEN | given, weights)
 
 
-def test_no_terms_and_updates_of_no_points_are_refused():
+def test_terms_without_points_are_refused_by_name(float64):
+    with pytest.raises(ValueError, match="Every term needs points. Received: none for 'equation', 'data'"):
+        made()[0].cases({"slope": GIVEN["slope"]})
+
+
+def test_float32_is_warned_of():
+    with pytest.warns(UserWarning, match=r'set_floatx\("float64"\).*computes in float32'):
+        PINN(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), {"data": value})
+
+
+def test_a_new_model_of_the_same_code_goes_on_bit_by_bit_before_it_has_seen_points(float64, tmp_path):
+    pinn, model = made()
+    x, y, sample_weight = pinn.cases(GIVEN, WEIGHTS)
+    fit(model, x, y, sample_weight=sample_weight, epochs=2)
+    model.save_weights(tmp_path / "run.weights.h5")
+    expected = fit(model, x, y, sample_weight=sample_weight, epochs=2)
+    _, other = made()
+    other.load_weights(tmp_path / "run.weights.h5")
+    found = fit(other, x, y, sample_weight=sample_weight, epochs=2)
+    assert found["loss"] == expected["loss"] and found["damping"] == expected["damping"]
+
+
+def test_no_terms_and_updates_of_no_points_are_refused(float64):
     with pytest.raises(ValueError, match="`terms` must hold at least one residual. Received: none"):
         PINN(keras.Sequential([layers.Dense(1)]), {})
     with pytest.raises(ValueError, match="`every` must be an integer >= 1. Received: every=0"):
         made()[0].redrawn(lambda: GIVEN, every=0)
 
 
-def test_a_file_of_functions_is_refused_with_what_can_be_saved(tmp_path):
+def test_a_file_of_functions_is_refused_with_what_can_be_saved(float64, tmp_path):
     pinn, model = made()
     model(pinn.cases(GIVEN)[0])
     with pytest.raises(NotImplementedError, match=r"terms of a `PINN` are functions.*pinn.network.save\("):

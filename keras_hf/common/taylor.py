@@ -35,11 +35,24 @@ def partial_derivatives(u, points, wanted):
     """
     if not any(wanted):
         return {(): u(points)}
-    series = _Series(wanted)
-    columns = np.eye(points.shape[1])[[column for (column,) in series.indices[0]]]
-    coefficients = series.of_first_order(tf.constant(columns[:, None], points.dtype))
+    series, coefficients = _of_points(points, wanted)
     found = _carried(series, lambda moved: u(moved[0]), [points], [coefficients])
     return None if found is None else {(): found[0], **series.derivatives(*found)}
+
+
+def derivatives_of(value, points, wanted):
+    """Returns partial derivatives as `partial_derivatives` does, of a tensor `(N, k)` that is made of points in the same graph."""
+    if value.graph is not points.graph:
+        return None
+    series, coefficients = _of_points(points, wanted)
+    found = _through(series, {points.ref(): coefficients}, value, points.graph.get_operations())
+    return None if found is None else series.derivatives(*found)
+
+
+def _of_points(points, wanted):
+    series = _Series(wanted)
+    columns = np.eye(points.shape[1])[[column for (column,) in series.indices[0]]]
+    return series, [tf.constant(columns[:, None], points.dtype), *[None] * (series.order - 1)]
 
 
 def derivative_along(function, start, *terms):
@@ -69,10 +82,15 @@ def _carried(series, function, inputs, coefficients):
     graph = inputs[0].graph
     num_others = len(graph.get_operations())
     value = function(inputs)
-    made = graph.get_operations()[num_others:]
     known = {x.ref(): h for x, h in zip(inputs, coefficients, strict=True)}
+    return _through(series, known, value, graph.get_operations()[num_others:])
+
+
+def _through(series, known, value, operations):
+    """As `_carried`, of the coefficients that are known of some tensors, by their references."""
+    known = dict(known)
     try:
-        for op in _leading_to(value, made):
+        for op in _leading_to(value, operations):
             of_inputs = [known.get(x.ref()) for x in op.inputs]
             if any(h is not None for h in of_inputs):
                 found = _rule_of(op)(series, op, *of_inputs)
@@ -112,9 +130,6 @@ class _Series:
             sorted(set(itertools.chain.from_iterable(itertools.combinations(index, order) for index in wanted)))
             for order in range(1, self.order + 1)
         ]
-
-    def of_first_order(self, part):
-        return [part, *[None] * (self.order - 1)]
 
     def product(self, f, g, multiply=tf.multiply):
         """Coefficients of the product of two series without a value, of each of which coefficients are given."""

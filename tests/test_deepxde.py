@@ -7,8 +7,8 @@ import tensorflow as tf
 from training import Clock, fit
 
 from examples import deepxde_adapter
-from examples.deepxde_adapter import as_pinn, dde
 from keras_hf import HessianFree, HFModel
+from keras_hf.deepxde import as_pinn, dde
 
 SQUARE = dde.geometry.Rectangle([0, 0], [1, 1])
 # What DeepXDE prints is not a warning; corners have no normal.
