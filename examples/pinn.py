@@ -27,6 +27,7 @@ import tensorflow as tf
 from scipy import optimize
 
 from examples import pinn_problems as problems
+from examples import pinn_systems  # noqa: F401 (adds its problems to those)
 from examples.baselines import LABELS, LossAndGradient, Recorder, minimize_by_scipy
 from examples.precision import precision
 from examples.tables import read_rows
@@ -245,8 +246,10 @@ class ErrorRecorder(Recorder):
 
 
 def relative_error(pinn, points, values):
-    """Returns the L2 norm of the error over that of the solution, a float."""
-    return float(np.linalg.norm(pinn.solution(points).numpy() - values) / np.linalg.norm(values))
+    """Returns the L2 norm of the error over that of the solution, a float: of its first outputs, as many as are given, where they are no NaN."""
+    is_given = np.isfinite(values[:, 0])
+    solution = pinn.solution(points[is_given]).numpy()[:, : values.shape[1]]
+    return float(np.linalg.norm(solution - values[is_given]) / np.linalg.norm(values[is_given]))
 
 
 def best_runs(folder, seed):
@@ -292,7 +295,8 @@ def plot(problem, runs, path):
     best = min(courses, key=lambda name: courses[name][-1]["error"])
     with np.load(runs[best].with_suffix(".npz")) as arrays:
         solution = arrays["solution"]
-    error = np.abs(solution - problems.solution_on_grid(problem))
+    solution = solution[:, 0]  # the first output
+    error = np.abs(solution - problems.solution_on_grid(problem)[:, 0])
     figure, panels = pyplot.subplot_mosaic(
         [["course", "solution"], ["course", "error"]], figsize=(10, 4.8), width_ratios=(5, 3), layout="constrained"
     )

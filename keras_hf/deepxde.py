@@ -109,44 +109,62 @@ def as_pinn(data, network, loss_weights=None, external_trainable_variables=()):
 
 
 def _by_series(residual):
-    """A term of which `dde.grad` gives the derivatives by Taylor series, where operations have rules, and which DeepXDE forgets afterwards.
-
-    It would keep each derivative, by the tensors of the trace that it is of.
-    """
+    """A term whose derivatives by `dde.grad` are Taylor series, and which DeepXDE forgets: it would keep derivatives of every trace."""
 
     def term(u, points):
-        known = {}
-
-        def derivatives(y, x, wanted):
-            """A dict from indices to tensors of y's shape; `None` where DeepXDE's own are needed."""
-            if tf.executing_eagerly() or y.shape.rank != 2:
-                return None
-            key = y.ref(), x.ref(), wanted
-            if key not in known:
-                known[key] = taylor.derivatives_of(y, x, wanted)
-            return known[key]
-
-        def jacobian(ys, xs, i=None, j=None):
-            found = derivatives(ys, xs, frozenset((column,) for column in range(xs.shape[1])))
-            if found is None or (i is None and j is None) or not (i or 0) < ys.shape[1] or not (j or 0) < xs.shape[1]:
-                return own_jacobian(ys, xs, i, j)
-            columns = [found[(column,)] for column in (range(xs.shape[1]) if j is None else [j])]
-            return tf.concat(columns if i is None else [column[:, i : i + 1] for column in columns], 1)
-
-        def hessian(ys, xs, component=0, i=0, j=0):
-            index = tuple(sorted((i, j)))
-            found = None if max(index) >= xs.shape[1] else derivatives(ys, xs, frozenset([index]))
-            if found is None or component >= ys.shape[1]:
-                return own_hessian(ys, xs, component, i, j)
-            return found[index][:, component : component + 1]
-
-        own_jacobian, own_hessian = dde.grad.jacobian, dde.grad.hessian
-        with replaced((dde.grad, "jacobian", jacobian), (dde.grad, "hessian", hessian)):
-            found = residual(u, points)
+        found = _BySeries()
+        with replaced((dde.grad, "jacobian", found.jacobian), (dde.grad, "hessian", found.hessian)):
+            values = residual(u, points)
         dde.gradients.clear()
-        return found
+        return values
 
     return term
+
+
+class _BySeries:
+    """DeepXDE's `dde.grad.jacobian` and `hessian`, of the tensors of one term; its own where an operation has no rule."""
+
+    def __init__(self):
+        self._jacobian, self._hessian = dde.grad.jacobian, dde.grad.hessian
+        # Derivatives, dicts from indices, by what they are of; and of what each derivative that was given is one.
+        self._known, self._origins = {}, {}
+
+    def jacobian(self, ys, xs, i=None, j=None):
+        is_one = ys.shape[-1] == 1 and xs.shape[-1] == 1
+        if (i is None and j is None and not is_one) or not self._has(ys, xs, [i or 0], [j or 0]):
+            return self._jacobian(ys, xs, i, j)
+        if j is None:
+            columns = [self._derivative(ys, xs, i or 0, (column,)) for column in range(xs.shape[1])]
+        else:
+            columns = [self._derivative(ys, xs, row, (j,)) for row in (range(ys.shape[1]) if i is None else [i])]
+        if any(column is None for column in columns):
+            return self._jacobian(ys, xs, i, j)
+        return columns[0] if len(columns) == 1 else tf.concat(columns, 1)
+
+    def hessian(self, ys, xs, component=0, i=0, j=0):
+        found = self._derivative(ys, xs, component, (i, j)) if self._has(ys, xs, [component], [i, j]) else None
+        return self._hessian(ys, xs, component, i, j) if found is None else found
+
+    def _has(self, ys, xs, rows, columns):
+        """Whether these are tensors of a graph that have such rows and columns; DeepXDE says what is wrong with others."""
+        if tf.executing_eagerly() or ys.shape.rank != 2:
+            return False
+        return all(0 <= row < ys.shape[1] for row in rows) and all(0 <= column < xs.shape[1] for column in columns)
+
+    def _derivative(self, ys, xs, row, columns):
+        """One derivative, `(N, 1)`, by way of what ys itself is a derivative of; `None` where an operation has no rule."""
+        base, row, before = self._origins.get((ys.ref(), xs.ref()), (ys, row, ()))
+        index = tuple(sorted(before + columns))
+        # All first derivatives together: few equations have one of them alone.
+        wanted = frozenset((column,) for column in range(xs.shape[1])) if len(index) == 1 else frozenset([index])
+        key = base.ref(), xs.ref(), wanted
+        if key not in self._known:
+            self._known[key] = taylor.derivatives_of(base, xs, wanted)
+        if self._known[key] is None:
+            return None
+        found = self._known[key][index][:, row : row + 1]
+        self._origins[found.ref(), xs.ref()] = base, row, index
+        return found
 
 
 def _equations(pde, u, points):

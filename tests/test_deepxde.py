@@ -1,4 +1,4 @@
-"""What the adapter for DeepXDE promises: the loss that DeepXDE forms, and the network trained in place."""
+"""What the door for DeepXDE promises: the loss that DeepXDE forms, and the network trained in place."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ import tensorflow as tf
 from training import Clock, fit
 
 from examples import deepxde_adapter
-from keras_hf import HessianFree, HFModel
+from keras_hf import HessianFree, HFModel, deepxde
 from keras_hf.deepxde import as_pinn, dde
 
 SQUARE = dde.geometry.Rectangle([0, 0], [1, 1])
@@ -91,6 +91,39 @@ def test_loss_of_a_problem_in_time_is_that_of_deepxde():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [lambda x: 0.5, lambda x: np.full(len(x), 0.5), lambda x: tf.fill([len(x), 1], tf.constant(0.5, "float64"))],
+)
+def test_a_condition_has_the_values_of_a_number_an_array_or_a_tensor(value):
+    data = dde.data.PDE(
+        SQUARE, one_equation, dde.icbc.DirichletBC(SQUARE, value, is_at(0, 0)), num_domain=9, num_boundary=12
+    )
+    _, (_, targets, _) = as_pinn(data, network())
+    assert set(targets.ravel()) == {0.0, 0.5}
+
+
+def test_derivatives_by_deepxde_are_series_of_what_they_are_derivatives_of(monkeypatch):
+    """Of the fourth order by two of the second, of three outputs, a column, a row and one entry alone."""
+    net, points = network(num_outputs=3), tf.constant(np.random.default_rng(0).uniform(size=(4, 2)))
+    net(points)
+
+    def derivatives(x, y):
+        second = dde.grad.hessian(y, x, component=2, i=0, j=1)
+        rows = dde.grad.jacobian(y, x, i=1), dde.grad.jacobian(y, x, i=1, j=0), dde.grad.jacobian(second, x, i=0, j=1)
+        return [dde.grad.hessian(second, x, i=0, j=0), *rows, second]
+
+    compiled = lambda term: tf.function(lambda p: term(net, p), autograph=False)(points)  # noqa: E731
+    term = lambda u, p: derivatives(p, u(p))  # noqa: E731
+    expected = compiled(term)
+    dde.gradients.clear()
+    monkeypatch.setattr(
+        dde.gradients.gradients_reverse.JacobianReverse, "__call__", None
+    )  # DeepXDE's own are not asked
+    for found, value in zip(compiled(deepxde._by_series(term)), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-10, atol=1e-12)
+
+
 def test_the_network_is_trained_in_place_and_a_coefficient_is_found():
     coefficient = keras.Variable(0.5, dtype="float64")
 
@@ -112,6 +145,10 @@ def test_the_network_is_trained_in_place_and_a_coefficient_is_found():
 
 
 def test_what_cannot_be_taken_is_refused_by_name():
+    line = dde.geometry.Interval(0, 1)
+    integral = dde.data.IDE(line, lambda x, y, z: y, [], quad_deg=3, num_domain=5)
+    with pytest.raises(ValueError, match="integro-differential and fractional equations compare many. Received: IDE"):
+        as_pinn(integral, network(1, 1))
     conditions = [dde.icbc.Interface2DBC(SQUARE, lambda x: 0 * x[:, :1], is_at(0, 0), is_at(0, 1))]
     data = dde.data.PDE(SQUARE, two_equations, conditions, num_domain=10, num_boundary=12)
     with pytest.raises(ValueError, match="residuals of a point.*Interface2DBC"):
