@@ -83,6 +83,12 @@ def branch_and_trunk():
     return lambda p: tf.reduce_sum(branch(p) * trunk(p), 1, keepdims=True)
 
 
+def broadcast_before_it_is_multiplied():
+    """A column and a constant of three make what a matrix sums over, on either side."""
+    kernel, ones = np.random.default_rng(0).normal(size=(3, 3)), np.ones((5, 3))
+    return lambda p: (tf.sin(p[:, :1]) + ones) @ kernel + tf.transpose(kernel @ tf.transpose(p[:, 1:] ** 2 * ones))
+
+
 def with_features_and_a_hard_constraint():
     network = perceptron("tanh")
 
@@ -123,6 +129,7 @@ def of_matrices(p):
     [
         functional,
         branch_and_trunk,
+        broadcast_before_it_is_multiplied,
         with_features_and_a_hard_constraint,
         pytest.param(lambda: of_all_points, id="functions"),
         pytest.param(lambda: lambda p: p, id="points"),

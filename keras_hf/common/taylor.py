@@ -241,28 +241,6 @@ def _rule(*types):
     return register
 
 
-def _linear(*types, place=0):
-    """Registers a callable `(op, part)` of operations that are linear in one input and get numbers beside.
-
-    It takes the full coefficients of one order and returns those of the output, or a list of those of all outputs.
-    """
-
-    def register(linear):
-        def rule(series, op, *inputs):
-            h = inputs[place]
-            if any(other is not None for other in inputs if other is not h) or h is None:
-                raise _NoRuleError(op.type)
-            parts = [part if part is None else linear(op, _full(part, op.inputs[place])) for part in h]
-            if len(op.outputs) == 1:
-                return [[part[0] if isinstance(part, list) else part for part in parts]]
-            return [[part if part is None else part[number] for part in parts] for number in range(len(op.outputs))]
-
-        _rule(*types)(rule)
-        return linear
-
-    return register
-
-
 def _number(x):
     """The value of a constant of the graph, an array."""
     value = tf.get_static_value(x)
@@ -341,7 +319,7 @@ def _subtract(series, op, *inputs):
     return [_added(zero if f is None else f, zero if g is None else _scaled_by(-1, g))]
 
 
-@_rule("Select", "SelectV2")
+@_rule("SelectV2")
 def _select(series, op, *inputs):
     _, f, g = _aligned(op, inputs)
     zero, none = tf.zeros([], op.outputs[0].dtype), [None] * series.order
@@ -356,47 +334,18 @@ def _select(series, op, *inputs):
     ]
 
 
-@_linear("Reshape", "ExpandDims", "Squeeze")
-def _reshape(op, part):
-    return tf.reshape(part, _of_shape(part, op.outputs[0]))
-
-
-@_linear("BroadcastTo")
-def _broadcast(op, part):
-    return _full(_of_rank(part, op.outputs[0].shape.rank), op.outputs[0])
-
-
-@_linear("Transpose")
-def _transpose(op, part):
-    return tf.transpose(part, [0, *(_number(op.inputs[1]) + 1)])
-
-
-@_linear("Pad")
-def _pad(op, part):
-    return tf.pad(part, tf.concat([[[0, 0]], tf.cast(op.inputs[1], tf.int32)], 0))
-
-
-@_linear("Tile")
-def _tile(op, part):
-    return tf.tile(part, tf.concat([[1], tf.cast(op.inputs[1], tf.int32)], 0))
-
-
-@_linear("StridedSlice")
 def _slice(op, part):
-    begin, end, strides = (
-        tf.concat([[first], tf.cast(x, tf.int32)], 0) for first, x in zip((0, 0, 1), op.inputs[1:], strict=True)
-    )
+    begin, end, strides = _with_first(op, 1, 0), _with_first(op, 2, 0), _with_first(op, 3, 1)
     # A bit for each axis; the first is taken whole.
     masks = {name: op.get_attr(name) << 1 for name in ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask")}
     masks |= {name: op.get_attr(name) << 1 | 1 for name in ("begin_mask", "end_mask")}
     return tf.strided_slice(part, begin, end, strides, **masks)
 
 
-@_linear("GatherV2")
 def _gather(op, part):
     if op.get_attr("batch_dims"):
         raise _NoRuleError(op.type)
-    return tf.gather(part, op.inputs[1], axis=_behind(_number(op.inputs[2])))
+    return tf.gather(part, op.inputs[1], axis=_axes(op, 2))
 
 
 def _behind(axis):
@@ -404,34 +353,57 @@ def _behind(axis):
     return np.where(np.asarray(axis) < 0, axis, np.asarray(axis) + 1).tolist()
 
 
-@_linear("Sum")
-def _reduce_sum(op, part):
-    return tf.reduce_sum(part, _behind(_number(op.inputs[1])), keepdims=op.get_attr("keep_dims"))
+def _axes(op, place):
+    """The axes in coefficients that one of an operation's inputs names."""
+    return _behind(_number(op.inputs[place]))
 
 
-@_linear("Mean")
-def _reduce_mean(op, part):
-    return tf.reduce_mean(part, _behind(_number(op.inputs[1])), keepdims=op.get_attr("keep_dims"))
+def _with_first(op, place, row):
+    """One of an operation's inputs, an entry for each axis, with one in front for the first axis of coefficients."""
+    return tf.concat([[row], tf.cast(op.inputs[place], tf.int32)], 0)
 
 
-@_linear("Unpack")
-def _unstack(op, part):
-    return tf.unstack(part, len(op.outputs), _behind(op.get_attr("axis")))
+def _reshape(op, part):
+    return tf.reshape(part, _of_shape(part, op.outputs[0]))
 
 
-@_linear("Split", place=1)
-def _split(op, part):
-    return tf.split(part, len(op.outputs), _behind(_number(op.inputs[0])))
+# Operations that are linear in their first input and get numbers beside: callables of the full coefficients of one order, whose result is those of
+# the output, or a list of those of all outputs.
+_LINEAR = {
+    "Reshape": _reshape,
+    "ExpandDims": _reshape,
+    "Squeeze": _reshape,
+    "BroadcastTo": lambda op, part: _full(_of_rank(part, op.outputs[0].shape.rank), op.outputs[0]),
+    "Transpose": lambda op, part: tf.transpose(part, [0, *(_number(op.inputs[1]) + 1)]),
+    "Pad": lambda op, part: tf.pad(part, _with_first(op, 1, [0, 0])),
+    "Tile": lambda op, part: tf.tile(part, _with_first(op, 1, 1)),
+    "StridedSlice": _slice,
+    "GatherV2": _gather,
+    "Sum": lambda op, part: tf.reduce_sum(part, _axes(op, 1), keepdims=op.get_attr("keep_dims")),
+    "Mean": lambda op, part: tf.reduce_mean(part, _axes(op, 1), keepdims=op.get_attr("keep_dims")),
+    "Unpack": lambda op, part: tf.unstack(part, len(op.outputs), _behind(op.get_attr("axis"))),
+    "SplitV": lambda op, part: tf.split(part, _number(op.inputs[1]), _axes(op, 2)),
+    "Split": lambda op, part: tf.split(part, len(op.outputs), _axes(op, 0)),
+}
+# Where the input is not the first.
+_PLACES = {"Split": 1}
 
 
-@_linear("SplitV")
-def _split_by_sizes(op, part):
-    return tf.split(part, _number(op.inputs[1]), _behind(_number(op.inputs[2])))
+@_rule(*_LINEAR)
+def _linear(series, op, *inputs):
+    place = _PLACES.get(op.type, 0)
+    h = inputs[place]
+    if h is None or any(other is not None for other in inputs if other is not h):
+        raise _NoRuleError(op.type)
+    parts = [part if part is None else _LINEAR[op.type](op, _full(part, op.inputs[place])) for part in h]
+    if len(op.outputs) == 1:
+        return [[part[0] if isinstance(part, list) else part for part in parts]]
+    return [[part if part is None else part[number] for part in parts] for number in range(len(op.outputs))]
 
 
 @_rule("ConcatV2")
 def _concat(series, op, *inputs):
-    axis = _behind(_number(op.inputs[-1]))
+    axis = _axes(op, -1)
     return [_joined(series, op.inputs[:-1], inputs[:-1], lambda parts: tf.concat(parts, axis))]
 
 
@@ -484,6 +456,12 @@ def _matmul(series, op, f, g):
 
     if x.shape.rank != y.shape.rank or None in (x.shape[-1], y.shape[-1]):
         raise _NoRuleError(op.type)
+    # Summed over, an axis must have its size; one of rows alone may be of size 1.
+    f = f and [
+        _full(part, x) if part is not None and (transposed["transpose_a"] or part.shape[2:] != x.shape[1:]) else part
+        for part in f
+    ]
+    g = g and [part if part is None else _full(part, y) for part in g]
     return [series.multiplied(x, f, y, g, multiply)]
 
 
@@ -503,9 +481,9 @@ def _squared_difference(series, op, *inputs):
 
 
 @_rule("Prod")
-def _product(series, op, h, axes):
+def _product(series, op, h, _):
     axes, x = np.reshape(_number(op.inputs[1]), [-1]), op.inputs[0]
-    if axes is None or len(axes) != 1 or x.shape[int(axes[0])] is None:
+    if len(axes) != 1 or x.shape[int(axes[0])] is None:
         raise _NoRuleError(op.type)
     axis = int(axes[0]) % x.shape.rank
     values = tf.unstack(x, axis=axis)
@@ -517,20 +495,7 @@ def _product(series, op, h, axes):
     return [[part if part is None else tf.reshape(part, _of_shape(part, op.outputs[0])) for part in found]]
 
 
-# Functions of one number: coefficients of their series at x, where they are y, from the first order on.
-
-
-def _function(*types):
-    """Registers a callable `(x, y, order) -> list of tensors`; fewer than `order` where the others are zero."""
-
-    def register(coefficients):
-        def rule(series, op, h):
-            return [series.composed(coefficients(op.inputs[0], op.outputs[0], series.order), h)]
-
-        _rule(*types)(rule)
-        return coefficients
-
-    return register
+# Functions of one number: coefficients of their series at x, where they are y, from the first order on; fewer than `order` where the others are zero.
 
 
 def _scaled(factor, x):
@@ -538,7 +503,7 @@ def _scaled(factor, x):
 
 
 def _integrated(coefficients):
-    """Coefficients of a function from the first order on, of those of its derivative."""
+    """Coefficients of a function from the first order on, of those of its derivative from the value on."""
     return [_scaled(1 / order, coefficient) for order, coefficient in enumerate(coefficients, start=1)]
 
 
@@ -552,116 +517,14 @@ def _riccati(y, order, constant, linear, square):
             terms.append(_scaled(square / (n + 1), found[half] ** 2))
         if linear:
             terms.append(_scaled(linear / (n + 1), found[n]))
-        found.append(
-            functools.reduce(tf.add, terms) + constant if n == 0 and constant else functools.reduce(tf.add, terms)
-        )
+        total = functools.reduce(tf.add, terms)
+        found.append(total + constant if n == 0 and constant else total)
     return found[1:]
 
 
-@_function("Tanh")
-def _tanh(x, y, order):
-    return _riccati(y, order, 1, 0, -1)
-
-
-@_function("Tan")
-def _tan(x, y, order):
-    return _riccati(y, order, 1, 0, 1)
-
-
-@_function("Sigmoid")
-def _sigmoid(x, y, order):
-    return _riccati(y, order, 0, 1, -1)
-
-
-@_function("Softplus")
-def _softplus(x, y, order):
-    s = tf.sigmoid(x)
-    return _integrated([s, *_sigmoid(x, s, order - 1)])
-
-
-@_function("Sin")
-def _sin(x, y, order):
-    cosine = tf.cos(x)
-    return _cycle([cosine, -y, -cosine, y], order)
-
-
-@_function("Cos")
-def _cos(x, y, order):
-    sine = tf.sin(x)
-    return _cycle([-sine, -y, sine, y], order)
-
-
-@_function("Sinh")
-def _sinh(x, y, order):
-    return _cycle([tf.cosh(x), y], order)
-
-
-@_function("Cosh")
-def _cosh(x, y, order):
-    return _cycle([tf.sinh(x), y], order)
-
-
-@_function("Exp")
-def _exp(x, y, order):
-    return _cycle([y], order)
-
-
-@_function("Expm1")
-def _expm1(x, y, order):
-    return _cycle([tf.exp(x)], order)
-
-
-@_function("Elu")
-def _elu(x, y, order):
-    return [
-        tf.where(x > 0, tf.cast(n == 1, x.dtype), _scaled(1 / math.factorial(n), tf.exp(tf.minimum(x, 0))))
-        for n in range(1, order + 1)
-    ]
-
-
-def _cycle(derivatives, order):
+def _cycle(order, *derivatives):
     """Of derivatives that repeat."""
     return [_scaled(1 / math.factorial(n), derivatives[(n - 1) % len(derivatives)]) for n in range(1, order + 1)]
-
-
-@_function("Log")
-def _log(x, y, order):
-    inverse = tf.math.reciprocal(x)
-    return _integrated([inverse, *_power(x, inverse, order - 1, -1)])
-
-
-@_function("Log1p")
-def _log1p(x, y, order):
-    return _log(1 + x, None, order)
-
-
-@_function("Erf")
-def _erf(x, y, order):
-    slopes = [2 / math.sqrt(math.pi) * tf.exp(-(x**2))]
-    for n in range(1, order):
-        before = slopes[n - 2] if n > 1 else 0
-        slopes.append(-2 / n * (x * slopes[n - 1] + before))
-    return _integrated(slopes)
-
-
-@_function("Erfc")
-def _erfc(x, y, order):
-    return [-coefficient for coefficient in _erf(x, None, order)]
-
-
-@_function("Sqrt")
-def _sqrt(x, y, order):
-    return _power(x, y, order, 0.5)
-
-
-@_function("Rsqrt")
-def _rsqrt(x, y, order):
-    return _power(x, y, order, -0.5)
-
-
-@_function("Reciprocal", "Inv")
-def _reciprocal(x, y, order):
-    return _power(x, y, order, -1)
 
 
 def _power(x, y, order, exponent):
@@ -672,29 +535,80 @@ def _power(x, y, order, exponent):
     return found[1:]
 
 
-@_function("Square")
+def _softplus(x, y, order):
+    slope = tf.sigmoid(x)
+    return _integrated([slope, *_riccati(slope, order - 1, 0, 1, -1)])
+
+
+def _sin(x, y, order):
+    cosine = tf.cos(x)
+    return _cycle(order, cosine, -y, -cosine, y)
+
+
+def _cos(x, y, order):
+    sine = tf.sin(x)
+    return _cycle(order, -sine, -y, sine, y)
+
+
+def _log(x, y, order):
+    inverse = tf.math.reciprocal(x)
+    return _integrated([inverse, *_power(x, inverse, order - 1, -1)])
+
+
+def _erf(x, y, order):
+    slopes = [2 / math.sqrt(math.pi) * tf.exp(-(x**2))]
+    for n in range(1, order):
+        before = slopes[n - 2] if n > 1 else 0
+        slopes.append(-2 / n * (x * slopes[n - 1] + before))
+    return _integrated(slopes)
+
+
+def _elu(x, y, order):
+    found = _cycle(order, tf.exp(tf.minimum(x, 0)))
+    return [tf.where(x > 0, tf.cast(n == 0, x.dtype), coefficient) for n, coefficient in enumerate(found)]
+
+
 def _square(x, y, order):
     return [2 * x, tf.ones_like(x)][:order]
 
 
-@_function("Abs")
-def _abs(x, y, order):
-    return [tf.sign(x)]
+_FUNCTIONS = {
+    "Tanh": lambda x, y, order: _riccati(y, order, 1, 0, -1),
+    "Tan": lambda x, y, order: _riccati(y, order, 1, 0, 1),
+    "Sigmoid": lambda x, y, order: _riccati(y, order, 0, 1, -1),
+    "Softplus": _softplus,
+    "Sin": _sin,
+    "Cos": _cos,
+    "Sinh": lambda x, y, order: _cycle(order, tf.cosh(x), y),
+    "Cosh": lambda x, y, order: _cycle(order, tf.sinh(x), y),
+    "Exp": lambda x, y, order: _cycle(order, y),
+    "Expm1": lambda x, y, order: _cycle(order, tf.exp(x)),
+    "Log": _log,
+    "Log1p": lambda x, y, order: _log(1 + x, y, order),
+    "Erf": _erf,
+    "Erfc": lambda x, y, order: [-coefficient for coefficient in _erf(x, y, order)],
+    "Sqrt": lambda x, y, order: _power(x, y, order, 0.5),
+    "Rsqrt": lambda x, y, order: _power(x, y, order, -0.5),
+    "Reciprocal": lambda x, y, order: _power(x, y, order, -1),
+    "Inv": lambda x, y, order: _power(x, y, order, -1),
+    "Square": _square,
+    "Abs": lambda x, y, order: [tf.sign(x)],
+    "Relu": lambda x, y, order: [tf.cast(x > 0, x.dtype)],
+    "Elu": _elu,
+}
 
 
-@_function("Relu")
-def _relu(x, y, order):
-    return [tf.cast(x > 0, x.dtype)]
+@_rule(*_FUNCTIONS)
+def _function(series, op, h):
+    return [series.composed(_FUNCTIONS[op.type](op.inputs[0], op.outputs[0], series.order), h)]
 
 
 @_rule("Pow")
 def _pow(series, op, f, g):
-    if f is None or g is not None:
+    if f is None or g is not None or _number(op.inputs[1]).ndim:
         raise _NoRuleError(op.type)
-    x, exponent = op.inputs[0], _number(op.inputs[1])
-    if exponent.ndim:
-        raise _NoRuleError(op.type)
-    exponent, outer, factor = float(exponent), [], 1.0
+    x, exponent = op.inputs[0], float(_number(op.inputs[1]))
+    outer, factor = [], 1.0
     for n in range(series.order):
         factor *= (exponent - n) / (n + 1)
         if not factor:
