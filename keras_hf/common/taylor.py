@@ -514,7 +514,7 @@ def _riccati(y, order, constant, linear, square):
         half = (n + 1) // 2
         terms = [_scaled(2 * square / (n + 1), found[i] * found[n - i]) for i in range(half)]
         if n % 2 == 0:
-            terms.append(_scaled(square / (n + 1), found[half] ** 2))
+            terms.append(_scaled(square / (n + 1), tf.square(found[half])))
         if linear:
             terms.append(_scaled(linear / (n + 1), found[n]))
         total = functools.reduce(tf.add, terms)
@@ -556,7 +556,7 @@ def _log(x, y, order):
 
 
 def _erf(x, y, order):
-    slopes = [2 / math.sqrt(math.pi) * tf.exp(-(x**2))]
+    slopes = [2 / math.sqrt(math.pi) * tf.exp(-tf.square(x))]
     for n in range(1, order):
         before = slopes[n - 2] if n > 1 else 0
         slopes.append(-2 / n * (x * slopes[n - 1] + before))
@@ -603,6 +603,12 @@ def _function(series, op, h):
     return [series.composed(_FUNCTIONS[op.type](op.inputs[0], op.outputs[0], series.order), h)]
 
 
+def _raised(x, exponent):
+    """A power; that of 0 with the exponent 0 has no second derivative in TensorFlow, and a square is a fast one."""
+    known = {0: tf.ones_like, 1: tf.identity, 2: tf.square}
+    return known[exponent](x) if exponent in known else x**exponent
+
+
 @_rule("Pow")
 def _pow(series, op, f, g):
     if f is None or g is not None or _number(op.inputs[1]).ndim:
@@ -613,7 +619,5 @@ def _pow(series, op, f, g):
         factor *= (exponent - n) / (n + 1)
         if not factor:
             break
-        rest = exponent - n - 1
-        # Not all by powers: that of 0 with the exponent 0 has no second derivative in TensorFlow.
-        outer.append(_scaled(factor, tf.ones_like(x) if rest == 0 else x if rest == 1 else x**rest))
+        outer.append(_scaled(factor, _raised(x, exponent - n - 1)))
     return [series.composed(outer, f) if outer else None]
