@@ -148,7 +148,7 @@ class PINN(keras.Model):
         self.external_trainable_variables = list(external_trainable_variables)
         for variable in self.external_trainable_variables:
             self._track_variable(variable)
-        self._num_residuals = None
+        self._num_residuals, self._residuals = None, {}
         # A network that has its weights can load others at once.
         self.built = network.built
 
@@ -240,6 +240,59 @@ class PINN(keras.Model):
                 batch = as_tuple()
 
         return tf.data.Dataset.from_generator(batches, output_signature=signature)
+
+    def by_residual(self, name, candidates, num_points, power=1.0, constant=1.0, seed=None):
+        """Draws points of a term where its residual is large: each of many candidates with a probability that grows with its residual.
+
+        The probability is proportional to `|r|^power / mean(|r|^power) + constant`. For `redrawn`:
+
+            draw = lambda: {"equation": pinn.by_residual("equation", rng.random((20_000, 2)), 2_000), "boundary": on_boundary}
+            model.fit(pinn.redrawn(draw, every=100), steps_per_epoch=100, epochs=10)
+
+        Cost: one evaluation of the term at all candidates.
+
+        Args:
+            name: String, the term.
+            candidates: Array `(M, d)`, M >= `num_points`.
+            num_points: Integer >= 1.
+            power: Float >= 0, how much large residuals are preferred.
+            constant: Float >= 0, the share of points that are drawn evenly, beside 1 of those that are not; 0 leaves regions empty.
+            seed: Integer or `np.random.Generator`; `None` = another draw in every call.
+
+        Returns:
+            Array `(num_points, d)`, some of the candidates, each at most once. Candidates of residuals that are not finite are not drawn.
+
+        Raises:
+            ValueError: If there is no such term, or if there are fewer candidates with a probability than points.
+
+        References:
+            Wu, Zhu, Tan, Kartha & Lu (2023), *A comprehensive study of non-adaptive and residual-based adaptive sampling for physics-informed neural
+            networks*: `power=1, constant=1` are its defaults.
+        """
+        if name not in self.terms:
+            raise ValueError(f"`name` must be that of a term: {', '.join(self.terms)}. Received: {name!r}.")
+        count("num_points", num_points)
+        candidates = np.asarray(candidates, keras.config.floatx())
+        residual = self._residual_of(name)(tf.constant(candidates)).numpy()
+        size = np.linalg.norm(residual, axis=1) ** power
+        is_finite = np.isfinite(size)
+        mean = size[is_finite].mean() if is_finite.any() else 0.0
+        preference = np.where(is_finite, size / mean + constant, 0.0) if mean > 0 else np.where(is_finite, 1.0, 0.0)
+        if (preference > 0).sum() < num_points:
+            raise ValueError(
+                f"There must be at least as many candidates with a finite residual as points. Received: {(preference > 0).sum()} for "
+                f"num_points={num_points}."
+            )
+        rng = np.random.default_rng(seed)
+        return candidates[rng.choice(len(candidates), num_points, replace=False, p=preference / preference.sum())]
+
+    def _residual_of(self, name):
+        """A term as one compiled function of points, `(N, d) -> (N, m)`."""
+        if name not in self._residuals:
+            self._residuals[name] = tf.function(
+                lambda points: _as_matrix(self.terms[name](self.solution, points)), autograph=False
+            )
+        return self._residuals[name]
 
     def _num_inputs(self):
         """The coordinates of the solution, where the network's inputs tell."""

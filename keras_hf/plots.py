@@ -1,10 +1,12 @@
-"""Figures of a run: the logs of its updates against updates, cost or time. Needs matplotlib."""
+"""Figures: the logs of a run's updates against updates, cost or time, and solutions of equations. Needs matplotlib."""
 
 import keras
 import numpy as np
 
 from keras_hf.recorder import read_updates
 
+# Points along each side of a picture.
+_GRID = 101
 _LABELS = {"update": "update", "cost": "cost, gradients of one case", "seconds": "seconds"}
 
 
@@ -27,19 +29,13 @@ def plot_updates(updates, x="update", path=None):
         ImportError: If matplotlib is not installed.
         ValueError: If there are no updates, or they do not contain `x`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`keras_hf.plots` draws with matplotlib, which is not installed: `pip install keras_hf[examples]`."
-        ) from error
     columns = _columns(updates)
     if x not in _LABELS or x not in columns:
         known = [name for name in _LABELS if name in columns]
         raise ValueError(f"`x` must be one of {known} for these updates. Received: x={x!r}.")
     places = np.cumsum(columns[x]) if x == "cost" else columns[x]
 
-    figure = Figure(figsize=(8, 11), layout="constrained")
+    figure = _figure(figsize=(8, 11))
     axes = figure.subplots(5, sharex=True)
     for name in ("loss", "val_loss"):
         if name in columns:
@@ -81,6 +77,68 @@ def plot_updates(updates, x="update", path=None):
     if path is not None:
         figure.savefig(path, dpi=100)
     return figure
+
+
+def plot_solution(solution, low, high, exact=None, coordinates="xy", path=None):
+    """Draws a function on a rectangle, and its error beside it where the true values are known: each output in a row of its own.
+
+    Args:
+        solution: Callable `(N, 2) -> (N, k)`, such as `PINN.solution`.
+        low: Pair of floats, the lower corner of the rectangle.
+        high: Pair of floats, the upper corner.
+        exact: Callable `(N, 2) -> (N, k')` of arrays, the true values of the first k' outputs; NaN where none are known, which leaves a gap. `None` =
+            no errors are drawn.
+        coordinates: String of two letters: of the horizontal axis, the first column of the points, and of the vertical one.
+        path: Path of the image to write, or `None`.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the corners are not pairs, or `coordinates` not two letters.
+    """
+    if len(low) != 2 or len(high) != 2 or len(coordinates) != 2:
+        raise ValueError(
+            "`low` and `high` must be corners of a rectangle, pairs of floats, and `coordinates` two letters. "
+            f"Received: low={low}, high={high}, coordinates={coordinates!r}."
+        )
+    axes = [np.linspace(*ends, _GRID) for ends in zip(low, high, strict=True)]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+    values = keras.ops.convert_to_numpy(solution(points))
+    true = None if exact is None else np.asarray(exact(points))
+    num_outputs, num_columns = values.shape[1], 1 if true is None else 2
+    figure = _figure(figsize=(4.2 * num_columns, 3.2 * num_outputs))
+    panels = figure.subplots(num_outputs, num_columns, squeeze=False)
+    for k, row in enumerate(panels):
+        shown = [("solution", values[:, k])]
+        if true is not None and k < true.shape[1]:
+            shown[0] = "solution", np.where(np.isnan(true[:, k]), np.nan, values[:, k])
+            shown.append(("absolute error", np.abs(values[:, k] - true[:, k])))
+        for panel, (title, drawn) in zip(row, shown, strict=False):
+            extent = low[0], high[0], low[1], high[1]
+            image = panel.imshow(drawn.reshape(_GRID, _GRID).T, origin="lower", extent=extent, aspect="auto")
+            figure.colorbar(image, ax=panel)
+            panel.set(
+                title=title if num_outputs == 1 else f"{title}, output {k}",
+                xlabel=coordinates[0],
+                ylabel=coordinates[1],
+            )
+        for panel in row[len(shown) :]:
+            panel.set_axis_off()
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def _figure(**settings):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`keras_hf.plots` draws with matplotlib, which is not installed: `pip install keras_hf[examples]`."
+        ) from error
+    return Figure(layout="constrained", **settings)
 
 
 def _columns(updates):

@@ -269,6 +269,37 @@ def test_a_new_model_of_the_same_code_goes_on_bit_by_bit_before_it_has_seen_poin
     assert found["loss"] == expected["loss"] and found["damping"] == expected["damping"]
 
 
+def test_points_by_residual_are_drawn_in_proportion_to_it_each_once_and_never_where_it_is_not_finite(float64):
+    """Of a residual x: the mean of points drawn from it is that of the density (x / mean + c) / (1 + c)."""
+    pinn, _ = made({"x": lambda u, p: p[:, 0] / tf.cast(p[:, 0] < 2, p.dtype), "data": value})
+    x = np.linspace(0, 1, 20_000)
+    candidates = np.stack([np.append(x, 3.0), np.zeros(20_001)], 1)
+    for power, constant, mean in ((1, 0, 2 / 3), (2, 0, 3 / 4), (1, 1, (2 / 3 + 1 / 2) / 2), (0, 0, 1 / 2)):
+        drawn = pinn.by_residual("x", candidates, 1_000, power, constant, seed=0)
+        assert drawn.shape == (1_000, 2) and len(np.unique(drawn[:, 0])) == 1_000 and drawn.max() <= 1
+        # A draw without replacement of a twentieth of all lowers the means a little; 1 / sqrt(12000) is their standard error at most.
+        assert drawn[:, 0].mean() == pytest.approx(mean, abs=0.03)
+    zeros = np.zeros((3, 2))
+    np.testing.assert_array_equal(pinn.by_residual("x", zeros, 3), zeros)
+    with pytest.raises(ValueError, match="`name` must be that of a term: x, data. Received: 'y'"):
+        pinn.by_residual("y", candidates, 10)
+    with pytest.raises(ValueError, match="finite residual as points. Received: 20000 for num_points=20001"):
+        pinn.by_residual("x", candidates, 20_001)
+
+
+def test_points_by_residual_are_those_of_the_weights_of_their_update(float64):
+    pinn, model = made({"equation": poisson, "data": value})
+    rng, seen = np.random.default_rng(0), []
+
+    def draw():
+        seen.append(pinn.network.get_weights()[0].copy())
+        inner = pinn.by_residual("equation", rng.uniform(size=(50, 2)), 10, seed=rng)
+        return {"equation": inner, "data": SOME}
+
+    fit(model, pinn.redrawn(draw, every=2), steps_per_epoch=1, epochs=6)
+    assert len({weights.tobytes() for weights in seen}) >= 2
+
+
 def test_no_terms_and_updates_of_no_points_are_refused(float64):
     with pytest.raises(ValueError, match="`terms` must hold at least one residual. Received: none"):
         PINN(keras.Sequential([layers.Dense(1)]), {})

@@ -66,3 +66,32 @@ def test_a_history_is_drawn_with_the_loss_of_validation(tmp_path):
 def test_updates_that_are_none_are_refused(kind):
     with pytest.raises(ValueError, match="must hold updates of an `HFModel`.*with nothing"):
         plots.plot_updates(kind())
+
+
+def test_a_solution_and_its_error_are_drawn_where_they_are(tmp_path):
+    """Two outputs x and y, the first known but at x > 1, and wrong by 0.25."""
+    known = lambda p: np.where(p[:, :1] > 1, np.nan, p[:, :1] + 0.25)  # noqa: E731
+    figure = plots.plot_solution(lambda p: p, (0, -1), (2, 1), known, "tx", tmp_path / "solution.png")
+    first, error, second = (axis.images[0].get_array() for axis in figure.axes if axis.images)
+    np.testing.assert_allclose(first[:, 25], 0.5)  # t = 0.5 at a quarter of the width, for every x
+    np.testing.assert_allclose(second[75], 0.5)
+    np.testing.assert_allclose(error[:, :51], 0.25)
+    assert np.ma.getmaskarray(error)[:, 51:].all() and np.ma.getmaskarray(first)[:, 51:].all()
+    assert [axis.get_title() for axis in figure.axes[:4]] == [
+        "solution, output 0",
+        "absolute error, output 0",
+        "solution, output 1",
+        "",
+    ]
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("t", "x")
+    assert (tmp_path / "solution.png").stat().st_size > 1000
+    alone = plots.plot_solution(lambda p: p[:, :1], (0, 0), (1, 1))
+    assert [axis.get_title() for axis in alone.axes if axis.images] == ["solution"]
+
+
+@pytest.mark.parametrize("low, coordinates", [((0,), "xy"), ((0, 0), "x")])
+def test_a_solution_of_other_than_two_coordinates_is_refused(low, coordinates):
+    with pytest.raises(
+        ValueError, match="must be corners of a rectangle, pairs of floats, and `coordinates` two letters"
+    ):
+        plots.plot_solution(lambda p: p, low, (1, 1), coordinates=coordinates)
