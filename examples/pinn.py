@@ -6,10 +6,11 @@ Run from the root of the repository:
     python -m examples.pinn --problem burgers --seconds 300 --methods hf
     python -m examples.pinn --problem poisson --methods
 
-`examples/pinn_problems.py` holds the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with `LevenbergMarquardt()`, its arc of the
-order of `--order`; `cg` has `ConjugateGradient` in its place, for networks of which a factorization takes too long; `adam` is the best, by the loss
-in the end, of the rates of `--rates`, each of which gets the whole time and decays along a cosine; `adam+lbfgs` is L-BFGS after the best of them,
-which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the trust-region method of `scipy.optimize.least_squares`.
+`examples/pinn_problems.py` and `examples/pinn_systems.py` hold the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with
+`LevenbergMarquardt()`, its arc of the order of `--order`; `cg` has `ConjugateGradient` in its place, for networks of which a factorization takes too
+long; `adam` is the best, by the loss in the end, of the rates of `--rates`, each of which gets the whole time and decays along a cosine;
+`adam+lbfgs` is L-BFGS after the best of them, which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the trust-region method of
+`scipy.optimize.least_squares`.
 
 A run writes `PROBLEM/METHOD-seedSEED.csv` as it goes. A row has the seconds of training (the clock stands still while errors are measured, and while
 functions are compiled, in the first update), the loss, and the error: the relative L2 error at points that are not trained on. In the end all files
@@ -27,7 +28,7 @@ import tensorflow as tf
 from scipy import optimize
 
 from examples import pinn_problems as problems
-from examples import pinn_systems  # noqa: F401 (adds its problems to those)
+from examples import pinn_systems as systems
 from examples.baselines import LABELS, LossAndGradient, Recorder, minimize_by_scipy
 from examples.precision import precision
 from examples.tables import read_rows
@@ -65,13 +66,18 @@ def main(arguments=None):
                 name = method if rate is None else f"{method}-{rate:g}"
                 print(f"\n{args.problem}, {label(name)}: {args.seconds:g} seconds", flush=True)
                 path = folder / f"{name}-seed{args.seed}.csv"
-                problem, limits = problems.PROBLEMS[args.problem](), (args.seconds, args.updates)
+                problem, limits = make(args.problem), (args.seconds, args.updates)
                 train(problem, method, rate, path, args.seed, *limits, args.min_damping, args.order)
         runs = best_runs(folder, args.seed)
         print_table(runs)
         path = args.results / f"{args.problem}-seed{args.seed}.png"
-        plot(problems.PROBLEMS[args.problem](), runs, path)
+        plot(make(args.problem), runs, path)
     print(f"\nFigure: {path}")
+
+
+def make(name):
+    """Returns a problem by its name."""
+    return {**problems.PROBLEMS, **systems.PROBLEMS}[name]()
 
 
 def label(name):
@@ -84,7 +90,7 @@ def label(name):
 def parse(arguments):
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices=problems.PROBLEMS, default="poisson")
+    parser.add_argument("--problem", choices=[*problems.PROBLEMS, *systems.PROBLEMS], default="poisson")
     parser.add_argument("--methods", choices=METHODS, nargs="*", default=METHODS, help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each method")
     parser.add_argument("--updates", type=int, default=10**9, help="after which training ends even earlier")

@@ -13,7 +13,6 @@ from scipy import interpolate, sparse
 from scipy.sparse import linalg
 
 from examples.pinn_problems import (
-    PROBLEMS,
     Problem,
     Term,
     equals,
@@ -312,7 +311,7 @@ def inverse_noisy(noise=0.05):
     return Problem((32, 1), low, high, terms, exact, coefficients={"diffusivity": (diffusivity, 0.25)})
 
 
-PROBLEMS |= {
+PROBLEMS = {
     "cavity": cavity,
     "schroedinger": schroedinger,
     "bratu": bratu,

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import keras_hf
 from examples.precision import precision
-from keras_hf import pinn, plots
+from keras_hf import deepxde, pinn, plots
 
 REFERENCE = sorted(Path(__file__).parents[1].joinpath("docs", "api").glob("*.md"))
 # The names of the reference, as attributes of keras_hf.
@@ -39,7 +39,7 @@ def test_every_public_name_is_in_the_reference():
     exported = {name for name, value in vars(keras_hf).items() if name[0] != "_" and not inspect.ismodule(value)}
     beside = {
         f"{module.__name__.rpartition('.')[-1]}.{name}"
-        for module in (pinn, plots)
+        for module in (deepxde, pinn, plots)
         for name, value in vars(module).items()
         if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
     }

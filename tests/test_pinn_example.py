@@ -12,6 +12,7 @@ from training import Clock, assert_equal
 
 from examples import baselines, pinn
 from examples import pinn_problems as problems
+from examples import pinn_systems as systems
 from examples.precision import precision
 from examples.tables import read_rows, write_rows
 from keras_hf import HFModel
@@ -30,9 +31,10 @@ def toy(make):
 # Problems.
 
 
-@pytest.mark.parametrize("name", problems.PROBLEMS)
+# The data of the other one are noisy.
+@pytest.mark.parametrize("name", [*problems.PROBLEMS, "cavity", "schroedinger", "bratu", "holes"])
 def test_the_true_solution_satisfies_every_term_at_as_many_points_as_stated(name):
-    problem = problems.PROBLEMS[name]()
+    problem = pinn.make(name)
     for coefficient, true in problem.coefficients.values():
         coefficient.assign(true)
     for term, points in problems.training_points(problem, seed=0).items():
@@ -42,6 +44,39 @@ def test_the_true_solution_satisfies_every_term_at_as_many_points_as_stated(name
         if problem.exact:
             residual = problem.terms[term].residual(problem.exact, tf.constant(points))
             np.testing.assert_allclose(residual, np.broadcast_to(values, residual.shape), atol=1e-8)
+
+
+def test_the_flow_in_the_cavity_has_the_extreme_velocities_of_the_literature():
+    """Marchi, Suero & Araki (2009) for Re = 100, along both middle lines."""
+    line = np.linspace(0, 1, 501)
+    middle = np.full_like(line, 0.5)
+    coarse, fine = (systems.cavity_solution(num_spaces) for num_spaces in (32, 64))
+
+    def velocity(x, y):
+        points = np.stack([x, y], 1)
+        return (4 * fine(points) - coarse(points)) / 3
+
+    u, v = velocity(middle, line)[:, 0], velocity(line, middle)[:, 1]
+    assert [u.min(), v.max(), v.min()] == pytest.approx([-0.21404, 0.17957, -0.25380], abs=3e-4)
+    walls = np.array([[0.3, 1.0], [0.0, 0.3], [1.0, 0.7], [0.6, 0.0]])
+    np.testing.assert_allclose(fine(walls), [[1, 0], [0, 0], [0, 0], [0, 0]], atol=1e-12)
+
+
+def test_the_potential_around_holes_is_that_of_its_boundary():
+    angles = np.linspace(0, 2 * math.pi, 77)
+    rims = [systems.RADIUS * np.stack([np.cos(angles), np.sin(angles)], 1) + center for center in systems.HOLES]
+    np.testing.assert_allclose(systems.holes_solution(np.concatenate(rims)), 0, atol=1e-7)
+    side = np.stack([np.linspace(-0.5, 0.5, 77), np.full(77, -0.5)], 1)
+    np.testing.assert_allclose(systems.holes_solution(side), 1, atol=1e-7)
+    points = problems.training_points(systems.holes(), seed=0)["equation"]
+    distances = [np.hypot(*(points - center).T).min() for center in systems.HOLES]
+    assert min(distances) >= systems.RADIUS and max(distances) < 1.01 * systems.RADIUS
+
+
+def test_errors_are_of_the_outputs_and_points_that_are_known():
+    solution = SimpleNamespace(solution=lambda p: tf.concat([p, 9 + p], 1))
+    points, values = np.array([[3.0], [4.0], [5.0]]), np.array([[3.0], [3.0], [np.nan]])
+    assert pinn.relative_error(solution, points, values) == pytest.approx(1 / math.hypot(3, 3))
 
 
 def test_conditions_are_on_the_sides_where_they_hold():
