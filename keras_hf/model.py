@@ -184,6 +184,7 @@ class HFModel(keras.Model):
             raise ValueError(
                 f"{filepath} does not hold the weights of this model, which stays as it was. The file must come from a model of the same layers; "
                 f"this one has weights of the shapes {shapes or '(none yet: build it first, by calling it on some cases)'}. "
+                "A file of the network alone is loaded by `model.network.load_weights(...)`. "
                 f"Received from Keras: {error}"
             ) from error
 

@@ -368,6 +368,15 @@ def test_weights_that_do_not_fit_a_model_without_compile_leave_it_as_it_was(tmp_
     assert_equal(before, model.get_weights())
 
 
+def test_a_file_of_the_network_alone_is_refused_with_the_call_that_loads_it(tmp_path):
+    model, other = HFModel(network()), HFModel(network())
+    other.network.save_weights(tmp_path / "network.weights.h5")
+    with pytest.raises(ValueError, match=r"network alone is loaded by `model.network.load_weights\(...\)`"):
+        model.load_weights(tmp_path / "network.weights.h5")
+    model.network.load_weights(tmp_path / "network.weights.h5")
+    assert_equal(other.get_weights(), model.get_weights())
+
+
 # What a call leaves.
 
 
