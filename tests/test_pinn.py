@@ -287,17 +287,16 @@ def test_points_by_residual_are_drawn_in_proportion_to_it_each_once_and_never_wh
         pinn.by_residual("x", candidates, 20_001)
 
 
-def test_points_by_residual_are_those_of_the_weights_of_their_update(float64):
-    pinn, model = made({"equation": poisson, "data": value})
-    rng, seen = np.random.default_rng(0), []
-
-    def draw():
-        seen.append(pinn.network.get_weights()[0].copy())
-        inner = pinn.by_residual("equation", rng.uniform(size=(50, 2)), 10, seed=rng)
-        return {"equation": inner, "data": SOME}
-
-    fit(model, pinn.redrawn(draw, every=2), steps_per_epoch=1, epochs=6)
-    assert len({weights.tobytes() for weights in seen}) >= 2
+def test_points_by_residual_follow_the_weights_of_the_moment_within_a_dataset_too(float64):
+    """Of a residual b x, with b a bias: evenly where b is 0, else never at x = 0."""
+    pinn, _ = made({"equation": lambda u, p: u(p)[:, 0] * p[:, 0]})
+    candidates = np.repeat([[0.0, 0.0], [1.0, 0.0]], [50, 5], 0)
+    pinn.network.set_weights([np.zeros_like(w) for w in pinn.network.get_weights()])
+    batches = iter(pinn.redrawn(lambda: {"equation": pinn.by_residual("equation", candidates, 5, constant=0, seed=0)}))
+    assert 0 in next(batches)[0]["points"].numpy()[:, 0]
+    pinn.network.layers[-1].bias.assign([2.0])
+    for _ in range(2):
+        np.testing.assert_array_equal(next(batches)[0]["points"][:, 0], np.ones(5))
 
 
 def test_no_terms_and_updates_of_no_points_are_refused(float64):
