@@ -123,6 +123,13 @@ def test_gram_matrices_of_columns_and_of_rows_are_the_products():
         np.testing.assert_allclose(found, matrix.T @ matrix, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("error")
+def test_gram_matrices_of_what_is_not_finite_are_not_finite_without_a_warning():
+    matrix = tf.constant([[np.inf, 0.0, 1e300], [1.0, -np.inf, 1e300]], "float64")
+    with np.errstate(all="raise"):
+        assert not np.isfinite(gram(matrix)).all() and not np.isfinite(row_gram(matrix)).all()
+
+
 def test_rows_are_those_of_their_matrix():
     array = tf.TensorArray(tf.float64, 3, clear_after_read=False).unstack(
         tf.constant([[1.0, 2], [3, 4], [5, 6]], "float64")

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 # Products of an inner product that are summed in their own dtype.
@@ -106,7 +107,13 @@ def _with_transpose(matrix, size, by_numpy, **transposed):
     """A product of a matrix and its transpose. On processors by NumPy, which knows that it is symmetric: a third of TensorFlow's time."""
     if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
         return tf.matmul(matrix, matrix, **transposed)
-    return tf.ensure_shape(tf.numpy_function(by_numpy, [matrix], matrix.dtype, stateful=False), [size, size])
+
+    def quietly(b):
+        # What is not finite is a rejected step here, not a warning, which would be an error for some.
+        with np.errstate(all="ignore"):
+            return by_numpy(b)
+
+    return tf.ensure_shape(tf.numpy_function(quietly, [matrix], matrix.dtype, stateful=False), [size, size])
 
 
 def dense(gradients, sources):

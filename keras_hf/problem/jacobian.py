@@ -294,9 +294,11 @@ def _derivative_along(function, start, *terms):
     def along(t):
         # Not by a power: that of t = 0 has no second derivative in TensorFlow.
         change = (
-            terms[0] if len(terms) == 1 else [slope + t * (second / 2) for slope, second in zip(*terms, strict=True)]
+            terms[0]
+            if len(terms) == 1
+            else [slope + tf.cast(t, slope.dtype) * (second / 2) for slope, second in zip(*terms, strict=True)]
         )
-        return function([w + t * d for w, d in zip(start, change, strict=True)])
+        return function([w + tf.cast(t, w.dtype) * d for w, d in zip(start, change, strict=True)])
 
     zero = tf.zeros([], start[0].dtype)
     return _derivative(along, zero) if len(terms) == 1 else _derivative(lambda t: _derivative(along, t), zero)
