@@ -70,12 +70,12 @@ class FitData:
         specs = keras.tree.map_structure(lambda array: None if array is None else spec(array), arrays)
         return Data(*keras.tree.lists_to_tuples(specs))
 
-    def for_keras(self, seed, is_of_any_length, num_replicas, has_single_steps):
+    def for_keras(self, seed, grows, num_replicas, has_single_steps):
         """Returns the arguments for `keras.Model.fit`, a dict.
 
         Args:
             seed: int32 scalar variable, by which the cases of a batch of all of them are put in order.
-            is_of_any_length: Whether batches of all cases are to be traced for any number of them; see `repeated`.
+            grows: Whether updates use a part of the batch, which grows.
             num_replicas: Integer.
             has_single_steps: Whether Keras takes one batch at a time.
         """
@@ -104,8 +104,11 @@ class FitData:
         # time: the last of an epoch would be of the next one.
         times = None if has_single_steps else steps or 1
         found["steps_per_epoch"] = (steps or 1) if has_single_steps else None
-        seed = seed if self._arguments["shuffle"] else None
-        found["x"] = repeated(*arrays, seed, times, is_of_any_length, num_replicas)
+        order = batching.spread if grows else None
+        if self._arguments["shuffle"]:
+            order = lambda num_cases: batching.order(num_cases, tf.convert_to_tensor(seed))  # noqa: E731
+        # The growing part changes its length anyway.
+        found["x"] = repeated(*arrays, order, times, grows or num_replicas > 1, num_replicas)
         return found
 
 
@@ -128,16 +131,16 @@ def split(arrays, num_cases):
     return *first, rest if arrays[2] is not None else rest[:2]
 
 
-def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False, num_replicas=1):
+def repeated(x, y, sample_weight, order, times=None, is_of_any_length=False, num_replicas=1):
     """Gives arrays as a dataset of one batch, `times` or again and again: Keras would copy them, and start anew, in every epoch.
 
-    They are put in the order of `seed` when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
+    They are put in order when the first epoch begins: a callback may have brought back the seed of an earlier run by then.
 
     Args:
         x: Nest of arrays.
         y: Nest of arrays, or `None`.
         sample_weight: Nest of arrays, or `None`.
-        seed: int32 scalar variable, or `None` for the order as it is.
+        order: Callable from a number of cases, an int32 scalar, to their places, int32; `None` = as they are.
         times: Integer, how often the batch comes; `None` = without end.
         is_of_any_length: Whether TensorFlow is not told the number of cases. Another number then needs no other trace. Told, it makes smaller graphs:
             an update of an LSTM took half as long.
@@ -145,13 +148,11 @@ def repeated(x, y, sample_weight, seed, times=None, is_of_any_length=False, num_
     """
     batch = _whole(x, y, sample_weight)
     batch = batch.map(_of_any_length) if is_of_any_length else batch
-    if seed is not None or num_replicas > 1:
+    if order is not None or num_replicas > 1:
 
         @tf.autograph.experimental.do_not_convert
         def permuted(*tensors):
-            places = tf.range(_num_cases(tensors))
-            if seed is not None:
-                places = batching.order(_num_cases(tensors), tf.convert_to_tensor(seed))
+            places = tf.range(_num_cases(tensors)) if order is None else order(_num_cases(tensors))
             if num_replicas > 1:
                 places = tf.gather(places, by_replica(_num_cases(tensors), num_replicas))
             gather = lambda t: None if t is None else tf.ensure_shape(tf.gather(t, places), t.shape)  # noqa: E731

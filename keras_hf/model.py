@@ -274,7 +274,8 @@ class HFModel(keras.Model):
 
         - `batch_size`: number of cases per batch; for arrays, `None` means all of them, or `steps_per_epoch` batches whose sizes differ by at most
           one case. If one batch holds all cases, an epoch makes `steps_per_epoch` updates on it.
-        - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not again in every epoch.
+        - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not again in every epoch. With False its order is
+          that given; where updates use a growing part, its cases are taken from all over the batch.
         - `validation_batch_size`: defaults to 32 if one batch holds all cases.
         - `callbacks`: without a `DampingCallback` among them, `LevenbergMarquardt()` adapts the damping; `ConstantDamping()` keeps it constant. The
           rule is called before the others, so that they save the damping of the next update. A `CallbackList` is used as it is: without a rule in
@@ -316,12 +317,9 @@ class HFModel(keras.Model):
         self._advice.cases_come_as(data.source)
         verbose = workers.verbose_of(strategy, verbose)
         callbacks, found = self._in_order(workers.callbacks_of(strategy, callbacks), verbose)
-        # The growing part changes its length anyway.
         grows = self._setup is not None and self._setup.growing_batch is not None
         num_replicas = strategy.num_replicas_in_sync
-        arguments = data.for_keras(
-            optimizer.seed, grows or num_replicas > 1, num_replicas, self.steps_per_execution == 1
-        )
+        arguments = data.for_keras(optimizer.seed, grows, num_replicas, self.steps_per_execution == 1)
         self.make_train_function()
         with complete_backups(found, self, is_chief(strategy)):
             history = super().fit(

@@ -44,6 +44,16 @@ def chunk_starts(num_cases, chunk, seed=0, rounds=1):
     return np.reshape(starts, [rounds, num_chunks])
 
 
+@pytest.mark.parametrize("num_cases, run", [(1, 1), (1000, 30), (1000, 250), (2001, 500)])
+def test_every_run_of_the_spread_order_is_spread_over_all_cases(num_cases, run):
+    places = batching.spread(num_cases).numpy()
+    assert sorted(places) == list(range(num_cases))
+    for start in range(0, num_cases - run + 1, max(1, run // 3)):
+        # Between neighbours, and at both ends: at most 2.7 times as many as evenly.
+        gaps = np.diff([-1, *sorted(places[start : start + run]), num_cases])
+        assert gaps.max() <= 2.7 * num_cases / run + 1
+
+
 @pytest.mark.parametrize("update", [0, 1, 5])
 @pytest.mark.parametrize(("num_cases", "chunk", "micro_batch"), DIVISIONS)
 def test_micro_batches_hold_every_case_once_around_the_ring_and_are_full_but_for_the_last_of_chunk_and_rest(

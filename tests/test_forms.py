@@ -12,7 +12,7 @@ from problems import loss_and_gradient, model_data, on_objective, with_objective
 from training import assert_equal, assert_same, fit, normal, renewed, set_weights, small_network, trainable
 
 from keras_hf import DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, GrowingBatch, Identity, LevenbergMarquardt
-from keras_hf.fit_data import in_batches, repeated
+from keras_hf.fit_data import FitData, in_batches, repeated
 from keras_hf.problem import batching, structure
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -215,7 +215,8 @@ def test_arrays_are_converted_once_to_the_floats_of_keras_and_nothing_else_is(fl
 
 def test_all_arrays_come_in_the_order_that_the_seed_has_when_training_begins():
     seed, places = tf.Variable(3), np.arange(24)
-    batches = iter(repeated({"a": places, "none": None}, [places, places.astype(str)], WEIGHT, seed).take(2))
+    in_order = lambda num_cases: batching.order(num_cases, tf.convert_to_tensor(seed))  # noqa: E731
+    batches = iter(repeated({"a": places, "none": None}, [places, places.astype(str)], WEIGHT, in_order).take(2))
     seed.assign(4)
     (x, (y, names), weight), (again, *_) = batches
     order = x["a"].numpy()
@@ -224,6 +225,19 @@ def test_all_arrays_come_in_the_order_that_the_seed_has_when_training_begins():
     expected = [order, order.astype(str).astype("S"), WEIGHT[order], order]
     for leaf, values in zip([y, names, weight, again["a"]], expected, strict=True):
         np.testing.assert_array_equal(leaf, values)
+
+
+# Of `fit`, but for the arrays.
+ARGUMENTS = dict.fromkeys(("batch_size", "steps_per_epoch", "shuffle", "validation_data", "validation_batch_size"))
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_without_shuffling_arrays_keep_their_order_unless_a_part_of_them_is_to_be_like_the_rest(grows):
+    places = np.arange(24.0)[:, None]
+    data = FitData(places, places, None, **ARGUMENTS, validation_split=0.0)
+    x, y = next(iter(data.for_keras(tf.constant(0), grows, 1, True)["x"]))
+    np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(x, places[batching.spread(24)] if grows else places)
 
 
 def test_lists_of_arrays_stay_apart():

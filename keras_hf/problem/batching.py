@@ -120,7 +120,7 @@ class GrowingBatch(Part):
     besides by that fraction of itself in every update, whatever the misses: steps that are small and many need more cases before single ones miss.
 
     Loss and metrics in the logs are those of the cases used; `num_cases` is their number. Cases must not be ordered by label: `fit` permutes arrays
-    once, unless `shuffle=False`. Cost: the loss of as many cases again, twice.
+    once, or with `shuffle=False` takes the cases of a part evenly from all over the batch. Cost: the loss of as many cases again, twice.
 
     Args:
         initial_size: Integer >= 1, the number of cases of the first update, over all replicas.
@@ -237,6 +237,15 @@ def chunk_of(share, num_cases):
 def order(num_cases, seed):
     """Returns the order of the cases of a batch that holds all of them, int32 `(num_cases,)`, drawn from `seed`, an int32 scalar."""
     return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=tf.stack([tf.cast(seed, tf.int32), -1]))
+
+
+def spread(num_cases):
+    """Returns an order in which every run of places has cases from all over the batch, int32 `(num_cases,)`.
+
+    Cases are sorted by the fractions of multiples of the golden ratio: those of a run are at one of three distances from each other.
+    """
+    multiples = tf.cast(tf.range(num_cases), tf.float64) * ((1 + math.sqrt(5)) / 2)
+    return tf.argsort(multiples % 1.0, stable=True)
 
 
 def divide(cases, curvature_batch_size, micro_batch_size, update_number, seed, chunk_is_one=False):
