@@ -538,8 +538,8 @@ class HFModel(keras.Model):
             self._advice.no_curvature()
         if "unknown" in structure.combinations:
             self._advice.unknown_combination()
-        # Not of recurrent networks, which have loops: what they gain by exact steps, they gain in float32, too.
-        if solver.uses_all_cases and not structure.nesting_ops:
+        # Not of recurrent networks, which have loops: what they gain by exact steps, they gain in float32, too. Nor where nobody asked for digits.
+        if solver.uses_all_cases and not structure.nesting_ops and not self.optimizer.chooses_solver:
             dtypes = {weight.dtype for weight in setup.task.weights}
             self._advice.exact_solver_in_float32(dtypes | {keras.config.floatx()})
 

@@ -57,7 +57,7 @@ class HessianFree(keras.optimizers.Optimizer):
             sets it to a tenth of the curvature along the gradient, `g'Gg / g'g`, so that the scale of the loss does not matter. Once built,
             `optimizer.damping` is a scalar variable that any callback may assign; it is NaN until the first update has set it.
         solver: Computes steps from the quadratic model. `None` (default) leaves the choice to `HFModel`: `DirectSolver()` where digits are likely to
-            count (a float64 network, the squared loss, all cases in one batch, and a system that takes at most about a second to factorize),
+            count (the squared loss, all cases in one batch, and a system that takes at most about a second to factorize),
             `PreconditionedMomentum()` for classifiers of dense layers and convolutions with a categorical cross-entropy, else `ConjugateGradient()`.
             It is logged at INFO. docs/which-solver.md has the measurements.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.

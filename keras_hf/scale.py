@@ -39,7 +39,7 @@ def first_damping(scale):
     return tf.where(scale > 0, tf.constant(_FIRST_SHARE, scale.dtype) * scale, unknown)
 
 
-def damping_limits(scale, dtype, least_power=2.0):
+def damping_limits(scale, dtype, least_share):
     """Returns the least and the greatest damping that a rule may assign, as Python floats.
 
     Below the least, the damping is lost in the rounding of the curvature and of CG; above the greatest, steps are lost in that of the weights. The
@@ -49,8 +49,8 @@ def damping_limits(scale, dtype, least_power=2.0):
     Args:
         scale: Float, of the curvature.
         dtype: String, name of the float type.
-        least_power: Float, `Solver.least_damping_power`.
+        least_share: Float, the least damping relative to the scale; see `Solver.least_damping`.
     """
     rounding = epsilon(dtype)
     largest = float(np.finfo(dtype).max) / 1e6  # factors of a rule and products with a vector must not overflow
-    return rounding**least_power * scale, min(scale / rounding**2, largest)
+    return least_share * scale, min(scale / rounding**2, largest)

@@ -28,7 +28,7 @@ def reason(model):
     if not model.optimizer.chooses_solver:
         return "as `HessianFree` was told"
     reasons = {
-        DirectSolver: "for small systems in float64",
+        DirectSolver: "for small systems",
         PreconditionedMomentum: "for classifiers of dense layers and convolutions",
     }
     return reasons.get(type(model.solver), "the default")
@@ -37,7 +37,7 @@ def reason(model):
 def exact_solver_pays(model, data, num_cases, trace=None):
     """Whether `DirectSolver` can train a compiled model and is the choice for it.
 
-    It ends at far smaller losses where digits count: on squared losses in float64, if the system is small; of a `PINN` it may be larger. Conjugate
+    It ends at far smaller losses where digits count: on squared losses, if the system is small; of a `PINN` it may be larger. Conjugate
     gradients may be ahead early, and were on the two classifiers measured.
 
     Args:
@@ -51,10 +51,9 @@ def exact_solver_pays(model, data, num_cases, trace=None):
     num_rows = num_cases * sum(math.prod(leaf.shape[1:]) for leaf in outputs)
     most = _MOST_OPERATIONS_FOR_EQUATIONS if isinstance(model.network, PINN) else _MOST_OPERATIONS
     is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= most
-    is_precise = all(variable.dtype == "float64" for variable in model.trainable_variables)
     names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
     is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)
-    if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_precise and is_squared):
+    if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_squared):
         return False
     structure = trace() if trace else traced_structure(task_of(model), data)
     return structure.is_vectorizable and not structure.without_rows

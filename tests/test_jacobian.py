@@ -184,17 +184,17 @@ def test_rows_of_recurrent_networks_and_their_losses_are_right(stack, is_vectori
     np.testing.assert_allclose(losses, one_by_one, rtol=1e-13)
 
 
-def test_rows_in_float32_are_those_of_float32():
+def test_rows_of_a_network_in_float32_are_its_own_in_float64():
     model = make_model()
     data = model_data(model, inputs().astype("float32"), CLASSES.astype("float32"))
 
     def compute(o):
         product, ones = o.product(GaussNewton(DoubleBackward())), tf.ones([o.num_weights])
         rows, matrix = o.rows, dense_matrix(product, o.num_weights, o.dtype)
-        return rows.gram(), matrix, rows.plus_push(rows.residuals, ones), rows.tangent_error(ones)
+        return rows.gram(), matrix, rows.plus_push(rows.residuals, tf.cast(ones, tf.float64)), rows.tangent_error(ones)
 
     gram, matrix, push, tangent_error = numbers(model, data, compute)
-    assert gram.dtype == push.dtype == np.float32
+    assert gram.dtype == push.dtype == np.float64
     assert_close(gram, matrix, 1e-5)
     assert tangent_error < 1e-5
 

@@ -184,7 +184,7 @@ class Looking(HFModel):
 @pytest.mark.parametrize("method", ["fit", "evaluate", "train_on_batch", "test_on_batch"])
 def test_keras_has_the_model_built_before_the_first_batch(method):
     model = Looking(keras.Sequential([layers.Dense(2)]))
-    model.compile(HessianFree(0.1, growing_batch=None), "mse")
+    model.compile(HessianFree(0.1, solver=ConjugateGradient(), growing_batch=None), "mse")
     # No update is made.
     model.make_train_function = model.make_test_function = lambda force=False: None
     model.train_function = model.test_function = lambda iterator: {"loss": 0.0}

@@ -32,10 +32,10 @@ def test_nothing_is_found_without_a_gradient():
 
 
 def test_limits_are_relative_to_the_scale():
-    least, greatest = damping_limits(8.0, "float32")
+    least, greatest = damping_limits(8.0, "float32", 2.0**-46)
     assert (least, greatest) == (8 * 2.0**-46, 8 * 2.0**46)
     # No factor of a rule may overflow.
-    assert np.isfinite(np.float32(damping_limits(1e37, "float32")[1]) * np.float32(1e6))
+    assert np.isfinite(np.float32(damping_limits(1e37, "float32", 2.0**-46)[1]) * np.float32(1e6))
 
 
 X = normal(400, 2, dtype="float32")

@@ -77,10 +77,10 @@ def test_a_small_regression_takes_the_exact_solver_in_float64_and_a_state_of_con
     assert set(model.optimizer.state().solver) == {"warm_start", "preconditioner", "stopping"}
 
 
-def test_in_float32_conjugate_gradients_are_taken():
+def test_a_small_system_in_float32_is_solved_exactly_too_without_advice(recwarn):
     model = compiled()
     model.choose_solver(Data(X[:1].astype("float32"), Y[:1].astype("float32"), None), 600)
-    assert isinstance(model.solver, ConjugateGradient)
+    assert isinstance(model.solver, DirectSolver) and not recwarn.list
 
 
 def test_the_system_must_be_small(float64):

@@ -1,4 +1,4 @@
-"""The weighted Jacobian of one replica's cases, and what else an exact Gauss-Newton step needs of the outputs.
+"""The weighted Jacobian of one replica's cases, and what else an exact Gauss-Newton step needs of the outputs, in float64.
 
 With J the Jacobian of the network's outputs and `H = LL'` the second derivative of the loss with respect to them, one block per case, the rows are
 `B = L'J`, so that `B'B` is the Gauss-Newton matrix. With r the gradient of the loss with respect to the outputs and `s = L^+ r`, `B's` is the
@@ -14,6 +14,8 @@ from keras_hf.common import taylor
 from keras_hf.common.loops import map_rows, sum_over_blocks
 from keras_hf.common.vectors import dense, epsilon, gram, pack, unpack
 
+# Of rows and vectors, whatever the network computes in: in float32 a Gram matrix loses half of the digits that rows have.
+ROWS_DTYPE = tf.float64
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
 _BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27
 
@@ -32,7 +34,7 @@ class LocalRows:
 
     Args:
         micro_batch: `micro_batch.MicroBatch` of all cases of the replica. Each case must have outputs of its own: no layer may mix cases.
-        dtype: Of flat vectors.
+        dtype: In which the network computes.
         programs: Dict in which what is traced of the passes is kept, for whatever comes to the same types and shapes; `None` = nothing is shared.
         jit_compile: Whether XLA compiles the passes.
         most_cases: Integer, an upper bound of the number of cases, where only that is known before they come; `None` without one.
@@ -93,7 +95,7 @@ class LocalRows:
     def tangent_squares(self, v):
         """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
         tangents = self._compiled(LocalRows._tangents_of_cases, self._jit_compile)
-        by_rows, forward = self.push(v), self._in_blocks(tangents, v)
+        by_rows, forward = self.push(tf.cast(v, ROWS_DTYPE)), self._in_blocks(tangents, v)
         return tf.reduce_sum((by_rows - forward) ** 2), tf.reduce_sum(by_rows**2)
 
     def losses(self, candidates):
@@ -133,7 +135,7 @@ class LocalRows:
             part = None if u is None else u[first * size : last * size]
             return function(self._rows_of(tf.range(first, last)), part)
 
-        return sum_over_blocks(self._micro_batch.num_cases, self._block, terms, tf.zeros(shape, self._dtype))
+        return sum_over_blocks(self._micro_batch.num_cases, self._block, terms, tf.zeros(shape, ROWS_DTYPE))
 
     def _in_blocks(self, function, *args, row_shape=()):
         """Calls `function(indices of cases, *args)` for blocks of cases and joins what comes, whose first axis is the rows."""
@@ -153,7 +155,7 @@ class LocalRows:
             # Of a shape that is known where a replica has no cases, too.
             (
                 tf.constant(0),
-                tf.TensorArray(self._dtype, num_blocks, infer_shape=False, element_shape=[None, *row_shape]),
+                tf.TensorArray(ROWS_DTYPE, num_blocks, infer_shape=False, element_shape=[None, *row_shape]),
             ),
             parallel_iterations=1,
         )
@@ -196,7 +198,7 @@ class LocalRows:
         """Outputs, a list of tensors of cases, as `(cases, k)`."""
         sizes = [output.shape[1:].num_elements() for output in outputs]
         flat = [tf.reshape(output, [-1, size]) for output, size in zip(outputs, sizes, strict=True)]
-        return tf.cast(tf.concat(flat, 1), self._dtype)
+        return tf.cast(tf.concat(flat, 1), ROWS_DTYPE)
 
     def _losses_of_cases(self, indices, *candidates):
         """Shares of some cases in the compiled loss at several weights, float64 `(k,)`."""
@@ -227,11 +229,11 @@ class LocalRows:
             return self._flat(dense(outer.gradient(gradients, outputs, output_gradients=u), outputs))
 
         if micro_batch.hessian_is_diagonal or size == 1:
-            values = image(tf.ones([size], self._dtype))
+            values = image(tf.ones([size], ROWS_DTYPE))
             # A loss that is not convex there (a negative second derivative) has no root: the rows are those of its convex part.
             root = tf.sqrt(tf.maximum(values, 0))
             return tf.linalg.diag(root), tf.reshape(tf.math.divide_no_nan(slopes, root), [-1])
-        hessians = tf.transpose(tf.stack([image(u) for u in tf.unstack(tf.eye(size, dtype=self._dtype))]), [1, 0, 2])
+        hessians = tf.transpose(tf.stack([image(u) for u in tf.unstack(tf.eye(size, dtype=ROWS_DTYPE))]), [1, 0, 2])
         # TensorFlow refuses eigenvectors of what is not finite; the gradient of such a case stays.
         is_finite = tf.reduce_all(tf.math.is_finite(hessians), [1, 2], keepdims=True)
         hessians = tf.where(is_finite, hessians, tf.zeros_like(hessians))
@@ -250,10 +252,10 @@ class LocalRows:
             with tf.GradientTape() as tape:
                 outputs = self._flat(self._micro_batch.cases(index[None]).forward(for_products=True).outputs)[0]
             gradients = tape.gradient(outputs, self._variables, output_gradients=u)
-            return pack(dense(gradients, self._variables), self._dtype)
+            return pack(dense(gradients, self._variables), ROWS_DTYPE)
 
         columns = tf.linalg.matrix_transpose(tf.gather(self._roots, indices))
-        return self._mapped(of_row, (tf.repeat(indices, size), tf.reshape(columns, [-1, size])), self._dtype)
+        return self._mapped(of_row, (tf.repeat(indices, size), tf.reshape(columns, [-1, size])), ROWS_DTYPE)
 
     def _tangents_of_cases(self, indices, v):
         """`L'(Jv)` of some cases, `(cases * k,)`."""

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_hf.common.checks import integer
 from keras_hf.common.vectors import epsilon
-from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
+from keras_hf.solvers.factorized import LEAST_DAMPING, dual_solver, primal_solver
 from keras_hf.solvers.search import coarse_to_fine, least_loss
 from keras_hf.solvers.solver import Path, Solver
 
@@ -42,8 +42,9 @@ class DirectSolver(Solver):
     than the loss at the start. The system is factorized once, in the space of weights (n by n) or of rows (rows by rows), whichever is smaller. Where
     the damping is lost in the rounding of `B'B`, B is factorized instead.
 
-    Every update uses all cases of its batch: give `fit` all cases in one batch. Use float64 (`keras.config.set_floatx("float64")`): float32 ends at a
-    relative accuracy of about 1e-4. `LevenbergMarquardt` adapts the damping by how far along the arc the step was taken.
+    Every update uses all cases of its batch: give `fit` all cases in one batch. The system is in float64 whatever the network computes in; a network
+    in float32 ends at a relative accuracy of 1e-5 to 1e-4, so use float64 where digits count (`keras.config.set_floatx("float64")`).
+    `LevenbergMarquardt` adapts the damping by how far along the arc the step was taken.
 
     For recurrent networks with few outputs per sequence, take `order=1` and about 1,000 outputs an update (docs/recurrent.md): layers of Keras'
     cells without dropout are vectorised over sequences, but second derivatives need TensorFlow's loops over lists.
@@ -67,12 +68,15 @@ class DirectSolver(Solver):
         (2023), *Achieving high accuracy with PINNs via energy natural gradient descent*, for the search over powers of 2.
     """
 
-    least_damping_power = LEAST_DAMPING_POWER
     uses_all_cases = True
     damps_hidden_states = False
     judged_by = "arc_step"
     steered_by = ("arc_step",)
     other_logs = ("acceleration",)
+
+    @staticmethod
+    def least_damping(dtype):
+        return LEAST_DAMPING  # whatever the weights' type: the system is in float64
 
     def __init__(self, order=4):
         self.order = integer("order", order, 1, _MOST_TERMS)
@@ -96,19 +100,19 @@ class DirectSolver(Solver):
     def solve(self, model, damping, state):
         system, objective = model.linearize(), model.objective
         direction, solve = system.steps(model.gradient, damping)
-        first = model.agreed(direction)
+        first, dtype = model.agreed(direction), model.gradient.dtype
 
         def term_of(derivative):
             """The term of the arc that undoes a derivative of the outputs, zero where that is not finite: then the arc is of a lower order."""
             term = solve(derivative)
             return model.agreed(tf.where(tf.reduce_all(tf.math.is_finite(term)), term, tf.zeros_like(term)))
 
-        curve = tf.stack([first, *next_terms(system.rows, term_of, first, self.order)])
+        curve = tf.stack([first, *next_terms(system.rows, term_of, first, self.order, epsilon(dtype))])
         acceleration = tf.zeros([], curve.dtype) if self.order == 1 else _ratio(curve[1], first)
         arc = tf.constant(_ARC, curve.dtype)
         powers = np.arange(1, self.order + 1)
         coefficients = _ARC[:, None] ** powers / [math.factorial(power) for power in powers]
-        candidates = tf.matmul(tf.constant(coefficients, curve.dtype), curve)
+        candidates = tf.cast(tf.matmul(tf.constant(coefficients, curve.dtype), curve), dtype)
 
         def logs(row):
             return {"arc_step": arc[row], "acceleration": acceleration}
@@ -121,11 +125,11 @@ class DirectSolver(Solver):
             num_products=tf.constant(0),
             trace={"arc": arc},
             # Along the arc the residuals change as they would in the linear model along c_1: the other terms undo what the outputs' curvature adds.
-            model_steps=arc[:, None] * first,
+            model_steps=tf.cast(arc[:, None] * first, dtype),
         )
 
 
-def next_terms(rows, term_of, first, order):
+def next_terms(rows, term_of, first, order, rounding):
     """Returns the terms c_2, ..., c_order of the arc, a list of tensors `(n,)`.
 
     With s(t) the second derivative of the outputs along `t c_1 + t^2 / 2 c_2`, exact at any t: `s(0) = f^(2) + J c_2`, `f^(3) = s'(0)` and
@@ -137,6 +141,7 @@ def next_terms(rows, term_of, first, order):
         term_of: Callable `(rows,) -> (n,)`, the term for a derivative of the outputs.
         first: Tensor `(n,)`, c_1.
         order: Integer in [1, 4].
+        rounding: Float, the relative error of the outputs.
     """
     if order == 1:
         return []
@@ -145,7 +150,6 @@ def next_terms(rows, term_of, first, order):
     if order == 2:
         return [second]
     # In t: the fourth root of the rounding, whose square is the error of either kind, as long as the terms are of the same size.
-    rounding = epsilon(first.dtype)
     step = rounding**0.25 / tf.maximum(_ratio(second, first), 1.0)
 
     def along(t, after):
@@ -186,25 +190,30 @@ class _System:
         jacobian = self.rows.jacobian
         if self._is_dual:
             self._gram = None
-            self._added = objective.regularization_diagonal() if objective.has_regularization else None
+            added = objective.regularization_diagonal() if objective.has_regularization else None
             self._size = tf.reduce_sum(jacobian**2)
         else:
-            self._gram, self._added = self.rows.gram(), objective.regularization_matrix()
+            self._gram, added = self.rows.gram(), objective.regularization_matrix()
             self._size = tf.linalg.trace(self._gram)
+        self._added = None if added is None else tf.cast(added, self._size.dtype)
 
     def __call__(self, v):
+        x = tf.cast(v, self._size.dtype)
         if self._is_dual:
             jacobian = self.rows.jacobian
-            image = tf.linalg.matvec(jacobian, tf.linalg.matvec(jacobian, v), transpose_a=True)
-            return image if self._added is None else image + self._added * v
-        image = tf.linalg.matvec(self._gram, v)
-        return image if self._added is None else image + tf.linalg.matvec(self._added, v)
+            image = tf.linalg.matvec(jacobian, tf.linalg.matvec(jacobian, x), transpose_a=True)
+            added = None if self._added is None else self._added * x
+        else:
+            image = tf.linalg.matvec(self._gram, x)
+            added = None if self._added is None else tf.linalg.matvec(self._added, x)
+        return tf.cast(image if added is None else image + added, v.dtype)
 
     def steps(self, gradient, damping):
         """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`."""
-        rows, rounding = self.rows, epsilon(gradient.dtype)
-        moves = tf.cast(tf.reduce_any(gradient != 0), gradient.dtype)
-        damping = tf.maximum(damping, rounding**LEAST_DAMPING_POWER * self._size)
+        rows, rounding, dtype = self.rows, epsilon(gradient.dtype), self._size.dtype
+        gradient, damping = tf.cast(gradient, dtype), tf.cast(damping, dtype)
+        moves = tf.cast(tf.reduce_any(gradient != 0), dtype)
+        damping = tf.maximum(damping, LEAST_DAMPING * self._size)
         if self._is_dual:
             solve = dual_solver(rows.jacobian, damping, self._added)
         else:

@@ -55,12 +55,15 @@ class PreconditionedMomentum(Solver):
     """
 
     damps_hidden_states = False
-    # The damping of a layer's factors is the root of it: with a smaller one the preconditioner inverts the noise of a minibatch.
-    least_damping_power = 1.25
     # 1.12 an update, with 2.5 as factor. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
     factor_power = 1 / 8
     steered_by = ("mu",)
     other_logs = ("alpha", "negative_curvature")
+
+    @staticmethod
+    def least_damping(dtype):
+        # The damping of a layer's factors is the root of it: with a smaller one the preconditioner inverts the noise of a minibatch.
+        return epsilon(dtype) ** 1.25
 
     def __init__(self, preconditioner=None, share=0.125):
         if preconditioner is None:

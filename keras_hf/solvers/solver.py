@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.part import Part
-from keras_hf.common.vectors import SeparateRows
+from keras_hf.common.vectors import SeparateRows, epsilon
 from keras_hf.problem.batching import GrowingBatch
 
 
@@ -104,8 +104,6 @@ class Solver(Part):
     """Base class of solvers: immutable settings, and a path for every update. Subclasses implement `solve`.
 
     Attributes:
-        least_damping_power: Float. Dampings below `eps^least_damping_power` of the curvature's scale change nothing but rounding, with eps the
-            machine epsilon of the weights' float type.
         uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
         chunk_share: Float in (0, 1], the curvature chunk as a share of the cases of an update.
         damps_hidden_states: Whether the solver forms damped products by `LocalModel.damped`, so that structural damping has an effect.
@@ -116,7 +114,6 @@ class Solver(Part):
         other_logs: Tuple of strings, the rest of these entries.
     """
 
-    least_damping_power = 2.0
     uses_all_cases = False
     chunk_share = 1.0
     damps_hidden_states = True
@@ -125,6 +122,15 @@ class Solver(Part):
     tells_convexity = False
     steered_by = ()
     other_logs = ()
+
+    @staticmethod
+    def least_damping(dtype):
+        """Returns the share of the curvature's scale below which dampings change nothing but rounding, a float.
+
+        Args:
+            dtype: String, the name of the weights' float type.
+        """
+        return epsilon(dtype) ** 2
 
     def growing_batch(self):
         """Returns the `GrowingBatch` that suits the solver, `None` where updates use all cases: the default of `HessianFree`."""
