@@ -24,8 +24,9 @@ class DampingCallback(keras.callbacks.Callback):
     """Base class of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
 
     Subclasses implement `next_damping`. The damping is kept from one `fit` call to the next and saved with the optimizer; nothing is reset. It stays
-    within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `DirectSolver` and `PreconditionedMomentum`) to eps^-2 times
-    the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
+    within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `PreconditionedMomentum`, and for `DirectSolver`,
+    whose systems are in float64, eps^1.25 of that) to eps^-2 times the curvature along the first gradient, where eps is the machine epsilon of the
+    weights' float type. A damping of 0 is exempt from the latter.
 
     A step is fitted to the noise of its batch, too, the more so the smaller the damping is; the reduction ratio, which is of the same cases, does not
     show it. Where cases come in several batches, `optimism` in the logs does: the share of the loss that steps gain on their own batch and not on the
@@ -93,7 +94,8 @@ class DampingCallback(keras.callbacks.Callback):
         """Returns the damping, clipped to the limits."""
         optimizer, scale = self.model.optimizer, self._scale(damping)
         if scale:
-            least, greatest = damping_limits(scale, optimizer.damping.dtype, self.solver.least_damping_power)
+            dtype = optimizer.damping.dtype
+            least, greatest = damping_limits(scale, dtype, self.solver.least_damping(dtype))
             damping = min(max(damping, least), greatest)
         return min(max(damping, self.min_damping), self.max_damping)
 
@@ -134,8 +136,9 @@ class ArcStepDamping(DampingCallback):
         t >= high:  damping /= factor
 
     A short step means that the model is not valid as far as the damped step goes; the reduction ratio does not show it, since it is near 1 for every
-    short step. Small dampings pay on ill-conditioned problems: along the damped arc all modes shrink at the same rate, the flat ones, which carry the
-    error, too. A higher band (0.1 and 0.4, with factor 2.5) is faster early and stalls late.
+    short step. A lower band (0.02 and 0.1, with factor 10) holds smaller dampings, with which all modes shrink at the same rate along the arc, the
+    flat ones, too: it takes two to three times as many updates to the first digits, and some problems gain their last two sooner
+    (docs/physics-informed.md).
 
     If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
 
@@ -150,7 +153,7 @@ class ArcStepDamping(DampingCallback):
         ValueError: If an argument is out of its range; see also `DampingCallback`.
     """
 
-    def __init__(self, low=0.02, high=0.1, factor=10.0, min_damping=0.0, max_damping=math.inf):
+    def __init__(self, low=0.1, high=0.4, factor=2.5, min_damping=0.0, max_damping=math.inf):
         super().__init__(min_damping, max_damping)
         self.low, self.high, self.factor = positive("low", low), positive("high", high), positive("factor", factor)
         if not self.low < self.high <= 1:

@@ -150,14 +150,14 @@ def arc_logs(place, step_size=1.0, **others):
 def test_the_place_on_the_arc_moves_the_damping_under_either_rule(rule):
     with_solver(rule, DirectSolver())
     for factor, places in (
-        (0.1, [1.0, 0.1]),
-        (1, [math.nextafter(0.1, 0), 0.05, 0.02]),
-        (10, [math.nextafter(0.02, 0), 2.0**-10]),
+        (0.4, [1.0, 0.4]),
+        (1, [math.nextafter(0.4, 0), 0.2, 0.1]),
+        (2.5, [math.nextafter(0.1, 0), 2.0**-10]),
     ):
         for place in places:
             assert rule.next_damping(6.0, arc_logs(place)) == pytest.approx(6 * factor, rel=1e-15)
             # A rejected step was none, wherever the least loss lay.
-            assert rule.next_damping(6.0, arc_logs(place, step_size=0.0)) == pytest.approx(60.0, rel=1e-15)
+            assert rule.next_damping(6.0, arc_logs(place, step_size=0.0)) == pytest.approx(15.0, rel=1e-15)
 
 
 @pytest.mark.parametrize("rule", [ArcStepDamping(), LevenbergMarquardt()], ids=["arc", "ratio"])
@@ -370,8 +370,8 @@ ORDER = "`low` must be less than `high`"
         (LevenbergMarquardt, {"interval": 0}, "`interval` must be an integer >= 1. Received: interval=0"),
         (LevenbergMarquardt, {"min_damping": 2.0, "max_damping": 1.0}, LIMITS),
         (ArcStepDamping, {"low": 0}, f"`low` {NOT_POSITIVE}: low=0"),
-        (ArcStepDamping, {"low": 0.1}, f"{ORDER}, and `high` at most 1. Received: low=0.1, high=0.1"),
-        (ArcStepDamping, {"high": 1.5}, "`high` at most 1. Received: low=0.02, high=1.5"),
+        (ArcStepDamping, {"low": 0.4}, f"{ORDER}, and `high` at most 1. Received: low=0.4, high=0.4"),
+        (ArcStepDamping, {"high": 1.5}, "`high` at most 1. Received: low=0.1, high=1.5"),
         (ArcStepDamping, {"high": NAN}, f"`high` {NOT_POSITIVE}: high=nan"),
         (ArcStepDamping, {"factor": 1}, "`factor` must be > 1. Received: factor=1"),
         (ArcStepDamping, {"factor": -2}, f"`factor` {NOT_POSITIVE}: factor=-2"),
