@@ -7,10 +7,10 @@ Run from the root of the repository:
     python -m examples.pinn --problem poisson --methods
 
 `examples/pinn_problems.py` and `examples/pinn_systems.py` hold the problems. Methods: `hf` is `HessianFree(solver=DirectSolver())` with
-`LevenbergMarquardt()`, its arc of the order of `--order`; `cg` has `ConjugateGradient` in its place, for networks of which a factorization takes too
-long; `adam` is the best, by the loss in the end, of the rates of `--rates`, each of which gets the whole time and decays along a cosine;
-`adam+lbfgs` is L-BFGS after the best of them, which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the trust-region method of
-`scipy.optimize.least_squares`.
+`LevenbergMarquardt()`, or the rule of `--band`, its arc of the order of `--order`; `cg` has `ConjugateGradient` in its place, for networks of which a
+factorization takes too long; `adam` is the best, by the loss in the end, of the rates of `--rates`, each of which gets the whole time and decays
+along a cosine; `adam+lbfgs` is L-BFGS after the best of them, which get a fifth of the time; `lbfgs` keeps 50 pairs; `least-squares` is the
+trust-region method of `scipy.optimize.least_squares`.
 
 A run writes `PROBLEM/METHOD-seedSEED.csv` as it goes. A row has the seconds of training (the clock stands still while errors are measured, and while
 functions are compiled, in the first update), the loss, and the error: the relative L2 error at points that are not trained on. In the end all files
@@ -32,7 +32,7 @@ from examples import pinn_systems as systems
 from examples.baselines import LABELS, LossAndGradient, Recorder, minimize_by_scipy
 from examples.precision import precision
 from examples.tables import read_rows
-from keras_hf import ConjugateGradient, DirectSolver, HessianFree, HFModel, LevenbergMarquardt, Nystrom
+from keras_hf import ArcStepDamping, ConjugateGradient, DirectSolver, HessianFree, HFModel, LevenbergMarquardt, Nystrom
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -67,7 +67,7 @@ def main(arguments=None):
                 print(f"\n{args.problem}, {label(name)}: {args.seconds:g} seconds", flush=True)
                 path = folder / f"{name}-seed{args.seed}.csv"
                 problem, limits = make(args.problem), (args.seconds, args.updates)
-                train(problem, method, rate, path, args.seed, *limits, args.min_damping, args.order)
+                train(problem, method, rate, path, args.seed, *limits, args.band, args.order)
         runs = best_runs(folder, args.seed)
         print_table(runs)
         path = args.results / f"{args.problem}-seed{args.seed}.png"
@@ -94,7 +94,9 @@ def parse(arguments):
     parser.add_argument("--methods", choices=METHODS, nargs="*", default=METHODS, help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each method")
     parser.add_argument("--updates", type=int, default=10**9, help="after which training ends even earlier")
-    parser.add_argument("--min-damping", type=float, default=0.0, help="of hf and cg; default: 0")
+    parser.add_argument(
+        "--band", type=float, nargs=3, metavar=("LOW", "HIGH", "FACTOR"), help="of hf's `ArcStepDamping`"
+    )
     parser.add_argument("--order", type=int, default=4, help="of the arc of hf, 1 to 4; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="of weights and points")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates of Adam")
@@ -102,14 +104,14 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def train(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0, order=4):
+def train(problem, method, rate, path, seed, seconds, max_updates=10**9, band=None, order=4):
     """Does what `run` does, writes beside the file what the figure shows of the solution, and returns the `ErrorRecorder`."""
-    pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates, min_damping, order)
+    pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates, band, order)
     np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
     return recorder
 
 
-def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_damping=0.0, order=4):
+def run(problem, method, rate, path, seed, seconds, max_updates=10**9, band=None, order=4):
     """Trains a network by a method, for a given time, and writes the file.
 
     Args:
@@ -120,7 +122,7 @@ def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_dampi
         seed: Integer, of weights and points.
         seconds: Float, of training.
         max_updates: Integer, after which training ends even earlier.
-        min_damping: Float >= 0, the least damping of "hf" and "cg".
+        band: `low`, `high` and `factor` of the `ArcStepDamping` of "hf"; `None` = its own.
         order: Integer in [1, 4], that of the arc of "hf".
 
     Returns:
@@ -134,7 +136,7 @@ def run(problem, method, rate, path, seed, seconds, max_updates=10**9, min_dampi
     objective = model.objective(x, y, sample_weight)
     recorder = ErrorRecorder(problem, pinn, objective, path, seconds, max_updates, HF_LOGS.get(method, ()))
     if method in HF_LOGS:
-        rule = LevenbergMarquardt(min_damping=min_damping)
+        rule = LevenbergMarquardt() if band is None else ArcStepDamping(*band)
         fit(model, [rule, recorder], x=x, y=y, sample_weight=sample_weight, batch_size=len(y))
     elif method == "least-squares":
         fit_least_squares(objective, recorder)

@@ -7,13 +7,16 @@ from keras_hf.solver_choice import reason
 
 # Of the update, before those that the solver names. What has other names, such as metrics, is always shown.
 _STEERED_BY = ("damping", "reduction_ratio")
+# Of more epochs than that, each of one update, the bar is that of epochs: two lines for each would be thousands.
+_MANY_EPOCHS = 100
 _OTHERS = ("step_size", "gradient_norm", "num_cases", "converged", "optimism")
 
 
 class UpdateProgress(keras.callbacks.ProgbarLogger):
     """Keras' progress bar, which shows the numbers of updates as they are to be read.
 
-    `reduction_ratio` says, too, what became of the update, unless its step was taken as it was: "rejected", "converged", or the step size.
+    `reduction_ratio` says, too, what became of the update, unless its step was taken as it was: "rejected", "converged", or the step size. More than
+    100 epochs of one update each are shown in one line, which moves from epoch to epoch.
 
     Args:
         shows_all: Boolean, whether the bar shows all numbers of an update, or else those by which a user steers.
@@ -22,7 +25,20 @@ class UpdateProgress(keras.callbacks.ProgbarLogger):
     def __init__(self, shows_all=False):
         super().__init__()
         self._shows_all = shows_all
-        self._announced = ""
+        self._announced, self._is_of_epochs = "", False
+
+    def set_params(self, params):
+        super().set_params(params)
+        self._is_of_epochs = self.verbose == 1 and self.target == 1 and self.epochs > _MANY_EPOCHS
+        if self._is_of_epochs:
+            self.target = self.epochs
+            self._reset_progbar()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._is_of_epochs:
+            self._maybe_init_progbar()
+        else:
+            super().on_epoch_begin(epoch, logs)
 
     def on_train_batch_begin(self, batch, logs=None):
         super().on_train_batch_begin(batch, logs)
@@ -36,10 +52,17 @@ class UpdateProgress(keras.callbacks.ProgbarLogger):
             if self.verbose != 2:
                 print_message(f"\r{' ' * len(self._announced)}\r", line_break=False)
             self._announced = ""
-        super().on_train_batch_end(batch, self._shown(logs))
+        if not self._is_of_epochs:
+            super().on_train_batch_end(batch, self._shown(logs))
 
     def on_epoch_end(self, epoch, logs=None):
-        super().on_epoch_end(epoch, self._shown(logs))
+        if not self._is_of_epochs:
+            super().on_epoch_end(epoch, self._shown(logs))
+            return
+        self._update_progbar(epoch, self._shown(logs))
+        if epoch + 1 == self.epochs or self.model.stop_training:
+            self.target = self.progbar.target = self.seen
+            self._finalize_progbar(self._shown(logs))
 
     def _shown(self, logs):
         """Returns what the bar shows of the logs, in its order: loss and metrics, the update's numbers, validation."""

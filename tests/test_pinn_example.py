@@ -222,7 +222,7 @@ def train(name, method, path, updates, rate=None, seconds=60.0, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "options"), [("wave", {}), ("allen-cahn", {}), ("heat", {"min_damping": 9.0, "order": 1})]
+    ("name", "options"), [("wave", {}), ("allen-cahn", {}), ("heat", {"band": (0.001, 0.002, 100.0), "order": 1})]
 )
 def test_three_updates_lower_the_loss_as_told_and_are_written(name, options, tmp_path):
     path = tmp_path / "hf-seed0.csv"
@@ -233,9 +233,9 @@ def test_three_updates_lower_the_loss_as_told_and_are_written(name, options, tmp
     assert read_rows(path)[-1] == rows[-1]
     with np.load(tmp_path / "hf-seed0.npz") as arrays:
         assert arrays["solution"].shape == (math.prod(problems.GRID), 1)
-    # An arc of first order has no acceleration; and the damping would fall below the least.
+    # An arc of first order has no acceleration; and no step is so short that this band does not lower the damping.
     assert (rows[-1]["acceleration"] == 0) == ("order" in options)
-    assert (rows[-1]["damping"] == 9) == ("min_damping" in options)
+    assert (rows[-1]["damping"] < 1e-3 * rows[1]["damping"]) == ("band" in options)
 
 
 @pytest.mark.slow

@@ -159,6 +159,22 @@ def test_fit_shows_one_line_an_epoch_or_all_numbers_or_nothing_as_verbose_says(m
     assert names(0)[2] == ""
 
 
+@pytest.mark.parametrize("last", [150, 120])
+def test_many_epochs_of_one_update_are_one_line_which_ends_with_the_last(model, last, capsys):
+    stopping = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch + 1 == last)
+    )
+    history = model.fit(
+        X, Y, epochs=150, validation_data=(X[:9], Y[:9]), callbacks=[ConstantDamping(), stopping]
+    ).history
+    text = capsys.readouterr().out
+    assert text.count("\n") == 1 and "Epoch" not in text
+    assert lines(text)[0].startswith(f"{last}/{last} ")
+    found = dict(numbers(lines(text)[0]))
+    assert list(found) == [*SHORT, "val_loss", "val_mae"]
+    assert float(found["val_loss"]) == pytest.approx(history["val_loss"][-1], rel=1e-2)
+
+
 def test_before_the_first_update_fit_says_that_it_traces_and_which_solver_and_why(model, capsys):
     said = "Tracing the first update: ConjugateGradient, as `HessianFree` was told"
     for verbose in (1, 2, 0):
