@@ -6,6 +6,8 @@ import warnings
 # Mean square of the residuals at other points, relative to that at the training points. It is about 1 where there are enough points
 # (docs/physics-informed.md).
 _SPURIOUS = 100.0
+# A validation loss that is so much larger than its least, and was less so many epochs before, says that what came after fits the training cases.
+_RISEN, _LONG = 1.2, 20
 # Rejected updates in a row that call for a warning: a damping that starts far too small is large enough after fewer.
 _MANY_REJECTIONS = 30
 # A batch of fewer cases is hardly worth an update, whatever the damping.
@@ -164,6 +166,25 @@ class Advice:
                 f"The residuals at the points of `validation_data` are far larger than at those trained on (mean squares {val_loss:.1e} and "
                 f"{loss:.1e}): the network satisfies its equations at the points, not between them, and need not be near a solution. "
                 "Use more points, or draw them anew while training (`PINN.redrawn`).",
+            )
+
+    def validation_rose(self, history):
+        """Warns if the validation loss was at its least long before the end and has risen since. For a `fit` whose callbacks keep no best weights.
+
+        Args:
+            history: Dict of lists, `History.history`.
+        """
+        losses = [loss if math.isfinite(loss) else math.inf for loss in history.get("val_loss", ())]
+        if not losses:
+            return
+        least, last = min(losses), losses[-1]
+        best = losses.index(least) + 1
+        if last > _RISEN * least and len(losses) - best >= _LONG:
+            self.warn_once(
+                "validation",
+                f"`val_loss` was {least:.3g} after {best} of {len(losses)} epochs and is {last:.3g} now: later updates fitted the training cases "
+                "alone. "
+                "`keras.callbacks.EarlyStopping(patience=10, restore_best_weights=True)` stops there and keeps the best weights.",
             )
 
     def no_progress(self, logs, num_nonfinite, num_updates, dtype):

@@ -32,6 +32,9 @@ from keras_hf.solvers.direct import DirectSolver
 from keras_hf.solvers.momentum import PreconditionedMomentum
 from keras_hf.train_function import TrainFunction
 
+# What a user has who watches the validation loss.
+_KEEP_WEIGHTS = keras.callbacks.EarlyStopping, keras.callbacks.ModelCheckpoint
+
 
 @keras.saving.register_keras_serializable("keras_hf")
 class HFModel(keras.Model):
@@ -335,6 +338,8 @@ class HFModel(keras.Model):
             )
         if isinstance(self.network, PINN):
             self._advice.spurious_solution(history.history)
+        elif not any(isinstance(callback, _KEEP_WEIGHTS) for callback in found):
+            self._advice.validation_rose(history.history)
         return history
 
     def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", *args, **kwargs):

@@ -1,6 +1,9 @@
 import math
 
+import keras
+import numpy as np
 import pytest
+from problems import compiled, sequential
 
 from keras_hf.advice import Advice
 
@@ -157,3 +160,23 @@ def test_a_solution_that_holds_at_other_points_needs_no_advice(advice):
 def test_a_solution_that_holds_at_its_points_alone_is_advised_on_with_both_numbers(advice):
     with pytest.warns(UserWarning, match=r"mean squares 2.0e-03 and 1.0e-06.*PINN.redrawn"):
         advice.spurious_solution({"loss": [1.0, 1e-6], "val_loss": [1.0, 2e-3]})
+
+
+def test_a_validation_loss_that_has_risen_for_long_is_said_with_its_best(advice):
+    falls, short = [*np.linspace(1, 0.5, 40)], [0.5, *[1.0] * 19]
+    for losses in ([], falls, short, [0.5, *[0.59] * 40], [math.nan] * 40):
+        advice.validation_rose({"val_loss": losses})
+    with pytest.warns(UserWarning, match=r"was 0.5 after 1 of 21 epochs and is 1 now.*EarlyStopping"):
+        advice.validation_rose({"val_loss": [0.5, *[1.0] * 20]})
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_fit_says_that_the_validation_loss_has_risen_unless_a_callback_watches_it(keeps, recwarn):
+    x = np.linspace(-1, 1, 12)[:, None]
+    # From zero, in short steps.
+    model = compiled(sequential(keras.layers.Dense(1, kernel_initializer="zeros"), shape=(1,)))
+    model.optimizer.damping.assign(3.0)
+    callbacks = [keras.callbacks.EarlyStopping(patience=100)] if keeps else []
+    # What is right for the ones is wrong for the others.
+    model.fit(x, x, epochs=30, validation_data=(x, -x), callbacks=callbacks, verbose=0)
+    assert any("EarlyStopping" in str(warning.message) for warning in recwarn) != keeps
