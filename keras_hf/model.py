@@ -103,6 +103,7 @@ class HFModel(keras.Model):
 
     Raises:
         TypeError: If `network` is not a `keras.Model`.
+        ValueError: If `network` has no `call`.
 
     Example:
 
@@ -121,6 +122,11 @@ class HFModel(keras.Model):
             raise TypeError(
                 f"`network` must be a `keras.Model`, such as `keras.Sequential([...])`. Received: network={network!r} "
                 f"of type {type(network).__name__}."
+            )
+        if type(network).call is keras.Model.call:
+            raise ValueError(
+                f"`network` must have a `call`, whose outputs are what its loss needs. Received: {type(network).__name__} without one. Give it a "
+                "`call`, and if no Keras loss suits its outputs, override `HFModel.compute_loss`."
             )
         super().__init__(name=name, **kwargs)
         self.network = network

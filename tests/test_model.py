@@ -366,6 +366,15 @@ def test_a_network_that_is_no_model_is_refused(network):
         HFModel(network)
 
 
+def test_a_network_without_a_call_is_refused_with_the_place_of_its_loss():
+    class OfTrainStep(keras.Model):
+        def train_step(self, data):
+            return {}
+
+    with pytest.raises(ValueError, match="OfTrainStep without one. Give it a `call`.*`HFModel.compute_loss`"):
+        HFModel(OfTrainStep())
+
+
 @pytest.mark.parametrize("optimizer", ["adam", keras.optimizers.SGD()])
 def test_another_optimizer_is_refused(optimizer):
     with pytest.raises(ValueError, match="trains with `keras_hf.HessianFree`. Received: optimizer=.*model.network"):
