@@ -137,8 +137,8 @@ class ArcStepDamping(DampingCallback):
 
     A short step means that the model is not valid as far as the damped step goes; the reduction ratio does not show it, since it is near 1 for every
     short step. A lower band (0.02 and 0.1, with factor 10) holds smaller dampings, with which all modes shrink at the same rate along the arc, the
-    flat ones, too: it takes two to three times as many updates to the first digits, and some problems gain their last two sooner
-    (docs/physics-informed.md).
+    flat ones, too. On equations it takes two to three times as many updates to the first digits, and some gain their last two sooner
+    (docs/physics-informed.md); recurrent networks find long-term dependencies with it alone, along a line (docs/recurrent.md).
 
     If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
 
@@ -186,8 +186,9 @@ class LevenbergMarquardt(DampingCallback):
 
     The ratio is NaN where nothing could be measured. If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
     Otherwise the step was so short that its effect was lost in rounding, and the damping is lowered. A damping of 0 stays 0, since multiplication
-    cannot raise it. With `DirectSolver`, the place on the arc is what counts, and the rule is that of `ArcStepDamping()`. With
-    `PreconditionedMomentum`, whose updates are small and many, the eighth root of `factor` takes its place. The defaults find the scale of the
+    cannot raise it. With `DirectSolver`, the place on the arc is what counts, and the rule is that of `ArcStepDamping()`; with
+    `DirectSolver(order=1)` that of `ArcStepDamping(0.02, 0.1, 10)`. With `PreconditionedMomentum`, whose updates are small and many, the eighth root
+    of `factor` takes its place. The defaults find the scale of the
     damping in a few updates, and stop lowering it where the model becomes inaccurate. Martens uses `high=0.75` and `factor=1.5`.
 
     Args:
@@ -217,7 +218,7 @@ class LevenbergMarquardt(DampingCallback):
 
     def next_damping(self, damping, logs):
         if self.solver.judged_by == "arc_step":
-            return ArcStepDamping().next_damping(damping, logs)
+            return ArcStepDamping(*self.solver.arc_band).next_damping(damping, logs)
         ratio = logs["reduction_ratio"]
         # A rejected step is no small update, and one that is lost in rounding is far too small.
         is_ordinary = logs.get("step_size", 1) and not math.isnan(ratio)

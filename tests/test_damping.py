@@ -169,6 +169,14 @@ def test_where_no_step_can_show_anything_the_place_on_the_arc_moves_nothing(rule
         assert rule.next_damping(6.0, arc_logs(place, converged=0)) != 6.0
 
 
+def test_along_a_line_smaller_dampings_are_held():
+    rule = LevenbergMarquardt()
+    with_solver(rule, DirectSolver(order=1))
+    for factor, places in ((0.1, [1.0, 0.1]), (1, [0.0999, 0.02]), (10, [0.0199])):
+        for place in places:
+            assert rule.next_damping(6.0, arc_logs(place)) == pytest.approx(6 * factor, rel=1e-15)
+
+
 def test_arc_step_damping_uses_its_own_thresholds_factor_and_limits():
     rule = ArcStepDamping(low=0.25, high=0.5, factor=4)
     answers = {place: rule.next_damping(8.0, arc_logs(place)) for place in (0.125, 0.25, 0.5)}

@@ -78,6 +78,11 @@ class DirectSolver(Solver):
     def least_damping(dtype):
         return LEAST_DAMPING  # whatever the weights' type: the system is in float64
 
+    @property
+    def arc_band(self):
+        # Along a line, with which recurrent networks are trained, larger dampings do not find a dependency over 100 steps.
+        return (0.02, 0.1, 10.0) if self.order == 1 else (0.1, 0.4, 2.5)
+
     def __init__(self, order=4):
         self.order = integer("order", order, 1, _MOST_TERMS)
 

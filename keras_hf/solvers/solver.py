@@ -108,6 +108,7 @@ class Solver(Part):
         chunk_share: Float in (0, 1], the curvature chunk as a share of the cases of an update.
         damps_hidden_states: Whether the solver forms damped products by `LocalModel.damped`, so that structural damping has an effect.
         judged_by: String, the entry of the logs by which a damping rule judges a step: "reduction_ratio", or "arc_step" where an arc is searched.
+        arc_band: Where an arc is searched, `low`, `high` and `factor` of the `ArcStepDamping` that suits it.
         factor_power: Float, the power of a damping rule's factor that suits an ordinary update: 1, or less where updates are small and many.
         tells_convexity: Whether `negative_curvature` in its logs is that of the matrix, and not rounding.
         steered_by: Tuple of strings, those of its entries in the logs that the progress bar shows.
@@ -118,6 +119,7 @@ class Solver(Part):
     chunk_share = 1.0
     damps_hidden_states = True
     judged_by = "reduction_ratio"
+    arc_band = None
     factor_power = 1.0
     tells_convexity = False
     steered_by = ()
