@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_hf.solvers import factorized as room
-from keras_hf.solvers.factorized import LEAST_DAMPING, dual_solver, primal_solver
+from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
 
 TALL, WIDE = (12, 5), (5, 12)
 shapes = pytest.mark.parametrize("shape", [TALL, WIDE])
@@ -164,7 +164,7 @@ def test_regularizers_count_where_the_damping_is_lost_however_columns_are_divide
 
 def test_extreme_dampings_lose_no_digits():
     b, u, h = problem(WIDE)
-    least = LEAST_DAMPING * np.sum(b**2)
+    least = np.finfo("float64").eps ** LEAST_DAMPING_POWER * np.sum(b**2)
     # Next to no damping: the shortest solution of Bx = -u; and nothing but damping.
     for damping, expected in ((least, -np.linalg.pinv(b) @ u), (1e290, -b.T @ u / 1e290)):
         assert relative(dual(b, u, damping), expected) < 1e-12

@@ -1,4 +1,4 @@
-"""The weighted Jacobian of one replica's cases, and what else an exact Gauss-Newton step needs of the outputs, in float64.
+"""The weighted Jacobian of one replica's cases, and what else an exact Gauss-Newton step needs of the outputs.
 
 With J the Jacobian of the network's outputs and `H = LL'` the second derivative of the loss with respect to them, one block per case, the rows are
 `B = L'J`, so that `B'B` is the Gauss-Newton matrix. With r the gradient of the loss with respect to the outputs and `s = L^+ r`, `B's` is the
@@ -14,8 +14,6 @@ from keras_hf.common import taylor
 from keras_hf.common.loops import map_rows, sum_over_blocks
 from keras_hf.common.vectors import dense, epsilon, gram, pack, unpack
 
-# Of rows and vectors, whatever the network computes in: in float32 a Gram matrix loses half of the digits that rows have.
-ROWS_DTYPE = tf.float64
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
 _BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27
 
@@ -29,19 +27,33 @@ def compiles_rows(structure):
     return structure.is_vectorizable and structure.is_fusible and not structure.nesting_ops
 
 
+def rows_dtype(structure, dtype):
+    """Returns the float type of rows: float64, since a Gram matrix loses half of the digits that rows have.
+
+    Of recurrent networks it is the network's own: their systems are large, and nobody asks them for digits.
+
+    Args:
+        structure: `structure.Structure`.
+        dtype: That of the network.
+    """
+    return dtype if structure.nesting_ops else tf.float64
+
+
 class LocalRows:
     """The rows of one replica, `(rows, n)`. A Jacobian that would be too large is formed anew, block by block, wherever it is needed.
 
     Args:
         micro_batch: `micro_batch.MicroBatch` of all cases of the replica. Each case must have outputs of its own: no layer may mix cases.
         dtype: In which the network computes.
+        rows_dtype: Of the rows.
         programs: Dict in which what is traced of the passes is kept, for whatever comes to the same types and shapes; `None` = nothing is shared.
         jit_compile: Whether XLA compiles the passes.
         most_cases: Integer, an upper bound of the number of cases, where only that is known before they come; `None` without one.
     """
 
-    def __init__(self, micro_batch, dtype, programs=None, jit_compile=False, most_cases=None):
+    def __init__(self, micro_batch, dtype, rows_dtype, programs=None, jit_compile=False, most_cases=None):
         self._micro_batch, self._dtype, self._variables = micro_batch, dtype, micro_batch.variables
+        self.dtype = rows_dtype
         self._programs, self._jit_compile, self._roots = programs, jit_compile, None
         self._num_weights = sum(variable.shape.num_elements() for variable in micro_batch.variables)
         # Not by XLA where eigenvectors are needed: its own stop at a relative accuracy of about 1e-9.
@@ -95,7 +107,7 @@ class LocalRows:
     def tangent_squares(self, v):
         """Returns the square of the norm of `Bv - L'(Jv)`, with Jv by a forward derivative, and that of Bv: what J and J' must agree on."""
         tangents = self._compiled(LocalRows._tangents_of_cases, self._jit_compile)
-        by_rows, forward = self.push(tf.cast(v, ROWS_DTYPE)), self._in_blocks(tangents, v)
+        by_rows, forward = self.push(tf.cast(v, self.dtype)), self._in_blocks(tangents, v)
         return tf.reduce_sum((by_rows - forward) ** 2), tf.reduce_sum(by_rows**2)
 
     def losses(self, candidates):
@@ -135,7 +147,7 @@ class LocalRows:
             part = None if u is None else u[first * size : last * size]
             return function(self._rows_of(tf.range(first, last)), part)
 
-        return sum_over_blocks(self._micro_batch.num_cases, self._block, terms, tf.zeros(shape, ROWS_DTYPE))
+        return sum_over_blocks(self._micro_batch.num_cases, self._block, terms, tf.zeros(shape, self.dtype))
 
     def _in_blocks(self, function, *args, row_shape=()):
         """Calls `function(indices of cases, *args)` for blocks of cases and joins what comes, whose first axis is the rows."""
@@ -155,7 +167,7 @@ class LocalRows:
             # Of a shape that is known where a replica has no cases, too.
             (
                 tf.constant(0),
-                tf.TensorArray(ROWS_DTYPE, num_blocks, infer_shape=False, element_shape=[None, *row_shape]),
+                tf.TensorArray(self.dtype, num_blocks, infer_shape=False, element_shape=[None, *row_shape]),
             ),
             parallel_iterations=1,
         )
@@ -198,7 +210,7 @@ class LocalRows:
         """Outputs, a list of tensors of cases, as `(cases, k)`."""
         sizes = [output.shape[1:].num_elements() for output in outputs]
         flat = [tf.reshape(output, [-1, size]) for output, size in zip(outputs, sizes, strict=True)]
-        return tf.cast(tf.concat(flat, 1), ROWS_DTYPE)
+        return tf.cast(tf.concat(flat, 1), self.dtype)
 
     def _losses_of_cases(self, indices, *candidates):
         """Shares of some cases in the compiled loss at several weights, float64 `(k,)`."""
@@ -229,11 +241,11 @@ class LocalRows:
             return self._flat(dense(outer.gradient(gradients, outputs, output_gradients=u), outputs))
 
         if micro_batch.hessian_is_diagonal or size == 1:
-            values = image(tf.ones([size], ROWS_DTYPE))
+            values = image(tf.ones([size], self.dtype))
             # A loss that is not convex there (a negative second derivative) has no root: the rows are those of its convex part.
             root = tf.sqrt(tf.maximum(values, 0))
             return tf.linalg.diag(root), tf.reshape(tf.math.divide_no_nan(slopes, root), [-1])
-        hessians = tf.transpose(tf.stack([image(u) for u in tf.unstack(tf.eye(size, dtype=ROWS_DTYPE))]), [1, 0, 2])
+        hessians = tf.transpose(tf.stack([image(u) for u in tf.unstack(tf.eye(size, dtype=self.dtype))]), [1, 0, 2])
         # TensorFlow refuses eigenvectors of what is not finite; the gradient of such a case stays.
         is_finite = tf.reduce_all(tf.math.is_finite(hessians), [1, 2], keepdims=True)
         hessians = tf.where(is_finite, hessians, tf.zeros_like(hessians))
@@ -252,10 +264,10 @@ class LocalRows:
             with tf.GradientTape() as tape:
                 outputs = self._flat(self._micro_batch.cases(index[None]).forward(for_products=True).outputs)[0]
             gradients = tape.gradient(outputs, self._variables, output_gradients=u)
-            return pack(dense(gradients, self._variables), ROWS_DTYPE)
+            return pack(dense(gradients, self._variables), self.dtype)
 
         columns = tf.linalg.matrix_transpose(tf.gather(self._roots, indices))
-        return self._mapped(of_row, (tf.repeat(indices, size), tf.reshape(columns, [-1, size])), ROWS_DTYPE)
+        return self._mapped(of_row, (tf.repeat(indices, size), tf.reshape(columns, [-1, size])), self.dtype)
 
     def _tangents_of_cases(self, indices, v):
         """`L'(Jv)` of some cases, `(cases * k,)`."""

@@ -9,7 +9,7 @@ from keras_hf.common.loops import map_rows
 from keras_hf.common.vectors import dense, dot, inner_product, num_weights, pack, unpack
 from keras_hf.problem.batching import share_of
 from keras_hf.problem.capture import squared_gradients
-from keras_hf.problem.jacobian import LocalRows, compiles_rows
+from keras_hf.problem.jacobian import LocalRows, compiles_rows, rows_dtype
 from keras_hf.problem.linearization import DoubleBackward
 from keras_hf.problem.micro_batch import MicroBatch, Totals
 
@@ -196,7 +196,8 @@ class LocalObjective:
         # Programs read the variables of one device only.
         is_alone = self._num_replicas == 1
         programs = self._network.programs if is_alone else None
-        return LocalRows(micro_batch, self._dtype, programs, compiles_rows(self._structure) and is_alone, most_cases)
+        dtypes = self._dtype, rows_dtype(self._structure, self._dtype)
+        return LocalRows(micro_batch, *dtypes, programs, compiles_rows(self._structure) and is_alone, most_cases)
 
     def _regularization_share(self):
         return tf.cast(self._totals.num_cases > 0, self._dtype) / self._num_replicas

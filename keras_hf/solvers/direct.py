@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_hf.common.checks import integer
 from keras_hf.common.vectors import epsilon
-from keras_hf.solvers.factorized import LEAST_DAMPING, dual_solver, primal_solver
+from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
 from keras_hf.solvers.search import coarse_to_fine, least_loss
 from keras_hf.solvers.solver import Path, Solver
 
@@ -42,9 +42,9 @@ class DirectSolver(Solver):
     than the loss at the start. The system is factorized once, in the space of weights (n by n) or of rows (rows by rows), whichever is smaller. Where
     the damping is lost in the rounding of `B'B`, B is factorized instead.
 
-    Every update uses all cases of its batch: give `fit` all cases in one batch. The system is in float64 whatever the network computes in; a network
-    in float32 ends at a relative accuracy of 1e-5 to 1e-4, so use float64 where digits count (`keras.config.set_floatx("float64")`).
-    `LevenbergMarquardt` adapts the damping by how far along the arc the step was taken.
+    Every update uses all cases of its batch: give `fit` all cases in one batch. The system is in float64 whatever the network computes in, but for
+    recurrent ones; a network in float32 ends at a relative accuracy of 1e-5 to 1e-4, so use float64 where digits count
+    (`keras.config.set_floatx("float64")`). `LevenbergMarquardt` adapts the damping by how far along the arc the step was taken.
 
     For recurrent networks with few outputs per sequence, take `order=1` and about 1,000 outputs an update (docs/recurrent.md): layers of Keras'
     cells without dropout are vectorised over sequences, but second derivatives need TensorFlow's loops over lists.
@@ -76,7 +76,7 @@ class DirectSolver(Solver):
 
     @staticmethod
     def least_damping(dtype):
-        return LEAST_DAMPING  # whatever the weights' type: the system is in float64
+        return epsilon("float64") ** LEAST_DAMPING_POWER  # whatever the weights' type: the system is in float64
 
     @property
     def arc_band(self):
@@ -218,7 +218,7 @@ class _System:
         rows, rounding, dtype = self.rows, epsilon(gradient.dtype), self._size.dtype
         gradient, damping = tf.cast(gradient, dtype), tf.cast(damping, dtype)
         moves = tf.cast(tf.reduce_any(gradient != 0), dtype)
-        damping = tf.maximum(damping, LEAST_DAMPING * self._size)
+        damping = tf.maximum(damping, epsilon(dtype) ** LEAST_DAMPING_POWER * self._size)
         if self._is_dual:
             solve = dual_solver(rows.jacobian, damping, self._added)
         else:

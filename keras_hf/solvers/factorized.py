@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from keras_hf.common.vectors import epsilon, row_gram
 
-# Below this share of the trace of B'B, in float64, a damping leaves no digits of the step.
-LEAST_DAMPING = 2.0 ** (-52 * 1.25)
+# Below this power of the rounding, relative to the trace of B'B, a damping leaves no digits of the step.
+LEAST_DAMPING_POWER = 1.25
 # A Gram matrix has a Cholesky factor in its float type if it is shifted by so many roundings of its trace.
 _SHIFT = 10.0
 # Where the damping is less than so many shifts, B'B alone gives too few digits of the step.
