@@ -434,6 +434,9 @@ def test_overrides_of_the_network_are_not_called_and_that_is_said():
         def train_step(self, data):
             return {}
 
+        def call(self, x):
+            return x
+
     with pytest.warns(UserWarning, match="does not call the `train_step` that Own overrides"):
         HFModel(Own())
 
