@@ -43,7 +43,8 @@ def main():
         for size in args.sizes:
             units, num_cases = (int(part) for part in size.split("x"))
             for solver in SOLVERS:
-                rows.append(measure(units, num_cases, solver, args.seconds, args.seed, args.noise))
+                row = measure(units, num_cases, solver, args.seconds, args.seed, args.noise)
+                rows.append({"precision": args.precision, "noise": args.noise, **row})
                 print(rows[-1], flush=True)
                 if args.csv:
                     results.write(args.csv, rows)
