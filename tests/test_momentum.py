@@ -255,6 +255,7 @@ def test_it_trains_through_fit_and_the_batch_grows():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Training has converged")
 @pytest.mark.parametrize(("damping", "epochs"), [(0.0, 60), (1e8, 300)])
 def test_a_damping_that_is_far_off_is_left_behind(damping, epochs):
     x, y = regression()
