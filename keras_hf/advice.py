@@ -182,9 +182,8 @@ class Advice:
         if last > _RISEN * least and len(losses) - best >= _LONG:
             self.warn_once(
                 "validation",
-                f"`val_loss` was {least:.3g} after {best} of {len(losses)} epochs and is {last:.3g} now: later updates fitted the training cases "
-                "alone. "
-                "`keras.callbacks.EarlyStopping(patience=10, restore_best_weights=True)` stops there and keeps the best weights.",
+                f"`val_loss` was {least:.3g} after {best} of {len(losses)} epochs and is {last:.3g} now: later updates fitted the training "
+                "cases alone. `keras.callbacks.EarlyStopping(patience=10, restore_best_weights=True)` stops there and keeps the best weights.",
             )
 
     def no_progress(self, logs, num_nonfinite, num_updates, dtype):

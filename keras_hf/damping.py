@@ -24,9 +24,9 @@ class DampingCallback(keras.callbacks.Callback):
     """Base class of damping rules: reads the logs of each update and assigns `model.optimizer.damping`.
 
     Subclasses implement `next_damping`. The damping is kept from one `fit` call to the next and saved with the optimizer; nothing is reset. It stays
-    within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `PreconditionedMomentum`, and for `DirectSolver`,
-    whose systems are in float64, eps^1.25 of that) to eps^-2 times the curvature along the first gradient, where eps is the machine epsilon of the
-    weights' float type. A damping of 0 is exempt from the latter.
+    within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `PreconditionedMomentum`, and in float64 for
+    `DirectSolver`) to eps^-2 times the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of
+    0 is exempt from the latter.
 
     A step is fitted to the noise of its batch, too, the more so the smaller the damping is; the reduction ratio, which is of the same cases, does not
     show it. Where cases come in several batches, `optimism` in the logs does: the share of the loss that steps gain on their own batch and not on the

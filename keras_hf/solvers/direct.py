@@ -76,7 +76,8 @@ class DirectSolver(Solver):
 
     @staticmethod
     def least_damping(dtype):
-        return epsilon("float64") ** LEAST_DAMPING_POWER  # whatever the weights' type: the system is in float64
+        # The second is that of the system, which is in float64 but for recurrent networks.
+        return max(Solver.least_damping(dtype), epsilon("float64") ** LEAST_DAMPING_POWER)
 
     @property
     def arc_band(self):
