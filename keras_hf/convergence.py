@@ -1,8 +1,8 @@
 """Detects convergence to rounding: no step changes the loss by more than its float type can resolve. Works on numbers only.
 
 A step whose predicted reduction is below the rounding of the loss, or that leaves the loss exactly unchanged, cannot be judged by the reduction ratio
-or the line search. One such update may be due to a damping that is too large. Several, without a measurable decrease between them although the
-damping fell, mean that the loss cannot be lowered further in this float type.
+or the line search. One such update may be due to a damping that is too large, and each is while the damping exceeds the curvature. Several others, without
+a measurable decrease between them although the damping fell, mean that the loss cannot be lowered further in this float type.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class Convergence(NamedTuple):
         same = (damping == self.damping) & (gradient_norm <= _WAKE_FACTOR * self.gradient_norm)
         return (self.count >= _PATIENCE) & same
 
-    def after(self, is_at_rounding, fell, gradient_norm, damping):
+    def after(self, is_at_rounding, fell, gradient_norm, damping, scale):
         """Returns the record after an update.
 
         Args:
@@ -43,12 +43,14 @@ class Convergence(NamedTuple):
             fell: Bool scalar, whether the update lowered the loss by more than its rounding.
             gradient_norm: Scalar of the weights' dtype.
             damping: Scalar of the weights' dtype, the damping of the update.
+            scale: Scalar of the weights' dtype, that of the curvature; 0 where it is not known.
         """
         woken = (self.count >= _PATIENCE) & ~self.still_holds(gradient_norm, damping)
         reset = fell | woken | ~tf.math.is_finite(gradient_norm)
         before = tf.nest.map_structure(lambda value: tf.where(reset, tf.zeros_like(value), value), self)
         now = Convergence(before.count + 1, tf.maximum(before.gradient_norm, gradient_norm), damping)
-        counts = is_at_rounding & ~fell & tf.math.is_finite(gradient_norm)
+        is_free = (damping <= scale) | (scale == 0)
+        counts = is_at_rounding & is_free & ~fell & tf.math.is_finite(gradient_norm)
         return tf.nest.map_structure(lambda new, old: tf.where(counts, new, old), now, before)
 
     @property

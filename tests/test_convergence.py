@@ -18,8 +18,10 @@ def memory(count=0.0, gradient_norm=0.0, damping=0.0):
     return Convergence(number(count), number(gradient_norm), number(damping))
 
 
-def after(before, at_rounding, fell=False, gradient_norm=1.0, damping=2.0):
-    return before.after(tf.constant(at_rounding), tf.constant(fell), number(gradient_norm), number(damping))
+def after(before, at_rounding, fell=False, gradient_norm=1.0, damping=2.0, scale=8.0):
+    return before.after(
+        tf.constant(at_rounding), tf.constant(fell), number(gradient_norm), number(damping), number(scale)
+    )
 
 
 def test_five_updates_at_rounding_are_convergence():
@@ -37,6 +39,9 @@ def test_what_an_update_makes_of_the_memory():
     assert after(memory(3.0, 1.0, 4.0), at_rounding=False, fell=True) == (0.0, 0.0, 0.0)
     assert after(memory(3.0, 1.0, 4.0), at_rounding=True, gradient_norm=0.5) == (4.0, 1.0, 2.0)
     assert after(memory(3.0, 1.0, 4.0), at_rounding=True, gradient_norm=np.nan) == (0.0, 0.0, 0.0)
+    # The damping is what makes the step short, unless nothing is known of the curvature.
+    assert after(memory(3.0, 1.0, 4.0), at_rounding=True, damping=2.0, scale=1.9) == (3.0, 1.0, 4.0)
+    assert after(memory(3.0, 1.0, 4.0), at_rounding=True, damping=2.0, scale=0.0) == (4.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_a_damping_that_is_far_off_is_left_behind(damping, epochs):
     x, y = regression()
     model = renewed(momentum_model)
     model.optimizer.damping.assign(damping)
-    fit(model, x, y, epochs=epochs, shuffle=True)
+    fit(model, x, y, epochs=epochs)
     assert model.evaluate(x, y, verbose=0) < 0.3 * np.var(y)
 
 
