@@ -17,8 +17,10 @@ from examples.pinn_problems import (
     Term,
     equals,
     evenly_random,
+    exponential_steps,
     grid,
     grid_points,
+    periodic,
     sides,
     value,
 )
@@ -182,6 +184,61 @@ def schroedinger(units=(30, 30, 30, 2)):
     return Problem(units, low, high, terms, exact, transform=transform)
 
 
+# A fourth derivative.
+
+SPREAD = 100 / 16  # The period of 2 pi stands for one of 32 pi, and the times for 100 times as long.
+KURAMOTO_SIVASHINSKY_END = 0.4
+
+
+def kuramoto_sivashinsky(units=(30, 30, 30, 1)):
+    """u_t + (100/16) u u_x + (100/16^2) u_xx + (100/16^4) u_xxxx = 0, u = cos x (1 + sin x) at the start, met exactly; periodic by features.
+
+    Waves steepen to fronts, where the second derivative feeds what the fourth one damps. Later the solution is chaotic.
+    """
+
+    def equation(u, p):
+        value, t, x, xx, xxxx = derivatives(u, p, "tx", "u", "u_t", "u_x", "u_xx", "u_xxxx")
+        return t + SPREAD * value * x + SPREAD / 16 * xx + SPREAD / 16**3 * xxxx
+
+    def transform(p, output):
+        x = p[:, 1:]
+        return tf.cos(x) * (1 + tf.sin(x)) + p[:, :1] * output
+
+    low, high = (0, 0), (KURAMOTO_SIVASHINSKY_END, 2 * PI)
+    terms = {"equation": Term(equation, evenly_random(low, high), 4000)}
+    return Problem(units, low, high, terms, None, _kuramoto_sivashinsky_on_grid, periodic, transform)
+
+
+@functools.cache
+def _kuramoto_sivashinsky_on_grid():
+    return kuramoto_sivashinsky_solution().reshape(-1, 1)
+
+
+def kuramoto_sivashinsky_solution(num_points=255 * 4, steps_per_row=10):
+    """Returns the solution of `kuramoto_sivashinsky` by Fourier modes in x and exponential Runge-Kutta steps in t.
+
+    Args:
+        num_points: Integer, points along x, a multiple of 255: the grid has 255 spaces.
+        steps_per_row: Integer, steps for a hundredth of the time.
+
+    Returns:
+        Array `(101, 256)`.
+    """
+    k = np.arange(num_points // 2 + 1)
+    linear = SPREAD / 16 * k**2 - SPREAD / 16**3 * k**4
+
+    def transport_of(modes):
+        return -SPREAD / 2 * 1j * k * np.fft.rfft(np.fft.irfft(modes, num_points) ** 2)
+
+    x = 2 * PI * np.arange(num_points) / num_points
+    start = np.cos(x) * (1 + np.sin(x))
+    step = KURAMOTO_SIVASHINSKY_END / 100 / steps_per_row
+    later = exponential_steps(linear, transport_of, np.fft.rfft(start), step, 100 * steps_per_row)
+    rows = [start, *(np.fft.irfft(v, num_points) for v in later[steps_per_row - 1 :: steps_per_row])]
+    rows = np.array(rows)[:, :: num_points // 255]
+    return np.concatenate([rows, rows[:, :1]], 1)
+
+
 # Three dimensions.
 
 
@@ -314,6 +371,7 @@ def inverse_noisy(noise=0.05):
 PROBLEMS = {
     "cavity": cavity,
     "schroedinger": schroedinger,
+    "kuramoto-sivashinsky": kuramoto_sivashinsky,
     "bratu": bratu,
     "holes": holes,
     "inverse-noisy": inverse_noisy,

@@ -14,6 +14,17 @@ def require_targets(model, y):
         raise ValueError(f"`y` must hold what the loss {model.loss!r} compares predictions with. Received: y=None.")
 
 
+def require_numbers(model, data):
+    """Raises an error if there are strings where the network's inputs, or the loss, are numbers. Networks made by subclassing may take any."""
+    inputs = getattr(model.network, "inputs", None)
+    if inputs and not any(tensor.dtype == "string" for tensor in inputs):
+        checks.no_strings(
+            "x", data.x, "Let the network begin with `TextVectorization` or `StringLookup` on a `keras.Input(..., dtype='string')`, or encode them."
+        )
+    if not overrides_compute_loss(model):
+        checks.no_strings("y", data.y, "Number the classes: `np.unique(y, return_inverse=True)[1]`.")
+
+
 def task_of(model):
     """Returns the `fixed_network.Task` of a compiled model.
 

@@ -547,10 +547,13 @@ class HFModel(keras.Model):
         structure, solver = setup.structure, setup.solver
         if isinstance(setup.curvature, GaussNewton) and structure.combinations and not structure.has_curvature:
             self._advice.no_curvature()
-        if "unknown" in structure.combinations:
+        optimizer = self.optimizer
+        is_asked_for = optimizer.micro_batch_size is not None or optimizer.curvature_batch_size is not None
+        # An overridden `compute_loss` is one number on purpose.
+        if "unknown" in structure.combinations and (is_asked_for or not compiled_model.overrides_compute_loss(self)):
             self._advice.unknown_combination()
         # Not of recurrent networks, which have loops: what they gain by exact steps, they gain in float32, too. Nor where nobody asked for digits.
-        if solver.uses_all_cases and not structure.nesting_ops and not self.optimizer.chooses_solver:
+        if solver.uses_all_cases and not structure.nesting_ops and not optimizer.chooses_solver:
             dtypes = {weight.dtype for weight in setup.task.weights}
             self._advice.exact_solver_in_float32(dtypes | {keras.config.floatx()})
 

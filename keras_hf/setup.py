@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_hf.common import checks
 from keras_hf.common.vectors import num_weights
-from keras_hf.compiled_model import task_of
+from keras_hf.compiled_model import require_numbers, task_of
 from keras_hf.problem import batching
 from keras_hf.problem.case_range import CaseRange
 from keras_hf.problem.curvature import Curvature
@@ -149,12 +149,13 @@ def prepare(model, data, most_cases=None, structure=None, has_other_cases=True):
         A `Setup`.
 
     Raises:
-        ValueError: If there is no loss, if the network draws random numbers that cannot be held fixed, if solver or curvature are wrong for it, or if
-            structural damping finds no hidden states.
+        ValueError: If there is no loss, if there are strings in place of numbers, if the network draws random numbers that cannot be held fixed, if
+            solver or curvature are wrong for it, or if structural damping finds no hidden states.
     """
     optimizer = model.optimizer
     solver, curvature = optimizer.solver, optimizer.curvature
     task = task_of(model)
+    require_numbers(model, data)
     structure = structure or traced_structure(task, data)
     checks.has_loss(structure.combinations or structure.has_added_loss)
     solver.require(structure)

@@ -101,6 +101,15 @@ def test_an_overridden_compute_loss_that_raises_leaves_the_regularizers():
     assert len(model.losses) == 1
 
 
+def test_an_overridden_compute_loss_is_warned_about_only_where_it_is_to_be_divided():
+    model = compiled(model=WithOwnLoss)
+    model.fit(X, Y, verbose=0)
+    model = compiled(model=WithOwnLoss)
+    model.optimizer.micro_batch_size = 2
+    with pytest.warns(UserWarning, match="or `compute_loss` is overridden.*are not used"):
+        model.fit(X, Y, verbose=0)
+
+
 def test_a_trace_names_the_solver_and_gives_the_linearization(caplog):
     model = compiled()
     with caplog.at_level(logging.INFO, "keras_hf"):

@@ -60,6 +60,8 @@ REFUSED = {
     "empty arrays": (cases(0), "`x` must hold at least one case. Received: arrays of length 0"),
     "no x": ((None, Y), "`fit` needs cases. Received: x=None"),
     "no y": ((X,), "`y` must hold what the loss 'mse' compares predictions with. Received: y=None"),
+    "words for x": ((np.full((20, 3), "word"), Y), "`x` must hold numbers. Received: strings.*`TextVectorization`"),
+    "words for y": ((X, np.full((20, 1), "word")), "`y` must hold numbers. Received: strings. Number the classes"),
     "a batch_size of 0": ((X, Y, 0), NO_COUNT + "0"),
     "a negative batch_size": ((X, Y, -3), NO_COUNT + "-3"),
     "a broken batch_size": ((X, Y, 7.5), NO_COUNT + "7.5"),
@@ -85,6 +87,12 @@ def test_cases_that_do_not_fit_together_are_refused(arguments, message):
 def test_weights_that_are_not_one_for_each_case_are_refused(weight, message):
     with pytest.raises(ValueError, match=message):
         fit(compiled(), X, Y, sample_weight=weight)
+
+
+def test_words_are_taken_where_the_network_reads_them():
+    look_up = layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
+    model = compiled(keras.Sequential([keras.Input((1,), dtype="string"), look_up, layers.Dense(1)]))
+    assert fit(model, np.array([["a"], ["b"]] * 10), np.tile([[0.0], [1.0]], (10, 1)))["step_size"][0] > 0
 
 
 def test_sparse_matrices_are_refused():

@@ -163,6 +163,12 @@ def equal_lengths(x, y=None, sample_weight=None):
     return [operation for operation in operations if operation is not None]
 
 
+def no_strings(name, values, cure):
+    """Raises if a nest holds strings, which TensorFlow would refuse in the middle of an update, in many words."""
+    if any(getattr(value, "dtype", None) == tf.string for value in keras.tree.flatten(values)):
+        raise ValueError(f"`{name}` must hold numbers. Received: strings. {cure}")
+
+
 def trainable_weights(variables):
     """Raises if a trainable weight is not a real floating-point number. An update could not change it, or only by rounding."""
     for variable in variables:
