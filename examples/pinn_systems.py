@@ -187,7 +187,7 @@ def schroedinger(units=(30, 30, 30, 2)):
 # A fourth derivative.
 
 SPREAD = 100 / 16  # The period of 2 pi stands for one of 32 pi, and the times for 100 times as long.
-KURAMOTO_SIVASHINSKY_END = 0.4
+KURAMOTO_SIVASHINSKY_END = 0.1
 
 
 def kuramoto_sivashinsky(units=(30, 30, 30, 1)):

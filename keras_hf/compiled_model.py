@@ -19,7 +19,9 @@ def require_numbers(model, data):
     inputs = getattr(model.network, "inputs", None)
     if inputs and not any(tensor.dtype == "string" for tensor in inputs):
         checks.no_strings(
-            "x", data.x, "Let the network begin with `TextVectorization` or `StringLookup` on a `keras.Input(..., dtype='string')`, or encode them."
+            "x",
+            data.x,
+            "Let the network begin with `TextVectorization` or `StringLookup` on a `keras.Input(..., dtype='string')`, or encode them.",
         )
     if not overrides_compute_loss(model):
         checks.no_strings("y", data.y, "Number the classes: `np.unique(y, return_inverse=True)[1]`.")

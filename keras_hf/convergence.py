@@ -1,8 +1,8 @@
 """Detects convergence to rounding: no step changes the loss by more than its float type can resolve. Works on numbers only.
 
 A step whose predicted reduction is below the rounding of the loss, or that leaves the loss exactly unchanged, cannot be judged by the reduction ratio
-or the line search. One such update may be due to a damping that is too large, and each is while the damping exceeds the curvature. Several others, without
-a measurable decrease between them although the damping fell, mean that the loss cannot be lowered further in this float type.
+or the line search. One such update may be due to a damping that is too large, and each is while the damping exceeds the curvature. Several others,
+without a measurable decrease between them although the damping fell, mean that the loss cannot be lowered further in this float type.
 """
 
 from typing import NamedTuple

@@ -21,6 +21,8 @@ from keras_hf.fit_data import FitData, is_arrays
 from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
+from keras_hf.posterior.laplace import laplace
+from keras_hf.posterior.likelihood import likelihood_of
 from keras_hf.problem.curvature import GaussNewton
 from keras_hf.problem.fixed_network import Data
 from keras_hf.problem.replicas import across_replicas
@@ -450,6 +452,56 @@ class HFModel(keras.Model):
         (2, 2)
         """
         return covariance.parameter_covariance(self, x, y, sample_weight, checks.flag("absolute_sigma", absolute_sigma))
+
+    def laplace(self, x, y, sample_weight=None, structure="auto", noise=None, prior_precision=None):
+        """Returns the distribution of the weights that the data leave open, for predictions with error bars: Laplace's approximation.
+
+        At trained weights, in evaluation mode. The loss is read as a likelihood: squares as normal noise of the variance `noise^2 / sample_weight`,
+        cross-entropies as the probabilities of classes. Regularizers L2 are read as the prior. How good it is, and when not to believe it:
+        docs/error-bars.md.
+
+        Cost: with n weights, a gradient for each case and output, and (full) about n^3 multiplications; with evidence the eigenvalues of the
+        curvature, 10 n^3. Memory: three matrices (n, n). Where there are fewer outputs than weights, their number takes the place of n in both.
+
+        Args:
+            x: Inputs, as in `fit`, arrays.
+            y: Targets, as in `fit`.
+            sample_weight: Weights of the cases, inverse variances of the noise relative to `noise^2`.
+            structure: String. "full", the whole matrix, up to 5,000 weights; "kronecker", one Kronecker product a layer (Dense, convolutions and
+                others, see `KroneckerFactored`; the weights of other layers count as known); "last_layer", the whole matrix of the last layer with
+                weights, the others count as known. "auto" takes the first that there is, in this order, and says which at INFO.
+            noise: Float > 0, the standard deviation of a target of unit weight, for squared losses; `None` = found from the residuals, by their sum
+                of squares over their number less the number of weights that the data determine.
+            prior_precision: Float > 0, the inverse variance of every weight before the data; "evidence" = that which makes the data most probable,
+                the weights where they are; `None` = that of the regularizers, or without any by evidence.
+
+        Returns:
+            A `Laplace`: `predict(x)`, `sample(n)`, `covariance`, `log_evidence`, `num_effective`, `noise`, `prior_precision`, `save`.
+
+        Raises:
+            ValueError: If the model is not compiled or its network not built, if the loss is not MeanSquaredError or a cross-entropy of one output,
+                if there is BatchNormalization, if a setting is out of its range or the matrix too large, or if a regularizer other than L2 is to be
+                the prior, or data and prior do not determine every weight.
+
+        Example:
+
+        >>> x = np.linspace(-1, 1, 64)[:, None]
+        >>> y = np.sin(3 * x) + np.random.default_rng(0).normal(scale=0.1, size=x.shape)
+        >>> model = HFModel(keras.Sequential([keras.Input((1,)), keras.layers.Dense(10, "tanh"), keras.layers.Dense(1)]))
+        >>> model.compile(loss="mse")
+        >>> history = model.fit(x, y, epochs=20, verbose=0)
+        >>> mean, std, observation_std, _ = model.laplace(x, y).predict(np.linspace(-2, 2, 5)[:, None])
+        >>> std[0, 0] > std[2, 0]
+        True
+        """
+        keras_private.require_compiled(self, "laplace")
+        if not self.network.built:
+            raise ValueError(
+                "`laplace` is the distribution around trained weights. Received: a network that is not built. Call `fit` first."
+            )
+        likelihood = likelihood_of(self, "laplace", compiled_model.overrides_compute_loss(self))
+        data = self._cases("laplace", x, y, sample_weight)
+        return laplace(self, data, likelihood, structure, noise, prior_precision)
 
     # What Keras calls.
 

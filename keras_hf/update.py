@@ -146,7 +146,11 @@ def hf_update(objective, curvature, solver, state, unseen=None):
             damping=found_damping,
             scale=scale,
             convergence=state.convergence.after(
-                measured.is_at_rounding, accepted & (reduction > measured.rounding) & ~measured.is_hidden, norm, damping, scale
+                measured.is_at_rounding,
+                accepted & (reduction > measured.rounding) & ~measured.is_hidden,
+                norm,
+                damping,
+                scale,
             ),
             last_step=step,
             solver=path.next_state(step),

@@ -28,7 +28,7 @@ def test_public_names_are_documented():
 
 
 # From the ground up; `keras_hf` stands for the front.
-FLOORS = ["common", "problem", "solvers", "keras_hf"]
+FLOORS = ["common", "problem", "solvers", "posterior", "keras_hf"]
 
 
 def _floor(path):

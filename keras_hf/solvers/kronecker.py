@@ -106,8 +106,8 @@ class KroneckerFactored(Preconditioner):
             state |= {"others": tf.ones([num_weights(variables)], dtype), **never_made()}
         if self.decay:
             state["num_averaged"] = tf.zeros([], dtype)
-        for layer in _factored(layers, variables):
-            rows, units = _shape(layer)
+        for layer in factored_layers(layers, variables):
+            rows, units = factored_shape(layer)
             name = _name(layer, variables)
             a = tf.ones([rows], dtype) if has_tokens(layer) else tf.eye(rows, dtype=dtype)
             s = tf.eye(units, dtype=dtype)
@@ -139,7 +139,7 @@ class KroneckerFactored(Preconditioner):
             residuals = tf.split(residual, sizes)
             parts = list(residuals) if is_complete else tf.split(others * residual, sizes)
             for layer, own, (a, s) in zip(layers, of_layers, blocks, strict=True):
-                matrix = tf.reshape(tf.concat([residuals[place] for place in own], 0), _shape(layer))
+                matrix = tf.reshape(tf.concat([residuals[place] for place in own], 0), factored_shape(layer))
                 solved = tf.reshape(_between(a, matrix, s), [-1])
                 for place, part in zip(own, tf.split(solved, [sizes[place] for place in own]), strict=True):
                     parts[place] = part
@@ -261,12 +261,12 @@ class _Others:
 def _is_factored(layer):
     if not is_capturable(layer) or not layer.built:
         return False
-    rows, units = _shape(layer)
+    rows, units = factored_shape(layer)
     # The factor of one-hot inputs is diagonal.
     return (has_tokens(layer) or rows <= _MAX_ROWS) and units <= _MAX_ROWS
 
 
-def _factored(layers, variables):
+def factored_layers(layers, variables):
     """Returns the layers that have factors, of those whose weights are all among `variables`, tensors or variables."""
     trained = {id(variable) for variable in variables}
     return [
@@ -278,7 +278,7 @@ def _factored(layers, variables):
 
 def num_factored_weights(layers, variables):
     """Returns how many of the weights `variables` have Kronecker factors, an integer."""
-    return sum(math.prod(_shape(layer)) for layer in _factored(layers, variables))
+    return sum(math.prod(factored_shape(layer)) for layer in factored_layers(layers, variables))
 
 
 def _name(layer, variables):
@@ -287,8 +287,8 @@ def _name(layer, variables):
     return next(f"factor_{place}" for place, variable in enumerate(variables) if variable is kernel)
 
 
-def _shape(layer):
-    """Rows and columns of a layer's weights as one matrix, with the bias as its last row."""
+def factored_shape(layer):
+    """Returns rows and columns of a layer's weights as one matrix, with the bias as its last row."""
     fan_in, units = matrix_shape(layer)
     return fan_in + len(kernel_and_bias(layer)) - 1, units
 
@@ -304,7 +304,7 @@ def _moments(micro_batch, layers, seeds):
     found = []
     for layer in layers:
         of_uses = [second_moments(layer, use.inputs, next(gradients)) for use in uses[layer]]
-        rows, units = _shape(layer)
+        rows, units = factored_shape(layer)
         if not of_uses:
             of_a = [rows] if has_tokens(layer) else [rows, rows]
             of_uses = [(tf.zeros(of_a), tf.zeros([units, units]), tf.zeros([]))]

@@ -1,0 +1,127 @@
+"""The outputs of a network in evaluation mode and their Jacobian with respect to some weights, in pieces of cases."""
+
+import copy
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+from keras_hf.common.loops import map_rows
+from keras_hf.common.vectors import dense, num_weights, pack
+from keras_hf.problem.capture import recorded_uses, second_moments
+from keras_hf.problem.fixed_network import Data
+
+# Numbers of a Jacobian that are formed at a time (256 MiB in float64).
+_PIECE_FLOATS = 2**25
+
+
+class Outputs:
+    """A network's outputs as functions of cases; what is computed at its present weights.
+
+    Args:
+        network: `keras.Model`.
+        variables: List of `tf.Variable`, with respect to which the Jacobian is.
+        as_matrix: Callable, outputs -> `(cases, k)`.
+        is_vectorizable: Whether TensorFlow can vectorise single cases.
+    """
+
+    def __init__(self, network, variables, as_matrix, is_vectorizable=True):
+        self.network, self._variables, self._as_matrix = network, variables, as_matrix
+        self._is_vectorizable, self._call = is_vectorizable, functools.partial(network, training=False)
+        self._compile()
+
+    def _compile(self):
+        self._jacobian = tf.function(self._jacobian_of, autograph=False, reduce_retracing=True)
+        self._values = tf.function(lambda x: self._as_matrix(self._call(x)), autograph=False, reduce_retracing=True)
+
+    def at_points(self):
+        """Returns the same for the solution that a `PINN` is made of, a function of points; of other networks these."""
+        if not hasattr(self.network, "solution"):
+            return self
+        found = copy.copy(self)
+        found._call = self.network.solution
+        found._compile()
+        return found
+
+    def shape(self, x):
+        """Returns the shape of the outputs of these cases, a tuple."""
+        first = self._call(tf.nest.map_structure(lambda tensor: tensor[:1], x))
+        return (tf.nest.flatten(x)[0].shape[0], *first.shape[1:])
+
+    def tensors(self, x):
+        """Returns inputs as tensors, floats in Keras' type."""
+        return Data(x, None, None).tensors().x
+
+    def values(self, x):
+        """Returns the outputs, an array of float64."""
+        return self._values(x).numpy().astype("float64")
+
+    def pieces(self, x, size):
+        """Yields slices of cases, with outputs `(m, k)` and their Jacobian `(m, k, n)`, float64 arrays.
+
+        Args:
+            x: Nest of tensors.
+            size: Integer, k.
+        """
+        num_cases = tf.nest.flatten(x)[0].shape[0]
+        length = max(1, _PIECE_FLOATS // (size * num_weights(self._variables)))
+        for first in range(0, num_cases, length):
+            cases = slice(first, min(first + length, num_cases))
+            values, jacobian = self._jacobian(tf.nest.map_structure(lambda tensor: tensor[cases], x))  # noqa: B023
+            yield cases, values.numpy(), jacobian.numpy()
+
+    def _jacobian_of(self, x):
+        def of_row(args):
+            case, u = args
+            with tf.GradientTape() as tape:
+                values = self._as_matrix(self._call(tf.nest.map_structure(lambda t: t[None], case)))[0]
+            gradients = dense(tape.gradient(values, self._variables, output_gradients=u), self._variables)
+            return tf.concat([tf.cast(values, tf.float64), pack(gradients, tf.float64)], 0)
+
+        values = self._as_matrix(self._call(x))
+        num_cases, size = tf.shape(values)[0], values.shape[1]
+        units = tf.tile(tf.eye(size, dtype=values.dtype), [num_cases, 1])
+        cases = tf.nest.map_structure(lambda t: tf.repeat(t, size, axis=0), x)
+        mapped = tf.vectorized_map if self._is_vectorizable else functools.partial(map_rows, dtype=tf.float64)
+        rows = mapped(of_row, (cases, units))
+        return tf.reshape(rows[:, :size], [num_cases, size, size])[:, 0], tf.reshape(
+            rows[:, size:], [num_cases, size, num_weights(self._variables)]
+        )
+
+    def moments(self, x, roots, layers):
+        """Returns the Kronecker factors of every layer: lists of arrays, the mean of `aa'` over positions and the sum of `dd'` over all of them.
+
+        a is the layer's input with a 1 for its bias, d the derivative of `L'` times the outputs with respect to the pre-activation, one for each
+        column of L; see `likelihood.Likelihood.roots`. Cost: a backward pass for each.
+
+        Args:
+            x: Nest of tensors.
+            roots: Array `(cases, k, k)`, L of every case, weights included.
+            layers: List of layers; see `capture.is_capturable`.
+        """
+
+        @functools.partial(tf.function, autograph=False, reduce_retracing=True)
+        def sums(x, root):
+            with (
+                tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape,
+                recorded_uses(layers, tape) as uses,
+            ):
+                outputs = self._as_matrix(self._call(x))
+            preactivations = [use.preactivation for layer in layers for use in uses[layer]]
+            found = None
+            for u in tf.unstack(tf.cast(root, outputs.dtype), axis=2):
+                gradients = iter(dense(tape.gradient(outputs, preactivations, output_gradients=u), preactivations))
+                of_column = []
+                for layer in layers:
+                    of_uses = [second_moments(layer, use.inputs, next(gradients)) for use in uses[layer]]
+                    of_column.append([tf.add_n(terms) for terms in zip(*of_uses, strict=True)])
+                found = of_column if found is None else tf.nest.map_structure(tf.add, found, of_column)
+            return found
+
+        num_cases, total = tf.nest.flatten(x)[0].shape[0], None
+        for first in range(0, num_cases, 1000):
+            piece = tf.nest.map_structure(lambda tensor: tensor[first : first + 1000], x)  # noqa: B023
+            found = sums(piece, tf.constant(roots[first : first + 1000]))
+            found = [[term.numpy().astype("float64") for term in terms] for terms in found]
+            total = found if total is None else tf.nest.map_structure(np.add, total, found)
+        return [(a / max(places, 1), s) for a, s, places in total]
