@@ -17,6 +17,7 @@ from keras_hf.initializers import SparseNormal as SparseNormal
 from keras_hf.loss_function import LossFunction as LossFunction
 from keras_hf.model import HFModel as HFModel
 from keras_hf.optimizer import HessianFree as HessianFree
+from keras_hf.posterior.evidence import EvidenceRegularization as EvidenceRegularization
 from keras_hf.posterior.laplace import ClassPrediction as ClassPrediction
 from keras_hf.posterior.laplace import Laplace as Laplace
 from keras_hf.posterior.laplace import Prediction as Prediction

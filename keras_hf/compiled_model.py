@@ -1,6 +1,7 @@
 """The compiled Keras model as plain functions for the update."""
 
 import keras
+import tensorflow as tf
 
 from keras_hf.common import checks, keras_private
 from keras_hf.common.replaced import replaced
@@ -65,7 +66,8 @@ def task_of(model):
         network=network,
         loss_terms=lambda data, y_pred: loss_terms(model, data, y_pred),
         regularizers=[
-            (variable.value, variable.regularizer) for variable in trainable if variable.regularizer is not None
+            *((variable.value, variable.regularizer) for variable in trainable if variable.regularizer is not None),
+            *((variable.value, WeightDecay(optimizer)) for variable in trainable if optimizer.weight_decay is not None),
         ],
         update_metrics=lambda data, y_pred: update_metrics(model, data, y_pred),
         variables=[variable.value for variable in trainable],
@@ -78,6 +80,22 @@ def task_of(model):
         layers=layers,
         structural_damping=optimizer.structural_damping,
     )
+
+
+class WeightDecay(keras.regularizers.L2):
+    """Half the optimizer's weight decay, as it is at the time, times the sum of squares.
+
+    Args:
+        optimizer: `HessianFree` with a weight decay.
+    """
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+    def __call__(self, x):
+        # Not built yet where a first trace only looks at operations.
+        decay = self._optimizer.weight_decay if self._optimizer.built else 0.0
+        return 0.5 * tf.cast(tf.convert_to_tensor(decay), x.dtype) * tf.reduce_sum(tf.square(x))
 
 
 def overrides_compute_loss(model):

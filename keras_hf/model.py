@@ -21,6 +21,7 @@ from keras_hf.fit_data import FitData, is_arrays
 from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
+from keras_hf.posterior.evidence import EvidenceRegularization
 from keras_hf.posterior.laplace import laplace
 from keras_hf.posterior.likelihood import likelihood_of
 from keras_hf.problem.curvature import GaussNewton
@@ -324,6 +325,9 @@ class HFModel(keras.Model):
         )
         if data.num_cases is not None:
             compiled_model.require_targets(self, y)
+        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
+        if any(isinstance(callback, EvidenceRegularization) for callback in found) and not optimizer.built:
+            optimizer.find_decay()
         self._prepare_for(data)
         self._advice.cases_come_as(data.source)
         verbose = workers.verbose_of(strategy, verbose)
@@ -662,6 +666,8 @@ class HFModel(keras.Model):
             return callbacks, found
         rules = [callback for callback in found if isinstance(callback, DampingCallback)]
         callbacks = [*(rules or [LevenbergMarquardt()]), *(callback for callback in found if callback not in rules)]
+        if self.optimizer.finds_decay and not any(isinstance(callback, EvidenceRegularization) for callback in found):
+            callbacks.append(EvidenceRegularization())
         # Last, as Keras' own: it shows what the others add to the logs.
         if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
             callbacks.append(UpdateProgress(shows_all=verbose == 3))

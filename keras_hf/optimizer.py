@@ -72,6 +72,9 @@ class HessianFree(keras.optimizers.Optimizer):
             `(None, 64)`, the longest of the batch counts for all, and tracing the first update takes longer, since several micro-batches must be
             possible; a number avoids that.
         seed: Integer in [0, 2^31 - 1], the seed of the order of cases and chunks. `None` draws one, which is saved, also in files of weights.
+        weight_decay: Float >= 0: half of it times the sum of all squared weights, biases included, is added to the loss. "evidence":
+            `EvidenceRegularization()` finds it, from 0 on, unless the callbacks of `fit` hold another one. `None` (default) = none. Once built,
+            `optimizer.weight_decay` is a scalar variable that is saved and may be assigned. `evaluate` leaves it out.
         structural_damping: `StructuralDamping`, for recurrent networks: damps changes of hidden states too. `None` (default) = of the weights alone.
         use_ema: Whether to keep an exponential moving average of the weights over updates, as Keras' optimizers do (Polyak averaging). On minibatches
             that cannot grow, or grow slowly, the average is closer to the minimum than the last weights. At the end of `fit` it takes their place;
@@ -103,6 +106,7 @@ class HessianFree(keras.optimizers.Optimizer):
         micro_batch_size=None,
         seed=None,
         structural_damping=None,
+        weight_decay=None,
         use_ema=False,
         ema_momentum=0.99,
         name="hessian_free",
@@ -126,6 +130,10 @@ class HessianFree(keras.optimizers.Optimizer):
             ema_momentum=finite("ema_momentum", ema_momentum, 0, 1),
             name=name,
         )
+        self.finds_decay = isinstance(weight_decay, str) and weight_decay == "evidence"
+        self._initial_decay = weight_decay
+        if weight_decay is not None and not self.finds_decay:
+            self._initial_decay = finite("weight_decay", weight_decay, minimum=0)
         self._initial_damping = None if damping is None else finite("damping", damping, minimum=0)
         self.curvature = part(
             "curvature", GaussNewton() if curvature is None else curvature, Curvature, "GaussNewton()"
@@ -169,7 +177,7 @@ class HessianFree(keras.optimizers.Optimizer):
         self.micro_batch_size = count("micro_batch_size", micro_batch_size, optional=True)
         # Drawn as Keras draws default seeds, so that keras.utils.set_random_seed fixes it.
         self._initial_seed = random.randint(0, 2**31 - 1) if seed is None else integer("seed", seed, 0, 2**31 - 1)
-        self._seed = None
+        self._seed = self._decay = None
         # An `UpdateState` of variables.
         self._state = None
 
@@ -194,6 +202,21 @@ class HessianFree(keras.optimizers.Optimizer):
     def curvature_scale(self):
         """The scale of the curvature: a scalar `keras.Variable`, 0 until the first update computes it; `None` before the optimizer is built."""
         return None if self._state is None else self._state.scale
+
+    @property
+    def weight_decay(self):
+        """The weight decay: a scalar `keras.Variable` once built, the initial value before; `None` without one."""
+        return self._initial_decay if self._decay is None else self._decay
+
+    @weight_decay.setter
+    def weight_decay(self, value):
+        # Keras' constructor assigns its own default; later it is the variable that is assigned.
+        if value is not None:
+            self._decay.assign(value)
+
+    def find_decay(self):
+        """Has the weight decay found by evidence; before the optimizer is built."""
+        self.finds_decay, self._initial_decay = True, "evidence"
 
     @property
     def learning_rate(self):
@@ -247,6 +270,10 @@ class HessianFree(keras.optimizers.Optimizer):
         )
         self._state = self._variables_of("", initial)
         self._seed = self._variables_of("seed", tf.constant(self._initial_seed, tf.int32))
+        if self._initial_decay is not None:
+            # Files of models without one stay as they are.
+            decay = 0.0 if self.finds_decay else self._initial_decay
+            self._decay = self._variables_of("weight_decay", number(decay))
 
     def _variables_of(self, name, nest):
         """Creates a variable for every tensor of a nest, named by its position in the nest."""
@@ -287,6 +314,7 @@ class HessianFree(keras.optimizers.Optimizer):
             "damping": self._initial_damping,
             "curvature_batch_size": self.curvature_batch_size,
             "micro_batch_size": self.micro_batch_size,
+            "weight_decay": self._initial_decay,
             "seed": self._initial_seed if self._seed is None else int(self._seed.numpy()),
             "use_ema": self.use_ema,
             "ema_momentum": self.ema_momentum,

@@ -58,7 +58,12 @@ def step(setup, optimizer, data):
 
     def update(objective, others=None):
         result = hf_update(
-            objective, setup.curvature, setup.solver, optimizer.state(), None if others is None else _trial_on(others)
+            objective,
+            setup.curvature,
+            setup.solver,
+            optimizer.state(),
+            None if others is None else _trial_on(others),
+            tf.convert_to_tensor(optimizer.weight_decay) if optimizer.finds_decay else None,
         )
         if others is not None:
             turn = tf.stack([tf.convert_to_tensor(optimizer.seed), objective.update_number])

@@ -87,7 +87,7 @@ class _Measured(NamedTuple):
     num_products: tf.Tensor
 
 
-def hf_update(objective, curvature, solver, state, unseen=None):
+def hf_update(objective, curvature, solver, state, unseen=None, decay=None):
     """Computes one update.
 
     The solver computes a path of candidates from the quadratic model `q(p) = g'p + p'(G + damping I)p / 2`, a search picks the step from the path by
@@ -101,6 +101,7 @@ def hf_update(objective, curvature, solver, state, unseen=None):
         solver: `solver.Solver`.
         state: `UpdateState`.
         unseen: Callable `(n,) -> nest of tensors`, the effect of a step on cases that the update does not use, or `None`.
+        decay: Scalar, the weight decay where it is to be found by evidence: the logs then hold what is needed for that. `None` = nothing of it.
 
     Returns:
         An `UpdateResult`.
@@ -157,7 +158,7 @@ def hf_update(objective, curvature, solver, state, unseen=None):
             curvature=curvature_state,
         ),
         network_states=at_start.states,
-        logs=path.logs(taken.row),
+        logs={**path.logs(taken.row), **_evidence(objective, linearize, solver, decay, at_start.loss)},
         trace={
             "losses": taken.losses,
             "num_cuts": taken.num_cuts,
@@ -165,6 +166,25 @@ def hf_update(objective, curvature, solver, state, unseen=None):
             **path.trace,
         },
     )
+
+
+def _evidence(objective, linearize, solver, decay, loss):
+    """Returns what weight decay follows from, a dict of float64 scalars: the number of effective weights in some updates, NaN in others."""
+    if decay is None:
+        return {}
+    product, weights = linearize(), objective.start_vector
+    squared = dot(weights, weights)
+    is_due = objective.update_number % solver.evidence_interval == 0
+    unknown = tf.constant(float("nan"), tf.float64)
+    found = tf.cond(is_due, lambda: solver.num_effective(objective, product, decay), lambda: unknown)
+    decay = tf.cast(decay, tf.float64)
+    squared, found = objective.agreed((squared, found))
+    return {
+        "weight_decay": decay,
+        "num_effective": found,
+        "squared_weights": squared,
+        "data_loss": loss - decay * squared / 2,
+    }
 
 
 def _scale_and_damping(objective, linearize, gradient, state):

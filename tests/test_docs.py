@@ -113,7 +113,11 @@ def test_the_architecture_names_every_room_and_program():
         )
         for folder, rows in zip(sections[1::2], sections[2::2], strict=True)
     }
-    assert set(named) == {"keras_hf", *(f"keras_hf/{floor}" for floor in ("posterior", "solvers", "problem", "common")), "examples"}
+    assert set(named) == {
+        "keras_hf",
+        *(f"keras_hf/{floor}" for floor in ("posterior", "solvers", "problem", "common")),
+        "examples",
+    }
     for folder, names in named.items():
         assert names == sorted(path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
 

@@ -253,7 +253,8 @@ def laplace(model, data, likelihood, structure, noise, prior_precision):
 
     # Everything is relative to unit noise, as the compiled loss is: the noise scales curvature and regularizers alike.
     last = np.shape(data.y)[-1] if np.ndim(data.y) > 2 else z.shape[1]
-    regularization = likelihood.num_values(z.shape, last) * _regularization(variables)
+    decay = 0.0 if model.optimizer.weight_decay is None else float(model.optimizer.weight_decay.numpy())
+    regularization = likelihood.num_values(z.shape, last) * (decay + _regularization(variables))
     if likelihood.is_gaussian:
         squares = np.sum(weights * (z - np.reshape(data.y, z.shape).astype("float64")) ** 2)
         count = np.count_nonzero(weights)

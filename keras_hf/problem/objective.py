@@ -441,9 +441,11 @@ class Objective:
         return all(isinstance(regularizer, kinds) for _, regularizer in self._task.regularizers)
 
     def regularization_matrix(self):
-        """Returns the regularizers' second derivative, `(n, n)`, or `None` without any. Cost: n products of the regularizers."""
+        """Returns the regularizers' second derivative, `(n, n)`, or `None` without any. Cost: n products of them unless it is diagonal."""
         if not self._task.regularizers:
             return None
+        if self.has_diagonal_regularization:
+            return tf.linalg.diag(self.regularization_diagonal())
         identity = tf.eye(self.num_weights, dtype=self.dtype)
 
         def matrix(part):

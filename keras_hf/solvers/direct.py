@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.checks import integer
-from keras_hf.common.vectors import epsilon
+from keras_hf.common.vectors import epsilon, row_gram
 from keras_hf.solvers.factorized import LEAST_DAMPING_POWER, dual_solver, primal_solver
 from keras_hf.solvers.search import coarse_to_fine, least_loss
 from keras_hf.solvers.solver import Path, Solver
@@ -73,6 +73,7 @@ class DirectSolver(Solver):
     judged_by = "arc_step"
     steered_by = ("arc_step",)
     other_logs = ("acceleration",)
+    evidence_interval = 5
 
     @staticmethod
     def least_damping(dtype):
@@ -102,6 +103,10 @@ class DirectSolver(Solver):
         """By how much the rows times v and a forward derivative along v differ, relative to them: a float64 scalar."""
         del curvature
         return tf.cast(objective.rows.tangent_error(v), tf.float64)
+
+    def num_effective(self, objective, product, decay):
+        # Exact.
+        return product.num_effective(decay)
 
     def solve(self, model, damping, state):
         system, objective = model.linearize(), model.objective
@@ -213,6 +218,13 @@ class _System:
             image = tf.linalg.matvec(self._gram, x)
             added = None if self._added is None else tf.linalg.matvec(self._added, x)
         return tf.cast(image if added is None else image + added, v.dtype)
+
+    def num_effective(self, decay):
+        """Returns the trace of `B'B (B'B + decay I)^-1`, float64."""
+        matrix = row_gram(self.rows.jacobian) if self._is_dual else self._gram
+        values = tf.linalg.eigvalsh(matrix)
+        decay = tf.maximum(tf.cast(decay, values.dtype), epsilon(values.dtype) * self._size)
+        return tf.cast(tf.reduce_sum(tf.maximum(values, 0) / (tf.maximum(values, 0) + decay)), tf.float64)
 
     def steps(self, gradient, damping):
         """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`."""
