@@ -326,8 +326,11 @@ class HFModel(keras.Model):
         if data.num_cases is not None:
             compiled_model.require_targets(self, y)
         found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
-        if any(isinstance(callback, EvidenceRegularization) for callback in found) and not optimizer.built:
-            optimizer.find_decay()
+        if any(isinstance(callback, EvidenceRegularization) for callback in found) and not optimizer.finds_decay:
+            with strategy.scope():
+                optimizer.find_decay()
+            self._keep_setup(None)
+            self.train_function = None
         self._prepare_for(data)
         self._advice.cases_come_as(data.source)
         verbose = workers.verbose_of(strategy, verbose)

@@ -215,8 +215,14 @@ class HessianFree(keras.optimizers.Optimizer):
             self._decay.assign(value)
 
     def find_decay(self):
-        """Has the weight decay found by evidence; before the optimizer is built."""
+        """Has the weight decay found by evidence, from now on."""
         self.finds_decay, self._initial_decay = True, "evidence"
+        if self.built and self._decay is None:
+            self._add_decay()
+
+    def _add_decay(self):
+        decay = 0.0 if self.finds_decay else self._initial_decay
+        self._decay = self._variables_of("weight_decay", tf.constant(decay, self._state.damping.dtype))
 
     @property
     def learning_rate(self):
@@ -272,8 +278,7 @@ class HessianFree(keras.optimizers.Optimizer):
         self._seed = self._variables_of("seed", tf.constant(self._initial_seed, tf.int32))
         if self._initial_decay is not None:
             # Files of models without one stay as they are.
-            decay = 0.0 if self.finds_decay else self._initial_decay
-            self._decay = self._variables_of("weight_decay", number(decay))
+            self._add_decay()
 
     def _variables_of(self, name, nest):
         """Creates a variable for every tensor of a nest, named by its position in the nest."""

@@ -80,9 +80,10 @@ class EvidenceRegularization(keras.callbacks.Callback):
     vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. What is not finite
     changes nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
 
-    `HessianFree(weight_decay="evidence")` adds this callback to every `fit`. Logs: `weight_decay` (of the update), `num_effective` (gamma; NaN in
-    updates without), `data_loss` (without the decay), `squared_weights`. With the decay that the data ask for, the minimum itself is the model to
-    keep: validation is not needed to stop. docs/error-bars.md says where it helps and where not.
+    `HessianFree(weight_decay="evidence")` adds this callback to every `fit`; compile it so where a run is to be resumed from a file in another
+    process. Logs: `weight_decay` (of the update), `num_effective` (gamma; NaN in updates without), `data_loss` (without the decay),
+    `squared_weights`. With the decay that the data ask for, the minimum itself is the model to keep: validation is not needed to stop.
+    docs/error-bars.md says where it helps and where not.
 
     Cost: less than a fifth of the updates' time.
 
@@ -91,8 +92,8 @@ class EvidenceRegularization(keras.callbacks.Callback):
         max_decay: Float > 0, the largest decay.
 
     Raises:
-        ValueError: If a limit is out of its range or `min_decay` exceeds `max_decay`; at the start of training, if the optimizer has no decay to be
-            found, if the loss has no likelihood (see `HFModel.laplace`), or if a weight has a regularizer of its own.
+        ValueError: If a limit is out of its range or `min_decay` exceeds `max_decay`; at the start of training, if the optimizer is
+            another one, if the loss has no likelihood (see `HFModel.laplace`), or if a weight has a regularizer of its own.
 
     References:
         MacKay (1992), *A practical Bayesian framework for backpropagation networks*; Foresee & Hagan (1997), *Gauss-Newton approximation to Bayesian
@@ -112,8 +113,8 @@ class EvidenceRegularization(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if not getattr(self.model.optimizer, "finds_decay", False):
             raise ValueError(
-                "`EvidenceRegularization` assigns a weight decay that the optimizer has. Received: an optimizer that was built without one. Compile "
-                '`HessianFree(weight_decay="evidence")`.'
+                "`EvidenceRegularization` assigns the weight decay of `HessianFree`. "
+                f"Received: a model whose optimizer is {self.model.optimizer!r}. Train with `HFModel(network)` compiled with `HessianFree()`."
             )
         own = [variable.path for variable in self.model.trainable_variables if variable.regularizer is not None]
         if own:
