@@ -15,6 +15,7 @@ from keras_hf.damping import DampingCallback as DampingCallback
 from keras_hf.damping import LevenbergMarquardt as LevenbergMarquardt
 from keras_hf.initializers import SparseNormal as SparseNormal
 from keras_hf.loss_function import LossFunction as LossFunction
+from keras_hf.losses import Cauchy as Cauchy
 from keras_hf.model import HFModel as HFModel
 from keras_hf.optimizer import HessianFree as HessianFree
 from keras_hf.posterior.evidence import EvidenceRegularization as EvidenceRegularization
@@ -22,6 +23,7 @@ from keras_hf.posterior.laplace import ClassPrediction as ClassPrediction
 from keras_hf.posterior.laplace import Laplace as Laplace
 from keras_hf.posterior.laplace import Prediction as Prediction
 from keras_hf.problem.batching import GrowingBatch as GrowingBatch
+from keras_hf.problem.constraints import Box as Box
 from keras_hf.problem.curvature import EmpiricalFisher as EmpiricalFisher
 from keras_hf.problem.curvature import FiniteDifferenceHessian as FiniteDifferenceHessian
 from keras_hf.problem.curvature import GaussNewton as GaussNewton

@@ -18,6 +18,13 @@ def finite(name, value, minimum=None, maximum=None):
     return _number(name, value, f"a finite number{bounds}", is_within)
 
 
+def bound(name, value):
+    """Returns `value` as a float, or raises if it is not a number; infinity is one."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or math.isnan(value):
+        raise ValueError(f"`{name}` must be a number; infinity is one. Received: {name}={value!r}.")
+    return float(value)
+
+
 def current_damping(value, is_to_be_found):
     """Raises if the assigned damping is not a finite number >= 0. NaN is allowed if the first update is to find the damping."""
     if not (math.isfinite(value) and value >= 0) and not (math.isnan(value) and is_to_be_found):

@@ -4,16 +4,18 @@ Each replica holds a `LocalObjective`, which processes its own cases in micro-ba
 vector, and assigns candidate weights and restores them. It knows nothing about damping or CG.
 """
 
+import copy
 import functools
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.loops import map_rows
 from keras_hf.common.passes import graph_function
 from keras_hf.common.vectors import assign, dot, num_weights, pack, unpack, unpack_rows
-from keras_hf.problem import batch_statistics
+from keras_hf.problem import batch_statistics, constraints
 from keras_hf.problem.local_objective import LocalObjective
 
 
@@ -97,13 +99,29 @@ class Rows:
         most_cases: Integer, an upper bound of the number of cases, where it is known before they come; else `None`.
     """
 
+    _free = None
+
     def __init__(self, replicas, parts, most_cases=None):
         self._replicas, self._parts, self._most_cases = replicas, parts, most_cases
+
+    def of_free(self, free):
+        """Returns these rows with columns of zeros for weights that are not free, in `jacobian` and `pull`; B multiplies vectors that are zero there.
+
+        Args:
+            free: Tensor `(n,)` of ones and zeros; `None` = all are free.
+        """
+        rows = copy.copy(self)
+        rows._free = free
+        return rows
+
+    def _masked(self, columns):
+        return columns if self._free is None else columns * tf.cast(self._free, columns.dtype)
 
     @property
     def jacobian(self):
         """B, `(rows, n)`; `None` on several replicas, or where it is too large to be kept."""
-        return self._parts.jacobian if self._replicas.count == 1 else None
+        jacobian = self._parts.jacobian if self._replicas.count == 1 else None
+        return None if jacobian is None else self._masked(jacobian)
 
     @property
     def num_rows(self):
@@ -131,7 +149,7 @@ class Rows:
 
     def pull(self, u):
         """Returns `B'u`, `(n,)`."""
-        return self._replicas.sum(lambda part, u: part.pull(u), self._parts, u)
+        return self._masked(self._replicas.sum(lambda part, u: part.pull(u), self._parts, u))
 
     def plus_push(self, u, v):
         """Returns `u + Bv`, `(rows,)` on each replica."""
@@ -176,7 +194,7 @@ class GatheredRows(Rows):
     @property
     def jacobian(self):
         """B, `(rows, n)`."""
-        return self._jacobian
+        return self._masked(self._jacobian)
 
     @property
     def residuals(self):
@@ -185,7 +203,7 @@ class GatheredRows(Rows):
 
     def pull(self, u):
         """Returns `B'u`, `(n,)`."""
-        return tf.linalg.matvec(self._jacobian, u, transpose_a=True)
+        return self._masked(tf.linalg.matvec(self._jacobian, u, transpose_a=True))
 
     def plus_push(self, u, v):
         """Returns `u + Bv`, `(rows,)`."""
@@ -379,6 +397,22 @@ class Objective:
     def start(self):
         """Returns the weights at the start, a list of tensors."""
         return self._start
+
+    def free_weights(self, gradient):
+        """Returns which weights may move, `(n,)` of ones and zeros: those at a bound, beyond which the loss falls, may not. `None` without bounds.
+
+        Bounds are constraints that are boxes; see `constraints.bounds_of`.
+
+        Args:
+            gradient: Tensor `(n,)`.
+        """
+        bounds = np.array([constraints.bounds_of(constraint) for constraint in self._task.constraints])
+        if not np.isfinite(bounds).any():
+            return None
+        sizes = [num_weights([variable]) for variable in self._task.variables]
+        lower, upper = (tf.constant(np.repeat(of_weights, sizes), self.dtype) for of_weights in bounds.T)
+        is_held = ((self._start_vector <= lower) & (gradient > 0)) | ((self._start_vector >= upper) & (gradient < 0))
+        return tf.cast(~is_held, self.dtype)
 
     @property
     def start_vector(self):

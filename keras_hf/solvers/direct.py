@@ -110,7 +110,7 @@ class DirectSolver(Solver):
 
     def solve(self, model, damping, state):
         system, objective = model.linearize(), model.objective
-        direction, solve = system.steps(model.gradient, damping)
+        direction, solve = system.steps(model.gradient, damping, model.free)
         first, dtype = model.agreed(direction), model.gradient.dtype
 
         def term_of(derivative):
@@ -226,16 +226,27 @@ class _System:
         decay = tf.maximum(tf.cast(decay, values.dtype), epsilon(values.dtype) * self._size)
         return tf.cast(tf.reduce_sum(tf.maximum(values, 0) / (tf.maximum(values, 0) + decay)), tf.float64)
 
-    def steps(self, gradient, damping):
-        """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`."""
-        rows, rounding, dtype = self.rows, epsilon(gradient.dtype), self._size.dtype
+    def steps(self, gradient, damping, free=None):
+        """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`.
+
+        Args:
+            gradient: Tensor `(n,)`, zero where a weight is not free.
+            damping: Scalar.
+            free: Tensor `(n,)` of ones and zeros: the others stay, as if they were not there; `None` = all are free.
+        """
+        rows, rounding, dtype = self.rows.of_free(free), epsilon(gradient.dtype), self._size.dtype
+        gram, added = self._gram, self._added
+        if free is not None:
+            free = tf.cast(free, dtype)
+            gram = None if self._is_dual else gram * free * free[:, None]
+            added = added if added is None or self._is_dual else added * free * free[:, None]
         gradient, damping = tf.cast(gradient, dtype), tf.cast(damping, dtype)
         moves = tf.cast(tf.reduce_any(gradient != 0), dtype)
         damping = tf.maximum(damping, epsilon(dtype) ** LEAST_DAMPING_POWER * self._size)
         if self._is_dual:
-            solve = dual_solver(rows.jacobian, damping, self._added)
+            solve = dual_solver(rows.jacobian, damping, added)
         else:
-            solve = primal_solver(rows, self._gram, damping, self._added)
+            solve = primal_solver(rows, gram, damping, added)
         # What is not in the range of the rows: regularizers, and losses without curvature. Rounding there would be divided by the damping.
         residuals = rows.residuals
         rest = gradient - rows.pull(residuals)

@@ -22,17 +22,18 @@ class LocalModel:
         linearize: Callable without arguments that returns the update's product; see below.
         gradient: Tensor `(n,)`. Zero once the run has converged to rounding, so that every solver returns a zero step.
         last_step: Tensor `(n,)`, the step of the last update, zero if it was rejected or there was none; `None` = zero.
+        free: Tensor `(n,)` of ones and zeros, which weights may move; `None` = all. See `Objective.free_weights`.
 
     Attributes:
         objective: As above; preconditioners use it.
         gradient: As above.
-        last_step: As above.
+        last_step, free: As above.
         linearize: Returns the undamped product `v -> Gv` on vectors `(n,)` or rows `(k, n)`; see `Objective.product`. Call it outside branches and
             loops.
     """
 
-    def __init__(self, objective, linearize, gradient, last_step=None):
-        self.objective, self.linearize, self.gradient = objective, linearize, gradient
+    def __init__(self, objective, linearize, gradient, last_step=None, free=None):
+        self.objective, self.linearize, self.gradient, self.free = objective, linearize, gradient, free
         self.last_step = tf.zeros_like(gradient) if last_step is None else last_step
 
     def damped(self, damping):
