@@ -1,4 +1,4 @@
-"""Figures: the logs of a run's updates against updates, cost or time, and solutions of equations. Needs matplotlib."""
+"""Figures: the logs of a run's updates against updates, cost or time, solutions of equations, and error bars. Needs matplotlib."""
 
 import keras
 import numpy as np
@@ -7,6 +7,8 @@ from keras_hf.recorder import read_updates
 
 # Points along each side of a picture.
 _GRID = 101
+# Standard deviations on either side that hold 95 % of a normal distribution.
+_WIDTH = 1.96
 _LABELS = {"update": "update", "cost": "cost, gradients of one case", "seconds": "seconds"}
 
 
@@ -126,6 +128,50 @@ def plot_solution(solution, low, high, exact=None, coordinates="xy", path=None):
             )
         for panel in row[len(shown) :]:
             panel.set_axis_off()
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_prediction(x, prediction, cases=None, exact=None, path=None):
+    """Draws a prediction of one variable with its 95 % intervals: of the function, dark, and of new observations, light.
+
+    Args:
+        x: Array `(N, 1)` or `(N,)`, at which was predicted, in rising order.
+        prediction: `keras_hf.Prediction` of one output, from `Laplace.predict(x)`.
+        cases: Pair of arrays, inputs and targets that were fitted, drawn as points; `None` = none.
+        exact: Array of N true values; `None` = none are drawn.
+        path: Path of the image to write, or `None`.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the prediction has not one output at each of the points.
+    """
+    x = np.ravel(x)
+    if prediction.mean.size != x.size:
+        raise ValueError(
+            "`prediction` must have one output at each point of `x`. "
+            f"Received: a prediction of shape {prediction.mean.shape} for {x.size} points."
+        )
+    mean, std, of_new = (np.ravel(part) for part in prediction[:3])
+    figure = _figure(figsize=(7, 4))
+    axes = figure.subplots()
+    axes.fill_between(
+        x, mean - _WIDTH * of_new, mean + _WIDTH * of_new, color="C0", alpha=0.15, label="95 % of observations"
+    )
+    axes.fill_between(
+        x, mean - _WIDTH * std, mean + _WIDTH * std, color="C0", alpha=0.35, label="95 % interval of the function"
+    )
+    axes.plot(x, mean, color="C0", label="prediction")
+    if exact is not None:
+        axes.plot(x, np.ravel(exact), "k--", linewidth=1, label="true function")
+    if cases is not None:
+        axes.plot(np.ravel(cases[0]), np.ravel(cases[1]), "k.", markersize=4, label="cases")
+    axes.set(xlabel="x", ylabel="y")
+    axes.legend()
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_hf import plots
+from keras_hf import Prediction, plots
 
 RECORDS = [
     {
@@ -95,3 +95,21 @@ def test_a_solution_of_other_than_two_coordinates_is_refused(low, coordinates):
         ValueError, match="must be corners of a rectangle, pairs of floats, and `coordinates` two letters"
     ):
         plots.plot_solution(lambda p: p, low, (1, 1), coordinates=coordinates)
+
+
+def test_a_prediction_is_drawn_with_its_intervals_cases_and_the_truth(tmp_path):
+    x, mean = np.linspace(-1, 1, 5)[:, None], np.arange(5.0)[:, None]
+    prediction = Prediction(mean, 0 * mean + 0.5, 0 * mean + 1, np.full((5, 1, 1), 0.25))
+    figure = plots.plot_prediction(x, prediction, (x[:2], mean[:2]), mean, tmp_path / "bars.png")
+    observations, function = figure.axes[0].collections
+    for band, width in ((observations, 1.96), (function, 0.98)):
+        edges = band.get_paths()[0].vertices
+        assert edges[:, 1].max() == pytest.approx(4 + width) and edges[:, 1].min() == pytest.approx(-width)
+    assert set(lines(figure, 0)) == {"prediction", "true function", "cases"}
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_prediction_of_other_points_or_of_two_outputs_is_refused():
+    two = np.zeros((5, 2))
+    with pytest.raises(ValueError, match="one output at each point.*shape \\(5, 2\\) for 5 points"):
+        plots.plot_prediction(np.arange(5.0), Prediction(two, two, two, np.zeros((5, 2, 2))))
