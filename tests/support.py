@@ -742,8 +742,8 @@ def compared(product, expected, floatx):
 
 
 def table(rows):
-    """Rows in Markdown."""
-    lines = [f"| | {' | '.join(WAYS)} | |", f"| --- |{' --- |' * len(WAYS)} --- |"]
+    """Rows in Markdown: those that are right in every way in a sentence, others in a table with a line for all that are alike."""
+    alike = {}
     for row in rows:
         notes = [
             row.note,
@@ -751,9 +751,33 @@ def table(rows):
             "Indefinite." * row.is_indefinite,
             "In one micro-batch." * (row.warning == WHOLE["warning"]),
         ]
-        cells = [row.cells.get(way, "") for way in WAYS]
-        lines.append(" | ".join([f"| {row.name}", *cells, f"{' '.join(filter(None, notes))} |"]))
+        cells = tuple(row.cells.get(way, "") for way in WAYS)
+        alike.setdefault((cells, " ".join(filter(None, notes))), []).append(row.name)
+    right = alike.pop(((RIGHT,) * len(WAYS), ""))
+    lines = [
+        f"Right in both ways: {together(right)}.",
+        "",
+        f"| | {' | '.join(WAYS)} | |",
+        f"| --- |{' --- |' * len(WAYS)} --- |",
+    ]
+    for (cells, notes), names in alike.items():
+        lines.append(" | ".join([f"| {together(names)}", *cells, f"{notes} |"]))
     return "\n".join(lines)
+
+
+def together(names):
+    """Names in one line, the variants of a layer in brackets."""
+    variants = {}
+    for name in names:
+        base, _, variant = name.partition(", ")
+        variants.setdefault(base, []).append(variant)
+    return "; ".join(base if found == [""] else f"{base} ({variants_of(found)})" for base, found in variants.items())
+
+
+def variants_of(found):
+    """The variants of a layer, of which the empty one is the layer as it is."""
+    named = "; ".join(variant for variant in found if variant)
+    return f"also: {named}" if "" in found else named
 
 
 def document(text):
