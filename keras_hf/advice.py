@@ -4,7 +4,7 @@ import math
 import warnings
 
 # Mean square of the residuals at other points, relative to that at the training points. It is about 1 where there are enough points
-# (docs/physics-informed.md).
+# (docs/measured-equations.md).
 _SPURIOUS = 100.0
 # A validation loss that is so much larger than its least, and was less so many epochs before, says that what came after fits the training cases.
 _RISEN, _LONG = 1.2, 20

@@ -138,7 +138,7 @@ class ArcStepDamping(DampingCallback):
     A short step means that the model is not valid as far as the damped step goes; the reduction ratio does not show it, since it is near 1 for every
     short step. A lower band (0.02 and 0.1, with factor 10) holds smaller dampings, with which all modes shrink at the same rate along the arc, the
     flat ones, too. On equations it takes two to three times as many updates to the first digits, and some gain their last two sooner
-    (docs/physics-informed.md); recurrent networks find long-term dependencies with it alone, along a line (docs/recurrent.md).
+    (docs/measured-equations.md); recurrent networks find long-term dependencies with it alone, along a line (docs/measured-recurrent.md).
 
     If the gradient is zero or not finite, or the run has converged, the damping stays as it is.
 

@@ -59,7 +59,7 @@ class HessianFree(keras.optimizers.Optimizer):
         solver: Computes steps from the quadratic model. `None` (default) leaves the choice to `HFModel`: `DirectSolver()` where digits are likely to
             count (the squared loss, all cases in one batch, and a system that takes at most about a second to factorize),
             `PreconditionedMomentum()` for classifiers of dense layers and convolutions with a categorical cross-entropy, else `ConjugateGradient()`.
-            It is logged at INFO. docs/which-solver.md has the measurements.
+            It is logged at INFO. docs/measured-solvers.md has the measurements.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
         growing_batch: `GrowingBatch`: an update uses a part of the batch, which grows. `None`: an update uses all of it. The default is the solver's:
             `GrowingBatch()` for `ConjugateGradient`, a slower one for `PreconditionedMomentum`, `None` for `DirectSolver`.

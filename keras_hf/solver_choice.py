@@ -14,7 +14,7 @@ from keras_hf.solvers.momentum import PreconditionedMomentum
 
 # Up to which the exact solver is the choice: operations that form the system, on data and on differential equations, and numbers of its Jacobian
 # (half a GiB). Conjugate gradients are ahead on smooth data from about the first bound on (benchmarks/exact_solver.py); on equations they stall, and
-# are behind in the end at twice the second, too, where an update of the exact solver takes 6 s or more (docs/physics-informed.md).
+# are behind in the end at twice the second, too, where an update of the exact solver takes 6 s or more (docs/measured-equations.md).
 _MOST_OPERATIONS, _MOST_OPERATIONS_FOR_EQUATIONS, _MOST_FLOATS = 5e9, 1e11, 2**26
 # Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all are in dense layers and
 # convolutions. With attention it was behind.
@@ -62,7 +62,7 @@ def exact_solver_pays(model, data, num_cases, trace=None):
 def momentum_pays(model):
     """Whether `PreconditionedMomentum` is the choice for a compiled and built model.
 
-    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases (docs/which-solver.md has
+    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases (docs/measured-solvers.md has
     the measurements).
 
     Args:

@@ -37,7 +37,7 @@ class DirectSolver(Solver):
 
     where f^(k) is the derivative of order k, at t = 0, of the outputs along the arc of the terms before: f^(2) the second directional derivative
     along c_1. Without damping the outputs would go straight along an arc of infinite order, and residuals shrink as 1 - t. The more terms, the
-    farther the arc is valid: with four, steps are larger at smaller dampings than with two (docs/physics-informed.md has the measurements).
+    farther the arc is valid: with four, steps are larger at smaller dampings than with two (docs/measured-equations.md has the measurements).
     Candidates are evaluated in vectorised passes, the powers of 2 and then the neighbours of the best; that of least loss is taken, if it is less
     than the loss at the start. The system is factorized once, in the space of weights (n by n) or of rows (rows by rows), whichever is smaller. Where
     the damping is lost in the rounding of `B'B`, B is factorized instead.

@@ -36,7 +36,7 @@ class PreconditionedMomentum(Solver):
 
     Use it with fresh cases in each update: `fit` on arrays, where the default is `GrowingBatch(500, share=0.0, patience=10, rate=0.0116)`, which
     doubles in 60 updates; or a `tf.data` stream of batches, for which `HessianFree(use_ema=True)` averages the weights. On wide autoencoders a rate
-    of 0.003 with averages (`ema_momentum=0.95`) ends lower (docs/minibatches.md).
+    of 0.003 with averages (`ema_momentum=0.95`) ends lower (docs/measured-minibatches.md).
 
     Logs: `alpha`, `mu` (coefficients of d and s), `negative_curvature` (0 or 1).
 
