@@ -29,6 +29,7 @@ BENCHMARKS = {
     "small_batches": ("What damping do small batches bear?", "file"),
     "classifier_solvers": ("Which solver trains classifiers soonest?", "file"),
     "exact_solver": ("Where does the exact solver pay?", "file"),
+    "least_squares": ("Outliers and bounds: SciPy?", "file"),
     "error_bars": ("Do the error bars hold?", "file"),
     "levers": ("What is each part worth?", "folder"),
     "time_to_error": ("How long until given errors?", "folder"),

@@ -62,8 +62,8 @@ def exact_solver_pays(model, data, num_cases, trace=None):
 def momentum_pays(model):
     """Whether `PreconditionedMomentum` is the choice for a compiled and built model.
 
-    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases (docs/measured-solvers.md has
-    the measurements).
+    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases
+    (docs/measured-solvers.md has the measurements).
 
     Args:
         model: `HFModel`, compiled and built.
