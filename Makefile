@@ -7,7 +7,7 @@ LOWEST = $(shell sed -En 's/^    (tensorflow|keras|numpy)>=(.*)/\1==\2.0/p' setu
 # Of pytest: one a core. Each begins with a share of the tests in their order, so that few of them make a fixture that another one makes, too.
 WORKERS := -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-lowest lint docs bench peers
+.PHONY: demo test test-slow test-lowest lint docs tables bench peers
 
 demo: .venv/examples.installed
 	$(BIN)/python -m examples.demo
@@ -33,6 +33,10 @@ lint: .venv/lint.installed
 # Into site/; warnings fail.
 docs: .venv/docs.installed
 	$(BIN)/python -m mkdocs build --strict
+
+# The tables of README.md and docs that are made from benchmarks/results.
+tables: .venv/benchmarks.installed
+	$(BIN)/python -m benchmarks.tables
 
 # The quick form of every benchmark, into runs/bench.
 bench: .venv/benchmarks.installed peers

@@ -344,7 +344,7 @@ def test_a_bound_on_the_kept_iterates_saves_their_memory_and_no_row_is_measured_
 
 
 def test_every_script_is_run_by_make_bench_and_has_a_quick_form():
-    scripts = {path.stem for path in ROOT.glob("*.py")} - {"__main__", "rows", "clock", "figures"}
+    scripts = {path.stem for path in ROOT.glob("*.py")} - {"__main__", "rows", "clock", "figures", "tables"}
     assert scripts == {name for name in runner.BENCHMARKS if "." not in name}
     commands = [runner.command(name, False, Path("out")) for name in runner.BENCHMARKS]
     assert all("--quick" in command or "quick" in command for command in commands)

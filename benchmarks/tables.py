@@ -1,0 +1,264 @@
+"""Writes the tables of README.md and of the pages in docs that are made from `benchmarks/results`.
+
+    python -m benchmarks.tables
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what is between is replaced. `make tables` calls this; a test holds that
+nothing changes when it is called.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def main():
+    """Writes every table, and says which files changed."""
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+def filled(text):
+    """Returns a page with its tables as they follow from the files."""
+    return _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", text)
+
+
+def table(header, rows):
+    """Returns a table in Markdown of lists of strings."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read(*path):
+    """Returns the rows of a file of results, dicts of strings."""
+    with open(RESULTS.joinpath(*path), newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def number(value):
+    """Returns a number with two digits, as it is written in tables."""
+    value = float(value)
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}" if abs(value) >= 100 else f"{value:.2g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+# The demo's acts.
+
+
+def demo_poisson():
+    """Act 1: updates, loss and error of each method."""
+    names = {
+        "Hessian-free, `DirectSolver`": "hf",
+        "L-BFGS (SciPy)": "lbfgs",
+        "Adam, rate 0.1 with cosine decay": "adam-0.1",
+    }
+    rows = []
+    for name, stem in names.items():
+        last = read("demo", "poisson", f"{stem}-seed0.csv")[-1]
+        rows.append([name, f"{int(float(last['update'])):,}", number(last["loss"]), number(last["error"])])
+    return table(
+        ["Poisson's equation by a physics-informed network, 15 s", "updates", "loss", "relative L2 error"], rows
+    )
+
+
+def demo_memory():
+    """Act 2: seconds, updates, loss and the share that is wrong."""
+    names = {
+        "Hessian-free, structural damping": "hf",
+        "Adam, rate 3e-4": "adam-0.0003",
+        "a GRU by Adam, rate 1e-2": "gru-0.01",
+    }
+    rows = []
+    for name, stem in names.items():
+        last = read("demo", "recurrent", "memory-5-100", f"{stem}-seed0.csv")[-1]
+        wrong = f"{100 * float(last['wrong']):.0f} %"
+        rows.append(
+            [name, f"{float(last['seconds']):.0f}", f"{int(float(last['update'])):,}", number(last["loss"]), wrong]
+        )
+    return table(["five bits kept for 100 steps, 30 s at most", "seconds", "updates", "loss", "wrong"], rows)
+
+
+def demo_autoencoder():
+    """Act 3: updates and both errors."""
+    names = {"Hessian-free, defaults": "hf", "Adam, rate 1e-2 with cosine decay": "adam", "Nesterov momentum": "nag"}
+    rows = []
+    for name, stem in names.items():
+        last = read("demo", "autoencoder", f"{stem}.csv")[-1]
+        errors = [f"{float(last[column]):.2f}" for column in ("train_error", "test_error")]
+        rows.append([name, f"{int(float(last['update'])):,}", *errors])
+    return table(["deep autoencoder of 10,000 synthetic curves, 20 s", "updates", "training error", "test error"], rows)
+
+
+# What the package is for, one line each.
+
+
+def problems():
+    """Problem, what to write, one number beside the best other method."""
+    equation = {stem: read("demo", "poisson", f"{stem}-seed0.csv")[-1] for stem in ("hf", "lbfgs")}
+    curve = {stem: read("peers", "fits", f"sinc-{stem}-seed0.csv")[-1] for stem in ("keras_hf", *_OTHERS)}
+    best = min(_OTHERS, key=lambda stem: float(curve[stem]["error"]))
+    nist = {
+        method: sum(float(row["digits"]) >= 6 for row in read("nist.csv") if row["method"] == method)
+        for method in ("direct", "curve_fit")
+    }
+    num_fits = sum(row["method"] == "direct" for row in read("nist.csv"))
+    classifier = {
+        row["solver"]: row["seconds_to_0.1"]
+        for row in read("classifier_solvers.csv")
+        if (row["network"], row["cases"]) == ("convolutions", "60000")
+    }
+    memory = [
+        row
+        for row in read("recurrent", "results.csv")
+        if (row["problem"], row["length"]) == ("addition", "100") and row["method"] in ("exact", *_FIRST_ORDER)
+    ]
+    exact = sorted(float(row["seconds"]) for row in memory if row["method"] == "exact" and row["solved"] == "1")
+    others = min(float(row["wrong"]) for row in memory if row["method"] != "exact")
+    rows = [
+        [
+            "a [physics-informed network](docs/physics-informed.md)",
+            "`HessianFree()` in float64",
+            f"Poisson's equation, error after 15 s: {number(equation['hf']['error'])}; L-BFGS {number(equation['lbfgs']['error'])}",
+        ],
+        [
+            "a [curve, a surrogate](docs/regression.md)",
+            "the same",
+            f"sin(10 x) / (10 x), error after {float(curve['keras_hf']['seconds']):.0f} s: {number(curve['keras_hf']['error'])}; "
+            f"{_OTHERS[best]} {number(curve[best]['error'])}",
+        ],
+        [
+            "a [formula](docs/regression.md#a-formula) with parameters",
+            "the same",
+            f"NIST's certified problems, six digits: {nist['direct']} of {num_fits}; `curve_fit` {nist['curve_fit']}",
+        ],
+        [
+            "a [noisy table](docs/error-bars.md), with error bars",
+            '`HessianFree(weight_decay="evidence")`, `model.laplace(x, y)`',
+            _noisy(),
+        ],
+        [
+            "a [recurrent network](docs/recurrent.md) that must remember",
+            "`HessianFree(solver=DirectSolver(order=1), growing_batch=None)`",
+            f"addition over 100 steps, {len(exact)} starts: solved after {exact[0]:.0f} to {exact[-1]:.0f} s; by Adam, an LSTM or a GRU "
+            f"{100 * others:.0f} % wrong after 300 s",
+        ],
+        [
+            "a [classifier](docs/which-solver.md#classifiers)",
+            "`HessianFree()`",
+            f"MNIST by convolutions, cross-entropy 0.1: {classifier['momentum']} s; Adam {classifier['adam']} s",
+        ],
+    ]
+    return table(["your problem", "write", "measured"], rows)
+
+
+_FIRST_ORDER = ("adam-0.001", "lstm-0.001", "gru-0.001", "adam-0.0001", "lstm-0.01", "gru-0.01")
+_OTHERS = {
+    "ssbroyden": "ssbroyden-optimistix",
+    "optimistix-lm": "optimistix",
+    "jaxopt-lm-cholesky": "jaxopt",
+    "jaxopt-lm-qr": "jaxopt",
+    "scipy-trf": "SciPy",
+    "scipy-lbfgs": "SciPy's L-BFGS",
+    "torch-lbfgs": "PyTorch's L-BFGS",
+}
+
+
+def _noisy():
+    return "to be measured"
+
+
+# Curve fitting.
+
+
+def nist():
+    """How many fits of NIST's problems agree to six digits, and their deviations to four, by difficulty."""
+    rows = []
+    for method, name in (("direct", "`DirectSolver`"), ("curve_fit", "SciPy's `curve_fit`")):
+        fits = [row for row in read("nist.csv") if row["method"] == method]
+        six = sum(float(row["digits"]) >= 6 for row in fits)
+        four = sum(float(row["digits_of_deviations"]) >= 4 for row in fits)
+        median = np.median([float(row["digits"]) for row in fits])
+        seconds = np.median([float(row["cpu_seconds"]) for row in fits])
+        rows.append([name, f"{six} of {len(fits)}", f"{four}", f"{median:.1f}", f"{seconds:.2g}"])
+    header = ["method", "parameters to six digits", "deviations to four", "median digits", "median CPU seconds"]
+    return table(header, rows)
+
+
+def outliers():
+    """The error of formulas fitted to data with outliers, the mean over seeds."""
+    fits = [row for row in read("least_squares.csv") if row["question"] == "outliers"]
+    names = list(dict.fromkeys(row["problem"] for row in fits))
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in fits):
+        errors = [
+            np.mean([float(row["error"]) for row in fits if (row["method"], row["problem"]) == (method, name)])
+            for name in names
+        ]
+        rows.append([method, *(f"{error:.3f}" for error in errors)])
+    return table(["method, loss", *names], rows)
+
+
+def bounds():
+    """How far losses within bounds lie above the least found, the worst over seeds, and the evaluations of the Jacobian."""
+    fits = [row for row in read("least_squares.csv") if row["question"] == "bounds"]
+    names = list(dict.fromkeys(row["problem"] for row in fits))
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in fits):
+        cells = []
+        for name in names:
+            of_name = [row for row in fits if (row["method"], row["problem"]) == (method, name)]
+            excess = max(float(row["excess"]) for row in of_name)
+            count = np.median([float(row["updates"]) for row in of_name])
+            # Less than what the mean of some hundred squares is rounded by.
+            cells.append(f"{'0' if excess < 1e-13 else number(excess)} ({count:.0f})")
+        rows.append([method, *cells])
+    return table(["method", *names], rows)
+
+
+def error_bars():
+    """Shares within the intervals, the mean over seeds."""
+    fits = read("error_bars.csv")
+    rows = []
+    for name in dict.fromkeys(row["problem"] for row in fits):
+        of_name = [row for row in fits if row["problem"] == name]
+        mean = {
+            column: np.mean([float(row[column]) for row in of_name]) for column in of_name[0] if column != "problem"
+        }
+        rows.append(
+            [
+                name,
+                f"{100 * mean['observations_within']:.0f} %",
+                f"{100 * mean['function_within']:.0f} %",
+                f"{mean['noise_found']:.3f} ({mean['noise']:g})",
+                f"{mean['num_effective']:.0f}",
+            ]
+        )
+    header = ["function", "new observations within", "function within", "noise found (true)", "weights determined"]
+    return table(header, rows)
+
+
+TABLES = {
+    "demo-poisson": demo_poisson,
+    "demo-memory": demo_memory,
+    "demo-autoencoder": demo_autoencoder,
+    "problems": problems,
+    "nist": nist,
+    "outliers": outliers,
+    "bounds": bounds,
+    "error-bars": error_bars,
+}
+
+
+if __name__ == "__main__":
+    main()
