@@ -75,8 +75,8 @@ class EvidenceRegularization(keras.callbacks.Callback):
         weight_decay = 2 gamma loss / (w'w (N - gamma))      squares, the loss their mean without the decay
         weight_decay = gamma / (w'w N)                       cross-entropies
 
-    are MacKay's fixed point, one prior precision for all weights; the noise has dropped out. Every few updates (5 with `DirectSolver`, 20 with
-    `ConjugateGradient`, 100 with `PreconditionedMomentum`) gamma is computed, exactly with `DirectSolver`, else by Lanczos' method from a random
+    are MacKay's fixed point, one prior precision for all weights; the noise has dropped out. Every few updates (5 with `DirectSolver`, 10 with
+    `ConjugateGradient`, 50 with `PreconditionedMomentum`) gamma is computed, exactly with `DirectSolver`, else by Lanczos' method from a random
     vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. What is not finite
     changes nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
 
