@@ -2,12 +2,12 @@
 
 Nine data sets in three parts, for training, validation and test, and a network for each (`PROBLEMS`). Methods:
 
-    hf             `HessianFree()`, nothing set
-    hf 1e-05 ...   the same with a fixed weight decay, of the mean loss
-    hf evidence    the same with `weight_decay="evidence"`
-    hf all         the same on the cases of training and validation, since it needs none of the latter
-    adam 0.001 ... Keras' Adam at a rate, batches of 64, ten of them in a call
-    adamw 0.001 .. Keras' AdamW with a decay, at the rate of Adam that had the least validation loss; times the rate it is what a step takes off
+    hf               `HessianFree()`, nothing set
+    hf 0.0001 ...    the same with a fixed weight decay
+    hf evidence      the same with `weight_decay="evidence"`
+    hf all           the same on the cases of training and validation, since it needs none of the latter
+    adam 0.001 ...   Keras' Adam at a rate, batches of 64, ten of them in a call
+    adamw 0.01 ...   Keras' AdamW with a decay, at the rate of Adam that had the least validation loss; times the rate it is what a step takes off
 
     python -m benchmarks.validation --csv benchmarks/results/validation.csv
 
@@ -21,8 +21,8 @@ Settings of a grid, by validation, are chosen on each seed. Runs that the file a
 
 Two more methods, on the first two data sets, ask whether cases that an update does not use tell when to stop, without any validation:
 
-    hf part        `ConjugateGradient` on a part of the cases that grows until it is all of them, the default of larger networks
-    hf half        the same on half of the cases at most, so that there are always others
+    hf part          `ConjugateGradient` on a part of the cases that grows until it is all of them, the default of larger networks
+    hf half          the same on half of the cases at most, so that there are always others
 
 Rows of theirs: `grown`, when the part became the whole batch; `unseen`, the model at which the loss of unseen cases, a mean over ten updates, is
 least, and `transfer`, the model after which ten updates together lowered the loss of unseen cases no more.
@@ -53,7 +53,7 @@ from examples.autoencoder import build_autoencoder
 from examples.datasets import synthetic_curves
 from keras_hf import ConjugateGradient, GrowingBatch, HessianFree, HFModel
 
-DECAYS, RATES, DECOUPLED = (1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2), (1e-3, 1e-2, 1e-1, 1.0)
+DECAYS, RATES, DECOUPLED = (1e-4, 1e-3, 1e-2, 1e-1), (1e-3, 1e-2), (1e-2, 1e-1, 1.0)
 PATIENCE, BATCH, CALL = 10, 64, 10
 METHODS = (
     *("hf", "hf evidence", "hf all", *(f"hf {decay:g}" for decay in DECAYS)),

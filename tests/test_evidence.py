@@ -175,11 +175,29 @@ def test_the_rule_by_hand():
     # By a factor of three at most, either way.
     assert callback.next_decay(logs(weight_decay=0.1), 54) == pytest.approx(0.1 / 3)
     assert callback.next_decay(logs(weight_decay=1e-5), 54) == pytest.approx(3e-5)
-    # At first so that it is a hundredth of the loss.
-    assert callback.next_decay(logs(weight_decay=0.0), 54) == pytest.approx(2 * 0.01 * 0.5 / 8)
+    # At first so that it is a tenth of the loss.
+    assert callback.next_decay(logs(weight_decay=0.0), 54) == pytest.approx(2 * 0.1 * 0.5 / 8)
     for key in ("num_effective", "data_loss"):
         assert np.isnan(callback.next_decay(logs(**{key: np.nan}), 54))
     assert np.isnan(callback.next_decay(logs(squared_weights=0.0), 54))
+
+
+def test_the_decay_does_not_fall_where_the_data_determine_more_than_half_as_many_weights_as_there_are_values():
+    callback = ready()
+    assert callback.next_decay(logs(weight_decay=0.2, num_effective=26.0), 54) == pytest.approx(26 / (8 * 28))
+    assert np.isnan(callback.next_decay(logs(weight_decay=0.2, num_effective=28.0, data_loss=0.001), 54))
+    # It rises: of 54 residuals of mean square 0.5, one is left for the noise.
+    found = callback.next_decay(logs(weight_decay=5.0, num_effective=53.0), 54)
+    assert found == pytest.approx(2 * 53 * 0.5 / (8 * 1))
+
+
+@pytest.mark.parametrize("solver", [DirectSolver(), pytest.param(ConjugateGradient(), marks=pytest.mark.slow)])
+def test_more_weights_than_cases_do_not_interpolate_noise(float64, solver):
+    x, y = regression(20)
+    histories = [
+        fit(compiled(decay, solver=solver, growing_batch=None), x, y, epochs=60) for decay in (0.0, "evidence")
+    ]
+    assert histories[0]["loss"][-1] < 0.01 < 0.3**2 / 3 < histories[1]["data_loss"][-1]
 
 
 def test_the_decay_stays_within_its_limits():

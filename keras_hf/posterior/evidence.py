@@ -13,9 +13,13 @@ _MOST_STEPS, _TOLERANCE = 500, 1e-10
 # The ratio of prior precision to curvature is kept within these, relative to the mean eigenvalue.
 _LIMITS = 1e-12, 1e12
 # The first decay of training as a share of the loss, and the factor by which a later one may differ from the one before: the weights must follow.
-_FIRST_SHARE, _MOST_CHANGE = 0.01, 3.0
+# From above: below, a network with more weights than there are values interpolates before its noise is known.
+_FIRST_SHARE, _MOST_CHANGE = 0.1, 3.0
 # The noise is found from no less than this share of the residuals, though the data determine more weights.
-_LEAST_FREE = 0.1
+_LEAST_FREE = 0.01
+# Where the data determine more weights than this share of the values, the decay does not fall: residuals say too little of the noise, and less and
+# less as they shrink, so that the fixed point ends in interpolation.
+_MOST_DETERMINED = 0.5
 
 
 def most_probable(spectrum, squared_weights, squares=None, num_values=None, variance=None):
@@ -77,8 +81,8 @@ class EvidenceRegularization(keras.callbacks.Callback):
 
     are MacKay's fixed point, one prior precision for all weights; the noise has dropped out. Every few updates (5 with `DirectSolver`, 10 with
     `ConjugateGradient`, 50 with `PreconditionedMomentum`) gamma is computed, exactly with `DirectSolver`, else by Lanczos' method from a random
-    vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. What is not finite
-    changes nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
+    vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. It begins as a tenth
+    of the loss, and does not fall while gamma exceeds N / 2, where residuals do not tell noise from a fit. What is not finite changes nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
 
     `HessianFree(weight_decay="evidence")` adds this callback to every `fit`; compile it so where a run is to be resumed from a file in another
     process. Logs: `weight_decay` (of the update), `num_effective` (gamma; NaN in updates without), `data_loss` (without the decay),
@@ -149,9 +153,15 @@ class EvidenceRegularization(keras.callbacks.Callback):
         if before == 0:
             return 2 * _FIRST_SHARE * loss / squared
         size = self.model.network.output_shape[-1]
+        # How often the mean loss is the negative logarithm of the likelihood; of squares at unit noise, half of their number.
         values = self._likelihood.num_values((num_cases, int(np.prod(self.model.network.output_shape[1:]))), size)
         if self._likelihood.is_gaussian:
-            found = gamma * loss / (squared * max(values - gamma / 2, _LEAST_FREE * values))
+            found, share = (
+                gamma * loss / (squared * max(values - gamma / 2, _LEAST_FREE * values)),
+                gamma / (2 * values),
+            )
         else:
-            found = gamma / (squared * values)
+            found, share = gamma / (squared * values), gamma / values
+        if share > _MOST_DETERMINED and found < before:
+            return math.nan
         return min(max(found, before / _MOST_CHANGE), before * _MOST_CHANGE)
