@@ -81,12 +81,17 @@ class EvidenceRegularization(keras.callbacks.Callback):
 
     are MacKay's fixed point, one prior precision for all weights; the noise has dropped out. Every few updates (5 with `DirectSolver`, 10 with
     `ConjugateGradient`, 50 with `PreconditionedMomentum`) gamma is computed, exactly with `DirectSolver`, else by Lanczos' method from a random
-    vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. It begins as a tenth
-    of the loss, and does not fall while gamma exceeds N / 2, where residuals do not tell noise from a fit. What is not finite changes nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
+    vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. It begins as a
+    tenth of the loss, and does not fall while gamma exceeds N / 2, where residuals do not tell noise from a fit. What is not finite changes nothing.
+    The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
 
     `HessianFree(weight_decay="evidence")` adds this callback to every `fit`; compile it so where a run is to be resumed from a file in another
     process. Logs: `weight_decay` (of the update), `num_effective` (gamma; NaN in updates without), `data_loss` (without the decay),
-    `squared_weights`. With the decay that the data ask for, the minimum itself is the model to keep: validation is not needed to stop.
+    `squared_weights`.
+
+    Gamma counts weights at the present weights, not those by which the network has bent towards the noise before. Where the data determine few
+    weights for each value, as of a curve by one layer, the minimum itself is the model to keep. Else the decay comes out too small, several times
+    for networks of as many weights as values; it then makes what training on does to other cases less, and validation is still needed to stop.
     docs/error-bars.md says where it helps and where not.
 
     Cost: less than a fifth of the updates' time.
