@@ -106,6 +106,9 @@ def test_validation_chooses_among_a_grid_on_each_seed():
     assert validation.best_of(table, "line", 1, ["adam 0.01"]) is None
     text = validation.markdown(table)
     assert "| line | with a decay chosen by validation | 0.3, 1 | 4, 1 | 4 | 1, 1 |" in text
+    looks = [row("hf 0.01", "look", seconds=seconds, test=5.0 / seconds) for seconds in (1.0, 2.0)]
+    (panel,) = validation.draw([*looks, *table]).axes
+    np.testing.assert_array_equal(panel.lines[0].get_xydata(), [[1, 5], [2, 2.5]])
 
 
 def test_pairs_in_the_wrong_order_are_counted():
