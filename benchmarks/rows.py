@@ -21,6 +21,7 @@ LIBRARIES = (
     "tensorflow",
     "keras",
     "numpy",
+    "scikit-learn",
     "scipy",
     "jax",
     "jaxlib",

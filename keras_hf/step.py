@@ -78,7 +78,10 @@ def step(setup, optimizer, data):
             result = result._replace(state=result.state._replace(growing_batch=grown))
         uses_all = tf.cast(objective.totals.num_cases, tf.int32) == num_cases
         result = _seen_by_others(setup, objective, result, optimizer.state(), uses_all)
-        report = StepReport(_logs(setup, objective, result), result.actual_reduction, result.trace)
+        logs = _logs(setup, objective, result)
+        if optimizer.finds_decay:
+            logs["batch_cases"] = tf.cast(num_cases, tf.int32)
+        report = StepReport(logs, result.actual_reduction, result.trace)
         _apply(setup, optimizer, objective, result)
         return report
 

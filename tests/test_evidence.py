@@ -182,12 +182,39 @@ def test_the_rule_by_hand():
     assert np.isnan(callback.next_decay(logs(squared_weights=0.0), 54))
 
 
+def test_a_growing_part_stands_for_its_whole_batch():
+    decays = []
+    for part in (10, 54):
+        callback = ready()
+        callback.on_train_batch_end(0, logs(weight_decay=0.01, num_cases=part, batch_cases=54))
+        decays.append(float(callback.model.optimizer.weight_decay.numpy()))
+    assert decays == [pytest.approx(4.0 / 400)] * 2
+
+
+def test_the_decay_does_not_fall_where_the_data_determine_more_than_half_as_many_weights_as_there_are_values():
+    callback = ready()
+    assert callback.next_decay(logs(weight_decay=0.2, num_effective=26.0), 54) == pytest.approx(26 / (8 * 28))
+    assert np.isnan(callback.next_decay(logs(weight_decay=0.2, num_effective=28.0, data_loss=0.001), 54))
+    # It rises: of 54 residuals of mean square 0.5, one is left for the noise.
+    found = callback.next_decay(logs(weight_decay=5.0, num_effective=53.0), 54)
+    assert found == pytest.approx(2 * 53 * 0.5 / (8 * 1))
+
+
+@pytest.mark.parametrize("solver", [DirectSolver(), pytest.param(ConjugateGradient(), marks=pytest.mark.slow)])
+def test_more_weights_than_cases_do_not_interpolate_noise(float64, solver):
+    x, y = regression(20)
+    histories = [
+        fit(compiled(decay, solver=solver, growing_batch=None), x, y, epochs=60) for decay in (0.0, "evidence")
+    ]
+    assert histories[0]["loss"][-1] < 0.01 < 0.3**2 / 3 < histories[1]["data_loss"][-1]
+
+
 def test_the_decay_stays_within_its_limits():
     callback = ready(min_decay=0.02, max_decay=0.03)
     for loss, limit in ((1e-9, 0.02), (1e9, 0.03)):
-        callback.on_train_batch_end(0, logs(weight_decay=0.025, data_loss=loss, num_cases=54))
+        callback.on_train_batch_end(0, logs(weight_decay=0.025, data_loss=loss, num_cases=10, batch_cases=54))
         assert float(callback.model.optimizer.weight_decay.numpy()) == pytest.approx(limit)
-    callback.on_train_batch_end(0, logs(num_effective=np.nan, num_cases=54))
+    callback.on_train_batch_end(0, logs(num_effective=np.nan, batch_cases=54))
     assert float(callback.model.optimizer.weight_decay.numpy()) == pytest.approx(0.03)
     with pytest.raises(
         ValueError, match="`min_decay` must not exceed `max_decay`. Received: min_decay=2.0, max_decay=1.0"

@@ -15,7 +15,10 @@ _LIMITS = 1e-12, 1e12
 # The first decay of training as a share of the loss, and the factor by which a later one may differ from the one before: the weights must follow.
 _FIRST_SHARE, _MOST_CHANGE = 0.01, 3.0
 # The noise is found from no less than this share of the residuals, though the data determine more weights.
-_LEAST_FREE = 0.1
+_LEAST_FREE = 0.01
+# Where the data determine more weights than this share of the values, the decay does not fall: residuals say too little of the noise, and less and
+# less as they shrink, so that the fixed point ends in interpolation.
+_MOST_DETERMINED = 0.5
 
 
 def most_probable(spectrum, squared_weights, squares=None, num_values=None, variance=None):
@@ -75,14 +78,19 @@ class EvidenceRegularization(keras.callbacks.Callback):
         weight_decay = 2 gamma loss / (w'w (N - gamma))      squares, the loss their mean without the decay
         weight_decay = gamma / (w'w N)                       cross-entropies
 
-    are MacKay's fixed point, one prior precision for all weights; the noise has dropped out. Every few updates (5 with `DirectSolver`, 20 with
-    `ConjugateGradient`, 100 with `PreconditionedMomentum`) gamma is computed, exactly with `DirectSolver`, else by Lanczos' method from a random
-    vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. What is not finite
-    changes nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
+    are MacKay's fixed point, one prior precision for all weights; the noise has dropped out. Every few updates (5 with `DirectSolver`, 10 with
+    `ConjugateGradient`, 50 with `PreconditionedMomentum`) gamma is computed, exactly with `DirectSolver`, else by Lanczos' method from a random
+    vector, which has a standard deviation of about `sqrt(2 gamma)`, and the decay moves to what follows, by a factor of 3 at most. It begins as a
+    hundredth of the loss, and does not fall while gamma exceeds N / 2, where residuals do not tell noise from a fit. What is not finite changes
+    nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
 
     `HessianFree(weight_decay="evidence")` adds this callback to every `fit`; compile it so where a run is to be resumed from a file in another
     process. Logs: `weight_decay` (of the update), `num_effective` (gamma; NaN in updates without), `data_loss` (without the decay),
-    `squared_weights`. With the decay that the data ask for, the minimum itself is the model to keep: validation is not needed to stop.
+    `squared_weights`, `batch_cases` (of the whole batch).
+
+    Gamma counts weights at the present weights, not those by which the network has bent towards the noise before. Where the data determine few
+    weights for each value, as of a curve by one layer, the minimum itself is the model to keep. Else the decay comes out too small, several times
+    for networks of as many weights as values; it then makes what training on does to other cases less, and validation is still needed to stop.
     docs/error-bars.md says where it helps and where not.
 
     Cost: less than a fifth of the updates' time.
@@ -128,7 +136,8 @@ class EvidenceRegularization(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         # Of several batches an epoch's cases count; the same batch, in several updates, once.
-        num_cases, setup = int(logs["num_cases"]), self.model.setup
+        # A growing part is a sample of its batch, which the decay is for: that of a part alone would be far too large, and hold deep networks back.
+        num_cases, setup = int(logs["batch_cases"]), self.model.setup
         self._cases = self._cases + num_cases if setup is not None and setup.has_other_cases else num_cases
         decay = self.next_decay(logs, self._cases)
         if math.isfinite(decay):
@@ -149,9 +158,15 @@ class EvidenceRegularization(keras.callbacks.Callback):
         if before == 0:
             return 2 * _FIRST_SHARE * loss / squared
         size = self.model.network.output_shape[-1]
+        # How often the mean loss is the negative logarithm of the likelihood; of squares at unit noise, half of their number.
         values = self._likelihood.num_values((num_cases, int(np.prod(self.model.network.output_shape[1:]))), size)
         if self._likelihood.is_gaussian:
-            found = gamma * loss / (squared * max(values - gamma / 2, _LEAST_FREE * values))
+            found, share = (
+                gamma * loss / (squared * max(values - gamma / 2, _LEAST_FREE * values)),
+                gamma / (2 * values),
+            )
         else:
-            found = gamma / (squared * values)
+            found, share = gamma / (squared * values), gamma / values
+        if share > _MOST_DETERMINED and found < before:
+            return math.nan
         return min(max(found, before / _MOST_CHANGE), before * _MOST_CHANGE)

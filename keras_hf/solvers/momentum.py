@@ -57,7 +57,7 @@ class PreconditionedMomentum(Solver):
     damps_hidden_states = False
     # 1.12 an update, with 2.5 as factor. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
     factor_power = 1 / 8
-    evidence_interval = 100
+    evidence_interval = 50
     steered_by = ("mu",)
     other_logs = ("alpha", "negative_curvature")
 

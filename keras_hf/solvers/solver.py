@@ -126,7 +126,7 @@ class Solver(Part):
     arc_band = None
     factor_power = 1.0
     tells_convexity = False
-    evidence_interval = 20
+    evidence_interval = 10
     steered_by = ()
     other_logs = ()
 
