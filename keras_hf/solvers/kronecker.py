@@ -18,14 +18,18 @@ from keras_hf.common.part import all_finite
 from keras_hf.common.vectors import dense, epsilon, num_weights, vector_dtype
 from keras_hf.problem.capture import (
     at_least_float32,
+    has_bias_row,
+    has_places,
     has_tokens,
     is_capturable,
     kernel_and_bias,
     matrix_shape,
+    moments_of_cases,
     recorded_uses,
     second_moments,
 )
 from keras_hf.problem.curvature import loss_hessian
+from keras_hf.problem.time_steps import has_time_steps
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
 
 # Size of the outputs' last axis up to which H is formed column by column; above, only its diagonal. Columns cost passes through the loss only.
@@ -259,7 +263,7 @@ class _Others:
 
 
 def _is_factored(layer):
-    if not is_capturable(layer) or not layer.built:
+    if not (is_capturable(layer) or has_time_steps(layer)) or not layer.built:
         return False
     rows, units = factored_shape(layer)
     # The factor of one-hot inputs is diagonal.
@@ -290,7 +294,7 @@ def _name(layer, variables):
 def factored_shape(layer):
     """Returns rows and columns of a layer's weights as one matrix, with the bias as its last row."""
     fan_in, units = matrix_shape(layer)
-    return fan_in + len(kernel_and_bias(layer)) - 1, units
+    return fan_in + has_bias_row(layer), units
 
 
 def _moments(micro_batch, layers, seeds):
@@ -303,13 +307,16 @@ def _moments(micro_batch, layers, seeds):
     gradients = iter(dense(gradients, preactivations))
     found = []
     for layer in layers:
-        of_uses = [second_moments(layer, use.inputs, next(gradients)) for use in uses[layer]]
+        of_uses = [(use.inputs, next(gradients)) for use in uses[layer]]
         rows, units = factored_shape(layer)
+        is_output = len(outputs) == len(of_uses) == 1 and uses[layer][0].preactivation is outputs[0]
         if not of_uses:
-            of_a = [rows] if has_tokens(layer) else [rows, rows]
-            of_uses = [(tf.zeros(of_a), tf.zeros([units, units]), tf.zeros([]))]
-        a, s, places = (tf.add_n(moments) for moments in zip(*of_uses, strict=True))
-        is_output = len(outputs) == len(uses[layer]) == 1 and uses[layer][0].preactivation is outputs[0]
+            a = tf.zeros([rows] if has_tokens(layer) else [rows, rows])
+            s, places = tf.zeros([units, units]), tf.zeros([])
+        elif has_places(layer, of_uses) and not is_output:
+            a, s, places = moments_of_cases(layer, of_uses)
+        else:
+            a, s, places = second_moments(layer, *of_uses[0])
         # The outputs' last axis may be less than all units.
         if is_output and expected[0].shape[-1] == units and getattr(layer, "data_format", None) != "channels_first":
             s = expected[0]
