@@ -4,6 +4,11 @@ For a Dense layer, the block of the Gauss-Newton matrix is the sum over cases of
 with a 1 appended for the bias, J the derivative of the network's outputs with respect to the pre-activation, and H the second derivative of the loss
 with respect to the outputs. Martens & Grosse treat the two factors as independent: `mean(aa') x sum(J'HJ)`. One backward pass estimates the second
 factor: it takes vectors u with `E[uu'] = H`, for which `E[(J'u)(J'u)'] = J'HJ`.
+
+Where weights serve several positions of a case, the block is the expectation of `gg'`, where g is u pulled back to the weights of the layer, the sum
+of `a (J'u)'` over the positions of a case. With g as a matrix G, `sum(GG') x sum(G'G) / sum(|G|^2)` has the trace of the block and is close to the
+nearest Kronecker product, to which it is one step of power iteration from the identity. Neither is it assumed that positions are independent, as they
+are in a loss of every position, nor that they have one gradient, as they have before a mean over positions.
 """
 
 import functools
@@ -60,13 +65,18 @@ class KroneckerFactored(Preconditioner):
     - Conv1D, Conv2D and Conv3D with one group;
     - EinsumDense that is a Dense layer except for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features are last in inputs and outputs, and
       there is no bias or one number per feature. This includes the projections of MultiHeadAttention and GroupQueryAttention;
-    - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary.
+    - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary;
+    - SimpleRNN, LSTM and GRU, with kernel, recurrent kernel and biases as one matrix: of one cell, not unrolled, without dropout, and for a GRU with
+      `reset_after=True`.
 
     All other weights get the diagonal of `EmpiricalFisherDiagonal()`: weights of other layers and of subclasses of these, under LoRA or quantization,
     used outside of their layer's calls (tied embeddings), or in a layer with more than 4,096 inputs (tokens excepted) or units.
 
-    Where weights are shared (Dense on sequences, convolutions, a layer that is called again), positions count as independent cases: A is the mean
-    over them and S the sum. Positions that receive no gradient, because they are masked, do not count. Regularizers raise a layer's damping by the
+    Where weights serve several positions of a case (Dense on sequences, convolutions, time steps, a layer that is called again), the factors are
+    those of G, the sum of ad' over the positions of a case: A is the sum over cases of GG', S that of G'G, divided by that of |G|^2, which is the
+    trace of both. So positions whose effects on the loss add up, as before a mean over positions, count as one, and positions with a loss of their
+    own count as many; which of the two it is need not be said. In the layer that produces the outputs, positions are independent: A is the mean over
+    them and S the sum, and positions that receive no gradient, because they are masked, do not count. Regularizers raise a layer's damping by the
     mean of their second derivative over its weights (2c for `L2(c)` on all of them). Under BatchNormalization the batch statistics count as
     constants.
 
@@ -95,8 +105,9 @@ class KroneckerFactored(Preconditioner):
         ValueError: If an argument is out of its range.
 
     References:
-        Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Grosse & Martens
-        (2016), *A Kronecker-factored approximate Fisher matrix for convolution layers*.
+        Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Eschenhagen et al.
+        (2023), *Kronecker-factored approximate curvature for modern neural network architectures*, on positions; Morwani et al. (2024), *A new
+        perspective on Shampoo's preconditioner*, on factors of G.
     """
 
     def __init__(self, num_cases=1000, interval=1, decay=0.0):
@@ -247,7 +258,7 @@ class KroneckerFactored(Preconditioner):
 
 
 class _Moments(NamedTuple):
-    """Second moments of one layer: of inputs and of output factors (vectors where they are diagonal), and the number of positions."""
+    """Second moments of one layer: of inputs and of output factors (vectors where they are diagonal), and by what the first are divided."""
 
     a: tf.Tensor
     s: tf.Tensor
