@@ -89,7 +89,8 @@ class KroneckerFactored(Preconditioner):
     On minibatches, whose few cases do not tell the factors of wide layers, average them over estimates (`decay`). The average of k estimates weighs
     each by 1/k, until that is less than `1 - decay`; from then on it is exponential. In each of the first three updates factors are estimated anew.
 
-    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases, and the inverses (m^3 for a factor with m rows). In every application, as
+    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases, for a layer with m inputs, k units and T positions `T m k + m k (m + k)`
+    multiplications a case or `T (m^2 + k^2) + T^2 (m + k)`, and the inverses (m^3 for a factor with m rows). In every application, as
     in a CG iteration, `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for several
     updates keep the damping that they were computed with. This affects only the speed of CG, not its solution. Memory: two numbers for each entry of
     a factor, if both averages and inverses are kept.
