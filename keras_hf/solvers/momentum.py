@@ -30,7 +30,7 @@ class PreconditionedMomentum(Solver):
     steps, so there is neither a learning rate nor a momentum to set. Where a few hundred cases say nearly what all say, another step on fresh cases
     is worth more than a more accurate solution on the same ones. On a fixed quadratic these steps are those of preconditioned CG.
 
-    So it suits classifiers of dense layers, convolutions, attention and recurrent layers. On recurrent ones it is ahead of Adam, with attention behind
+    It suits classifiers of dense layers, convolutions, attention and recurrent layers. On recurrent ones it is ahead of Adam, with attention behind
     (docs/which-solver.md).
 
     The quadratic's forms come from forward derivatives along d and s, without a backward pass, on a share of the cases of the update. The loss is
