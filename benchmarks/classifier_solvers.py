@@ -9,6 +9,7 @@ training cases is at or below given losses; the clock stands still while they ar
 """
 
 import argparse
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -28,12 +29,16 @@ GRID = (
     "convolutions:2000",
     "convolutions:60000",
     "transformer:10000",
+    "transformers:10000",
+    "characters:2000",
     "recurrent:10000",
     "rows:2000",
     "rows:20000",
 )
 SOLVERS = {"cg": ConjugateGradient, "momentum": PreconditionedMomentum, "adam": None}
 MOST_MEASURED = 20_000
+# Of the text: what follows it in Unicode counts as one character.
+DOCS, NUM_CODES, CONTEXT = Path(__file__).resolve().parent.parent / "docs", 128, 48
 
 
 def main():
@@ -95,8 +100,9 @@ def train(name, num_cases, solver, args):
 def losses_of(network, x, y):
     """Returns the mean cross-entropy of cases, and the share that is classified wrongly."""
     probabilities = network.predict(x, batch_size=5000, verbose=0)
-    of_class = np.maximum(probabilities[np.arange(len(x)), y[: len(x)]], 1e-30)
-    return -np.log(of_class).mean(), (probabilities.argmax(1) != y[: len(x)]).mean()
+    y = y[: len(x)]
+    of_class = np.maximum(np.take_along_axis(probabilities, y[..., None], -1), 1e-30)
+    return -np.log(of_class).mean(), (probabilities.argmax(-1) != y).mean()
 
 
 def perceptron(num_cases):
@@ -115,14 +121,40 @@ def convolutions(num_cases):
     return convolutional_network(0.0, False), digits((28, 28, 1), num_cases)
 
 
-def transformer(num_cases):
+def transformer(num_cases, num_blocks=1):
     """One encoder block on digits as sequences of 28 rows."""
     rows = keras.Input((28, 28))
     tokens = layers.Dense(64)(rows) + layers.Dense(64, use_bias=False)(_positions(rows))
-    attended = layers.LayerNormalization()(tokens + layers.MultiHeadAttention(4, 16)(tokens, tokens))
-    widened = layers.Dense(64)(layers.Dense(128, "gelu")(attended))
-    pooled = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(attended + widened))
+    for _ in range(num_blocks):
+        tokens = _block(tokens, use_causal_mask=False)
+    pooled = layers.GlobalAveragePooling1D()(tokens)
     return keras.Model(rows, layers.Dense(10, "softmax")(pooled)), digits((28, 28), num_cases)
+
+
+def transformers(num_cases):
+    """Two encoder blocks."""
+    return transformer(num_cases, num_blocks=2)
+
+
+def characters(num_cases):
+    """One causal block that predicts the next characters of the pages in docs/, from 48 characters at most."""
+    text = "".join(page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md")))
+    codes = np.minimum([ord(character) for character in text], NUM_CODES - 1).astype("int32")
+    windows = np.lib.stride_tricks.sliding_window_view(codes, CONTEXT + 1)[::CONTEXT]
+    windows = np.random.default_rng(0).permutation(windows)
+    before = keras.Input((CONTEXT,), dtype="int32")
+    places = keras.ops.arange(CONTEXT) + keras.ops.zeros_like(before)
+    tokens = layers.Embedding(NUM_CODES, 64)(before) + layers.Embedding(CONTEXT, 64)(places)
+    network = keras.Model(before, layers.Dense(NUM_CODES, "softmax")(_block(tokens, use_causal_mask=True)))
+    train, test = windows[:num_cases], windows[num_cases : num_cases + 500]
+    return network, Cases(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:])
+
+
+def _block(tokens, use_causal_mask):
+    attention = layers.MultiHeadAttention(4, 16)(tokens, tokens, use_causal_mask=use_causal_mask)
+    attended = layers.LayerNormalization()(tokens + attention)
+    widened = layers.Dense(64)(layers.Dense(128, "gelu")(attended))
+    return layers.LayerNormalization()(attended + widened)
 
 
 def recurrent(num_cases):
@@ -153,7 +185,9 @@ def digits(shape, num_cases):
     return cases._replace(x_train=cases.x_train[:num_cases], y_train=cases.y_train[:num_cases])
 
 
-NETWORKS = {f.__name__: f for f in (perceptron, narrow, convolutions, transformer, recurrent, rows)}
+NETWORKS = {
+    f.__name__: f for f in (perceptron, narrow, convolutions, transformer, transformers, characters, recurrent, rows)
+}
 
 if __name__ == "__main__":
     main()

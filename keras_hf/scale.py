@@ -8,12 +8,8 @@ import tensorflow as tf
 
 from keras_hf.common.vectors import dot, epsilon
 
-# The first damping, as a fraction of the scale. Measured (benchmarks/first_damping.py): on shallow networks the loss after 30 updates differs little
-# between fractions of 1e-4 and 1; on a deep autoencoder larger fractions give a smaller loss, and later updates do not repair too small a start.
-_FIRST_SHARE = 0.1
 
-
-def curvature_scale(gradient, along_gradient, weights):
+def curvature_scale(gradient, along_gradient, weights, first_share):
     """Returns the curvature along the gradient, `g'Gg / g'g`, a scalar > 0; 0 where the gradient is zero or not finite.
 
     If the loss has no curvature along the gradient, the scale follows from the norm of the gradient over that of the weights, so that the first step
@@ -23,20 +19,21 @@ def curvature_scale(gradient, along_gradient, weights):
         gradient: Tensor `(n,)`, g.
         along_gradient: Float64 scalar, g'Gg without damping.
         weights: Tensor `(n,)`.
+        first_share: Float, the first damping as a share of the scale.
     """
     squared = dot(gradient, gradient)
     rayleigh = tf.math.divide_no_nan(tf.abs(along_gradient), squared)
     length = tf.sqrt(dot(weights, weights))
-    without = tf.sqrt(squared) / tf.where(length > 0, length, tf.ones_like(length)) / _FIRST_SHARE
+    without = tf.sqrt(squared) / tf.where(length > 0, length, tf.ones_like(length)) / first_share
     usable = tf.math.is_finite(rayleigh) & (rayleigh > 0)
     scale = tf.where(usable, rayleigh, without)
     return tf.cast(tf.where(tf.math.is_finite(scale) & (squared > 0), scale, tf.zeros_like(scale)), gradient.dtype)
 
 
-def first_damping(scale):
-    """Returns the damping of the first update, NaN if the scale is not known yet."""
+def first_damping(scale, first_share):
+    """Returns the damping of the first update, a share of the scale; NaN if the scale is not known yet."""
     unknown = tf.constant(float("nan"), scale.dtype)
-    return tf.where(scale > 0, tf.constant(_FIRST_SHARE, scale.dtype) * scale, unknown)
+    return tf.where(scale > 0, tf.constant(first_share, scale.dtype) * scale, unknown)
 
 
 def damping_limits(scale, dtype, least_share):

@@ -16,11 +16,9 @@ from keras_hf.solvers.momentum import PreconditionedMomentum
 # (half a GiB). Conjugate gradients are ahead on smooth data from about the first bound on (benchmarks/exact_solver.py); on equations they stall, and
 # are behind in the end at twice the second, too, where an update of the exact solver takes 6 s or more (docs/measured-equations.md).
 _MOST_OPERATIONS, _MOST_OPERATIONS_FOR_EQUATIONS, _MOST_FLOATS = 5e9, 1e11, 2**26
-# Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all are in dense layers and
-# convolutions. With attention it was behind.
+# Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all have Kronecker factors.
 _CLASSIFYING = {"categorical_crossentropy", "sparse_categorical_crossentropy"}
 _FEWEST_WEIGHTS, _LEAST_SHARE = 5_000, 0.9
-_ELSEWHERE = keras.layers.EinsumDense, keras.layers.Embedding
 
 
 def reason(model):
@@ -29,7 +27,7 @@ def reason(model):
         return "as `HessianFree` was told"
     reasons = {
         DirectSolver: "for small systems",
-        PreconditionedMomentum: "for classifiers of dense layers and convolutions",
+        PreconditionedMomentum: "for classifiers whose layers have Kronecker factors",
     }
     return reasons.get(type(model.solver), "the default")
 
@@ -62,8 +60,8 @@ def exact_solver_pays(model, data, num_cases, trace=None):
 def momentum_pays(model):
     """Whether `PreconditionedMomentum` is the choice for a compiled and built model.
 
-    It is for classifiers whose weights are nearly all those of dense layers and convolutions, whatever the number of cases
-    (docs/measured-solvers.md has the measurements).
+    It is for classifiers whose weights are nearly all in layers with Kronecker factors, whatever the number of cases (docs/measured-solvers.md has
+    the measurements).
 
     Args:
         model: `HFModel`, compiled and built.
@@ -75,5 +73,4 @@ def momentum_pays(model):
     num_weights = vectors.num_weights(variables)
     if num_weights < _FEWEST_WEIGHTS:
         return False
-    layers = [layer for layer in keras_private.all_layers(model.network) if not isinstance(layer, _ELSEWHERE)]
-    return num_factored_weights(layers, variables) >= _LEAST_SHARE * num_weights
+    return num_factored_weights(keras_private.all_layers(model.network), variables) >= _LEAST_SHARE * num_weights

@@ -117,7 +117,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None):
     curvature, curvature_state = curvature.prepared(objective, state.curvature)
     # One linearization, shared by all that need products.
     linearize = functools.cache(lambda: solver.linearize(objective, curvature))
-    scale, found_damping = _scale_and_damping(objective, linearize, gradient, state)
+    scale, found_damping = _scale_and_damping(objective, linearize, gradient, state, solver.first_share)
     # Without a damping the gradient is zero or not finite, so that there is no step either; any number serves.
     damping = tf.where(tf.math.is_nan(found_damping), tf.ones_like(found_damping), found_damping)
     norm = tf.cast(gradient_norm, damping.dtype)
@@ -189,7 +189,7 @@ def _evidence(objective, linearize, solver, decay, loss):
     }
 
 
-def _scale_and_damping(objective, linearize, gradient, state):
+def _scale_and_damping(objective, linearize, gradient, state, first_share):
     """Returns the scale of the curvature and the damping: those of the state, or else computed now; the damping is NaN if that is impossible."""
     # In sequence: the graph would otherwise run gradient and linearization in parallel and hold the activations of both.
     with tf.control_dependencies([gradient]):
@@ -197,10 +197,10 @@ def _scale_and_damping(objective, linearize, gradient, state):
     scale = tf.cond(
         state.scale > 0,
         lambda: state.scale,
-        lambda: curvature_scale(gradient, dot(gradient, product(gradient)), objective.start_vector),
+        lambda: curvature_scale(gradient, dot(gradient, product(gradient)), objective.start_vector, first_share),
     )
     scale = objective.agreed(scale)
-    return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale), state.damping)
+    return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale, first_share), state.damping)
 
 
 def _measured(objective, path, taken, product, gradient, gradient_norm, at_start):

@@ -23,7 +23,7 @@ from problems import (
 from training import fit, trainable
 
 from keras_hf import ConstantDamping, DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, KroneckerFactored
-from keras_hf.problem.capture import kernel_and_bias
+from keras_hf.problem.capture import is_capturable, kernel_and_bias, moments_of_cases, recorded_uses
 from keras_hf.solvers import kronecker
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -269,12 +269,45 @@ def twice():
     return Own(lambda x, shared, unused: shared(shared(x)), layers.Dense(2, "tanh"), unused)
 
 
-def test_calls_of_one_layer_count_as_places():
-    model, x = compiled(twice()), inputs()
-    data = model_data(model, x, np.zeros((NUM_CASES, 2)))
-    (a, _), _ = with_objective(model, data, factors)
-    seen = np.concatenate([np.concatenate([x, model.network.stack[0](x)]), np.ones((2 * NUM_CASES, 1))], 1)
-    np.testing.assert_allclose(a, seen.T @ seen / (2 * NUM_CASES), **EXACT)
+# Name: layers, shape of a case. Products of positions are fewer than those of gradients on the short sequence, more on the others.
+SUMMED = {
+    **SHARED,
+    "Dense on short sequences": (lambda: [layers.Dense(6)], (2, 5)),
+    "Dense on long sequences": (lambda: [layers.Dense(3, use_bias=False)], (9, 2)),
+    "a layer called twice": (lambda: [twice()], (2,)),
+}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_moments_of_cases_are_those_of_their_gradients(name):
+    make, shape = SUMMED[name]
+    network = sequential(*make(), shape=shape)
+    x = tf.constant(np.random.default_rng(3).integers(-2, 3, size=(4, *shape)).astype("float64"))
+    value = lambda: tf.reduce_sum(tf.reshape(tf.sin(network(x)), [4, -1]), 1)  # noqa: E731
+    captured = [layer for layer in network._flatten_layers() if is_capturable(layer)]
+    with tf.GradientTape() as tape, recorded_uses(captured, tape) as uses:
+        values = value()
+    [layer] = [layer for layer in captured if uses[layer]]
+    gradients = tape.gradient(values, [use.preactivation for use in uses[layer]])
+    found = moments_of_cases(layer, [(use.inputs, d) for use, d in zip(uses[layer], gradients, strict=True)])
+    weights = [weight.value for weight in kernel_and_bias(layer)]
+    with tf.GradientTape(persistent=True) as tape:
+        values = [value()[case] for case in range(4)]
+    by_case = [[tf.convert_to_tensor(part) for part in tape.gradient(of_case, weights)] for of_case in values]
+    units = weights[0].shape[-1] if name != "EinsumDense" else 3
+    g = np.stack([np.concatenate([np.reshape(part, [-1, units]) for part in of_case]) for of_case in by_case])
+    a = np.einsum("nij,nkj->ik", g, g)
+    expected = np.diag(a) if name.startswith("Embedding") else a, np.einsum("nij,nik->jk", g, g), (g**2).sum()
+    assert expected[2] > 0
+    for result, of_cases in zip(found, expected, strict=True):
+        np.testing.assert_allclose(result, of_cases, **EXACT)
+
+
+def test_positions_that_are_averaged_have_the_gauss_newton_matrix_itself():
+    """Here, where positions as independent cases would have a third of it."""
+    model = compiled(sequential(layers.Dense(1), layers.GlobalAveragePooling1D(), shape=(3, 2)))
+    x = np.random.default_rng(3).normal(size=(7, 3, 2))
+    assert_factors_are_the_gauss_newton_matrix(model, model_data(model, x, np.zeros((7, 1))))
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16])

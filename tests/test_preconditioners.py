@@ -196,7 +196,7 @@ NETWORKS = {
         0,
     ),
     "Dense in a loop": (lambda: [layers.RNN(Cell()), layers.Dense(1)], (2, 2), 1),
-    "recurrent": (lambda: [layers.SimpleRNN(2)], (2, 2), 0),
+    "recurrent": (lambda: [layers.SimpleRNN(2)], (2, 2), 1),
 }
 
 

@@ -15,20 +15,20 @@ def vector(*values):
 
 
 def test_the_scale_is_the_curvature_along_the_gradient():
-    assert curvature_scale(vector(3, 4), tf.constant(50.0, tf.float64), vector(1, 1)) == 2
+    assert curvature_scale(vector(3, 4), tf.constant(50.0, tf.float64), vector(1, 1), 0.1) == 2
     # That of a Hessian may be negative; it is a scale all the same.
-    assert curvature_scale(vector(3, 4), tf.constant(-50.0, tf.float64), vector(1, 1)) == 2
+    assert curvature_scale(vector(3, 4), tf.constant(-50.0, tf.float64), vector(1, 1), 0.1) == 2
 
 
 def test_without_curvature_the_first_step_is_as_long_as_the_weights():
-    scale = curvature_scale(vector(3, 4), tf.constant(0.0, tf.float64), vector(0, 2))
-    np.testing.assert_allclose(5 / first_damping(scale), 2)
+    scale = curvature_scale(vector(3, 4), tf.constant(0.0, tf.float64), vector(0, 2), 0.02)
+    np.testing.assert_allclose(5 / first_damping(scale, 0.02), 2)
 
 
 def test_nothing_is_found_without_a_gradient():
     for gradient in ((0, 0), (np.nan, 1), (np.inf, 1)):
-        scale = curvature_scale(vector(*gradient), tf.constant(np.nan, tf.float64), vector(1, 1))
-        assert scale == 0 and np.isnan(first_damping(scale))
+        scale = curvature_scale(vector(*gradient), tf.constant(np.nan, tf.float64), vector(1, 1), 0.1)
+        assert scale == 0 and np.isnan(first_damping(scale, 0.1))
 
 
 def test_limits_are_relative_to_the_scale():

@@ -125,7 +125,16 @@ def test_losses_are_known_as_strings_and_as_objects():
         assert isinstance(classifier(loss).optimizer.solver, PreconditionedMomentum)
 
 
-EINSUM = keras.layers.EinsumDense("btd,de->bte", (1, 50))
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [keras.layers.Reshape((50, 1)), keras.layers.SimpleRNN(50)],
+        [keras.layers.Reshape((1, 50)), keras.layers.EinsumDense("btd,de->bte", (1, 50)), keras.layers.Flatten()],
+    ],
+    ids=["recurrent", "einsum"],
+)
+def test_layers_with_kronecker_factors_take_momentum(layers):
+    assert isinstance(classifier(layers=layers).optimizer.solver, PreconditionedMomentum)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +142,12 @@ EINSUM = keras.layers.EinsumDense("btd,de->bte", (1, 50))
     [
         {"loss": "mse"},
         {"units": 40},
-        {"layers": [keras.layers.Reshape((50, 1)), keras.layers.SimpleRNN(50)]},
-        {"layers": [keras.layers.Reshape((1, 50)), EINSUM, keras.layers.Flatten()]},
+        {"layers": [keras.layers.Reshape((50, 1)), keras.layers.SimpleRNN(50, unroll=True)]},
         {"growing_batch": GrowingBatch(initial_size=10)},
         {"curvature": EmpiricalFisher()},
         {"solver": ConjugateGradient()},
     ],
-    ids=["loss", "few weights", "recurrent", "einsum", "growing batch", "curvature", "solver"],
+    ids=["loss", "few weights", "unrolled", "growing batch", "curvature", "solver"],
 )
 def test_other_networks_and_settings_take_conjugate_gradients(arguments):
     assert isinstance(classifier(**arguments).optimizer.solver, ConjugateGradient)

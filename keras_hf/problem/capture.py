@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras_hf.common.loops import sum_over_blocks
 from keras_hf.common.replaced import replaced
 from keras_hf.common.vectors import dense
+from keras_hf.problem.time_steps import has_time_steps, num_units, recorded_steps, weights_by_rows
 
 # Number of floats in the largest temporary tensor of a block of cases.
 _BLOCK_FLOATS = 2**22
@@ -55,16 +56,29 @@ def has_tokens(layer):
 
 
 def kernel_and_bias(layer):
-    """Returns the weights of a capturable, built layer: a list of its kernel and, if there is one, its bias."""
+    """Returns the weights of a capturable, built layer: a list of its kernel and, if there is one, its bias.
+
+    Of a layer that has time steps: its kernel, its recurrent kernel, and if there is one, its bias.
+    """
+    if has_time_steps(layer):
+        return weights_by_rows(layer)
     kernel, bias = layer.embeddings if has_tokens(layer) else layer.kernel, getattr(layer, "bias", None)
     return [kernel] if bias is None else [kernel, bias]
 
 
 def matrix_shape(layer):
-    """Returns fan-in and units, the shape of a capturable layer's kernel as a matrix."""
+    """Returns fan-in and units, the shape of a capturable layer's kernel as a matrix; of all weights for a layer that has time steps."""
+    if has_time_steps(layer):
+        units = num_units(layer)
+        return sum(math.prod(weight.shape) for weight in weights_by_rows(layer)) // units, units
     shape = kernel_and_bias(layer)[0].shape
     num_inputs = _num_summed_axes(layer) if type(layer) is keras.layers.EinsumDense else len(shape) - 1
     return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
+
+
+def has_bias_row(layer):
+    """Whether the weights of a capturable layer as one matrix have a row more than `matrix_shape` says, for the bias."""
+    return not has_time_steps(layer) and len(kernel_and_bias(layer)) == 2
 
 
 def _num_summed_axes(layer):
@@ -91,10 +105,13 @@ def recorded_uses(layers, tape=None):
     """Context that records the calls of `layers`. It gives a dict from each layer to the list of its uses.
 
     Args:
-        layers: List of `keras.Layer`; see `is_capturable`.
+        layers: List of `keras.Layer`, capturable ones and such that have time steps. Of the latter, the pre-activations that are recorded are zeros
+            added to these.
         tape: `tf.GradientTape` that is to watch the pre-activations, or `None`.
     """
     uses = {layer: [] for layer in layers}
+    recurrent = [layer for layer in layers if has_time_steps(layer)]
+    layers = [layer for layer in layers if not has_time_steps(layer)]
 
     def watched(layer, preactivation):
         if tape is not None:
@@ -116,9 +133,14 @@ def recorded_uses(layers, tape=None):
         original = layer.activation or tf.identity
         return lambda preactivation: original(watched(layer, preactivation))
 
+    def of_steps(layer, zeros):
+        uses[layer].append(_Use(None))
+        watched(layer, zeros)
+        return uses[layer][-1]
+
     calls = [(layer, "call", call(layer)) for layer in layers]
     activations = [(layer, "activation", activation(layer)) for layer in layers if hasattr(layer, "activation")]
-    with replaced(*calls, *activations):
+    with replaced(*calls, *activations), recorded_steps(recurrent, of_steps):
         yield uses
 
 
@@ -136,7 +158,7 @@ def squared_gradients(micro_batch, layers, skipped=()):
         List of tensors shaped as `micro_batch.variables`.
     """
     squares = {id(weight.value): tf.zeros_like(weight.value) for layer in skipped for weight in layer.trainable_weights}
-    layers = [layer for layer in layers if layer not in skipped]
+    layers = [layer for layer in layers if layer not in skipped and is_capturable(layer)]
     if layers:
         with tf.GradientTape() as tape, recorded_uses(layers, tape) as uses:
             share = micro_batch.loss(micro_batch.forward())
@@ -174,8 +196,7 @@ def _layer_squares(layer, uses):
         return tf.matmul(inputs[:, 0] ** 2, squared, transpose_a=True), tf.reduce_sum(squared, 0)
 
     num_cases = tf.shape(uses[0][1], tf.int64)[0]
-    num_places = tf.add_n([tf.size(gradient, tf.int64) for _, gradient in uses]) // (units * tf.maximum(num_cases, 1))
-    block = tf.maximum(_BLOCK_FLOATS // tf.maximum(num_places * max(fan_in, units), fan_in * units), 1)
+    block = tf.maximum(_BLOCK_FLOATS // tf.maximum(_num_places(uses, units) * max(fan_in, units), fan_in * units), 1)
 
     def terms(first, last):
         of_kernel, of_bias = [], []
@@ -193,13 +214,8 @@ def _layer_squares(layer, uses):
 
 def _embedding_squares(layer, uses):
     """Returns the squared gradients of an Embedding summed over cases, a list of one tensor (tokens, units); arguments as in `_layer_squares`."""
-    vocabulary, units = matrix_shape(layer)
-    tokens, gradient = (tf.concat(parts, 1) for parts in zip(*uses, strict=True))
-    # A separate number for each token of each case.
-    ids = tokens + vocabulary * tf.range(tf.shape(tokens, tf.int64)[0])[:, None]
-    ids, places = tf.unique(tf.reshape(ids, [-1]))
-    of_token = tf.math.unsorted_segment_sum(tf.reshape(gradient, [-1, units]), places, tf.size(ids))
-    return [tf.math.unsorted_segment_sum(of_token**2, ids % vocabulary, vocabulary)]
+    of_token, tokens = _gradients_of_tokens(layer, uses)
+    return [tf.math.unsorted_segment_sum(of_token**2, tokens, matrix_shape(layer)[0])]
 
 
 def second_moments(layer, inputs, gradient):
@@ -248,6 +264,94 @@ def second_moments(layer, inputs, gradient):
     return products, s, count
 
 
+def has_places(layer, uses):
+    """Whether the weights of a layer may serve several positions of a case, as far as the shapes tell.
+
+    Args:
+        layer: `keras.Layer`; see `is_capturable`.
+        uses: List of pairs, input and gradient with respect to the pre-activation, of every use of the layer.
+    """
+    return len(uses) > 1 or any(_aligned(layer, *use)[1].shape[1:-1].num_elements() != 1 for use in uses)
+
+
+def moments_of_cases(layer, uses):
+    """Returns the sums over cases of GG', of G'G and of |G|^2, where G is the gradient of a case with respect to the layer's weights as one matrix.
+
+    G is the sum of `ad'` over the positions of a case; see `second_moments`. If there is a bias, it is the last row.
+
+    Args:
+        layer: `keras.Layer`; see `is_capturable`.
+        uses: As in `has_places`.
+
+    Returns:
+        Tensors (rows, rows), or for one-hot inputs the diagonal of it (rows,), (units, units), and a scalar.
+    """
+    uses = [_aligned(layer, inputs, at_least_float32(gradient)) for inputs, gradient in uses]
+    if has_tokens(layer):
+        of_token, tokens = _gradients_of_tokens(layer, uses)
+        squares = tf.reduce_sum(of_token**2, 1)
+        rows = tf.math.unsorted_segment_sum(squares, tokens, matrix_shape(layer)[0])
+        return rows, tf.matmul(of_token, of_token, transpose_a=True), tf.reduce_sum(squares)
+    fan_in, units = matrix_shape(layer)
+    rows = fan_in + has_bias_row(layer)
+    num_cases = tf.shape(uses[0][1], tf.int64)[0]
+    num_places = _num_places(uses, units)
+    # G itself takes `places rows units` multiplications and its products `rows units (rows + units)`. Where positions are few, inner products of
+    # positions are fewer.
+    of_places = num_places * (rows**2 + units**2) + num_places**2 * (rows + units)
+    is_long = of_places > num_places * rows * units + rows * units * (rows + units)
+    largest = tf.maximum(
+        num_places * max(rows, units), tf.where(is_long, tf.cast(rows * units, tf.int64), num_places**2)
+    )
+    block = tf.maximum(_BLOCK_FLOATS // tf.maximum(largest, 1), 1)
+
+    def products(a, d):
+        g = tf.matmul(a, d, transpose_a=True)
+        return tf.einsum("nij,nkj->ik", g, g), tf.einsum("nij,nik->jk", g, g)
+
+    def products_by_places(a, d):
+        flat = lambda tensor: tf.reshape(tensor, [-1, tensor.shape[-1]])  # noqa: E731
+        coupled_a = tf.matmul(tf.matmul(d, d, transpose_b=True), a)
+        coupled_d = tf.matmul(tf.matmul(a, a, transpose_b=True), d)
+        return tf.matmul(flat(a), flat(coupled_a), transpose_a=True), tf.matmul(
+            flat(d), flat(coupled_d), transpose_a=True
+        )
+
+    def terms(first, last):
+        by_use = [_by_places(layer, a[first:last], d[first:last]) for a, d in uses]
+        a, d = (tf.concat(parts, 1) for parts in zip(*by_use, strict=True))
+        return tf.cond(is_long, lambda: products(a, d), lambda: products_by_places(a, d))
+
+    dtype = uses[0][1].dtype
+    a, s = sum_over_blocks(num_cases, block, terms, (tf.zeros([rows, rows], dtype), tf.zeros([units, units], dtype)))
+    return a, s, tf.linalg.trace(s)
+
+
+def _by_places(layer, inputs, gradient):
+    """Returns what a layer multiplies at each position, with a 1 appended if there is a bias, (cases, places, rows), and (cases, places, units)."""
+    fan_in, units = matrix_shape(layer)
+    num_cases = tf.shape(gradient)[0]
+    places = tf.transpose(_places(layer, inputs, tf.shape(gradient)), [0, 2, 1, 3])
+    a, d = tf.reshape(places, [num_cases, -1, fan_in]), tf.reshape(gradient, [num_cases, -1, units])
+    return (tf.concat([a, tf.ones_like(a[..., :1])], 2) if has_bias_row(layer) else a), d
+
+
+def _num_places(uses, units):
+    """The number of positions of a case in all uses together, an int64 scalar."""
+    num_cases = tf.shape(uses[0][1], tf.int64)[0]
+    return tf.add_n([tf.size(gradient, tf.int64) for _, gradient in uses]) // (units * tf.maximum(num_cases, 1))
+
+
+def _gradients_of_tokens(layer, uses):
+    """Returns the rows of the gradients of all cases, (n, units), one for each token that a case has, and these tokens, (n,)."""
+    vocabulary, units = matrix_shape(layer)
+    tokens, gradient = (tf.concat(parts, 1) for parts in zip(*uses, strict=True))
+    # A separate number for each token of each case.
+    ids = tokens + vocabulary * tf.range(tf.shape(tokens, tf.int64)[0])[:, None]
+    ids, places = tf.unique(tf.reshape(ids, [-1]))
+    return tf.math.unsorted_segment_sum(tf.reshape(gradient, [-1, units]), places, tf.size(ids)), ids % vocabulary
+
+
 def _aligned(layer, inputs, gradient):
     """Returns the input of a use and the gradient with respect to its pre-activation, in the gradient's dtype, in one shape per kind of layer.
 
@@ -261,6 +365,8 @@ def _aligned(layer, inputs, gradient):
         tokens = tf.cast(inputs, tf.int64)[..., None] % fan_in
         return _by_place(tokens, 1, 1)[..., 0], _by_place(gradient, 1, units)
     inputs = tf.cast(inputs, gradient.dtype)
+    if has_time_steps(layer):
+        return inputs, gradient
     if type(layer) in _CONVOLUTIONS:
         if layer.data_format == "channels_last":
             return inputs, gradient

@@ -15,6 +15,7 @@ from keras_hf.problem import memory
 from keras_hf.problem.capture import is_capturable, recorded_uses
 from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
 from keras_hf.problem.recurrence import recorded_loops
+from keras_hf.problem.time_steps import has_time_steps, weights_by_rows
 
 # Memory in bytes for the kept micro-batch, from which `micro_batch_size=None` derives the number of cases.
 _MICRO_BATCH_MEMORY = 2 * 2**30
@@ -242,6 +243,7 @@ def trace_structure(task, data):
         if all(variable.trainable and _num_uses_of(graph, variable) == len(uses[layer]) for variable in layer.weights)
         and all(isinstance(use.inputs, tf.Tensor) and use.preactivation.graph is graph for use in uses[layer])
     ]
+    captured += [layer for layer in layers if has_time_steps(layer) and _is_trained_in_loops(graph, layer, in_loops)]
     states = [state for state in task.states if scope.get_current_value(state) is not None]
     changed = {id(state) for state in states}
     return Structure(
@@ -312,6 +314,14 @@ def _cut_of(terms, leaves, graph, num_forward):
 
 def _is_vectorizable(op_types):
     return not (op_types & _BATCHED_PRODUCTS or any(map(_NESTING.match, op_types)))
+
+
+def _is_trained_in_loops(graph, layer, in_loops):
+    """Whether all weights of a layer that has time steps are trained, and used by its loops alone."""
+    weights = weights_by_rows(layer)
+    handles = {weight.value.handle.ref() for weight in weights}
+    users = [user for outer, inner in graph.captures if outer.ref() in handles for user in inner.consumers()]
+    return bool(users) and all(user in in_loops for user in users) and all(weight.trainable for weight in weights)
 
 
 def _num_uses_of(graph, variable):

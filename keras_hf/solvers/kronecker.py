@@ -4,6 +4,11 @@ For a Dense layer, the block of the Gauss-Newton matrix is the sum over cases of
 with a 1 appended for the bias, J the derivative of the network's outputs with respect to the pre-activation, and H the second derivative of the loss
 with respect to the outputs. Martens & Grosse treat the two factors as independent: `mean(aa') x sum(J'HJ)`. One backward pass estimates the second
 factor: it takes vectors u with `E[uu'] = H`, for which `E[(J'u)(J'u)'] = J'HJ`.
+
+Where weights serve several positions of a case, the block is the expectation of `gg'`, where g is u pulled back to the weights of the layer, the sum
+of `a (J'u)'` over the positions of a case. With g as a matrix G, `sum(GG') x sum(G'G) / sum(|G|^2)` has the trace of the block and is close to the
+nearest Kronecker product, to which it is one step of power iteration from the identity. Neither is it assumed that positions are independent, as they
+are in a loss of every position, nor that they have one gradient, as they have before a mean over positions.
 """
 
 import functools
@@ -18,14 +23,18 @@ from keras_hf.common.part import all_finite
 from keras_hf.common.vectors import dense, epsilon, num_weights, vector_dtype
 from keras_hf.problem.capture import (
     at_least_float32,
+    has_bias_row,
+    has_places,
     has_tokens,
     is_capturable,
     kernel_and_bias,
     matrix_shape,
+    moments_of_cases,
     recorded_uses,
     second_moments,
 )
 from keras_hf.problem.curvature import loss_hessian
+from keras_hf.problem.time_steps import has_time_steps
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
 
 # Size of the outputs' last axis up to which H is formed column by column; above, only its diagonal. Columns cost passes through the loss only.
@@ -56,13 +65,18 @@ class KroneckerFactored(Preconditioner):
     - Conv1D, Conv2D and Conv3D with one group;
     - EinsumDense that is a Dense layer except for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features are last in inputs and outputs, and
       there is no bias or one number per feature. This includes the projections of MultiHeadAttention and GroupQueryAttention;
-    - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary.
+    - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary;
+    - SimpleRNN, LSTM and GRU, with kernel, recurrent kernel and biases as one matrix: of one cell, not unrolled, without dropout, and for a GRU with
+      `reset_after=True`.
 
     All other weights get the diagonal of `EmpiricalFisherDiagonal()`: weights of other layers and of subclasses of these, under LoRA or quantization,
     used outside of their layer's calls (tied embeddings), or in a layer with more than 4,096 inputs (tokens excepted) or units.
 
-    Where weights are shared (Dense on sequences, convolutions, a layer that is called again), positions count as independent cases: A is the mean
-    over them and S the sum. Positions that receive no gradient, because they are masked, do not count. Regularizers raise a layer's damping by the
+    Where weights serve several positions of a case (Dense on sequences, convolutions, time steps, a layer that is called again), the factors are
+    those of G, the sum of ad' over the positions of a case: A is the sum over cases of GG', S that of G'G, divided by that of |G|^2, which is the
+    trace of both. So positions whose effects on the loss add up, as before a mean over positions, count as one, and positions with a loss of their
+    own count as many; which of the two it is need not be said. In the layer that produces the outputs, positions are independent: A is the mean over
+    them and S the sum, and positions that receive no gradient, because they are masked, do not count. Regularizers raise a layer's damping by the
     mean of their second derivative over its weights (2c for `L2(c)` on all of them). Under BatchNormalization the batch statistics count as
     constants.
 
@@ -75,7 +89,8 @@ class KroneckerFactored(Preconditioner):
     On minibatches, whose few cases do not tell the factors of wide layers, average them over estimates (`decay`). The average of k estimates weighs
     each by 1/k, until that is less than `1 - decay`; from then on it is exponential. In each of the first three updates factors are estimated anew.
 
-    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases, and the inverses (m^3 for a factor with m rows). In every application, as
+    Cost: every `interval` updates about 1.5 gradients of `num_cases` cases, for a layer with m inputs, k units and T positions `T m k + m k (m + k)`
+    multiplications a case or `T (m^2 + k^2) + T^2 (m + k)`, and the inverses (m^3 for a factor with m rows). In every application, as
     in a CG iteration, `m k (m + k)` multiplications for a layer with m inputs and k units, `m k^2` for m tokens. Inverses that are kept for several
     updates keep the damping that they were computed with. This affects only the speed of CG, not its solution. Memory: two numbers for each entry of
     a factor, if both averages and inverses are kept.
@@ -91,8 +106,9 @@ class KroneckerFactored(Preconditioner):
         ValueError: If an argument is out of its range.
 
     References:
-        Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Grosse & Martens
-        (2016), *A Kronecker-factored approximate Fisher matrix for convolution layers*.
+        Martens & Grosse (2015), *Optimizing neural networks with Kronecker-factored approximate curvature*, sections 3 and 6.3; Eschenhagen et al.
+        (2023), *Kronecker-factored approximate curvature for modern neural network architectures*, on positions; Morwani et al. (2024), *A new
+        perspective on Shampoo's preconditioner*, on factors of G.
     """
 
     def __init__(self, num_cases=1000, interval=1, decay=0.0):
@@ -243,7 +259,7 @@ class KroneckerFactored(Preconditioner):
 
 
 class _Moments(NamedTuple):
-    """Second moments of one layer: of inputs and of output factors (vectors where they are diagonal), and the number of positions."""
+    """Second moments of one layer: of inputs and of output factors (vectors where they are diagonal), and by what the first are divided."""
 
     a: tf.Tensor
     s: tf.Tensor
@@ -259,7 +275,7 @@ class _Others:
 
 
 def _is_factored(layer):
-    if not is_capturable(layer) or not layer.built:
+    if not (is_capturable(layer) or has_time_steps(layer)) or not layer.built:
         return False
     rows, units = factored_shape(layer)
     # The factor of one-hot inputs is diagonal.
@@ -290,7 +306,7 @@ def _name(layer, variables):
 def factored_shape(layer):
     """Returns rows and columns of a layer's weights as one matrix, with the bias as its last row."""
     fan_in, units = matrix_shape(layer)
-    return fan_in + len(kernel_and_bias(layer)) - 1, units
+    return fan_in + has_bias_row(layer), units
 
 
 def _moments(micro_batch, layers, seeds):
@@ -303,13 +319,16 @@ def _moments(micro_batch, layers, seeds):
     gradients = iter(dense(gradients, preactivations))
     found = []
     for layer in layers:
-        of_uses = [second_moments(layer, use.inputs, next(gradients)) for use in uses[layer]]
+        of_uses = [(use.inputs, next(gradients)) for use in uses[layer]]
         rows, units = factored_shape(layer)
+        is_output = len(outputs) == len(of_uses) == 1 and uses[layer][0].preactivation is outputs[0]
         if not of_uses:
-            of_a = [rows] if has_tokens(layer) else [rows, rows]
-            of_uses = [(tf.zeros(of_a), tf.zeros([units, units]), tf.zeros([]))]
-        a, s, places = (tf.add_n(moments) for moments in zip(*of_uses, strict=True))
-        is_output = len(outputs) == len(uses[layer]) == 1 and uses[layer][0].preactivation is outputs[0]
+            a = tf.zeros([rows] if has_tokens(layer) else [rows, rows])
+            s, places = tf.zeros([units, units]), tf.zeros([])
+        elif has_places(layer, of_uses) and not is_output:
+            a, s, places = moments_of_cases(layer, of_uses)
+        else:
+            a, s, places = second_moments(layer, *of_uses[0])
         # The outputs' last axis may be less than all units.
         if is_output and expected[0].shape[-1] == units and getattr(layer, "data_format", None) != "channels_first":
             s = expected[0]
