@@ -317,3 +317,30 @@ def test_a_file_of_functions_is_refused_with_what_can_be_saved(float64, tmp_path
         pinn.get_config()
     with pytest.raises(NotImplementedError, match="which no file holds"):
         model.save(tmp_path / "run.keras")
+
+
+@pytest.mark.slow
+def test_points_by_residual_find_a_front_that_few_points_miss(float64):
+    # The slope is over a range of 0.03: of forty points one or two lie in it, and a network that is flat there satisfies the others.
+    def front(u, points):
+        slope = derivatives(u, points, "x", "u_x")
+        return (slope - 60 * (1 - tf.tanh(60 * (points - 0.3)) ** 2)) / 8
+
+    def error(is_drawn):
+        keras.utils.set_random_seed(1)
+        rng = np.random.default_rng(1)
+        network = keras.Sequential([keras.Input((1,)), layers.Dense(10, "tanh"), layers.Dense(1)])
+        pinn = PINN(network, {"front": front, "start": lambda u, points: u(points) + 1})
+        model = HFModel(pinn)
+        model.compile(loss="mse")
+        fixed = rng.uniform(-1, 1, (40, 1))
+
+        def draw():
+            points = pinn.by_residual("front", rng.uniform(-1, 1, (2000, 1)), 40, seed=rng) if is_drawn else fixed
+            return {"front": points, "start": np.array([[-1.0]])}
+
+        model.fit(pinn.redrawn(draw, every=20), steps_per_epoch=20, epochs=6, verbose=0)
+        x = np.linspace(-1, 1, 2001)[:, None]
+        return np.abs(pinn.solution(x) - np.tanh(60 * (x - 0.3))).max()
+
+    assert error(is_drawn=True) < 1e-2 < 1 < error(is_drawn=False)
