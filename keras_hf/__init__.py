@@ -49,4 +49,4 @@ from keras_hf.solvers.truncated_cg import ConjugateGradient as ConjugateGradient
 from keras_hf.solvers.truncated_cg import recipe_of_2010 as recipe_of_2010
 from keras_hf.workers import multi_worker_strategy as multi_worker_strategy
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
