@@ -32,7 +32,7 @@ lint: .venv/lint.installed
 
 # Into site/; warnings fail.
 docs: .venv/docs.installed
-	$(BIN)/python -m mkdocs build --strict
+	KERAS_HF_EXECUTE_NOTEBOOKS=1 $(BIN)/python -m mkdocs build --strict
 
 # The tables of README.md and docs that are made from benchmarks/results.
 tables: .venv/benchmarks.installed

@@ -1,18 +1,24 @@
 """What the site of mkdocs.yml needs beyond its settings: files of other folders, notebooks of guides, and the examples of docstrings."""
 
 import collections
+import os
 import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import griffe
 import jupytext
+import nbclient
 from markdown_it import MarkdownIt
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 # Guides that the site offers as notebooks, too.
-NOTEBOOKS = ("getting-started.md", "physics-informed.md")
+NOTEBOOKS = ("getting-started.md", "recurrent.md", "physics-informed.md")
+# Set by `make docs`: notebooks are run, side by side, and show what their cells print.
+_EXECUTE = "KERAS_HF_EXECUTE_NOTEBOOKS"
 # A link of a page of docs/ to a file of another folder, as it works on GitHub.
 _OUTSIDE = re.compile(r"\]\(\.\./((?:benchmarks|examples|keras_hf|tests)/[^()\s#]+\.\w+)\)")
 _TAGS = re.compile(r"<(blockquote|img|li|ol|pre|table|tr|ul)\b")
@@ -26,8 +32,12 @@ def on_files(files, config):
     for path in sorted({path for text in pages.values() for path in _OUTSIDE.findall(text)}):
         if (ROOT / path).exists():
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
-    for name in NOTEBOOKS:
-        files.append(File.generated(config, _ipynb(name), content=jupytext.writes(notebook(pages[name]), "ipynb")))
+    notebooks = [notebook(pages[name]) for name in NOTEBOOKS]
+    if os.environ.get(_EXECUTE):
+        with ThreadPoolExecutor(2) as pool:
+            notebooks = list(pool.map(executed, notebooks))
+    for name, made in zip(NOTEBOOKS, notebooks, strict=True):
+        files.append(File.generated(config, _ipynb(name), content=jupytext.writes(made, "ipynb")))
     return files
 
 
@@ -60,6 +70,20 @@ def notebook(text):
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\[([^\]]+)\]\((?!\w+://)[^)]*\)", r"\1", cell.source)
     made.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return made
+
+
+def executed(made):
+    """Returns a notebook with what its cells print and draw; an error in a cell ends the build."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        client = nbclient.NotebookClient(made, timeout=None, resources={"metadata": {"path": folder}})
+        client.execute(env=environment)
+    for cell in made.cells:
+        # TensorFlow's messages when it starts.
+        cell["outputs"] = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        if cell.cell_type != "code":
+            del cell["outputs"]
     return made
 
 
