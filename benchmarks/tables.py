@@ -248,7 +248,26 @@ def error_bars():
     return table(header, rows)
 
 
+def keras_examples():
+    """Losses, metrics and updates of examples of Keras by `HFModel` and by Adam."""
+    runs = {(row["example"], row["method"]): row for row in read("keras_examples.csv")}
+    rows = []
+    for name in dict.fromkeys(example for example, _ in runs):
+        hf, adam = runs[name, "hf"], runs[name, "adam"]
+        rows.append(
+            [
+                name.replace("_", " "),
+                *(f"{number(row['val_loss'])} ({number(row['val_metric'])})" for row in (hf, adam)),
+                *(f"{int(row['updates']):,}" for row in (hf, adam)),
+                f"{float(hf['first_update_seconds']):.0f}",
+            ]
+        )
+    header = ["example", "validation loss (metric), `HFModel`", "Adam", "updates, `HFModel`", "Adam", "first update, s"]
+    return table(header, rows)
+
+
 TABLES = {
+    "keras-examples": keras_examples,
     "demo-poisson": demo_poisson,
     "demo-memory": demo_memory,
     "demo-autoencoder": demo_autoencoder,

@@ -125,7 +125,7 @@ def is_arrays(x):
 
 
 def strings_as_tensors(x):
-    """Returns a nest of arrays in which strings are tensors: where Keras cuts batches, it takes them in no other form. Other data stay as they are."""
+    """Returns a nest of arrays in which strings are tensors: where Keras cuts batches, it takes no others. Other data stay as they are."""
 
     def converted(array):
         is_string = not tf.is_tensor(array) and getattr(getattr(array, "dtype", None), "kind", None) in ("O", "S", "U")
