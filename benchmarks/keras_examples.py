@@ -2,7 +2,8 @@
 
 Networks, losses and batches are those of the examples; data are MNIST's digits or drawn here, and small. Each method has the same seconds of the
 processor after its first update, validation included. `first_update_seconds`, in which it traces, come before, and are part of `cpu_seconds`.
-Methods: `hf`, `HFModel` with its defaults and the example's batches; `adam`, the example's own.
+Methods: `hf`, `HFModel` with its defaults and the example's batches; `whole`, the same without `batch_size`, which makes one batch of all cases;
+`adam`, the example's own.
 
 `loss`, `val_loss` and `val_metric` are those of the epoch of the least `val_loss`, which `EarlyStopping(restore_best_weights=True)` keeps.
 
@@ -80,6 +81,8 @@ def train(name, method, seed, num_cases, seconds):
     else:
         model = HFModel(model)
         model.compile(**example.compiled)
+    if method == "whole":
+        del fit["batch_size"]
     fit["callbacks"] = [*fit.get("callbacks", ()), clock]
     history = model.fit(*example.cases, epochs=10**6, validation_data=example.others, verbose=0, **fit).history
     best = min(range(len(history["val_loss"])), key=lambda epoch: _or_infinity(history["val_loss"][epoch]))
@@ -496,7 +499,7 @@ def residual_network(rng, num_cases):
     return Example(network, {"loss": loss, "metrics": ["acc"]}, cases, others, {"batch_size": 64})
 
 
-METHODS = "hf", "adam"
+METHODS = "hf", "whole", "adam"
 EXAMPLES = {
     example.__name__: example
     for example in (
