@@ -27,6 +27,7 @@ BENCHMARKS = {
     "recurrent_cost": ("What does a product of a recurrent network cost?", "file"),
     "first_damping": ("Where should the damping start?", "file"),
     "small_batches": ("What damping do small batches bear?", "file"),
+    "keras_examples": ("Which examples of Keras train as they are?", "file"),
     "validation": ("Which model generalises best, and is validation needed?", "file"),
     "classifier_solvers": ("Which solver trains classifiers soonest?", "file"),
     "exact_solver": ("Where does the exact solver pay?", "file"),

@@ -292,7 +292,30 @@ _SETS = {
     "text": "sentences of seven topics",
 }
 
+
+def keras_examples():
+    """Losses, metrics and updates of examples of Keras by `HFModel` and by Adam."""
+    runs = {(row["example"], row["method"]): row for row in read("keras_examples.csv")}
+
+    def reached(name, method):
+        row = runs.get((name, method))
+        return f"{number(row['val_loss'])} ({number(row['val_metric'])})" if row else ""
+
+    rows = [
+        [
+            name.replace("_", " "),
+            *(reached(name, method) for method in ("hf", "whole", "adam")),
+            *(f"{int(runs[name, method]['updates']):,}" for method in ("hf", "adam")),
+            f"{float(runs[name, 'hf']['first_update_seconds']):.0f}",
+        ]
+        for name in dict.fromkeys(example for example, _ in runs)
+    ]
+    methods = "the example's batches", "all cases in one batch", "Adam"
+    return table(["example", *methods, "updates in its batches", "of Adam", "first update, s"], rows)
+
+
 TABLES = {
+    "keras-examples": keras_examples,
     "demo-poisson": demo_poisson,
     "demo-memory": demo_memory,
     "demo-autoencoder": demo_autoencoder,

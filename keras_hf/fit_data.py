@@ -35,6 +35,10 @@ class FitData:
             raise ValueError(
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
             )
+        x = strings_as_tensors(x)
+        if isinstance(arguments["validation_data"], tuple):
+            others, *rest = arguments["validation_data"]
+            arguments["validation_data"] = strings_as_tensors(others), *rest
         self._x, self._y, self._sample_weight, self._arguments = x, y, sample_weight, arguments
         self.source = "dataset" if isinstance(x, tf.data.Dataset) else "batches"
         self.num_cases = self.most_cases = None
@@ -81,7 +85,7 @@ class FitData:
         """
         found = {"x": self._x, "y": self._y, "sample_weight": self._sample_weight, **self._arguments}
         if self.num_cases is None:
-            if isinstance(self._x, (tf.data.Dataset, tf.distribute.DistributedDataset)):
+            if not isinstance(self._x, keras.utils.PyDataset):
                 found["shuffle"] = False  # Keras ignores True and warns about its own default.
             return found
         found["batch_size"] = self.batch_size
@@ -118,6 +122,16 @@ def is_arrays(x):
         return False
     leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
     return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__len__") for leaf in leaves)
+
+
+def strings_as_tensors(x):
+    """Returns a nest of arrays in which strings are tensors: where Keras cuts batches, it takes no others. Other data stay as they are."""
+
+    def converted(array):
+        is_string = not tf.is_tensor(array) and getattr(getattr(array, "dtype", None), "kind", None) in ("O", "S", "U")
+        return tf.convert_to_tensor(np.asarray(array)) if is_string else array
+
+    return keras.tree.map_structure(converted, x) if is_arrays(x) else x
 
 
 def split(arrays, num_cases):

@@ -17,7 +17,7 @@ from keras_hf.common import checks, files, keras_private
 from keras_hf.common.cluster import is_chief
 from keras_hf.common.replaced import replaced
 from keras_hf.damping import DampingCallback, LevenbergMarquardt
-from keras_hf.fit_data import FitData, is_arrays
+from keras_hf.fit_data import FitData, is_arrays, strings_as_tensors
 from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
@@ -359,13 +359,13 @@ class HFModel(keras.Model):
 
     def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", *args, **kwargs):
         """Computes loss and metrics; arguments as `keras.Model.evaluate`. Of several workers the chief alone shows the progress bar."""
-        return super().evaluate(
-            x, y, batch_size, workers.verbose_of(self.distribute_strategy, verbose), *args, **kwargs
-        )
+        verbose = workers.verbose_of(self.distribute_strategy, verbose)
+        return super().evaluate(strings_as_tensors(x), y, batch_size, verbose, *args, **kwargs)
 
     def predict(self, x, batch_size=None, verbose="auto", *args, **kwargs):
         """Computes predictions; arguments as `keras.Model.predict`. Of several workers the chief alone shows the progress bar."""
-        return super().predict(x, batch_size, workers.verbose_of(self.distribute_strategy, verbose), *args, **kwargs)
+        verbose = workers.verbose_of(self.distribute_strategy, verbose)
+        return super().predict(strings_as_tensors(x), batch_size, verbose, *args, **kwargs)
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """Performs one update on these cases; arguments as `keras.Model.train_on_batch`."""
@@ -633,6 +633,7 @@ class HFModel(keras.Model):
         """Chooses the solver for a `FitData`, and prepares for it if the number of cases is known."""
         few = None if fit_data.num_cases is None else fit_data.specs()
         if few is not None:
+            compiled_model.require_numbers(self, few)
             self._maybe_symbolic_build(data_batch=tuple(few))
         trace = functools.cache(lambda: traced_structure(compiled_model.task_of(self), few))
         if few is not None and self._setup is not None and self._setup.is_for(self.optimizer, few):

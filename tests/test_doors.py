@@ -89,10 +89,18 @@ def test_weights_that_are_not_one_for_each_case_are_refused(weight, message):
         fit(compiled(), X, Y, sample_weight=weight)
 
 
-def test_words_are_taken_where_the_network_reads_them():
+def reads_words():
     look_up = layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
-    model = compiled(keras.Sequential([keras.Input((1,), dtype="string"), look_up, layers.Dense(1)]))
-    assert fit(model, np.array([["a"], ["b"]] * 10), np.tile([[0.0], [1.0]], (10, 1)))["step_size"][0] > 0
+    return compiled(keras.Sequential([keras.Input((1,), dtype="string"), look_up, layers.Dense(1)]))
+
+
+def test_words_are_taken_where_the_network_reads_them():
+    x, y = np.array([["a"], ["b"]] * 10), np.tile([[0.0], [1.0]], (10, 1))
+    for kind in ("U", "S", object):
+        model, words = renewed(reads_words), x.astype(kind)
+        assert fit(model, words, y, validation_data=(words, y))["step_size"][0] > 0
+        assert fit(model, words, y, 10, validation_split=0.5)["val_loss"][0] == model.evaluate(words, y, verbose=0)
+        np.testing.assert_array_equal(model.predict(words, verbose=0), model(tf.constant(x)))
 
 
 def test_sparse_matrices_are_refused():

@@ -201,6 +201,13 @@ def test_every_epoch_of_arrays_is_an_update_as_of_a_dataset_until_a_callback_sto
         assert_same(history, logs, rtol=1e-6)
 
 
+def test_keras_is_not_told_to_shuffle_what_comes_in_an_order_of_its_own():
+    arguments = {**dict.fromkeys(("validation_data", "batch_size")), "validation_split": 0.0, "shuffle": True}
+    kinds = (dataset(), iter(batches()), (batch for batch in batches()), Batches())
+    shuffled = [FitData(x, None, None, **arguments).for_keras(None, False, 1, True)["shuffle"] for x in kinds]
+    assert shuffled == [False, False, False, True]
+
+
 @pytest.mark.parametrize("floatx", ["float32", "float64"])
 def test_arrays_are_converted_once_to_the_floats_of_keras_and_nothing_else_is(floatx):
     keras.config.set_floatx(floatx)

@@ -1,10 +1,12 @@
 """A loop over rows: what it returns, and what it leaves where its function raises."""
 
+import logging
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_hf.common.loops import map_rows
+from keras_hf.common.loops import map_rows, vectorized_map
 
 
 @tf.function(autograph=False)
@@ -30,3 +32,26 @@ def test_strategies_can_be_entered_after_a_function_that_raises(loop):
         loop(refuse, tf.zeros([2, 2]))
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         assert tf.Variable(0.0).shape == ()
+
+
+def test_a_vectorised_map_does_not_tell_users_what_tensorflow_should_mend():
+    rng = np.random.default_rng(0)
+    images, kernel = tf.constant(rng.normal(size=(3, 4, 4, 1))), tf.constant(rng.normal(size=(2, 2, 1, 1)))
+
+    def gradient(image):
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            outputs = tf.nn.conv2d(image[None], kernel, 1, "VALID")
+        return tape.gradient(outputs, kernel)
+
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    tf.get_logger().addHandler(handler)
+    try:
+        found = vectorized_map(gradient, images)
+        assert records == []
+        np.testing.assert_allclose(found, tf.vectorized_map(gradient, images))
+        assert "while_loop" in records[0].getMessage()
+    finally:
+        tf.get_logger().removeHandler(handler)

@@ -11,7 +11,7 @@ import functools
 import tensorflow as tf
 
 from keras_hf.common import taylor
-from keras_hf.common.loops import map_rows, sum_over_blocks
+from keras_hf.common.loops import map_rows, sum_over_blocks, vectorized_map
 from keras_hf.common.vectors import dense, epsilon, gram, pack, unpack
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
@@ -134,7 +134,7 @@ class LocalRows:
     def _mapped(self, function, args, dtype):
         """Applies a function to every row of nested tensors: vectorised where TensorFlow can."""
         if self._micro_batch.has_vectorizable_rows:
-            return tf.vectorized_map(function, args)
+            return vectorized_map(function, args)
         return map_rows(function, args, dtype)
 
     def _sum_of(self, function, shape, u=None):
