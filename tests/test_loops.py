@@ -50,8 +50,8 @@ def test_a_vectorised_map_does_not_tell_users_what_tensorflow_should_mend():
     tf.get_logger().addHandler(handler)
     try:
         found = vectorized_map(gradient, images)
-        assert records == []
+        assert [record for record in records if "while_loop" in record.getMessage()] == []
         np.testing.assert_allclose(found, tf.vectorized_map(gradient, images))
-        assert "while_loop" in records[0].getMessage()
+        assert any("while_loop" in record.getMessage() for record in records)
     finally:
         tf.get_logger().removeHandler(handler)
