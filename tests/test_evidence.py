@@ -38,7 +38,7 @@ def compiled(weight_decay="evidence", solver=None, loss="mse", regularizer=None,
 # A decay that is given.
 
 
-@pytest.mark.parametrize("solver", [DirectSolver, ConjugateGradient])
+@pytest.mark.parametrize("solver", [DirectSolver, pytest.param(ConjugateGradient, marks=pytest.mark.slow)])
 def test_a_decay_is_an_l2_regularizer_of_every_weight_that_evaluation_leaves_out(float64, solver):
     x, y = regression()
     settings = {"solver": solver(), "damping": 0.1, "growing_batch": None}
@@ -139,6 +139,7 @@ def test_the_decay_ends_where_evidence_after_training_finds_it(float64, solver):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_minibatches_and_growing_parts_find_a_decay_of_the_same_size(float64):
     x, y = regression(600)
     found = []
@@ -232,6 +233,7 @@ def test_classes_have_no_noise():
     assert callback.next_decay(logs(weight_decay=0.01), 54) == pytest.approx(4.0 / (8 * 54))
 
 
+@pytest.mark.slow
 def test_the_decay_is_saved_and_a_resumed_run_is_the_same(float64, tmp_path):
     x, y = regression()
     model = compiled()
@@ -248,6 +250,7 @@ def test_the_decay_is_saved_and_a_resumed_run_is_the_same(float64, tmp_path):
     assert again.finds_decay and HessianFree.from_config(HessianFree(weight_decay=0.5).get_config()).weight_decay == 0.5
 
 
+@pytest.mark.slow
 def test_the_callback_alone_turns_it_on_at_any_time(float64):
     x, y = regression()
     model = compiled(None)

@@ -88,7 +88,7 @@ def model_of_batches(solver=ConjugateGradient):
     return model
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient, PreconditionedMomentum])
+@pytest.mark.parametrize("solver", [ConjugateGradient, pytest.param(PreconditionedMomentum, marks=pytest.mark.slow)])
 def test_it_is_the_loss_of_the_next_batch_before_and_after_the_step(float64, solver):
     x, y = noisy(120)
     parts = [(x[start : start + 40], y[start : start + 40]) for start in (0, 40, 80)]

@@ -257,6 +257,7 @@ def test_float32_is_warned_of():
         PINN(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), {"data": value})
 
 
+@pytest.mark.slow
 def test_a_new_model_of_the_same_code_goes_on_bit_by_bit_before_it_has_seen_points(float64, tmp_path):
     pinn, model = made()
     x, y, sample_weight = pinn.cases(GIVEN, WEIGHTS)

@@ -159,7 +159,7 @@ def test_fit_shows_one_line_an_epoch_or_all_numbers_or_nothing_as_verbose_says(m
     assert names(0)[2] == ""
 
 
-@pytest.mark.parametrize("last", [150, 120])
+@pytest.mark.parametrize("last", [150, pytest.param(120, marks=pytest.mark.slow)])
 def test_many_epochs_of_one_update_are_one_line_which_ends_with_the_last(model, last, capsys):
     stopping = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch + 1 == last)
