@@ -14,7 +14,7 @@ _MANY_REJECTIONS = 30
 _FEW_CASES = 16
 # The rest of an epoch with fewer cases, and less than a quarter of the batches before it, gets a damping that is right for those.
 _FEW_IN_REMAINDER = 64
-# The share of the loss above which, in so many updates in a row, steps fit the noise of their batches: damping rules hold it at a half.
+# The optimism above which, in so many updates in a row, steps fit the noise of their batches: damping rules hold it at a half.
 _OPTIMISTIC, _MANY_OPTIMISTIC = 0.75, 40
 _NO_CURVATURE = {
     "mean_absolute_error": "keras.losses.Huber() or LogCosh()",
@@ -130,9 +130,9 @@ class Advice:
         if self._num_optimistic == _MANY_OPTIMISTIC:
             self.warn_once(
                 "optimism",
-                f"For {_MANY_OPTIMISTIC} updates, steps have gained on their own batch what was not there on the next one: {optimism:.0%} of "
-                "the loss (`optimism` in the logs). They fit the noise of their batches. A damping rule such as `LevenbergMarquardt()` raises the "
-                f"damping where that happens. {_LARGER_BATCHES[self._source or 'batches']}",
+                f"For {_MANY_OPTIMISTIC} updates, steps have gained on their own batch what was not there on the next one: `optimism` in the "
+                f"logs is {optimism:.2f}. They fit the noise of their batches. A damping rule such as `LevenbergMarquardt()` raises the damping "
+                f"where it is above a half. {_LARGER_BATCHES[self._source or 'batches']}",
             )
 
     def negative_curvature(self, logs, rounding):

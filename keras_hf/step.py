@@ -181,7 +181,7 @@ def _logs(setup, objective, result):
         "gradient_norm": result.gradient_norm,
     }
     if setup.has_other_cases:
-        floating["optimism"] = result.state.optimism.of_loss
+        floating["optimism"] = result.state.optimism.size
     whole = {"num_cases": objective.totals.num_cases, "converged": result.state.convergence.has_converged}
     return {
         **{key: tf.convert_to_tensor(value) for key, value in floating.items()},

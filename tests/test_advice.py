@@ -76,7 +76,9 @@ def test_updates_that_keep_fitting_noise_are_said_with_the_cure(advice):
     advice.cases_come_as("dataset")
     for optimism in [*[0.8] * 39, 0.75, *[0.8] * 39, math.nan, *[0.8] * 39]:
         advice.noise_is_fitted(optimism)
-    with pytest.warns(UserWarning, match="For 40 updates.*next one: 81% of the loss .*Batch the dataset by more cases"):
+    with pytest.warns(
+        UserWarning, match="For 40 updates.*next one: `optimism` in the logs is 0.81.*Batch the dataset by more cases"
+    ):
         advice.noise_is_fitted(0.81)
 
 

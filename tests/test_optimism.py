@@ -30,8 +30,8 @@ def number(value):
     return tf.constant(value, tf.float64)
 
 
-def record(reduction, total=0.0, weight=0.0):
-    return Optimism(number(reduction), number(total), number(weight))
+def record(reduction, total=0.0, weight=0.0, gained=0.0):
+    return Optimism(number(reduction), number(total), number(weight), number(gained))
 
 
 @pytest.mark.parametrize(
@@ -47,16 +47,31 @@ def record(reduction, total=0.0, weight=0.0):
 )
 def test_what_the_next_batch_adds_to_the_mean(reduction, before, now, share):
     first = record(reduction).after(number(before), number(now))
-    assert first[1:] == (share, 1.0) and first.of_loss == share
-    later = record(reduction, 3.0, 4.0).after(number(before), number(now))
-    np.testing.assert_allclose(later[1:], [2.7 + share, 4.6])
-    np.testing.assert_allclose(later.of_loss, (2.7 + share) / 4.6)
+    assert first[1:] == (share, 1.0, reduction / before)
+    later = record(reduction, 3.0, 4.0, 6.0).after(number(before), number(now))
+    np.testing.assert_allclose(later[1:], [2.7 + share, 4.6, 5.4 + reduction / before])
+
+
+@pytest.mark.parametrize(
+    ("total", "weight", "gained", "size"),
+    [
+        (0.8, 2.0, 8.0, 0.4),  # of the loss
+        (0.2, 2.0, 0.2, 0.5),  # of gains, of which the next batch has none
+        (0.2, 2.0, 0.4, 0.25),
+        (0.2, 2.0, 0.01, 1.0),  # steps do harm: no more than the whole
+        (0.2, 2.0, 0.0, 0.1),  # nothing was gained
+        (0.2, 2.0, -0.1, 0.1),
+        (-0.2, 2.0, 0.5, -0.1),
+    ],
+)
+def test_its_size_is_the_larger_of_two_shares(total, weight, gained, size):
+    assert float(record(0.5, total, weight, gained).size) == pytest.approx(size)
 
 
 @pytest.mark.parametrize(("reduction", "before"), [(0.0, 2.0), (0.5, NAN), (0.5, INF), (0.5, 0.0), (0.5, -1.0)])
 def test_batches_that_say_nothing_leave_the_mean(reduction, before):
-    assert record(reduction, 3.0, 4.0).after(number(before), number(1.0))[1:] == (3.0, 4.0)
-    assert math.isnan(Optimism.unknown().after(number(before), number(1.0)).of_loss)
+    assert record(reduction, 3.0, 4.0, 6.0).after(number(before), number(1.0))[1:] == (3.0, 4.0, 6.0)
+    assert math.isnan(Optimism.unknown().after(number(before), number(1.0)).size)
 
 
 def noisy(num_cases, seed=0):
@@ -98,12 +113,14 @@ def test_it_is_the_loss_of_the_next_batch_before_and_after_the_step(float64, sol
     record = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["optimism"]))
     fit(model, batches(x, y, 40), callbacks=[ConstantDamping(), losses, record])
     course = np.array([at_start, *losses.found])
-    shares, expected = [], []
+    shares, gains, expected = [], [], []
     for update in (1, 2):
         before, now = course[update - 1 : update + 1, update]
         own = course[update - 1, update - 1] - course[update, update - 1]
         shares = [*shares, (own - (before - now)) / before]
-        expected.append(np.average(shares, weights=0.9 ** np.arange(update)[::-1]))
+        gains = [*gains, own / before]
+        weights = 0.9 ** np.arange(update)[::-1]
+        expected.append(max(np.average(shares, weights=weights), min(weights @ shares / (weights @ gains), 2) / 2))
     assert math.isnan(seen[0])
     np.testing.assert_allclose(seen[1:], expected, rtol=1e-5)
 
