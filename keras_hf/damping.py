@@ -29,8 +29,8 @@ class DampingCallback(keras.callbacks.Callback):
     0 is exempt from the latter.
 
     A step is fitted to the noise of its batch, too, the more so the smaller the damping is; the reduction ratio, which is of the same cases, does not
-    show it. Where cases come in several batches, `optimism` in the logs does: what steps gain on their own batch and not on the next one, as a share of
-    the loss, or as half of a share of the gains if that is larger, a mean over updates. Up to a quarter the rule is followed; then it lowers the
+    show it. Where cases come in several batches, `optimism` in the logs does: what steps gain on their own batch and not on the next one, as a share
+    of the loss, or as half of a share of the gains if that is larger, a mean over updates. Up to a quarter the rule is followed; then it lowers the
     damping by the power `(2 - 4 o)^2` of its factor, o being the optimism, and above a half the damping rises, by `2.5^((2 o - 1)^2)`. So the damping
     stays where batches of that size bear it, and rises where steps gain nothing on the next batch. Parts of a batch that grow are not judged by this:
     they grow.
