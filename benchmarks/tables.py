@@ -7,6 +7,7 @@ nothing changes when it is called.
 """
 
 import csv
+import functools
 import re
 from pathlib import Path
 
@@ -255,14 +256,18 @@ def error_bars():
 def _validation(dataset):
     """Returns label -> the test loss of the model kept by early stopping, and that at the end, medians over seeds."""
     found = {}
-    for of, label, runs in chosen(read("validation.csv")):
-        if of == dataset:
-            losses = [
-                [next(float(row["test"]) for row in run if row["event"] == event) for event in ("kept", "end")]
-                for run in runs
-            ]
-            found[label] = np.median(losses, 0)
+    for _, label, runs in chosen([row for row in _validations() if row["dataset"] == dataset]):
+        losses = [
+            [next(float(row["test"]) for row in run if row["event"] == event) for event in ("kept", "end")]
+            for run in runs
+        ]
+        found[label] = np.median(losses, 0)
     return found
+
+
+@functools.cache
+def _validations():
+    return read("validation.csv")
 
 
 def validation():

@@ -172,7 +172,7 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
     assert {variable.name for variable in optimizer.variables} == {
         *("iteration", "learning_rate", "seed", "statistics_cases"),
         *("damping", "scale"),
-        *("last_step", "optimism_reduction", "optimism_total", "optimism_weight"),
+        *("last_step", "optimism_reduction", "optimism_total", "optimism_weight", "optimism_gained"),
         *("convergence_count", "convergence_gradient_norm", "convergence_damping"),
         *("solver_warm_start", "solver_preconditioner_others", "solver_preconditioner_made_at"),
         *("growing_batch_size", "growing_batch_start", "growing_batch_misses"),
