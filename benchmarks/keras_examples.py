@@ -13,12 +13,10 @@ Rows that the file already holds are kept, so that an interrupted run goes on.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import math
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
@@ -53,7 +51,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=15.0, help="of the processor, after the first update")
     quick = {"examples": ["imbalanced", "recommender"], "cases": 400, "seconds": 3.0}
     args = results.parse(parser, quick)
-    table = _rows_of(args.csv)
+    table = results.read(args.csv)
     done = {tuple(str(row[key]) for key in KEYS) for row in table}
     for seed, example, method in itertools.product(args.seeds, args.examples, args.methods):
         if (example, method, str(seed)) in done:
@@ -62,13 +60,6 @@ def main():
         print(" ".join(f"{column}={value}" for column, value in table[-1].items()), flush=True)
         if args.csv:
             results.write(args.csv, table)
-
-
-def _rows_of(path):
-    if not path or not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def train(name, method, seed, num_cases, seconds):

@@ -5,6 +5,7 @@ and of the libraries that are installed. Needs neither Keras nor NumPy, so that 
 """
 
 import argparse
+import csv
 import datetime
 import importlib.metadata
 import json
@@ -48,6 +49,14 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, rows)
     note(path)
+
+
+def read(path):
+    """Returns the rows of a CSV file, dicts of strings; none where `path` is `None` or there is no file."""
+    if not path or not Path(path).exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def note(path):

@@ -11,10 +11,8 @@ Rows that the file already holds are kept, so that an interrupted run goes on.
 """
 
 import argparse
-import csv
 import itertools
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -40,7 +38,7 @@ def main():
     args = results.parse(
         parser, {"problems": ["regression"], "batches": [64], "seeds": [1], "cases": 500, "rules": ["optimism", "adam"]}
     )
-    table = _rows_of(args.csv)
+    table = results.read(args.csv)
     done = {tuple(str(row[key]) for key in KEYS) for row in table}
     for run in itertools.product(args.seeds, args.problems, args.batches, args.rules):
         seed, problem, batch, rule = run
@@ -50,13 +48,6 @@ def main():
         print(" ".join(f"{column}={value}" for column, value in table[-1].items()), flush=True)
         if args.csv:
             results.write(args.csv, table)
-
-
-def _rows_of(path):
-    if not path or not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def train(problem, batch, rule, seed, num_cases, num_epochs):

@@ -6,13 +6,13 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what 
 nothing changes when it is called.
 """
 
-import csv
 import functools
 import re
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import rows as results
 from benchmarks.validation import chosen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +43,7 @@ def table(header, rows):
 
 def read(*path):
     """Returns the rows of a file of results, dicts of strings."""
-    with open(RESULTS.joinpath(*path), newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return results.read(RESULTS.joinpath(*path))
 
 
 def number(value):
@@ -146,9 +145,9 @@ def problems():
             f"NIST's certified problems, six digits: {nist['direct']} of {num_fits}; `curve_fit` {nist['curve_fit']}",
         ],
         [
-            "a [noisy table](docs/error-bars.md), with error bars",
+            "[error bars](docs/error-bars.md) of a fit to noisy data",
             '`HessianFree(weight_decay="evidence")`, `model.laplace(x, y)`',
-            _noisy(),
+            _intervals(),
         ],
         [
             "a [recurrent network](docs/recurrent.md) that must remember",
@@ -177,13 +176,10 @@ _OTHERS = {
 }
 
 
-def _noisy():
-    medians = _validation("digits")
-    ours, others = medians['with `weight_decay="evidence"`'], medians["Adam, rate chosen by validation"]
-    return f"6,000 digits, cross-entropy of others: {number(ours[1])} at the end, nothing stopped; Adam {number(others[0])} at its best"
-
-
-# Curve fitting.
+def _intervals():
+    fits = read("error_bars.csv")
+    shares = [float(row["observations_within"]) for row in fits]
+    return f"95 % intervals hold {100 * np.mean(shares):.0f} % of new observations, the mean of {len(fits)} fits"
 
 
 def nist():

@@ -32,7 +32,6 @@ least, and `transfer`, the model after which ten updates together lowered the lo
 """
 
 import argparse
-import csv
 import math
 import re
 import time
@@ -95,7 +94,7 @@ def main(arguments=None):
     args = results.parse(
         parser, {"problems": ["tanh"], "seeds": [1], "seconds": 0.3, "methods": ["hf evidence", "adam 0.01"]}, arguments
     )
-    table = rows_of(args.csv)
+    table = results.read(args.csv)
     if args.table:
         print(markdown(table))
     elif args.figure:
@@ -306,14 +305,6 @@ def best_of(table, problem, seed, names):
         if (row["dataset"], int(row["seed"]), row["event"]) == (problem, seed, "best") and row["method"] in names
     }
     return min(found, key=found.get, default=None)
-
-
-def rows_of(path):
-    """Returns the rows of a file, dicts of strings; none where there is no file."""
-    if not path or not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # What the rows say.

@@ -12,7 +12,7 @@ class Box(keras.constraints.Constraint):
 
     With `DirectSolver` the step itself respects the bounds of this constraint and of `keras.constraints.NonNeg`: entries at a bound, towards which
     the loss falls, are left out of the system (the projected Newton method of Bertsekas 1982), and what leaves the box on the way is projected. A
-    minimum at a bound is reached as exactly as one inside. The other solvers project after the step, as Keras' optimizers do.
+    minimum at a bound is reached as exactly as one inside. The other solvers see the gradient along the bound, and project after the step.
 
     Args:
         lower: Float, minus infinity = no bound.

@@ -40,7 +40,7 @@ class DirectSolver(Solver):
     farther the arc is valid: with four, steps are larger at smaller dampings than with two (docs/measured-equations.md has the measurements).
     Candidates are evaluated in vectorised passes, the powers of 2 and then the neighbours of the best; that of least loss is taken, if it is less
     than the loss at the start. The system is factorized once, in the space of weights (n by n) or of rows (rows by rows), whichever is smaller. Where
-    the damping is lost in the rounding of `B'B`, B is factorized instead.
+    the damping is lost in the rounding of `B'B`, B is factorized instead. Weights at a bound, beyond which the loss falls, are left out; see `Box`.
 
     Every update uses all cases of its batch: give `fit` all cases in one batch. The system is in float64 whatever the network computes in, but for
     recurrent ones; a network in float32 ends at a relative accuracy of 1e-5 to 1e-4, so use float64 where digits count
