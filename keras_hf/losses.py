@@ -19,7 +19,9 @@ class Cauchy(keras.losses.Loss):
 
     Args:
         scale: Float > 0, in units of the targets: errors beyond it count as large. 2 to 3 standard deviations of the noise is usual.
-        reduction, name, dtype: As in `keras.losses.Loss`.
+        reduction: As in `keras.losses.Loss`.
+        name: As in `keras.losses.Loss`.
+        dtype: As in `keras.losses.Loss`.
 
     Raises:
         ValueError: If `scale` is not a finite number > 0.
