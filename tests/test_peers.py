@@ -1,7 +1,6 @@
 """What the comparisons with other libraries promise: the same weights, cases and losses for all, and files that say what they were made with."""
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from training import Clock, assert_equal
 from benchmarks import rows as results
 from benchmarks import time_to_error
 from benchmarks.peers import fits, handover, minibatches, small_problems, timings
+from examples import origins
 from examples import pinn_problems as problems
 from examples.tables import read_rows
 from keras_hf import HFModel
@@ -24,10 +24,20 @@ def test_results_say_what_they_were_made_with(tmp_path):
     path = tmp_path / "folder" / "times.csv"
     results.write(path, [{"seconds": 1.5}, {"seconds": 2.0}])
     assert read_rows(path) == [{"seconds": 1.5}, {"seconds": 2.0}]
-    made = json.loads(path.with_suffix(".json").read_text())
+    (made,) = origins.read(path.parent)["times.csv"]
     assert made["versions"]["tensorflow"] == tf.__version__ and made["versions"]["numpy"] == np.__version__
     assert made["cores"] >= 1 and made["date"][:2] == "20" and made["command"].startswith("python ")
-    assert set(made["versions"]) <= set(results.LIBRARIES)
+    assert set(made["versions"]) <= set(origins.LIBRARIES)
+
+
+def test_an_origin_leaves_those_of_other_files_as_they_are(tmp_path):
+    origins.keep(tmp_path, {"b.csv": [{"date": "1"}], "c.csv": [{"date": "2"}]})
+    origins.keep(tmp_path, {"a.csv": [{"date": "3"}], "b.csv": [{"date": "4"}]})
+    assert [*origins.read(tmp_path).items()] == [
+        ("a.csv", [{"date": "3"}]),
+        ("b.csv", [{"date": "4"}]),
+        ("c.csv", [{"date": "2"}]),
+    ]
 
 
 def test_quick_changes_defaults_and_the_command_line_wins():
