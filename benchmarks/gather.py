@@ -29,7 +29,7 @@ def main(arguments=None):
     parser.add_argument("target", type=Path, help="CSV file, or a folder")
     args = parser.parse_args(arguments)
     runs = results.read_runs(args.source)
-    if not runs:
+    if not any(map(any, runs)):
         parser.error(
             f"SOURCE must hold runs: a folder of PROBLEM/METHOD-seedSEED.csv, or a file made of one. Received: {args.source}."
         )
@@ -92,8 +92,7 @@ def merged(of_runs):
     for run, found in of_runs.items():
         for origin in found:
             rest = {key: value for key, value in origin.items() if key != "date"}
-            alike.setdefault(json.dumps(rest, sort_keys=True), (rest, [], []))
-            _, dates, names = alike[json.dumps(rest, sort_keys=True)]
+            _, dates, names = alike.setdefault(json.dumps(rest, sort_keys=True), (rest, [], []))
             dates += origin["date"].split(" to ")
             names.append(name_of(run))
     return [

@@ -428,9 +428,11 @@ def test_origins_that_differ_in_the_date_alone_become_one():
 
 def test_runs_without_origin_and_folders_without_runs_are_refused(tmp_path, capsys):
     (tmp_path / "p").mkdir()
-    with pytest.raises(SystemExit):
-        gather.main([str(tmp_path), str(tmp_path / "all.csv")])
-    assert "SOURCE must hold runs" in capsys.readouterr().err
+    write_rows(tmp_path / "of-no-runs.csv", COURSE)
+    for source in ("p", "missing", "of-no-runs.csv"):
+        with pytest.raises(SystemExit):
+            gather.main([str(tmp_path / source), str(tmp_path / "all.csv")])
+        assert "SOURCE must hold runs" in capsys.readouterr().err
     write_rows(tmp_path / "p" / "adam-seed0.csv", COURSE)
     with pytest.raises(SystemExit, match="must have an origin in origins.json beside it. Received: .*adam-seed0.csv"):
         gather.main([str(tmp_path), str(tmp_path / "all.csv")])
