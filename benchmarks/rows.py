@@ -17,7 +17,7 @@ RUN = ("problem", "method", "seed")
 
 
 def write(path, rows):
-    """Writes rows as `examples.tables.write_rows` does, and notes what they were made with.
+    """Writes rows as `examples.tables.write_rows` does, and notes what they were made with: where a file is gone on with, of those that are new.
 
     Args:
         path: Path of the CSV file, or a string; its folder is made.
@@ -25,8 +25,13 @@ def write(path, rows):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = read(path)
     write_rows(path, rows)
-    origins.note(path)
+    is_longer = len(before) < len(rows) and read(path)[: len(before)] == before
+    if is_longer and path.name in origins.read(path.parent):
+        origins.note_more(path, len(before), len(rows))
+    else:
+        origins.note(path)
 
 
 def read(path):

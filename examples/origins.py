@@ -1,8 +1,8 @@
 """Where results come from: beside CSV files a file `origins.json` says of each by which command, when, and with which versions it was made.
 
-It holds a list of origins for each file, by the file's name: one after a single run; several of a file that was gathered from runs
-(`benchmarks/gather.py`). `note` writes what is true of this process. Needs nothing but Python, so that peers in environments of their own write the
-same files.
+It holds a list of origins for each file, by the file's name. Where a program went on with a file, each says of which `rows` it is true ("1-5, 9-9",
+counted from 1), and in a file that was gathered from runs (`benchmarks/gather.py`) of which `runs`. `note` writes what is true of this process. Needs
+nothing but Python, so that peers in environments of their own write the same files.
 """
 
 import datetime
@@ -45,6 +45,26 @@ def note(path):
     """Writes by what a CSV file was made: this process, now."""
     path = Path(path)
     keep(path.parent, {path.name: [made_with()]})
+
+
+def note_more(path, num_before, num_rows):
+    """Writes that this process, now, made the rows of a CSV file after the first ones, whose origins stay.
+
+    Args:
+        path: Path of the CSV file.
+        num_before: Integer, the rows that were there.
+        num_rows: Integer, the rows that are there now.
+    """
+    ours = made_with()
+    *others, last = read(path.parent)[path.name]
+    rows = last.get("rows", f"1-{num_before}")
+    if all(last.get(key) == value for key, value in ours.items() if key != "date"):
+        # The last ones were ours, too.
+        date = f"{last['date'].partition(' to ')[0]} to {ours['date']}"
+        known = [*others, {**last, "date": date, "rows": f"{rows.rpartition('-')[0]}-{num_rows}"}]
+    else:
+        known = [*others, {**last, "rows": rows}, {**ours, "rows": f"{num_before + 1}-{num_rows}"}]
+    keep(path.parent, {path.name: known})
 
 
 def made_with():
