@@ -4,8 +4,8 @@
     python -m benchmarks product_cost peers.products
     python -m benchmarks --full            # as each one's own defaults are: hours
 
-Results go to `--out`: a CSV file, or a folder of them, for each benchmark; a JSON file beside every one says what it was made with. What a benchmark
-prints is in `NAME.log`. Peers run in the environments that `make peers` makes; those that are missing are left out.
+Results go to `--out`: a CSV file, or a folder of runs, for each benchmark; `origins.json` in each folder says what they were made with. What a
+benchmark prints is in `NAME.log`. Peers run in the environments that `make peers` makes; those that are missing are left out.
 """
 
 import argparse
@@ -79,14 +79,15 @@ def run(name, full, out):
 
 def command(name, full, out):
     """Returns the command line of a benchmark, a list of strings."""
+    result = out / name.replace(".", "_")
     if name == "time_to_error":
-        words = ["quick", "--out", str(out / name)]
+        words = ["quick", "--out", str(result)]
         if full:
             raise SystemExit("time_to_error has no full form in one call: see its docstring.")
     elif BENCHMARKS[name][1] == "folder":
-        words = ["--out", str(out / name)]
+        words = ["--out", str(result)]
     else:
-        words = ["--csv", str(out / f"{name}.csv")]
+        words = ["--csv", f"{result}.csv"]
     quick = [] if full or name == "time_to_error" else ["--quick"]
     return [sys.executable, "-m", f"benchmarks.{name}", *quick, *words]
 

@@ -1,19 +1,20 @@
-"""Draws the comparisons with other libraries from the files of results that are in a folder.
+"""Draws the comparisons with other libraries from the results that are in a folder.
 
-    python -m benchmarks.figures benchmarks/results/peers
+    python -m benchmarks.figures benchmarks/results
     python -m benchmarks.figures runs/bench
 
-Writes `products.png`, `fits.png` and `minibatches.png` into the folder, each from the folder of that name; what is not there is not drawn.
+Draws `peers_products.png`, `peers_fits.png` and `peers_minibatches.png`, each from the CSV file or the folder of runs of that name; what is not there
+is not drawn.
 """
 
 import argparse
-import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.tables import read_rows
+from benchmarks import rows as results
 
 LABELS = {
     "keras_hf": "keras_hf, DirectSolver",
@@ -39,18 +40,16 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
-    for name, draw in (("products", products), ("fits", fits), ("minibatches", minibatches)):
-        # `make bench` names folders after modules.
-        found = [path for path in (folder / name, folder / f"peers.{name}") if any(path.rglob("*.csv"))]
-        if found:
-            figure = draw(found[0])
-            figure.savefig(folder / f"{name}.png", dpi=120)
+    for name, draw in FIGURES.items():
+        runs = results.read_runs(folder / name) or results.read_runs(folder / f"{name}.csv")
+        if runs:
+            draw(runs).savefig(folder / f"{name}.png", dpi=120)
             print(folder / f"{name}.png")
 
 
-def products(folder):
+def products(runs):
     """Returns a figure of bars: products in gradients and in milliseconds, for each network and number of cases."""
-    rows = [row for path in sorted(folder.glob("*.csv")) for row in _strings(path)]
+    rows = [row for rows in runs.values() for row in rows]
     problems = list(dict.fromkeys((row["network"], row["cases"]) for row in rows))
     libraries = sorted({row["library"] for row in rows}, key=lambda name: (name != "keras_hf", name))
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -69,50 +68,32 @@ def products(folder):
     return figure
 
 
-def fits(folder):
-    """Returns a figure of errors against seconds, a panel for each problem and seed."""
+def _against_seconds(runs, column, label):
+    """Returns a figure of errors against seconds, a panel for each problem and seed: of kfac-jax all settings."""
     courses = {}
-    for path in sorted(folder.glob("*-seed*.csv")):
-        problem, method, seed = _parts(path)
-        courses.setdefault((problem, seed), {})[method] = read_rows(path)
-    return _against_seconds(courses, "error", "relative L2 error")
-
-
-def minibatches(folder):
-    """Returns a figure of training errors against seconds, a panel for each problem and seed: of kfac-jax all settings."""
-    courses = {}
-    for path in sorted(folder.glob("*/*-seed*.csv")):
-        method, _, seed = path.stem.rpartition("-")
-        courses.setdefault((path.parent.name, seed), {})[method] = read_rows(path)
-    return _against_seconds(courses, "train_error", "squared error per case, training")
-
-
-def _parts(path):
-    """The problem, the method and the seed in the name of a file."""
-    problem, _, rest = path.stem.partition("-")
-    method, _, seed = rest.rpartition("-")
-    return problem, method, seed
-
-
-def _against_seconds(courses, column, label):
+    for (problem, method, seed), rows in runs.items():
+        points = [(float(row["seconds"]), float(row[column])) for row in rows]
+        courses.setdefault((problem, seed), {})[method] = [point for point in points if np.isfinite(point[1])]
     figure = Figure(figsize=(max(6.5 * len(courses), 8), 5), layout="constrained")
     panels = figure.subplots(1, len(courses), squeeze=False)[0]
     order = list(LABELS)
     for axes, ((problem, seed), of_problem) in zip(panels, courses.items(), strict=True):
         for method in sorted(of_problem, key=lambda name: [name.startswith(known) for known in order], reverse=True):
-            rows = [row for row in of_problem[method] if np.isfinite(row[column])]
             name = next((LABELS[known] + method[len(known) :] for known in order if method.startswith(known)), method)
-            axes.semilogy([row["seconds"] for row in rows], [row[column] for row in rows], label=name)
-        axes.set(title=f"{problem}, {seed}", xlabel="seconds of training", ylabel=label)
+            axes.semilogy(*zip(*of_problem[method], strict=True), label=name)
+        axes.set(title=f"{problem}, seed {seed}", xlabel="seconds of training", ylabel=label)
         axes.grid(alpha=0.3)
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
-def _strings(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+# Name -> what is drawn of the runs.
+FIGURES = {
+    "peers_products": products,
+    "peers_fits": partial(_against_seconds, column="error", label="relative L2 error"),
+    "peers_minibatches": partial(_against_seconds, column="train_error", label="squared error per case, training"),
+}
 
 
 if __name__ == "__main__":

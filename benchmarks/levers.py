@@ -7,8 +7,9 @@ not depend on the machine, but leaves out the work that is no pass over cases.
     python -m benchmarks.levers --problem small-curves --seed 0 1
     python -m benchmarks.levers --problem small-curves --base recipe --seed 0 1
 
-A run whose file is complete is not made again. The table is written from all runs so far. Those in
-`results/levers` had one core each, two of them side by side (`taskset -c 0 python -m ...`).
+A run whose file is complete is not made again. The table is written from all runs so far. In `benchmarks/results`,
+`levers_recipe.csv` holds the runs of the recipe, `levers_defaults.csv` the table of the defaults; they had one core each,
+two of them side by side (`taskset -c 0 python -m ...`).
 """
 
 import argparse
@@ -35,7 +36,7 @@ from keras_hf import (
     recipe_of_2010,
 )
 
-RESULTS = Path("benchmarks", "results", "levers")
+RESULTS = Path("runs", "levers")
 SECONDS = {
     ("small-curves", "defaults"): 40.0,
     ("full-curves", "defaults"): 120.0,

@@ -1,45 +1,23 @@
-"""Results of benchmarks: rows in a CSV file and, beside it, a JSON file that says what they were made with.
+"""Results of benchmarks: rows in a CSV file, or runs in a folder; of each file `examples.origins` says what it was made with.
 
-`write("runs/bench/nystrom.csv", rows)` writes that file and `runs/bench/nystrom.json`: the date, the command, the cores, and the versions of Python
-and of the libraries that are installed. Needs neither Keras nor NumPy, so that peers in environments of their own write the same files.
+`write("runs/bench/nystrom.csv", rows)` writes that file, and notes in `runs/bench/origins.json` the date, the command, the cores, and the versions of
+Python and of the libraries that are installed. Needs neither Keras nor NumPy, so that peers in environments of their own write the same files.
 """
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import sys
+import re
 from pathlib import Path
 
+from examples import origins
 from examples.tables import write_rows
 
-# By the names under which they are installed; those that are not are left out.
-LIBRARIES = (
-    "keras_hf",
-    "tensorflow",
-    "keras",
-    "numpy",
-    "scikit-learn",
-    "scipy",
-    "jax",
-    "jaxlib",
-    "optimistix",
-    "lineax",
-    "jaxopt",
-    "ssbroyden-optimistix",
-    "kfac-jax",
-    "optax",
-    "torch",
-    "curvlinops-for-pytorch",
-    "backpack-for-pytorch",
-)
+# The columns that tell the runs of a file apart.
+RUN = ("problem", "method", "seed")
 
 
 def write(path, rows):
-    """Writes rows as `examples.tables.write_rows` does, and what they were made with beside them.
+    """Writes rows as `examples.tables.write_rows` does, and notes what they were made with: where a file is gone on with, of those that are new.
 
     Args:
         path: Path of the CSV file, or a string; its folder is made.
@@ -47,8 +25,13 @@ def write(path, rows):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = read(path)
     write_rows(path, rows)
-    note(path)
+    is_longer = len(before) < len(rows) and read(path)[: len(before)] == before
+    if is_longer and path.name in origins.read(path.parent):
+        origins.note_more(path, len(before), len(rows))
+    else:
+        origins.note(path)
 
 
 def read(path):
@@ -59,21 +42,39 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def note(path):
-    """Writes what a CSV file was made with: the JSON file of the same name."""
-    Path(path).with_suffix(".json").write_text(json.dumps(made_with(), indent=1) + "\n")
+def read_runs(path):
+    """Returns the runs in a folder, or in a file that `benchmarks.gather` wrote: dict from (problem, method, seed) to rows.
+
+    All are strings, as they stand in the columns; columns that a run leaves blank are left out of its rows.
+
+    Args:
+        path: Path of a folder, in which a run is `PROBLEM/METHOD-seedSEED.csv`, or of a CSV file. CSV files beside the folders of problems are tables
+            of the runs, and left out. A folder without others is that of one problem, without a name.
+    """
+    if not path.is_dir():
+        runs = {}
+        for row in read(path):
+            runs.setdefault(tuple(row.pop(name, "") for name in RUN), []).append(row)
+        return {run: _without_blanks(rows) for run, rows in runs.items()}
+    files = sorted(path.glob("*/**/*.csv")) or sorted(path.glob("*.csv"))
+    return {run_of(file, path): read(file) for file in files}
 
 
-def made_with():
-    """Returns a dict of strings, a number and a dict: `date` (UTC), `command`, `cores`, `processor`, `python`, `versions`."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-        "command": " ".join(["python", *_command()]),
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "versions": {name: version for name in LIBRARIES if (version := _version(name))},
-    }
+def run_of(file, folder):
+    """Returns (problem, method, seed) of a run's file in a folder."""
+    method, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", file.stem).groups(default="")
+    return "/".join(file.relative_to(folder).parts[:-1]), method, seed
+
+
+def file_of(run, folder):
+    """Returns the path of the file of a run (problem, method, seed) in a folder."""
+    problem, method, seed = run
+    return folder / problem / f"{method}{seed and f'-seed{seed}'}.csv"
+
+
+def _without_blanks(rows):
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    return [{name: row[name] for name in columns} for row in rows]
 
 
 def parse(parser, quick, arguments=None):
@@ -87,7 +88,7 @@ def parse(parser, quick, arguments=None):
     Returns:
         An `argparse.Namespace`.
     """
-    parser.add_argument("--csv", help="file for the results; a JSON file beside it says what they were made with")
+    parser.add_argument("--csv", help=f"file for the results; {origins.NAME} beside it says what they were made with")
     add_quick(parser)
     # Before the rest is read: required arguments may be among those that have a default now.
     known = argparse.ArgumentParser(add_help=False)
@@ -102,27 +103,3 @@ def add_quick(parser):
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, under a minute: that it runs, and a first impression"
     )
-
-
-def _command():
-    """What stood after `python`: modules are run with -m."""
-    path = Path(sys.argv[0])
-    root = Path(__file__).parents[1]
-    if path.is_absolute() and path.is_relative_to(root):
-        return ["-m", ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__main__"), *sys.argv[1:]]
-    return [path.name, *sys.argv[1:]]
-
-
-def _processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # Not Linux.
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

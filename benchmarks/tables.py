@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import rows as results
 from benchmarks.validation import chosen
+from examples.recurrent import SOLVED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,9 +42,15 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def read(*path):
+def read(name):
     """Returns the rows of a file of results, dicts of strings."""
-    return results.read(RESULTS.joinpath(*path))
+    return results.read(RESULTS / name)
+
+
+@functools.cache
+def runs(name):
+    """Returns the runs in a file of results: dict from (problem, method, seed) to rows."""
+    return results.read_runs(RESULTS / name)
 
 
 def number(value):
@@ -67,7 +74,7 @@ def demo_poisson():
     }
     rows = []
     for name, stem in names.items():
-        last = read("demo", "poisson", f"{stem}-seed0.csv")[-1]
+        last = runs("demo.csv")["poisson", stem, "0"][-1]
         rows.append([name, f"{int(float(last['update'])):,}", number(last["loss"]), number(last["error"])])
     return table(
         ["Poisson's equation by a physics-informed network, 15 s", "updates", "loss", "relative L2 error"], rows
@@ -83,7 +90,7 @@ def demo_memory():
     }
     rows = []
     for name, stem in names.items():
-        last = read("demo", "recurrent", "memory-5-100", f"{stem}-seed0.csv")[-1]
+        last = runs("demo.csv")["recurrent/memory-5-100", stem, "0"][-1]
         wrong = f"{100 * float(last['wrong']):.0f} %"
         rows.append(
             [name, f"{float(last['seconds']):.0f}", f"{int(float(last['update'])):,}", number(last["loss"]), wrong]
@@ -96,7 +103,7 @@ def demo_autoencoder():
     names = {"Hessian-free, defaults": "hf", "Adam, rate 1e-2 with cosine decay": "adam", "Nesterov momentum": "nag"}
     rows = []
     for name, stem in names.items():
-        last = read("demo", "autoencoder", f"{stem}.csv")[-1]
+        last = runs("demo.csv")["autoencoder", stem, ""][-1]
         errors = [f"{float(last[column]):.2f}" for column in ("train_error", "test_error")]
         rows.append([name, f"{int(float(last['update'])):,}", *errors])
     return table(["deep autoencoder of 10,000 synthetic curves, 20 s", "updates", "training error", "test error"], rows)
@@ -107,8 +114,8 @@ def demo_autoencoder():
 
 def problems():
     """Problem, what to write, one number beside the best other method."""
-    equation = {stem: read("demo", "poisson", f"{stem}-seed0.csv")[-1] for stem in ("hf", "lbfgs")}
-    curve = {stem: read("peers", "fits", f"sinc-{stem}-seed0.csv")[-1] for stem in ("keras_hf", *_OTHERS)}
+    equation = {stem: runs("demo.csv")["poisson", stem, "0"][-1] for stem in ("hf", "lbfgs")}
+    curve = {stem: runs("peers_fits.csv")["sinc", stem, "0"][-1] for stem in ("keras_hf", *_OTHERS)}
     best = min(_OTHERS, key=lambda stem: float(curve[stem]["error"]))
     nist = {
         method: sum(float(row["digits"]) >= 6 for row in read("nist.csv") if row["method"] == method)
@@ -120,13 +127,11 @@ def problems():
         for row in read("classifier_solvers.csv")
         if (row["network"], row["cases"]) == ("convolutions", "60000")
     }
-    memory = [
-        row
-        for row in read("recurrent", "results.csv")
-        if (row["problem"], row["length"]) == ("addition", "100") and row["method"] in ("exact", *_FIRST_ORDER)
-    ]
-    exact = sorted(float(row["seconds"]) for row in memory if row["method"] == "exact" and row["solved"] == "1")
-    others = min(float(row["wrong"]) for row in memory if row["method"] != "exact")
+    memory = [(run[1], rows[-1]) for run, rows in runs("recurrent.csv").items() if run[0] == "addition-100"]
+    exact = sorted(
+        float(last["seconds"]) for method, last in memory if method == "exact" and float(last["wrong"]) < SOLVED
+    )
+    others = min(float(last["wrong"]) for method, last in memory if method in _FIRST_ORDER)
     rows = [
         [
             "a [physics-informed network](docs/physics-informed.md)",

@@ -12,13 +12,15 @@ first compiled call did to weights and state is undone, and the clock starts. It
     python -m benchmarks.time_to_error quick
 
 Each run writes a CSV file of its own, PROBLEM/METHOD-SETTING-seedSEED.csv, and a run whose file is complete is not made
-again: calls that were cut short can be repeated. Shorter runs of a grid lie in PROBLEM/grid. `results` keeps the runs
-behind tables and figures; of settings that lost, their rows in PROBLEM.csv. `train_error` and `test_error` are squared
-errors per case (autoencoders) or cross-entropies without penalty (classifiers), of averaged weights where the setting
-has `ema_momentum`; `cost` is the passes over the training set in gradients, of Hessian-free updates as
-`keras_hf.recorder.update_cost` counts them; the runs in `results` have another formula (docs/faster.md). `table` writes
-the seconds until the first row at or below each target, and a figure. `quick` runs three methods for six seconds each,
-and then `table`.
+again: calls that were cut short can be repeated. Shorter runs of a grid lie in PROBLEM/grid. `train_error` and
+`test_error` are squared errors per case (autoencoders) or cross-entropies without penalty (classifiers), of averaged
+weights where the setting has `ema_momentum`; `cost` is the passes over the training set in gradients, of Hessian-free
+updates as `keras_hf.recorder.update_cost` counts them. `table` writes the seconds until the first row at or below each
+target, and a figure. `quick` runs three methods for six seconds each, and then `table`.
+
+`benchmarks/results/time_to_error.csv` and `minibatches.csv` hold the runs behind tables and figures
+(`benchmarks.gather` makes folders of them), whose cost has another formula (docs/faster.md), and
+`time_to_error_settings.csv` the table's rows of the settings that lost.
 """
 
 import argparse
@@ -39,6 +41,7 @@ import tensorflow as tf
 from keras import ops
 
 from benchmarks import rows as results
+from examples import origins
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy, squared_error
 from examples.baselines import (
     NesterovMomentum,
@@ -66,8 +69,8 @@ from keras_hf import (
 
 matplotlib.use("Agg")
 
-RESULTS = Path("benchmarks", "results", "time_to_error")
-TRIALS = Path("runs", "time_to_error")  # Of runs that did not get the whole time.
+RESULTS = Path("runs", "time_to_error")
+TRIALS = Path("runs", "time_to_error_trials")  # Of runs that did not get the whole time.
 MICRO_BATCH_SIZE = 5000
 FIRST_ORDER = ("adam", "nag", "muon", "adam-glorot", "sgd", "gd", "momentum")
 
@@ -540,7 +543,7 @@ def train(path, problem, fit, setting, seed, seconds, sparse=True):
     recorder = Curve(problem, network, cases, partial_path, seconds)
     fit(problem, setting, network, cases, recorder, seed)
     partial_path.rename(path)
-    results.note(path)
+    origins.note(path)
 
 
 def starting_network(problem, l2, seed, sparse=True):

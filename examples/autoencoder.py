@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 from keras import ops
 
+from examples import origins
 from examples.baselines import (
     BASELINES,
     LABELS,
@@ -238,6 +239,7 @@ def train(args, method, network, x_train, x_test, path, state_path=None):
         optimizer = baseline.optimizer(args.learning_rate or baseline.learning_rates[args.size])
         cases = x_train, x_train, baseline.batch_size
         fit_compiled(network, optimizer, args.loss, *cases, recorder, baseline.cosine_decay, args.seed)
+    origins.note(path)
     return recorder
 
 

@@ -30,8 +30,7 @@ from examples.tables import read_rows
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
 
-RESULTS = Path("benchmarks", "results", "experiments")
-STATES = Path("runs", "experiments")
+RESULTS = Path("runs", "experiments")
 PRETRAINING_EPOCHS = {"curves": 20, "mnist": 10, "faces": 5}
 # A row's method, and whether it starts from pretrained weights.
 ROWS = {
@@ -95,9 +94,7 @@ def run(args, row, l2, seed):
         f"--dataset {args.dataset} --size full --l2 {l2} --seed {seed} --seconds {args.seconds}"
         f" --interval {INTERVALS[args.dataset]} {OPTIONS.get((args.dataset, method), '')} {args.options}".split()
     )
-    state = args.states / args.dataset / f"{path.stem}.npz"
-    for folder in (path.parent, state.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     x_train, x_test = load_images(options)
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
@@ -105,21 +102,20 @@ def run(args, row, l2, seed):
     network = build_autoencoder(setting.widths, l2, seed, True, setting.num_pixels, setting.is_real)
     if starts_pretrained:
         network.set_weights(pretrained_weights(args, network, x_train, seed))
-    train(options, method, network, x_train, x_test, path, state)
+    train(options, method, network, x_train, x_test, path, path.with_suffix(".npz"))
     return path
 
 
 def pretrained_weights(args, network, x, seed):
     """Returns the weights of pretraining, a list of arrays: those of an earlier run, or else new ones, with a line on them in a file."""
     epochs = PRETRAINING_EPOCHS[args.dataset]
-    path = args.states / args.dataset / f"pretrained-{epochs}-seed{seed}.npz"
+    path = args.out / args.dataset / f"pretrained-{epochs}-seed{seed}.npz"
     if not path.exists():
         start = time.perf_counter()
         weights = pretrained(network, x, epochs, seed).get_weights()
         seconds = time.perf_counter() - start
         np.savez(path, *weights)
-        with open(args.out / args.dataset / f"pretrained-{epochs}-seed{seed}.txt", "w") as file:
-            file.write(f"{epochs} epochs for each layer took {seconds:.0f} seconds\n")
+        path.with_suffix(".txt").write_text(f"{epochs} epochs for each layer took {seconds:.0f} seconds\n")
     with np.load(path) as arrays:
         return [arrays[name] for name in arrays.files]
 
@@ -213,9 +209,6 @@ def main(arguments=None):
     running.add_argument("--l2", type=float, nargs="+", default=[0.0])
     running.add_argument("--seed", type=int, nargs="+", default=[0])
     running.add_argument("--seconds", type=float, required=True, help="of training, for each run")
-    running.add_argument(
-        "--states", type=Path, default=STATES, help=f"folder of what runs go on from; default: {STATES}"
-    )
     running.add_argument("--options", default="", help="more of the example's options, in quotes")
     table.add_argument("--seconds", type=float, default=math.inf, help="of training, that count; default: all")
     table.add_argument("--cost", type=float, default=math.inf, help="in gradients, that counts; default: all")

@@ -8,7 +8,6 @@ digits. Of each fit: to how many digits the parameters and the standard deviatio
 """
 
 import argparse
-import csv
 import json
 import math
 import time
@@ -20,7 +19,9 @@ import keras
 import numpy as np
 from scipy.optimize import curve_fit
 
+from examples import origins
 from examples.precision import precision
+from examples.tables import write_rows
 from keras_hf import DirectSolver, HessianFree, HFModel
 
 DATA = Path(__file__).with_name("nist.json")
@@ -230,10 +231,8 @@ def main(arguments=None):
                     )
                     print(" ".join(f"{column}={value}" for column, value in table[-1].items()), flush=True)
                     if args.csv:
-                        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-                            writer = csv.DictWriter(file, table[-1])
-                            writer.writeheader()
-                            writer.writerows(table)
+                        write_rows(args.csv, table)
+                        origins.note(args.csv)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 from scipy import optimize
 
+from examples import origins
 from examples import pinn_problems as problems
 from examples import pinn_systems as systems
 from examples.baselines import LABELS, LossAndGradient, Recorder, minimize_by_scipy
@@ -108,6 +109,7 @@ def train(problem, method, rate, path, seed, seconds, max_updates=10**9, band=No
     """Does what `run` does, writes beside the file what the figure shows of the solution, and returns the `ErrorRecorder`."""
     pinn, recorder = run(problem, method, rate, path, seed, seconds, max_updates, band, order)
     np.savez(path.with_suffix(".npz"), solution=pinn.solution(problems.grid_points(problem)).numpy())
+    origins.note(path)
     return recorder
 
 

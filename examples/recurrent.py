@@ -22,13 +22,11 @@ network has no biases, a trained first state, 15 connections into every unit, an
 sequences so long that rounding decides the loss; names of its runs end in `-float64`.
 
 A run ends when it has solved the problem (less than 1 % of 10,000 fresh sequences wrong; 1,000 are looked at until so few of these are), when the
-time is up, or on `memory-5` when it has converged to rounding. It writes `PROBLEM-LENGTH/METHOD-seedSEED.csv` as it goes, and adds a row to
-`results.csv` in the end. The clock stands still while errors are measured, and while the update is traced. All files of the problem and seed, those
-of earlier runs too, are tabled and drawn.
+time is up, or on `memory-5` when it has converged to rounding. It writes `PROBLEM-LENGTH/METHOD-seedSEED.csv` as it goes. The clock stands still
+while errors are measured, and while the update is traced. All files of the problem and seed, those of earlier runs too, are tabled and drawn.
 """
 
 import argparse
-import csv
 import math
 from pathlib import Path
 
@@ -37,10 +35,11 @@ import matplotlib
 import numpy as np
 import tensorflow as tf
 
+from examples import origins
 from examples.baselines import NesterovMomentum, Recorder
 from examples.precision import precision
 from examples.recurrent_problems import PROBLEMS
-from examples.tables import add_row, read_rows, write_rows
+from examples.tables import read_rows
 from keras_hf import (
     ConjugateGradient,
     DirectSolver,
@@ -91,22 +90,10 @@ def main(arguments=None):
         for rate in [None] if method in LOGS else args.rates:
             name = (method if rate is None else f"{method}-{rate:g}") + ("-float64" if args.float64 else "")
             print(f"\n{args.problem}, T = {args.length}, {name}: at most {args.seconds:g} seconds", flush=True)
+            path = folder / f"{name}-seed{args.seed}.csv"
             with precision("float64" if args.float64 else "float32"):
-                recorder = train(args, method, rate, folder / f"{name}-seed{args.seed}.csv")
-            last = recorder.rows[-1]
-            add_result(
-                args.results / "results.csv",
-                {
-                    "problem": args.problem,
-                    "length": args.length,
-                    "method": name,
-                    "seed": args.seed,
-                    "solved": int(recorder.is_solved),
-                    "updates": last["update"],
-                    "seconds": last["seconds"],
-                    "wrong": last["wrong"],
-                },
-            )
+                train(args, method, rate, path)
+            origins.note(path)
     runs = {path.stem.removesuffix(f"-seed{args.seed}"): path for path in sorted(folder.glob(f"*-seed{args.seed}.csv"))}
     print_table(runs)
     path = folder / f"seed{args.seed}.png"
@@ -282,14 +269,11 @@ class SolvedRecorder(Recorder):
         max_updates: Integer, the updates after which training ends even if time is left.
         seed: Integer, of the test sequences; training has others.
         log_names: Strings, training logs to put into each row.
-
-    Attributes:
-        is_solved: Whether less than 1 % of all test sequences were wrong at the last row.
     """
 
     def __init__(self, problem, network, path, max_seconds, max_updates, seed=0, log_names=()):
         super().__init__(network, None, None, path, max_seconds, max_updates, max_seconds / NUM_ROWS, log_names)
-        self._problem, self.is_solved, self._total_iterations = problem, False, 0
+        self._problem, self._total_iterations = problem, 0
         drawn = problem.all_cases or problem.draw(NUM_TEST, np.random.default_rng([seed, 2]))
         self._x, self._y = drawn
 
@@ -311,8 +295,7 @@ class SolvedRecorder(Recorder):
         if wrong.mean() < SOLVED and len(self._y) > NUM_LOOKED_AT:
             rest = slice(NUM_LOOKED_AT, None)
             wrong = np.concatenate([wrong, self._problem.is_wrong(self._y[rest], self._predict(rest))])
-        self.is_solved = bool(wrong.mean() < SOLVED)
-        self.is_over |= self.is_solved
+        self.is_over |= bool(wrong.mean() < SOLVED)
         loss = keras.ops.mean(keras.losses.get(self._problem.loss)(y, y_pred))
         return {"loss": float(loss), "wrong": float(wrong.mean())}
 
@@ -322,20 +305,6 @@ class SolvedRecorder(Recorder):
 
 def _parts(array, size):
     return [array[start : start + size] for start in range(0, len(array), size)]
-
-
-def add_result(path, row):
-    """Adds a run's row to the file of all results, which it begins if need be."""
-    if path.exists():
-        add_row(path, row)
-    else:
-        write_rows(path, [row])
-
-
-def read_results(path):
-    """Returns the rows of the file of all results: a list of dicts of strings."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def print_table(runs):

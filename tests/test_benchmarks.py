@@ -10,12 +10,12 @@ from problems import KERAS
 from training import Clock
 
 from benchmarks import __main__ as runner
-from benchmarks import figures, levers, memory, nystrom, time_to_error
+from benchmarks import figures, gather, levers, memory, nystrom, time_to_error
 from benchmarks import rows as results
 from benchmarks.time_to_error import GRIDS, METHODS, Cases, Curve, Problem
-from examples import baselines
+from examples import baselines, origins
 from examples.autoencoder import squared_error
-from examples.tables import read_rows
+from examples.tables import read_rows, write_rows
 from keras_hf import HFModel, Nystrom
 
 ROOT = Path(runner.__file__).parent
@@ -344,7 +344,7 @@ def test_a_bound_on_the_kept_iterates_saves_their_memory_and_no_row_is_measured_
 
 
 def test_every_script_is_run_by_make_bench_and_has_a_quick_form():
-    scripts = {path.stem for path in ROOT.glob("*.py")} - {"__main__", "rows", "clock", "figures", "tables"}
+    scripts = {path.stem for path in ROOT.glob("*.py")} - {"__main__", "rows", "clock", "figures", "gather", "tables"}
     assert scripts == {name for name in runner.BENCHMARKS if "." not in name}
     commands = [runner.command(name, False, Path("out")) for name in runner.BENCHMARKS]
     assert all("--quick" in command or "quick" in command for command in commands)
@@ -358,15 +358,81 @@ def test_a_benchmark_of_another_name_is_refused(capsys):
     assert "NAME must be one of first_update" in capsys.readouterr().err
 
 
-def test_comparisons_are_drawn_from_their_files(tmp_path):
-    row = {"network": "small", "cases": 5, "library": "keras_hf", "gradients": 1.2, "product_seconds": 0.1}
-    course = [{"seconds": t, "error": 1 / (1 + t), "train_error": 1 / (1 + t)} for t in range(3)]
-    for folder, name, rows in (
-        ("peers.products", "keras_hf", [row]),
-        ("peers.products", "jax", [{**row, "library": "JAX"}]),
-        ("peers.fits", "poisson-scipy-trf-seed0", course),
-        ("peers.minibatches/mnist-autoencoder", "kfac-jax-0-seed0", course),
+PRODUCT = {"network": "small", "cases": 5, "library": "keras_hf", "gradients": 1.2, "product_seconds": 0.1}
+COURSE = [{"seconds": t, "error": 1 / (1 + t), "train_error": 1 / (1 + t)} for t in range(3)]
+
+
+@pytest.mark.parametrize("is_gathered", [False, True])
+def test_comparisons_are_drawn_from_folders_of_runs_and_from_their_files(tmp_path, is_gathered):
+    for name, rows in (
+        ("peers_products/keras_hf", [PRODUCT]),
+        ("peers_products/jax", [{**PRODUCT, "library": "JAX"}]),
+        ("peers_fits/poisson/scipy-trf-seed0", COURSE),
+        ("peers_minibatches/mnist-autoencoder/kfac-jax-0-seed0", COURSE),
     ):
-        results.write(tmp_path / folder / f"{name}.csv", rows)
-    figures.main([str(tmp_path)])
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fits.png", "minibatches.png", "products.png"]
+        results.write(tmp_path / f"{name}.csv", rows)
+    folder = tmp_path
+    if is_gathered:
+        folder = tmp_path / "results"
+        for name in figures.FIGURES:
+            gather.main([str(tmp_path / name), str(folder / f"{name}.csv")])
+    figures.main([str(folder)])
+    assert sorted(path.name for path in folder.glob("*.png")) == [f"{name}.png" for name in sorted(figures.FIGURES)]
+
+
+def test_a_gathered_file_says_of_each_row_its_run_and_makes_the_folder_again(tmp_path):
+    runs = tmp_path / "runs"
+    for name, rows in {
+        "memory/hf-seed0.csv": [{"update": 0, "damping": 1.0}, {"update": 1, "damping": 0.5}],
+        "memory/adam-0.01-seed3.csv": [{"update": 5, "loss": math.nan}],
+        "full/grid/sgd.csv": [{"update": 7, "loss": 2.5}],
+    }.items():
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(runs / name, rows)
+        origins.keep((runs / name).parent, {Path(name).name: [{"date": "2026-01-01", "command": name}]})
+    files = sorted(path.relative_to(runs) for path in runs.rglob("*.*"))
+    write_rows(runs / "memory.csv", [{"method": "a table of the runs, which is none of them"}])
+    path = tmp_path / "results" / "question.csv"
+    gather.main([str(runs), str(path)])
+    assert path.read_text().splitlines() == [
+        "problem,method,seed,update,loss,damping",
+        "full/grid,sgd,,7,2.5,",
+        "memory,adam-0.01,3,5,nan,",
+        "memory,hf,0,0,,1.0",
+        "memory,hf,0,1,,0.5",
+    ]
+    again = tmp_path / "again"
+    gather.main([str(path), str(again)])
+    assert sorted(path.relative_to(again) for path in again.rglob("*.*")) == files
+    assert [(again / file).read_text() for file in files] == [(runs / file).read_text() for file in files]
+    assert results.read_runs(path) == results.read_runs(runs)
+
+
+def test_columns_that_no_run_needs_are_left_out(tmp_path):
+    results.write(tmp_path / "products" / "jax.csv", [PRODUCT])
+    gather.main([str(tmp_path / "products"), str(tmp_path / "products.csv")])
+    assert (tmp_path / "products.csv").read_text().startswith("method,network,")
+    assert [*results.read_runs(tmp_path / "products.csv")] == [("", "jax", "")]
+
+
+def test_origins_that_differ_in_the_date_alone_become_one():
+    first, second = {"date": "2026-01-02", "command": "a"}, {"date": "2026-01-01 to 2026-01-05", "command": "a"}
+    runs = [("p", "adam", str(seed)) for seed in range(3)]
+    one = {"date": "2026-01-01 to 2026-01-05", "command": "a"}
+    assert gather.merged({runs[0]: [first], runs[1]: [second]}) == [one]
+    assert gather.merged({runs[0]: [first], runs[2]: [{**first, "command": "b"}], runs[1]: [second]}) == [
+        {**one, "runs": ["p/adam-seed0", "p/adam-seed1"]},
+        {**first, "command": "b", "runs": ["p/adam-seed2"]},
+    ]
+
+
+def test_runs_without_origin_and_folders_without_runs_are_refused(tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    write_rows(tmp_path / "of-no-runs.csv", COURSE)
+    for source in ("p", "missing", "of-no-runs.csv"):
+        with pytest.raises(SystemExit):
+            gather.main([str(tmp_path / source), str(tmp_path / "all.csv")])
+        assert "SOURCE must hold runs" in capsys.readouterr().err
+    write_rows(tmp_path / "p" / "adam-seed0.csv", COURSE)
+    with pytest.raises(SystemExit, match="must have an origin in origins.json beside it. Received: .*adam-seed0.csv"):
+        gather.main([str(tmp_path), str(tmp_path / "all.csv")])

@@ -17,7 +17,10 @@ import test_stopping
 from problems import Problem, inputs, make_model, matrices, model_data, with_objective
 from test_docstrings import REFERENCE
 
+from benchmarks import gather
+from benchmarks import rows as results
 from docs import hooks
+from examples import origins
 from examples.precision import precision
 from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.solvers.solver import LocalModel
@@ -136,9 +139,28 @@ def test_cited_results_are_there():
 
 
 def test_every_result_is_cited_by_a_page():
-    """By its name, or by that of a folder which holds it."""
     files = [path for path in RESULTS.rglob("*") if path.is_file()]
-    assert [path for path in files if not _CITED & {path, *path.parents}] == []
+    assert len(files) > 10 and [path for path in files if path not in _CITED] == []
+
+
+def test_every_result_has_its_origin():
+    assert {*origins.read(RESULTS)} == {str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.csv")}
+
+
+@pytest.mark.parametrize("name", origins.read(RESULTS))
+def test_origins_say_what_every_row_was_made_with(name):
+    known, num_rows = origins.read(RESULTS)[name], len(results.read(RESULTS / name))
+    assert all(re.match(r"20\d\d-\d\d-\d\d", origin["date"]) for origin in known)
+    assert all(origin["command"] and origin["versions"] for origin in known)
+    if "runs" in known[0]:
+        runs = [gather.name_of(run) for run in results.read_runs(RESULTS / name)]
+        assert sorted(run for origin in known for run in origin["runs"]) == sorted(runs)
+    elif "rows" in known[0]:
+        ranges = [part.split("-") for origin in known for part in origin["rows"].split(", ")]
+        rows = [row for ends in ranges for row in range(int(ends[0]), int(ends[-1]) + 1)]
+        assert sorted(rows) == [*range(1, num_rows + 1)]
+    else:
+        assert len(known) == 1
 
 
 @pytest.mark.parametrize("name", hooks.NOTEBOOKS)

@@ -216,7 +216,7 @@ def test_experiments_give_the_example_options_that_it_has():
 def test_experiments_are_made_once_go_on_and_are_tabled(toys, clock, tmp_path, capsys, monkeypatch):
     clock.step = 1.0
     monkeypatch.setitem(experiments.INTERVALS, "curves", 0.1)
-    folders = f"--out {tmp_path / 'results'} --states {tmp_path / 'states'}"
+    folders = f"--out {tmp_path / 'results'}"
     rows = [(row, l2) for l2 in ("0", "2e-05") for row in ("pt-ncg", "nag")]
     command = f"run --dataset curves --row pt-ncg nag --l2 0 2e-5 {folders} --seconds"
     experiments.main([*command.split(), "3"])

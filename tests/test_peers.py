@@ -1,7 +1,6 @@
 """What the comparisons with other libraries promise: the same weights, cases and losses for all, and files that say what they were made with."""
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from training import Clock, assert_equal
 from benchmarks import rows as results
 from benchmarks import time_to_error
 from benchmarks.peers import fits, handover, minibatches, small_problems, timings
+from examples import origins
 from examples import pinn_problems as problems
 from examples.tables import read_rows
 from keras_hf import HFModel
@@ -24,10 +24,40 @@ def test_results_say_what_they_were_made_with(tmp_path):
     path = tmp_path / "folder" / "times.csv"
     results.write(path, [{"seconds": 1.5}, {"seconds": 2.0}])
     assert read_rows(path) == [{"seconds": 1.5}, {"seconds": 2.0}]
-    made = json.loads(path.with_suffix(".json").read_text())
+    (made,) = origins.read(path.parent)["times.csv"]
     assert made["versions"]["tensorflow"] == tf.__version__ and made["versions"]["numpy"] == np.__version__
     assert made["cores"] >= 1 and made["date"][:2] == "20" and made["command"].startswith("python ")
-    assert set(made["versions"]) <= set(results.LIBRARIES)
+    assert set(made["versions"]) <= set(origins.LIBRARIES)
+
+
+def test_rows_that_a_program_goes_on_from_keep_their_origin(tmp_path, monkeypatch):
+    path, rows = tmp_path / "times.csv", [{"seconds": number} for number in range(7)]
+    clock = iter(range(7))
+    made = {"command": "python one.py"}
+    monkeypatch.setattr(origins, "made_with", lambda: {"date": f"2026-01-0{next(clock)}", **made})
+    results.write(path, rows[:2])
+    assert origins.read(tmp_path)["times.csv"] == [{"date": "2026-01-00", **made}]
+    results.write(path, rows[:3])
+    one = {"date": "2026-01-00 to 2026-01-01", **made, "rows": "1-3"}
+    assert origins.read(tmp_path)["times.csv"] == [one]
+    made = {"command": "python other.py"}
+    for num_rows in (5, 6):
+        results.write(path, results.read(path) + rows[len(results.read(path)) : num_rows])
+    other = {"date": "2026-01-02 to 2026-01-03", **made, "rows": "4-6"}
+    assert origins.read(tmp_path)["times.csv"] == [one, other]
+    results.write(path, rows[1:])  # Other rows: as many as before, and then more.
+    results.write(path, rows[:1] * 7)
+    assert origins.read(tmp_path)["times.csv"] == [{"date": "2026-01-05", **made}]
+
+
+def test_an_origin_leaves_those_of_other_files_as_they_are(tmp_path):
+    origins.keep(tmp_path, {"b.csv": [{"date": "1"}], "c.csv": [{"date": "2"}]})
+    origins.keep(tmp_path, {"a.csv": [{"date": "3"}], "b.csv": [{"date": "4"}]})
+    assert [*origins.read(tmp_path).items()] == [
+        ("a.csv", [{"date": "3"}]),
+        ("b.csv", [{"date": "4"}]),
+        ("c.csv", [{"date": "2"}]),
+    ]
 
 
 def test_quick_changes_defaults_and_the_command_line_wins():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from training import Clock, assert_equal
 
-from examples import baselines, recurrent
+from examples import baselines, origins, recurrent
 from examples.recurrent_problems import PROBLEMS
 from examples.tables import read_rows
 from keras_hf import DirectSolver, HessianFree, HFModel
@@ -20,10 +20,10 @@ def clock(monkeypatch):
 
 
 def run(tmp_path, options):
-    """Runs the program on its options; returns the one row of the file of all results."""
+    """Runs the program on its options; returns the name of the one run, and its rows."""
     recurrent.main(["--results", str(tmp_path), *options.split()])
-    (result,) = recurrent.read_results(tmp_path / "results.csv")
-    return result
+    (path,) = tmp_path.glob("*/*.csv")
+    return path.stem, read_rows(path)
 
 
 def test_streams_have_fresh_sequences_in_every_batch_and_few_ones_again():
@@ -93,10 +93,8 @@ def test_weights_are_sparse_and_of_the_spectral_radius():
 @pytest.mark.parametrize("problem, method", [("memory-5", "hf"), ("addition", "exact")])
 def test_a_toy_problem_is_solved_and_its_run_written(problem, method, tmp_path):
     options = f"--problem {problem} --length 6 --units 30 --methods {method} --updates 80 --seconds 200"
-    result = run(tmp_path, options)
-    rows = read_rows(tmp_path / f"{problem}-6" / f"{method}-seed0.csv")
-    assert rows[0]["wrong"] > 0.5 and rows[-1]["wrong"] < 0.01
-    assert result["method"] == method and result["solved"] == "1" and float(result["updates"]) == rows[-1]["update"]
+    name, rows = run(tmp_path, options)
+    assert name == f"{method}-seed0" and rows[0]["wrong"] > 0.5 and rows[-1]["wrong"] < 0.01
     assert (tmp_path / f"{problem}-6" / "seed0.png").stat().st_size > 10_000
 
 
@@ -106,10 +104,11 @@ def test_exact_steps_are_left_out_where_every_step_has_outputs_and_runs_in_float
     built, build = [], recurrent.build_network
     monkeypatch.setattr(recurrent, "build_network", lambda *args: built.append(build(*args)) or built[-1])
     options = "--problem permutation --length 5 --units 4 --updates 1 --methods exact sgd --float64"
-    assert run(tmp_path, options)["method"] == "sgd-0.001-float64"
+    name, _ = run(tmp_path, options)
+    assert name == "sgd-0.001-float64-seed0"
+    assert [*origins.read(tmp_path / "permutation-5")] == [f"{name}.csv"]
     assert "exact: left out" in capsys.readouterr().out
     assert {weight.dtype for weight in built[0].weights} == {"float64"} and keras.config.floatx() == "float32"
-    assert (tmp_path / "permutation-5" / "sgd-0.001-float64-seed0.csv").exists()
 
 
 def test_methods_have_the_networks_and_updates_that_they_are_named_after(tmp_path, monkeypatch):
@@ -145,6 +144,5 @@ def test_methods_have_the_networks_and_updates_that_they_are_named_after(tmp_pat
 @pytest.mark.parametrize("method, name", [("hf-plain", "hf-plain"), ("lstm", "lstm-0.001")])
 def test_methods_make_their_updates(method, name, tmp_path):
     options = "--problem temporal-order --length 10 --units 20 --updates 10 --cases 20 --curvature-cases 10"
-    result = run(tmp_path, f"{options} --methods {method} --seconds 1000")
-    assert (result["method"], result["updates"]) == (name, "10")
-    assert np.isfinite(read_rows(tmp_path / "temporal-order-10" / f"{name}-seed0.csv")[-1]["loss"])
+    run_name, rows = run(tmp_path, f"{options} --methods {method} --seconds 1000")
+    assert run_name == f"{name}-seed0" and rows[-1]["update"] == 10 and np.isfinite(rows[-1]["loss"])

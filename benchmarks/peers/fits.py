@@ -8,9 +8,10 @@ Peers get the residuals as one compiled function with the network's derivatives 
 default. Tolerances are zero: only the time ends a fit.
 
     make peers
-    python -m benchmarks.peers.fits --out benchmarks/results/peers/fits
+    python -m benchmarks.peers.fits
+    python -m benchmarks.gather runs/peers_fits benchmarks/results/peers_fits.csv
 
-Each fit writes `OUT/PROBLEM-METHOD-seedSEED.csv`; the error is the relative L2 error at points that are not trained on.
+Each fit writes `OUT/PROBLEM/METHOD-seedSEED.csv`; the error is the relative L2 error at points that are not trained on.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 
 from benchmarks import rows as results
 from benchmarks.peers import handover
-from examples import pinn
+from examples import origins, pinn
 from examples import pinn_problems as problems
 from examples.regression import sinc
 from keras_hf import HFModel
@@ -54,18 +55,18 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="of weights and points")
     parser.add_argument("--methods", choices=METHODS, nargs="*", default=list(METHODS))
     parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
-    parser.add_argument("--out", type=Path, default=Path("runs", "peers", "fits"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs", "peers_fits"), help="folder of the results")
     args = results.parse(parser, {"seconds": 3.0}, arguments)
     keras.config.set_floatx("float64")
-    args.out.mkdir(parents=True, exist_ok=True)
     runs = []
     for name in args.problem:
         path = handover.FOLDER / f"{name}-seed{args.seed}.npz"
         hand_over(PROBLEMS[name](), path, args.seed)
         for method in args.methods:
-            csv = args.out / f"{name}-{method}-seed{args.seed}.csv"
+            csv = args.out / name / f"{method}-seed{args.seed}.csv"
+            csv.parent.mkdir(parents=True, exist_ok=True)
             _, recorder = pinn.run(PROBLEMS[name](), METHODS[method], None, csv, args.seed, args.seconds)
-            results.note(csv)
+            origins.note(csv)
             print(name, method, recorder.rows[-1], flush=True)
         runs += [(peer, PEERS[peer], path, "--seconds", args.seconds, "--out", args.out) for peer in args.peers]
     handover.run_all(runs)

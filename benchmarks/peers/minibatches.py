@@ -5,7 +5,8 @@ weights at the start (sparse), cases, loss, and seconds of training for all. Our
 (`minibatches_in_jax.GRID`), which `--setting` picks from; momentum has the setting that was best in its grid.
 
     make peers
-    python -m benchmarks.peers.minibatches --out benchmarks/results/peers/minibatches
+    python -m benchmarks.peers.minibatches
+    python -m benchmarks.gather runs/peers_minibatches benchmarks/results/peers_minibatches.csv
 
 MNIST is read as the examples read it. A run whose file is complete is not made again.
 """
@@ -34,7 +35,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", choices=METHODS, nargs="*", default=list(METHODS))
     parser.add_argument("--setting", type=int, nargs="*", default=[0], help="of kfac-jax")
-    parser.add_argument("--out", type=Path, default=Path("runs", "peers", "minibatches"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs", "peers_minibatches"), help="folder of the results")
     args = results.parse(parser, {"problem": "small-curves", "seconds": 10.0}, arguments)
     problem, folder = time_to_error.PROBLEMS[args.problem], args.out / args.problem
     for method in args.methods:

@@ -24,8 +24,8 @@ import kfac_jax
 import numpy as np
 import optax
 
-from benchmarks import rows as results
 from benchmarks.peers import handover
+from examples import origins
 from examples.tables import add_row, write_rows
 
 PIECE_SIZE = 5000
@@ -276,7 +276,7 @@ def run(path, setting, start, seed, max_seconds, max_updates=math.inf):
             is_over = is_over or not math.isfinite(last["train_error"])
             paused = time.perf_counter() - clock - seconds
     partial_path.rename(path)
-    results.note(path)
+    origins.note(path)
     print(f"  train {last['train_error']:.4f} test {last['test_error']:.4f} updates {last['update']}", flush=True)
 
 

@@ -6,7 +6,8 @@ PyTorch: `curvlinops.GGNLinearOperator` and BackPACK's `ggn_vector_product`, bot
 medians over rounds. `difference` is that of the product from ours, relative, in the L2 norm.
 
     make peers
-    python -m benchmarks.peers.products --out benchmarks/results/peers/products
+    python -m benchmarks.peers.products
+    python -m benchmarks.gather runs/peers_products benchmarks/results/peers_products.csv
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main(arguments=None):
     parser.add_argument("--cases", type=int, nargs="+", default=[1000, 5000])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", choices=PEERS, nargs="*", default=list(PEERS))
-    parser.add_argument("--out", type=Path, default=Path("runs", "peers", "products"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs", "peers_products"), help="folder of the results")
     args = results.parse(parser, {"cases": [1000], "rounds": 3}, arguments)
     rows, paths = [], []
     for name, make in PROBLEMS.items():

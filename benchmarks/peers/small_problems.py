@@ -72,7 +72,7 @@ def main(fits, arguments=None):
     for method, advance in fits(layers, problem).items():
         rows = course(advance, start, lambda weights: errors(weights, layers, problem), args.seconds)
         print(name, method, rows[-1], flush=True)
-        results.write(args.out / f"{name}-{method}-{seed}.csv", rows)
+        results.write(args.out / name / f"{method}-{seed}.csv", rows)
 
 
 def errors(weights, layers, problem):
