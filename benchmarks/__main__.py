@@ -29,6 +29,7 @@ BENCHMARKS = {
     "small_batches": ("What damping do small batches bear?", "file"),
     "keras_examples": ("Which examples of Keras train as they are?", "file"),
     "validation": ("Which model generalises best, and is validation needed?", "file"),
+    "generalisation": ("What lowers the error of deep autoencoders on other cases?", "file"),
     "classifier_solvers": ("Which solver trains classifiers soonest?", "file"),
     "exact_solver": ("Where does the exact solver pay?", "file"),
     "least_squares": ("Outliers and bounds: SciPy?", "file"),

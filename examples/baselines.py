@@ -514,10 +514,14 @@ class Recorder(keras.callbacks.Callback):
         self._start, self._bar = None, None
         self._total_cg_iterations, self._cost = 0, 0.0
 
+    def clock(self):
+        """Returns the time in seconds, from any beginning."""
+        return time.perf_counter()
+
     @property
     def seconds(self):
         """Seconds of training so far."""
-        return 0.0 if self._start is None else time.perf_counter() - self._start
+        return 0.0 if self._start is None else self.clock() - self._start
 
     @property
     def cosine(self):
@@ -564,7 +568,7 @@ class Recorder(keras.callbacks.Callback):
         self.rows = read_rows(path)
         last = self.rows[-1]
         self._state_seconds = last["seconds"]
-        self._start = time.perf_counter() - last["seconds"]
+        self._start = self.clock() - last["seconds"]
         self._total_cg_iterations, self._cost = last.get("total_cg_iterations", 0), last.get("cost", 0.0)
 
     def _keep_state(self):
@@ -585,7 +589,7 @@ class Recorder(keras.callbacks.Callback):
             Boolean, whether training is over.
         """
         if self._start is None:
-            self._start = time.perf_counter()
+            self._start = self.clock()
         seconds = self.seconds
         self.is_over = seconds >= self.max_seconds or updates >= self.max_updates
         if self.is_over or (updates > self.rows[-1]["update"] and self.is_due(seconds)):

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import math
+import types
 from pathlib import Path
 
 import keras
@@ -10,7 +11,7 @@ from problems import KERAS
 from training import Clock
 
 from benchmarks import __main__ as runner
-from benchmarks import figures, gather, levers, memory, nystrom, time_to_error
+from benchmarks import figures, gather, generalisation, levers, memory, nystrom, time_to_error
 from benchmarks import rows as results
 from benchmarks.time_to_error import GRIDS, METHODS, Cases, Curve, Problem
 from examples import baselines, origins
@@ -139,6 +140,25 @@ def test_classifiers_are_measured_by_cross_entropy_and_error_rate(tmp_path):
     y_pred = network(x).numpy()
     assert errors["train_error"] == pytest.approx(-np.log(y_pred[np.arange(40), y]).mean(), rel=1e-5)
     assert errors["train_error_rate"] == np.mean(y_pred.argmax(axis=1) != y)
+
+
+@pytest.mark.parametrize(("method", "setting"), [("hf", "start"), ("nag", 1e-4)])
+def test_looks_hold_the_errors_of_the_last_weights_and_of_averages(method, setting, monkeypatch):
+    seconds = Clock(step=0.1)
+    monkeypatch.setattr(generalisation, "time", types.SimpleNamespace(process_time=seconds.perf_counter))
+    rows = generalisation.train(PROBLEM, method, setting, 1e-4, 0, 2.0)
+    first, last = rows[0], rows[-1]
+    assert first["test_error"] == first["averaged_test_error"]
+    assert first["train_error"] != last["train_error"]
+    assert last["train_error"] != last["averaged_train_error"]
+    assert float(last["seconds"]) >= 2.0
+    table = [{"problem": "curves", "method": method, "setting": str(setting), "decay": "0", "seed": "0", **row} for row in rows]
+    *_, line = generalisation.markdown(table).splitlines()
+    assert line.startswith(f"| curves | {method} | {setting} | 0 |")
+
+
+def test_a_decay_pulls_towards_the_weights_it_is_given():
+    assert float(generalisation.Towards(3.0, np.array([1.0, 2.0]))(np.array([2.0, 4.0]))) == 3.0 / 2 * 5
 
 
 def test_a_target_is_reached_at_the_first_row_at_or_below_it():
