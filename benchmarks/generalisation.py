@@ -93,7 +93,9 @@ def main(arguments=None):
     parser.add_argument("--rates", nargs="+", type=float, help="of first-order methods; default: two each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--seconds", type=float, help="of training; default: the problem's own")
-    parser.add_argument("--table", action="store_true", help="print the table of what the file holds, and train nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of what the file holds, and train nothing"
+    )
     quick = {"methods": ["hf", "nag"], "decays": [1e-4], "rates": [1e-2], "seconds": 3.0}
     args = results.parse(parser, quick, arguments)
     table = results.read(args.csv)

@@ -152,7 +152,10 @@ def test_looks_hold_the_errors_of_the_last_weights_and_of_averages(method, setti
     assert first["train_error"] != last["train_error"]
     assert last["train_error"] != last["averaged_train_error"]
     assert float(last["seconds"]) >= 2.0
-    table = [{"problem": "curves", "method": method, "setting": str(setting), "decay": "0", "seed": "0", **row} for row in rows]
+    table = [
+        {"problem": "curves", "method": method, "setting": str(setting), "decay": "0", "seed": "0", **row}
+        for row in rows
+    ]
     *_, line = generalisation.markdown(table).splitlines()
     assert line.startswith(f"| curves | {method} | {setting} | 0 |")
 

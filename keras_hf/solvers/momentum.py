@@ -60,8 +60,8 @@ class PreconditionedMomentum(Solver):
     damps_hidden_states = False
     # 1.12 an update, with 2.5 as factor. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
     factor_power = 1 / 8
-    # From 0.02 the damping takes 20 updates to fall as far: a transformer block and a language model of benchmarks/classifier_solvers.py are slower by a
-    # third. Lower shares are sooner on the first and rejected on the second.
+    # From 0.02 the damping takes 20 updates to fall as far: a transformer block and a language model of benchmarks/classifier_solvers.py take a third
+    # longer. Lower shares are sooner on the first, and rejected on the second.
     first_share = 0.002
     evidence_interval = 50
     steered_by = ("mu",)
