@@ -215,6 +215,12 @@ def test_a_part_that_would_be_more_than_half_of_the_batch_is_the_batch_from_its_
         assert select(10, **{key: int(value) for key, value in state.items()}) == (list(range(10)), [])
 
 
+def test_a_batch_of_fewer_cases_than_are_divided_is_used_whole():
+    parts = GrowingBatch(2, min_batch_size=10)
+    used = [parts.select(state_of(2), tf.constant([num_cases])).used.indices() for num_cases in (9, 10)]
+    assert [cases.numpy().tolist() for cases in used] == [list(range(9)), [0, 1]]
+
+
 def test_replicas_take_their_shares_of_a_part():
     # 6 of 20 cases on two replicas with 10 each; the next part starts after the 3 that each has used.
     assert select(10, 10, size=6) == ([0, 1, 2], [3, 4, 5])
@@ -401,6 +407,7 @@ def test_sizes_and_starts_stay_int32():
         ("initial_size", (0, 2.5, None), "an integer >= 1"),
         ("share", (-0.1, 1.1, np.nan), "a finite number in"),
         ("patience", (0, True), "an integer >= 1"),
+        ("min_batch_size", (0, 0.5), "an integer >= 1"),
         ("noise", (0, np.inf), "a finite number > 0"),
     ],
 )
@@ -411,7 +418,7 @@ def test_numbers_out_of_range_are_refused(name, values, rule):
 
 
 def test_a_growing_batch_survives_saving():
-    for batch in (GrowingBatch(), GrowingBatch(64, 1, 2, 3), GrowingBatch(np.int64(3), np.float32(0.5))):
+    for batch in (GrowingBatch(), GrowingBatch(64, 1, 2, 3, 0.1, 5), GrowingBatch(np.int64(3), np.float32(0.5))):
         again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(batch))
         assert type(again) is GrowingBatch
         assert again.get_config() == batch.get_config() == GrowingBatch.from_config(batch.get_config()).get_config()

@@ -129,6 +129,7 @@ class GrowingBatch(Part):
         noise: Float > 0, the relative standard error of the mean loss above which one miss is enough. A large number leaves `patience` alone to
             decide.
         rate: Float >= 0, the growth in every update: 0.008 doubles the part in 87 updates.
+        min_batch_size: Integer >= 1. Batches of fewer cases, which were divided already, are used whole.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -139,12 +140,13 @@ class GrowingBatch(Part):
         *Optimizing neural networks with Kronecker-factored approximate curvature*, grow by a constant rate.
     """
 
-    def __init__(self, initial_size=250, share=0.3, patience=3, noise=0.125, rate=0.0):
+    def __init__(self, initial_size=250, share=0.3, patience=3, noise=0.125, rate=0.0, min_batch_size=1):
         self.initial_size = count("initial_size", initial_size)
         self.share = finite("share", share, 0, 1)
         self.patience = count("patience", patience)
         self.noise = positive("noise", noise)
         self.rate = finite("rate", rate, 0)
+        self.min_batch_size = count("min_batch_size", min_batch_size)
 
     def initial_state(self, variables, layers):
         del variables, layers
@@ -165,7 +167,7 @@ class GrowingBatch(Part):
             replica: int32 scalar or integer, the index of this replica.
         """
         batch, size, start = CaseRange.of_batch(counts, replica), state["size"], state["start"]
-        uses_all = 2 * size > batch.num_cases
+        uses_all = (2 * size > batch.num_cases) | (batch.num_cases < self.min_batch_size)
         size = tf.where(uses_all, batch.num_cases, size)
         # From the first case where all are used: that order is the same in every update, and so are the chunks.
         start = tf.where(uses_all, 0, start)

@@ -37,9 +37,10 @@ class PreconditionedMomentum(Solver):
     checked on the same cases: a step is rejected if it is not finite there, or rises by more than the cases' noise explains, or by more than the loss
     itself. The next update then begins without s.
 
-    Use it with fresh cases in each update: `fit` on arrays, where the default is `GrowingBatch(64, share=0.0, patience=10, rate=0.0116)`, which
-    doubles in 60 updates; or a `tf.data` stream of batches, for which `HessianFree(use_ema=True)` averages the weights. On wide autoencoders a rate
-    of 0.003 with averages (`ema_momentum=0.95`) ends lower (docs/measured-minibatches.md).
+    Use it with fresh cases in each update: `fit` on arrays, where the default is a part of 64 cases that doubles in 60 updates; or a `tf.data` stream
+    of batches, for which `HessianFree(use_ema=True)` averages the weights. The default is
+    `GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=1000)`. On wide autoencoders 500 cases and a rate of 0.003 with averages
+    (`ema_momentum=0.95`) end lower (docs/measured-minibatches.md).
 
     Logs: `alpha`, `mu` (coefficients of d and s), `negative_curvature` (0 or 1).
 
@@ -84,7 +85,7 @@ class PreconditionedMomentum(Solver):
 
     def growing_batch(self):
         # From 500 a transformer block takes twice as long; a perceptron, convolutions and a GRU are level.
-        return GrowingBatch(64, share=0.0, patience=10, rate=0.0116)
+        return GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=1000)
 
     def initial_state(self, variables, layers):
         return {"preconditioner": self.preconditioner.initial_state(variables, layers)}
