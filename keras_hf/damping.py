@@ -33,8 +33,8 @@ class DampingCallback(keras.callbacks.Callback):
     of the loss, or as half of a share of the gains if that is larger, a mean over updates. Up to a quarter the rule is followed; then it lowers the
     damping by the power `(2 - 4 o)^2` of its factor, o being the optimism, and above a half the damping rises, by `2.5^((2 o - 1)^2)`. Where the rule
     holds it, steps are as long as the model is valid and gain nothing on the next batch: then it rises by at least `2.5^(4 o - 2)`, up to 2.5 (by the
-    eighth root of that with `PreconditionedMomentum`). So the damping stays where batches of that size bear it, and rises where they do not. Parts of a
-    batch that grow are not judged by this: they grow.
+    eighth root of that with `PreconditionedMomentum`). So the damping stays where batches of that size bear it, and rises where they do not. Parts of
+    a batch that grow are not judged by this: they grow.
 
     Args:
         min_damping: Float >= 0, the smallest damping assigned.
