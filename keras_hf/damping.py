@@ -31,9 +31,10 @@ class DampingCallback(keras.callbacks.Callback):
     A step is fitted to the noise of its batch, too, the more so the smaller the damping is; the reduction ratio, which is of the same cases, does not
     show it. Where cases come in several batches, `optimism` in the logs does: what steps gain on their own batch and not on the next one, as a share
     of the loss, or as half of a share of the gains if that is larger, a mean over updates. Up to a quarter the rule is followed; then it lowers the
-    damping by the power `(2 - 4 o)^2` of its factor, o being the optimism, and above a half the damping rises, by `2.5^((2 o - 1)^2)`. So the damping
-    stays where batches of that size bear it, and rises where steps gain nothing on the next batch. Parts of a batch that grow are not judged by this:
-    they grow.
+    damping by the power `(2 - 4 o)^2` of its factor, o being the optimism, and above a half the damping rises, by `2.5^((2 o - 1)^2)`. Where the rule
+    holds it, steps are as long as the model is valid and gain nothing on the next batch: then it rises by at least `2.5^(4 o - 2)`, up to 2.5 (by the
+    eighth root of that with `PreconditionedMomentum`). So the damping stays where batches of that size bear it, and rises where they do not. Parts of
+    a batch that grow are not judged by this: they grow.
 
     Args:
         min_damping: Float >= 0, the smallest damping assigned.
@@ -86,9 +87,10 @@ class DampingCallback(keras.callbacks.Callback):
         # NaN: the first update could not find it yet, and there is nothing to adapt.
         if self.adaptive and not math.isnan(logs["damping"]):
             before, setup = logs["damping"], self.model.setup
-            # Otherwise it is a metric of that name.
-            optimism = logs.get("optimism", math.nan) if setup is not None and setup.has_other_cases else math.nan
-            damping = _as_batches_bear(self.next_damping(before, logs), before, optimism)
+            # Otherwise it is a metric of that name, or says nothing of this update.
+            is_judged = setup is not None and setup.has_other_cases and _can_learn(logs)
+            optimism = logs.get("optimism", math.nan) if is_judged else math.nan
+            damping = _as_batches_bear(self.next_damping(before, logs), before, optimism, self.solver.factor_power)
             self.model.optimizer.damping.assign(self.within_limits(damping))
 
     def within_limits(self, damping):
@@ -106,13 +108,14 @@ class DampingCallback(keras.callbacks.Callback):
         return _number(optimizer.curvature_scale) if damping and optimizer.built else 0
 
 
-def _as_batches_bear(damping, before, optimism):
+def _as_batches_bear(damping, before, optimism, factor_power):
     """Returns the damping that a rule wants in place of the one before, or a larger one where updates fit the noise of their batches."""
     if math.isnan(optimism) or damping > before:
         return damping
     room = 1 - optimism / _MOST_OPTIMISM
     if room < 0:
-        return before * _FACTOR**room**2
+        # Of short steps the excess is noise, which says nothing of their length: there a rise in proportion would go on for ever.
+        return before * _FACTOR ** (room**2 if damping < before else max(room**2, min(-2 * room, 1.0) * factor_power))
     return before * (damping / before) ** min((2 * room) ** 2, 1.0) if before else damping
 
 

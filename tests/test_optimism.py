@@ -174,7 +174,10 @@ def test_a_rejected_step_is_not_judged():
         (0.375, 0.5, 6.0),
         (0.5, 1.0, 6.0),
         (0.75, 1.0, 6.0 * 2.5**0.25),
-        (0.75, 0.5, 6.0 * 2.5**0.25),
+        (0.51, 1.0, 6.0 * 2.5**0.0004),
+        (0.51, 0.5, 6.0 * 2.5**0.04),  # held by the ratio: nothing else moves it
+        (0.75, 0.5, 15.0),
+        (1.0, 0.5, 15.0),
         (1.0, 1.0, 15.0),
         (1.0, -INF, 15.0),
         (0.25, -INF, 15.0),
@@ -187,6 +190,24 @@ def test_the_damping_falls_no_further_than_the_batches_bear(monkeypatch, optimis
     rule.set_model(model)
     rule.on_train_batch_end(0, {**logs(ratio), "optimism": optimism})
     assert float(model.optimizer.damping) == pytest.approx(expected)
+
+
+def test_where_updates_are_small_and_many_a_held_damping_rises_by_as_much_less(monkeypatch):
+    model, rule = renewed(model_of_batches, PreconditionedMomentum), LevenbergMarquardt()
+    monkeypatch.setattr(type(model), "setup", SimpleNamespace(has_other_cases=True))
+    rule.set_model(model)
+    for optimism, expected in ((0.51, 6.0 * 2.5**0.005), (1.0, 15.0)):
+        rule.on_train_batch_end(0, {**logs(0.5), "optimism": optimism})
+        assert float(model.optimizer.damping) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("nothing_to_learn", [{"gradient_norm": 0.0}, {"gradient_norm": NAN}, {"converged": 1}])
+def test_the_damping_stays_where_no_other_gives_a_better_step(monkeypatch, nothing_to_learn):
+    model, rule = renewed(model_of_batches), LevenbergMarquardt()
+    monkeypatch.setattr(type(model), "setup", SimpleNamespace(has_other_cases=True))
+    rule.set_model(model)
+    rule.on_train_batch_end(0, {**logs(NAN), "optimism": 0.9, **nothing_to_learn})
+    assert float(model.optimizer.damping) == pytest.approx(6.0)
 
 
 def test_a_rule_of_a_users_own_is_held_in_the_same_way(monkeypatch):
