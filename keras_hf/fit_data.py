@@ -62,6 +62,15 @@ class FitData:
         """Whether all cases come as one batch."""
         return self.num_cases is not None and self.source is None
 
+    def _is_cut_here(self, num_replicas):
+        """Whether `in_batches` cuts the arrays, and not Keras."""
+        is_given, steps = self._arguments["batch_size"] is not None, self._arguments["steps_per_epoch"]
+        if steps is None:
+            # The rest would be an update on few cases with the damping of many. Keras divides its own batches among workers.
+            return num_replicas == 1 and self.num_cases % self.batch_size > 0
+        # Batches of one size would be fewer than asked for: 1,020 cases make 93 batches of 11.
+        return not is_given and self.num_cases > steps and self.num_cases % steps > 0
+
     def specs(self):
         """Returns types and shapes of arrays as batches will hold them, a `Data` of `tf.TensorSpec`."""
 
@@ -90,9 +99,7 @@ class FitData:
             return found
         found["batch_size"] = self.batch_size
         steps = found["steps_per_epoch"]
-        # Batches of one size would be fewer: 1,020 cases make 93 batches of 11.
-        is_uneven = self._arguments["batch_size"] is None and steps is not None and self.num_cases % steps
-        if not self.is_one_batch and not (is_uneven and self.num_cases > steps):
+        if not self.is_one_batch and not self._is_cut_here(num_replicas):
             return found
         arrays = self._x, self._y, self._sample_weight
         if self._holds_validation:
@@ -102,7 +109,8 @@ class FitData:
         size = 32 if self.is_one_batch else self.batch_size
         found["validation_batch_size"] = found["validation_batch_size"] or size
         if not self.is_one_batch:
-            found.update(x=in_batches(*arrays, steps, bool(self._arguments["shuffle"])), steps_per_epoch=None)
+            num_batches = steps or math.ceil(self.num_cases / self.batch_size)
+            found.update(x=in_batches(*arrays, num_batches, bool(self._arguments["shuffle"])), steps_per_epoch=None)
             return found
         # Without end: where several workers divide the data, a new iterator in every epoch takes seconds. Not where Keras takes several batches at a
         # time: the last of an epoch would be of the next one.

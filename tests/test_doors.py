@@ -221,11 +221,18 @@ def test_a_small_batch_of_a_dataset_is_said_once():
 
 
 def test_a_small_remainder_is_said_once_with_the_cure():
-    x, y, weight = weighted(603)
-    message = "An update on 3 cases.*Others held up to 300. Choose a `batch_size` that leaves no"
+    message = "An update on 3 cases.*Others held up to 300. Leave out the remainder"
     with pytest.warns(UserWarning, match=message) as record:
-        fit(renewed(compiled), x, y, sample_weight=weight, batch_size=300, epochs=2)
+        fit(renewed(compiled), dataset(weighted(300), weighted(3)), epochs=2)
     assert sum("says little" in str(warning.message) for warning in record) == 1
+
+
+def test_a_batch_size_that_leaves_a_rest_makes_batches_of_near_equal_size():
+    x, y, weight = weighted(205)
+    counts = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: counts.append(int(logs["num_cases"])))
+    fit(renewed(compiled), x, y, sample_weight=weight, batch_size=100, epochs=2, callbacks=[count])
+    assert counts == [68, 68, 69] * 2
 
 
 # Models.
