@@ -285,7 +285,8 @@ class HFModel(keras.Model):
         """Trains the network. Arguments are those of `keras.Model.fit`, except for these.
 
         - `batch_size`: number of cases per batch. Arrays make batches whose sizes differ by at most one case, as many as Keras would make: a smaller
-          last one would get the damping of the others. `None` means all of them, or `steps_per_epoch` batches. If one batch holds all cases, an epoch makes `steps_per_epoch` updates on it.
+          last one would get the damping of the others. `None` means all of them, or `steps_per_epoch` batches. If one batch holds all cases, an epoch
+          makes `steps_per_epoch` updates on it.
         - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not again in every epoch. With False its order is
           that given; where updates use a growing part, its cases are taken from all over the batch.
         - `validation_batch_size`: defaults to 32 if one batch holds all cases.

@@ -19,12 +19,12 @@ def curvature_scale(gradient, along_gradient, weights, first_share):
         gradient: Tensor `(n,)`, g.
         along_gradient: Float64 scalar, g'Gg without damping.
         weights: Tensor `(n,)`.
-        first_share: Float, the first damping as a share of the scale.
+        first_share: Scalar, the first damping as a share of the scale.
     """
     squared = dot(gradient, gradient)
     rayleigh = tf.math.divide_no_nan(tf.abs(along_gradient), squared)
     length = tf.sqrt(dot(weights, weights))
-    without = tf.sqrt(squared) / tf.where(length > 0, length, tf.ones_like(length)) / first_share
+    without = tf.sqrt(squared) / tf.where(length > 0, length, tf.ones_like(length)) / tf.cast(first_share, length.dtype)
     usable = tf.math.is_finite(rayleigh) & (rayleigh > 0)
     scale = tf.where(usable, rayleigh, without)
     return tf.cast(tf.where(tf.math.is_finite(scale) & (squared > 0), scale, tf.zeros_like(scale)), gradient.dtype)
@@ -33,7 +33,7 @@ def curvature_scale(gradient, along_gradient, weights, first_share):
 def first_damping(scale, first_share):
     """Returns the damping of the first update, a share of the scale; NaN if the scale is not known yet."""
     unknown = tf.constant(float("nan"), scale.dtype)
-    return tf.where(scale > 0, tf.constant(first_share, scale.dtype) * scale, unknown)
+    return tf.where(scale > 0, tf.cast(first_share, scale.dtype) * scale, unknown)
 
 
 def damping_limits(scale, dtype, least_share):

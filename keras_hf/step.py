@@ -57,6 +57,7 @@ def step(setup, optimizer, data):
     growing, num_cases = setup.growing_batch, tf.reduce_sum(of_each_replica(data.num_cases))
 
     def update(objective, others=None):
+        uses_all = tf.cast(objective.totals.num_cases, tf.int32) == num_cases
         result = hf_update(
             objective,
             setup.curvature,
@@ -64,6 +65,7 @@ def step(setup, optimizer, data):
             optimizer.state(),
             None if others is None else _trial_on(others),
             tf.convert_to_tensor(optimizer.weight_decay) if optimizer.finds_decay else None,
+            uses_all,
         )
         if others is not None:
             turn = tf.stack([tf.convert_to_tensor(optimizer.seed), objective.update_number])
@@ -76,7 +78,6 @@ def step(setup, optimizer, data):
                 turn,
             )
             result = result._replace(state=result.state._replace(growing_batch=grown))
-        uses_all = tf.cast(objective.totals.num_cases, tf.int32) == num_cases
         result = _seen_by_others(setup, objective, result, optimizer.state(), uses_all)
         logs = _logs(setup, objective, result)
         if optimizer.finds_decay:

@@ -87,7 +87,7 @@ class _Measured(NamedTuple):
     num_products: tf.Tensor
 
 
-def hf_update(objective, curvature, solver, state, unseen=None, decay=None):
+def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses_all=True):
     """Computes one update.
 
     The solver computes a path of candidates from the quadratic model `q(p) = g'p + p'(G + damping I)p / 2`, a search picks the step from the path by
@@ -102,6 +102,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None):
         state: `UpdateState`.
         unseen: Callable `(n,) -> nest of tensors`, the effect of a step on cases that the update does not use, or `None`.
         decay: Scalar, the weight decay where it is to be found by evidence: the logs then hold what is needed for that. `None` = nothing of it.
+        uses_all: Boolean or bool scalar, whether the objective has all cases of the batch.
 
     Returns:
         An `UpdateResult`.
@@ -117,7 +118,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None):
     curvature, curvature_state = curvature.prepared(objective, state.curvature)
     # One linearization, shared by all that need products.
     linearize = functools.cache(lambda: solver.linearize(objective, curvature))
-    scale, found_damping = _scale_and_damping(objective, linearize, gradient, state, solver.first_share)
+    shares = [tf.constant(share, tf.float64) for share in (solver.first_share, solver.first_share_of_part)]
+    scale, found_damping = _scale_and_damping(objective, linearize, gradient, state, tf.where(uses_all, *shares))
     # Without a damping the gradient is zero or not finite, so that there is no step either; any number serves.
     damping = tf.where(tf.math.is_nan(found_damping), tf.ones_like(found_damping), found_damping)
     norm = tf.cast(gradient_norm, damping.dtype)

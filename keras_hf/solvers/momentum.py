@@ -39,7 +39,7 @@ class PreconditionedMomentum(Solver):
 
     Use it with fresh cases in each update: `fit` on arrays, where the default is a part of 64 cases that doubles in 60 updates; or a `tf.data` stream
     of batches, for which `HessianFree(use_ema=True)` averages the weights. The default is
-    `GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=1000)`. On wide autoencoders 500 cases and a rate of 0.003 with averages
+    `GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=2000)`. On wide autoencoders 500 cases and a rate of 0.003 with averages
     (`ema_momentum=0.95`) end lower (docs/measured-minibatches.md).
 
     Logs: `alpha`, `mu` (coefficients of d and s), `negative_curvature` (0 or 1).
@@ -62,8 +62,8 @@ class PreconditionedMomentum(Solver):
     # 1.12 an update, with 2.5 as factor. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
     factor_power = 1 / 8
     # From 0.02 the damping takes 20 updates to fall as far: a transformer block and a language model of benchmarks/classifier_solvers.py take a third
-    # longer. Lower shares are sooner on the first, and rejected on the second.
-    first_share = 0.002
+    # longer. Lower shares are sooner on the first, and rejected on the second. Small batches, which cannot grow, end higher from 0.002.
+    first_share, first_share_of_part = 0.02, 0.002
     evidence_interval = 50
     steered_by = ("mu",)
     other_logs = ("alpha", "negative_curvature")
@@ -85,7 +85,7 @@ class PreconditionedMomentum(Solver):
 
     def growing_batch(self):
         # From 500 a transformer block takes twice as long; a perceptron, convolutions and a GRU are level.
-        return GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=1000)
+        return GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=2000)
 
     def initial_state(self, variables, layers):
         return {"preconditioner": self.preconditioner.initial_state(variables, layers)}

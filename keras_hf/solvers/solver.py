@@ -113,6 +113,7 @@ class Solver(Part):
         arc_band: Where an arc is searched, `low`, `high` and `factor` of the `ArcStepDamping` that suits it.
         factor_power: Float, the power of a damping rule's factor that suits an ordinary update: 1, or less where updates are small and many.
         first_share: Float, the first damping as a share of the curvature along the gradient.
+        first_share_of_part: The same where the first update uses a part of its batch, which grows where the damping is too small.
         tells_convexity: Whether `negative_curvature` in its logs is that of the matrix, and not rounding.
         evidence_interval: Integer, in every how many updates `num_effective` is computed where weight decay is found by evidence, so that it takes
             less than a fifth of their time.
@@ -128,7 +129,7 @@ class Solver(Part):
     factor_power = 1.0
     # Measured (benchmarks/first_damping.py): on shallow networks the loss after 30 updates differs little between shares of 1e-4 and 1; on a deep
     # autoencoder larger shares give a smaller loss, and later updates do not repair too small a start.
-    first_share = 0.1
+    first_share = first_share_of_part = 0.1
     tells_convexity = False
     evidence_interval = 10
     steered_by = ()
