@@ -30,7 +30,7 @@ from keras_hf.problem.replicas import across_replicas
 from keras_hf.product_check import checked_products, report
 from keras_hf.progress import UpdateProgress
 from keras_hf.setup import prepare, traced_structure
-from keras_hf.solver_choice import exact_solver_pays, momentum_pays
+from keras_hf.solver_choice import exact_solver_pays, has_positions, momentum_pays
 from keras_hf.solvers.direct import DirectSolver
 from keras_hf.solvers.momentum import PreconditionedMomentum
 from keras_hf.train_function import TrainFunction
@@ -568,7 +568,7 @@ class HFModel(keras.Model):
     def _build_optimizer(self):
         """Creates the optimizer's state, for the solver that suits the network."""
         if not self.optimizer.built:
-            solver = PreconditionedMomentum() if momentum_pays(self) else None
+            solver = PreconditionedMomentum(starts_small=has_positions(self)) if momentum_pays(self) else None
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables, keras_private.all_layers(self.network), solver)
 

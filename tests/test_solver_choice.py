@@ -120,6 +120,17 @@ def test_a_classifier_takes_momentum_and_its_growing_batch():
     assert set(optimizer.state().solver) == {"preconditioner"}
 
 
+def test_with_positions_momentum_starts_from_few_cases_and_a_smaller_damping():
+    for layers, size in (
+        ([], 500),
+        ([keras.layers.Reshape((50, 1)), keras.layers.Conv1D(3, 3), keras.layers.Flatten()], 64),
+    ):
+        optimizer = classifier(layers=layers).optimizer
+        solver = optimizer.solver
+        assert (solver.starts_small, optimizer.growing_batch.initial_size) == (size == 64, size)
+        assert solver.first_share_of_part == (0.002 if size == 64 else solver.first_share)
+
+
 def test_losses_are_known_as_strings_and_as_objects():
     for loss in ("categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy(from_logits=True)):
         assert isinstance(classifier(loss).optimizer.solver, PreconditionedMomentum)

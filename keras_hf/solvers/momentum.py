@@ -8,7 +8,7 @@ import functools
 import keras
 import tensorflow as tf
 
-from keras_hf.common.checks import fraction, part
+from keras_hf.common.checks import flag, fraction, part
 from keras_hf.common.vectors import dot, epsilon
 from keras_hf.problem.batching import GrowingBatch
 from keras_hf.solvers.kronecker import KroneckerFactored
@@ -30,17 +30,16 @@ class PreconditionedMomentum(Solver):
     steps, so there is neither a learning rate nor a momentum to set. Where a few hundred cases say nearly what all say, another step on fresh cases
     is worth more than a more accurate solution on the same ones. On a fixed quadratic these steps are those of preconditioned CG.
 
-    It suits classifiers of dense layers, convolutions, attention and recurrent layers. On recurrent ones it is ahead of Adam, with attention behind
-    (docs/which-solver.md).
+    It suits classifiers of dense layers, convolutions, attention and recurrent layers (docs/which-solver.md).
 
     The quadratic's forms come from forward derivatives along d and s, without a backward pass, on a share of the cases of the update. The loss is
     checked on the same cases: a step is rejected if it is not finite there, or rises by more than the cases' noise explains, or by more than the loss
     itself. The next update then begins without s.
 
-    Use it with fresh cases in each update: `fit` on arrays, where the default is a part of 64 cases that doubles in 60 updates; or a `tf.data` stream
-    of batches, for which `HessianFree(use_ema=True)` averages the weights. The default is
-    `GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=2000)`. On wide autoencoders 500 cases and a rate of 0.003 with averages
-    (`ema_momentum=0.95`) end lower (docs/measured-minibatches.md).
+    Use it with fresh cases in each update: `fit` on arrays, where the default is a growing part of the cases, which doubles in 60 updates:
+    `GrowingBatch(500, share=0.0, patience=10, rate=0.0116, min_batch_size=2000)`; or a `tf.data` stream of batches, for which
+    `HessianFree(use_ema=True)` averages the weights. On wide autoencoders a rate of 0.003 with averages (`ema_momentum=0.95`) ends lower
+    (docs/measured-minibatches.md).
 
     Logs: `alpha`, `mu` (coefficients of d and s), `negative_curvature` (0 or 1).
 
@@ -49,9 +48,12 @@ class PreconditionedMomentum(Solver):
     Args:
         preconditioner: `KroneckerFactored(num_cases=0.5, interval=10, decay=0.75)` (default), or another.
         share: Float in (0, 1], the share of the cases of an update on which forms and loss are computed, on 64 cases at least.
+        starts_small: Boolean, whether the growing part begins with 64 cases, and there with a damping of a 500th of the curvature along the gradient
+            in place of a fiftieth. For layers that serve several positions of a case (convolutions, attention, recurrent layers), of which few cases
+            say much: a transformer block takes a third of the time. On dense layers it fits more noise. `HessianFree()` chooses.
 
     Raises:
-        ValueError: If `share` is out of its range.
+        ValueError: If `share` is out of its range, or `starts_small` is no boolean.
         TypeError: If the preconditioner has the wrong type.
 
     References:
@@ -61,9 +63,8 @@ class PreconditionedMomentum(Solver):
     damps_hidden_states = False
     # 1.12 an update, with 2.5 as factor. Martens & Grosse (2015) have 1.05; measured on MNIST's autoencoder, 1.1 is sooner, 1.2 and 2.5 are later.
     factor_power = 1 / 8
-    # From 0.02 the damping takes 20 updates to fall as far: a transformer block and a language model of benchmarks/classifier_solvers.py take a third
-    # longer. Lower shares are sooner on the first, and rejected on the second. Small batches, which cannot grow, end higher from 0.002.
-    first_share, first_share_of_part = 0.02, 0.002
+    # From 0.1 the damping takes 14 updates to fall as far.
+    first_share = 0.02
     evidence_interval = 50
     steered_by = ("mu",)
     other_logs = ("alpha", "negative_curvature")
@@ -73,19 +74,25 @@ class PreconditionedMomentum(Solver):
         # The damping of a layer's factors is the root of it: with a smaller one the preconditioner inverts the noise of a minibatch.
         return epsilon(dtype) ** 1.25
 
-    def __init__(self, preconditioner=None, share=0.125):
+    def __init__(self, preconditioner=None, share=0.125, starts_small=False):
         if preconditioner is None:
             preconditioner = KroneckerFactored(num_cases=0.5, interval=10, decay=0.75)
         self.preconditioner = part("preconditioner", preconditioner, Preconditioner, "KroneckerFactored()")
         self.share = fraction("share", share)
+        self.starts_small = flag("starts_small", starts_small)
 
     @property
     def chunk_share(self):
         return self.share
 
+    @property
+    def first_share_of_part(self):
+        # From a fiftieth the damping takes 20 updates to fall as far; lower shares are rejected on the language model of
+        # benchmarks/classifier_solvers.py.
+        return 0.002 if self.starts_small else self.first_share
+
     def growing_batch(self):
-        # From 500 a transformer block takes twice as long; a perceptron, convolutions and a GRU are level.
-        return GrowingBatch(64, share=0.0, patience=10, rate=0.0116, min_batch_size=2000)
+        return GrowingBatch(64 if self.starts_small else 500, share=0.0, patience=10, rate=0.0116, min_batch_size=2000)
 
     def initial_state(self, variables, layers):
         return {"preconditioner": self.preconditioner.initial_state(variables, layers)}

@@ -129,7 +129,7 @@ class Solver(Part):
     factor_power = 1.0
     # Measured (benchmarks/first_damping.py): on shallow networks the loss after 30 updates differs little between shares of 1e-4 and 1; on a deep
     # autoencoder larger shares give a smaller loss, and later updates do not repair too small a start.
-    first_share = first_share_of_part = 0.1
+    first_share = 0.1
     tells_convexity = False
     evidence_interval = 10
     steered_by = ()
@@ -143,6 +143,10 @@ class Solver(Part):
             dtype: String, the name of the weights' float type.
         """
         return epsilon(dtype) ** 2
+
+    @property
+    def first_share_of_part(self):
+        return self.first_share
 
     def growing_batch(self):
         """Returns the `GrowingBatch` that suits the solver, `None` where updates use all cases: the default of `HessianFree`."""
