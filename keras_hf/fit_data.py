@@ -62,12 +62,13 @@ class FitData:
         """Whether all cases come as one batch."""
         return self.num_cases is not None and self.source is None
 
-    def _is_cut_here(self, num_replicas):
+    @property
+    def _is_cut_here(self):
         """Whether `in_batches` cuts the arrays, and not Keras."""
         is_given, steps = self._arguments["batch_size"] is not None, self._arguments["steps_per_epoch"]
         if steps is None:
-            # The rest would be an update on few cases with the damping of many. Keras divides its own batches among workers.
-            return num_replicas == 1 and self.num_cases % self.batch_size > 0
+            # The rest would be an update on few cases with the damping of many.
+            return self.num_cases % self.batch_size > 0
         # Batches of one size would be fewer than asked for: 1,020 cases make 93 batches of 11.
         return not is_given and self.num_cases > steps and self.num_cases % steps > 0
 
@@ -99,7 +100,7 @@ class FitData:
             return found
         found["batch_size"] = self.batch_size
         steps = found["steps_per_epoch"]
-        if not self.is_one_batch and not self._is_cut_here(num_replicas):
+        if not self.is_one_batch and not self._is_cut_here:
             return found
         arrays = self._x, self._y, self._sample_weight
         if self._holds_validation:
