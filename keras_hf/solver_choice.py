@@ -58,7 +58,7 @@ def exact_solver_pays(model, data, num_cases, trace=None):
 
 
 def has_positions(model):
-    """Whether some layer with Kronecker factors serves several positions of a case, and is no Dense layer."""
+    """Whether some layer with Kronecker factors is of a kind that serves several positions of a case: any but Dense."""
     variables = [variable.value for variable in model.trainable_variables]
     layers = factored_layers(keras_private.all_layers(model.network), variables)
     return any(type(layer) is not keras.layers.Dense for layer in layers)
