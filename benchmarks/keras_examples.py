@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--cases", type=int, default=4000)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of the processor, after the first update")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of the processor, after the first update")
     quick = {"examples": ["imbalanced", "recommender"], "cases": 400, "seconds": 3.0}
     args = results.parse(parser, quick)
     table = results.read(args.csv)
@@ -490,6 +490,198 @@ def residual_network(rng, num_cases):
     return Example(network, {"loss": loss, "metrics": ["acc"]}, cases, others, {"batch_size": 64})
 
 
+class Patches(layers.Layer):
+    """Cuts images into squares."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def call(self, images):
+        """Returns a sequence of vectors for each image."""
+        patches = ops.image.extract_patches(images, self.size)
+        return ops.reshape(patches, (-1, patches.shape[1] * patches.shape[2], patches.shape[3]))
+
+
+class PatchEncoder(layers.Layer):
+    """Projects patches, and adds an embedding of their places."""
+
+    def __init__(self, number, size):
+        super().__init__()
+        self.number, self.projection, self.places = number, layers.Dense(size), layers.Embedding(number, size)
+
+    def call(self, patches):
+        """Adds both."""
+        return self.projection(patches) + self.places(ops.arange(self.number)[None])
+
+
+def vision_transformer(rng, num_cases):
+    """Image classification with Vision Transformer, on digits."""
+    cases, others = images(rng, num_cases)
+
+    def perceptron(x, units, rate):
+        for width in units:
+            x = layers.Dropout(rate)(layers.Dense(width, "gelu")(x))
+        return x
+
+    inputs = keras.Input((28, 28, 1))
+    encoded = PatchEncoder(16, 32)(Patches(7)(inputs))
+    for _ in range(2):
+        x = layers.LayerNormalization(epsilon=1e-6)(encoded)
+        x = layers.Add()([layers.MultiHeadAttention(4, 32, dropout=0.1)(x, x), encoded])
+        encoded = layers.Add()([perceptron(layers.LayerNormalization(epsilon=1e-6)(x), [64, 32], 0.1), x])
+    x = layers.Dropout(0.5)(layers.Flatten()(layers.LayerNormalization(epsilon=1e-6)(encoded)))
+    network = keras.Model(inputs, layers.Dense(10)(perceptron(x, [128, 64], 0.5)))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return Example(network, {"loss": loss, "metrics": ["accuracy"]}, cases, others, {"batch_size": 256})
+
+
+def bidirectional_lstm(rng, num_cases):
+    """Bidirectional LSTM on reviews."""
+    cases, others = documents(rng, num_cases)
+    network = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            layers.Embedding(2000, 64),
+            layers.Bidirectional(layers.LSTM(32, return_sequences=True)),
+            layers.Bidirectional(layers.LSTM(32)),
+            layers.Dense(1, "sigmoid"),
+        ]
+    )
+    return Example(network, {"loss": "binary_crossentropy", "metrics": ["accuracy"]}, cases, others, {"batch_size": 32})
+
+
+def sequence_addition(rng, num_cases):
+    """Sequence to sequence learning for performing number addition: characters of "12+345 " to those of "357 "."""
+    letters = "0123456789+ "
+    number = 2 * num_cases + num_cases // 4
+    a, b = 10 ** rng.uniform(0, 2, (2, number)) // 1
+    texts = [(f"{x:.0f}+{y:.0f}".ljust(5)[::-1], f"{x + y:.0f}".ljust(3)) for x, y in zip(a, b, strict=True)]
+    x, y = [
+        np.eye(len(letters), dtype="float32")[[[*map(letters.index, text)] for text in part]]
+        for part in zip(*texts, strict=True)
+    ]
+    network = keras.Sequential(
+        [
+            keras.Input((5, len(letters))),
+            layers.LSTM(128),
+            layers.RepeatVector(3),
+            layers.LSTM(128, return_sequences=True),
+            layers.Dense(len(letters), "softmax"),
+        ]
+    )
+    compiled = {"loss": "categorical_crossentropy", "metrics": ["accuracy"]}
+    return Example(network, compiled, *split(x, y, 2 * num_cases), {"batch_size": 32})
+
+
+def anomaly_autoencoder(rng, num_cases):
+    """Timeseries anomaly detection using an autoencoder: daily windows of a noisy seasonal series."""
+    number = num_cases + num_cases // 4
+    times = np.arange(number + 96)
+    series = np.sin(times * 2 * np.pi / 96) + 0.5 * np.sin(times * 2 * np.pi / 32) * np.sin(times / 500)
+    series += 0.2 * rng.normal(size=len(times))
+    x = np.stack([series[start : start + 96] for start in range(number)])[..., None].astype("float32")
+    same = {"kernel_size": 7, "padding": "same", "strides": 2, "activation": "relu"}
+    network = keras.Sequential(
+        [
+            keras.Input((96, 1)),
+            layers.Conv1D(32, **same),
+            layers.Dropout(0.2),
+            layers.Conv1D(16, **same),
+            layers.Conv1DTranspose(16, **same),
+            layers.Dropout(0.2),
+            layers.Conv1DTranspose(32, **same),
+            layers.Conv1DTranspose(1, 7, padding="same"),
+        ]
+    )
+    return Example(network, {"loss": "mse"}, *split(x, x, num_cases), {"batch_size": 128})
+
+
+def super_resolution(rng, num_cases):
+    """Image super-resolution using an efficient sub-pixel CNN: digits of 14 x 14 pixels to 28 x 28."""
+    number = num_cases // 4
+    parts = [(x.reshape(-1, 14, 2, 14, 2, 1).mean((2, 4)), x) for x, _ in images(rng, number)]
+    same = {"activation": "relu", "kernel_initializer": "orthogonal", "padding": "same"}
+    inputs = keras.Input((None, None, 1))
+    x = layers.Conv2D(64, 5, **same)(inputs)
+    x = layers.Conv2D(64, 3, **same)(x)
+    x = layers.Conv2D(32, 3, **same)(x)
+    x = layers.Conv2D(4, 3, **same)(x)
+    network = keras.Model(inputs, PixelShuffle(2)(x))
+    return Example(network, {"loss": "mse"}, *parts, {"batch_size": 8})
+
+
+class PixelShuffle(layers.Layer):
+    """Moves channels into space, as the example's `DepthToSpace`."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def call(self, inputs):
+        """From `(n, h, w, c k^2)` to `(n, h k, w k, c)`."""
+        _, height, width, channels = ops.shape(inputs)
+        k, c = self.factor, channels // self.factor**2
+        x = ops.reshape(inputs, (-1, height, width, k, k, c))
+        return ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4, 5)), (-1, height * k, width * k, c))
+
+
+@keras.saving.register_keras_serializable("keras_examples")
+class Orthogonal(keras.regularizers.Regularizer):
+    """Pulls a batch of matrices towards orthogonal ones."""
+
+    def __init__(self, size, strength=0.001):
+        self.size, self.strength = size, strength
+
+    def __call__(self, x):
+        """Of rows that are matrices."""
+        x = ops.reshape(x, (-1, self.size, self.size))
+        return ops.sum(self.strength * ops.square(ops.matmul(x, ops.swapaxes(x, 1, 2)) - ops.eye(self.size)))
+
+    def get_config(self):
+        """For Keras' serialization."""
+        return {"size": self.size, "strength": self.strength}
+
+
+def point_clouds(rng, num_cases):
+    """Point cloud classification with PointNet: spheres, boxes, cylinders and cones, turned and noisy."""
+    number, points = (num_cases + num_cases // 4) // 4, 64
+    y = rng.integers(0, 4, number)
+    x = rng.normal(size=(number, points, 3))
+    length = lambda x, order=2: np.linalg.norm(x, order, -1, keepdims=True)  # noqa: E731
+    height = rng.uniform(-1, 1, (number, points, 1))
+    circle = x[..., :2] / length(x[..., :2])
+    kinds = [x / length(x), x / length(x, np.inf), np.concatenate([circle, height], -1)]
+    kinds.append(np.concatenate([circle * (1 - height) / 2, height], -1))
+    x = np.choose(y[:, None, None], kinds)
+    turns = np.linalg.qr(rng.normal(size=(number, 3, 3)))[0]
+    x = (np.einsum("npi,nij->npj", x, turns) + 0.05 * rng.normal(size=x.shape)).astype("float32")
+
+    def normalised(layer, x):
+        return layers.Activation("relu")(layers.BatchNormalization(momentum=0.0)(layer(x)))
+
+    def transformed(inputs, size):
+        x = normalised(layers.Conv1D(32, 1), inputs)
+        x = normalised(layers.Conv1D(64, 1), x)
+        x = normalised(layers.Dense(32), layers.GlobalMaxPooling1D()(x))
+        identity = keras.initializers.Constant(np.eye(size).flatten())
+        x = layers.Dense(
+            size**2, kernel_initializer="zeros", bias_initializer=identity, activity_regularizer=Orthogonal(size)
+        )(x)
+        return layers.Dot(axes=(2, 1))([inputs, layers.Reshape((size, size))(x)])
+
+    inputs = keras.Input((points, 3))
+    hidden = normalised(layers.Conv1D(32, 1), transformed(inputs, 3))
+    hidden = transformed(hidden, 32)
+    for filters in (32, 128):
+        hidden = normalised(layers.Conv1D(filters, 1), hidden)
+    hidden = layers.GlobalMaxPooling1D()(hidden)
+    hidden = layers.Dropout(0.3)(normalised(layers.Dense(64), hidden))
+    network = keras.Model(inputs, layers.Dense(4, "softmax")(hidden))
+    compiled = {"loss": "sparse_categorical_crossentropy", "metrics": ["sparse_categorical_accuracy"]}
+    return Example(network, compiled, *split(x, y, 4 * number // 5), {"batch_size": 32})
+
+
 METHODS = "hf", "whole", "adam"
 EXAMPLES = {
     example.__name__: example
@@ -508,6 +700,12 @@ EXAMPLES = {
         recommender,
         frozen_base,
         residual_network,
+        vision_transformer,
+        bidirectional_lstm,
+        sequence_addition,
+        anomaly_autoencoder,
+        super_resolution,
+        point_clouds,
     )
 }
 

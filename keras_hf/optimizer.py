@@ -59,7 +59,7 @@ class HessianFree(keras.optimizers.Optimizer):
             it is NaN until the first update has set it.
         solver: Computes steps from the quadratic model. `None` (default) leaves the choice to `HFModel`: `DirectSolver()` where digits are likely to
             count (the squared loss, all cases in one batch, and a system that takes at most about a second to factorize),
-            `PreconditionedMomentum()` for classifiers with a categorical cross-entropy whose layers have Kronecker factors, else
+            `PreconditionedMomentum()` for classifiers of 5,000 weights or more whose layers have Kronecker factors, else
             `ConjugateGradient()`. It is logged at INFO. docs/measured-solvers.md has the measurements.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.
         growing_batch: `GrowingBatch`: an update uses a part of the batch, which grows. `None`: an update uses all of it. The default is the solver's:

@@ -73,11 +73,20 @@ def momentum_pays(model):
     Args:
         model: `HFModel`, compiled and built.
     """
-    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
-    if not names or not names <= _CLASSIFYING or overrides_compute_loss(model):
+    if not _classifies(model) or overrides_compute_loss(model):
         return False
     variables = [variable.value for variable in model.trainable_variables]
     num_weights = vectors.num_weights(variables)
     if num_weights < _FEWEST_WEIGHTS:
         return False
     return num_factored_weights(keras_private.all_layers(model.network), variables) >= _LEAST_SHARE * num_weights
+
+
+def _classifies(model):
+    """Whether the loss of a compiled and built model is a cross-entropy of classes."""
+    names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
+    if names == {"binary_crossentropy"}:
+        # Of more numbers than one it may be that of an autoencoder, or of a mask. A network made by subclassing does not know before it is called.
+        shapes = [tuple(output.shape) for output in getattr(model.network, "outputs", None) or []]
+        return shapes in ([(None,)], [(None, 1)])
+    return bool(names) and names <= _CLASSIFYING

@@ -1,5 +1,7 @@
 """Which solver `HessianFree()` takes: the exact one for small regressions in float64, momentum for classifiers, else conjugate gradients."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -134,6 +136,19 @@ def test_with_positions_momentum_starts_from_few_cases_and_a_smaller_damping():
 def test_losses_are_known_as_strings_and_as_objects():
     for loss in ("categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy(from_logits=True)):
         assert isinstance(classifier(loss).optimizer.solver, PreconditionedMomentum)
+
+
+def test_a_binary_cross_entropy_is_that_of_classes_where_a_case_has_one_output():
+    for shape, solver in (
+        ((1,), PreconditionedMomentum),
+        ((), PreconditionedMomentum),
+        ((2,), ConjugateGradient),  # An autoencoder, or labels that are not exclusive.
+        ((5, 1), ConjugateGradient),  # A mask.
+    ):
+        outputs = [keras.layers.Dense(math.prod(shape), "sigmoid"), keras.layers.Reshape(shape)]
+        model = HFModel(keras.Sequential([keras.Input((100,)), keras.layers.Dense(60, "tanh"), *outputs]))
+        model.compile(loss=keras.losses.BinaryCrossentropy())
+        assert isinstance(model.solver, solver), shape
 
 
 @pytest.mark.parametrize(
