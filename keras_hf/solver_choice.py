@@ -58,10 +58,13 @@ def exact_solver_pays(model, data, num_cases, trace=None):
 
 
 def has_positions(model):
-    """Whether some layer with Kronecker factors is of a kind that serves several positions of a case: any but Dense."""
+    """Whether some layer with Kronecker factors is of a kind that serves several positions of a case, as convolutions and attention do.
+
+    Embeddings alone do not count: few cases hold few of the tokens.
+    """
     variables = [variable.value for variable in model.trainable_variables]
     layers = factored_layers(keras_private.all_layers(model.network), variables)
-    return any(type(layer) is not keras.layers.Dense for layer in layers)
+    return any(type(layer) not in (keras.layers.Dense, keras.layers.Embedding) for layer in layers)
 
 
 def momentum_pays(model):

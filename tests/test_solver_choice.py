@@ -125,6 +125,7 @@ def test_a_classifier_takes_momentum_and_its_growing_batch():
 def test_with_positions_momentum_starts_from_few_cases_and_a_smaller_damping():
     for layers, size in (
         ([], 500),
+        ([keras.layers.Rescaling(100.0), keras.layers.Embedding(100, 3), keras.layers.Flatten()], 500),
         ([keras.layers.Reshape((50, 1)), keras.layers.Conv1D(3, 3), keras.layers.Flatten()], 64),
     ):
         optimizer = classifier(layers=layers).optimizer

@@ -49,7 +49,7 @@ class PreconditionedMomentum(Solver):
         preconditioner: `KroneckerFactored(num_cases=0.5, interval=10, decay=0.75)` (default), or another.
         share: Float in (0, 1], the share of the cases of an update on which forms and loss are computed, on 64 cases at least.
         starts_small: Boolean, whether the growing part begins with 64 cases, and there with a damping of a 500th of the curvature along the gradient
-            in place of a fiftieth. For layers that serve several positions of a case (convolutions, attention, recurrent layers, embeddings), of
+            in place of a fiftieth. For layers that serve several positions of a case (convolutions, attention, recurrent layers), of
             which few cases say much: a transformer block takes a third of the time. On dense layers it fits more noise. `HessianFree()` chooses.
 
     Raises:
