@@ -74,7 +74,8 @@ class Looks(Curve):
         if not self.rows:
             return None
         swap = keras.callbacks.SwapEMAWeights()
-        swap.set_model(SimpleNamespace(optimizer=self.optimizer))
+        # Keras 3.12 reads the weights of the model.
+        swap.set_model(SimpleNamespace(optimizer=self.optimizer, trainable_variables=self.network.trainable_variables))
         swap.on_test_begin()
         try:
             averaged = self._errors()

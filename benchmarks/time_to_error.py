@@ -457,7 +457,8 @@ class Curve(Recorder):
         if not (self.rows and getattr(self.optimizer, "use_ema", False)):
             return self._errors()
         swap = keras.callbacks.SwapEMAWeights()
-        swap.set_model(SimpleNamespace(optimizer=self.optimizer))
+        # Keras 3.12 reads the weights of the model.
+        swap.set_model(SimpleNamespace(optimizer=self.optimizer, trainable_variables=self.network.trainable_variables))
         swap.on_test_begin()
         try:
             return self._errors()

@@ -51,12 +51,15 @@ def inverse(objective, preconditioner=None, damping=0.1, state=None):
     return dense_matrix(precondition, objective.num_weights), state
 
 
-def damped_inverse(factors, dampings):
-    """The dense inverse of the damped Kronecker products of layers, each with its own damping."""
+def damped_inverse(factors, dampings, num_embeddings=0):
+    """The dense inverse of the damped Kronecker products of layers, each with its own damping; embeddings come first."""
     blocks = []
-    for (a, s), damping in zip(factors, dampings, strict=True):
+    for number, ((a, s), damping) in enumerate(zip(factors, dampings, strict=True)):
         pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(s) / len(s)))
-        parts = a + pi * np.sqrt(damping) * np.eye(len(a)), s + np.sqrt(damping) / pi * np.eye(len(s))
+        of_inputs = np.eye(len(a))
+        if number < num_embeddings:
+            of_inputs = np.diag(np.sqrt(np.maximum(np.diag(a) / np.diag(a).mean(), 0.02)))
+        parts = a + pi * np.sqrt(damping) * of_inputs, s + np.sqrt(damping) / pi * np.eye(len(s))
         blocks.append(np.kron(*map(np.linalg.inv, parts)))
     return scipy.linalg.block_diag(*blocks)
 
@@ -212,7 +215,7 @@ def test_embedding_and_attention_have_the_inverse_of_the_damped_kronecker_produc
     model = compiled(attending())
     data = model_data(model, tokens(), np.random.default_rng(4).normal(size=(NUM_CASES, 2)))
     means, found = with_objective(model, data, lambda objective: (factors(objective), inverse(objective)[0]))
-    np.testing.assert_allclose(found, damped_inverse(means, [0.1] * 6), rtol=1e-8, atol=1e-11)
+    np.testing.assert_allclose(found, damped_inverse(means, [0.1] * 6, 1), rtol=1e-8, atol=1e-11)
 
 
 def test_vocabulary_may_be_large():
@@ -230,7 +233,9 @@ def test_vocabulary_may_be_large():
     # The mean over two units, H summed over 15 places.
     a, s = np.bincount([7, 7, 99_999], minlength=100_000) / 3, 2 / 2 / 15 * 15
     pi = np.sqrt(1e-5 / s)
-    expected = 1 / (a + pi * np.sqrt(0.1)) / (s + np.sqrt(0.1) / pi)
+    # The damping of a word goes with the root of its frequency, from a fiftieth of the mean on.
+    of_words = np.sqrt(np.maximum(a / 1e-5, 0.02))
+    expected = 1 / (a + pi * np.sqrt(0.1) * of_words) / (s + np.sqrt(0.1) / pi)
     np.testing.assert_allclose(found, np.stack([expected, expected], 1), rtol=1e-9)
 
 

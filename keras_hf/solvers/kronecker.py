@@ -43,6 +43,8 @@ _MAX_COLUMNS = 32
 _MAX_ROWS = 4096
 # Rows up to which an inverse is a solve for the identity: above, matrix products are faster.
 _MAX_SOLVED = 256
+# Of a token, in multiples of the mean, in its damping: one that was not seen has it, too.
+_LEAST_FREQUENCY = 0.02
 # Averaged factors are estimated anew in each of the first updates, which change much.
 _FIRST_ESTIMATES = 3
 
@@ -65,7 +67,9 @@ class KroneckerFactored(Preconditioner):
     - Conv1D, Conv2D and Conv3D with one group;
     - EinsumDense that is a Dense layer except for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features are last in inputs and outputs, and
       there is no bias or one number per feature. This includes the projections of MultiHeadAttention and GroupQueryAttention;
-    - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary;
+    - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary. Its damping is
+      multiplied, for each token, by the root of the frequency over the mean frequency: one damping for all would keep rare words where they are,
+      and texts would be learnt by heart (our own choice, measured in docs/measured-solvers.md);
     - SimpleRNN, LSTM and GRU, with kernel, recurrent kernel and biases as one matrix: of one cell, not unrolled, without dropout, and for a GRU with
       `reset_after=True`.
 
@@ -411,7 +415,7 @@ def _mixed(bits):
 
 
 def _damped(moments, damping):
-    """Returns both factors of a layer, each with its part of the damping: tuples of a factor and a scalar."""
+    """Returns both factors of a layer, each with its part of the damping: tuples of a factor and a scalar, of tokens a vector."""
     means = [
         tf.reduce_mean(factor if factor.shape.rank == 1 else tf.linalg.diag_part(factor))
         for factor in (moments.a, moments.s)
@@ -420,7 +424,10 @@ def _damped(moments, damping):
     # A layer whose inputs or gradients are all zero, or not finite.
     pi = tf.where(tf.math.is_finite(pi) & (pi > 0), pi, tf.ones_like(pi))
     root = tf.sqrt(damping)
-    return [(moments.a, pi * root), (moments.s, root / pi)]
+    of_inputs = pi * root
+    if moments.a.shape.rank == 1:
+        of_inputs *= tf.sqrt(tf.maximum(tf.math.divide_no_nan(moments.a, means[0]), _LEAST_FREQUENCY))
+    return [(moments.a, of_inputs), (moments.s, root / pi)]
 
 
 def _all_inverses(objective, damped):
