@@ -304,8 +304,8 @@ def keras_examples():
     runs = {(row["example"], row["method"]): row for row in read("keras_examples.csv")}
 
     def reached(name, method):
-        row = runs.get((name, method))
-        return f"{number(row['val_loss'])} ({number(row['val_metric'])})" if row else ""
+        loss, metric = (runs[name, method][column] for column in ("val_loss", "val_metric"))
+        return number(loss) if metric == loss else f"{number(loss)} ({number(metric)})"
 
     rows = [
         [
