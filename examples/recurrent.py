@@ -59,6 +59,16 @@ from matplotlib import pyplot  # noqa: E402
 METHODS = ("hf", "hf-plain", "exact", "adam", "lstm", "gru", "sgd", "nag")
 RESULTS = Path("runs", "recurrent")
 HF_LOGS = "damping", "reduction_ratio", "cg_iterations", "step_size", "total_cg_iterations"
+LABELS = {
+    "hf": "Hessian-free (keras_hf)",
+    "hf-plain": "the same without structural damping",
+    "exact": "exact steps (keras_hf)",
+    "adam": "Adam",
+    "lstm": "an LSTM by Adam",
+    "gru": "a GRU by Adam",
+    "sgd": "SGD",
+    "nag": "Nesterov momentum",
+}
 LOGS = {"hf": HF_LOGS, "hf-plain": HF_LOGS, "exact": ("damping", "reduction_ratio", "arc_step", "step_size")}
 # Sequences in an update of a first-order method: those of Sutskever et al. (2013), and of Pascanu et al. (2013) for SGD.
 BATCH_SIZES = {"adam": 100, "lstm": 100, "gru": 100, "sgd": 20, "nag": 100}
@@ -320,6 +330,14 @@ def print_table(runs):
         print(f"| {' | '.join([name, *cells])} |")
 
 
+def label(name):
+    """Returns the name of a run, `METHOD-RATE-float64`, as a figure says it."""
+    method = max((method for method in METHODS if name.startswith(method)), key=len)
+    rate = name.removeprefix(method).removesuffix("-float64").strip("-")
+    parts = LABELS[method], f"rate {rate}" if rate else "", "float64" if name.endswith("-float64") else ""
+    return ", ".join(filter(None, parts))
+
+
 def plot(title, runs, path):
     """Draws loss and share of wrong sequences of every run against time.
 
@@ -333,7 +351,7 @@ def plot(title, runs, path):
         rows = read_rows(file)
         seconds = [row["seconds"] for row in rows]
         for axes, column in zip(panels, ("loss", "wrong"), strict=True):
-            axes.plot(seconds, [row[column] if math.isfinite(row[column]) else None for row in rows], label=name)
+            axes.plot(seconds, [row[column] if math.isfinite(row[column]) else None for row in rows], label=label(name))
     panels[0].set(title=f"{title}: loss", xlabel="seconds of training", yscale="log")
     panels[1].set(title="share of sequences that are wrong", xlabel="seconds of training", ylim=(-0.02, 1.02))
     panels[1].axhline(SOLVED, color="black", linewidth=0.5)

@@ -146,3 +146,14 @@ def test_methods_make_their_updates(method, name, tmp_path):
     options = "--problem temporal-order --length 10 --units 20 --updates 10 --cases 20 --curvature-cases 10"
     run_name, rows = run(tmp_path, f"{options} --methods {method} --seconds 1000")
     assert run_name == f"{name}-seed0" and rows[-1]["update"] == 10 and np.isfinite(rows[-1]["loss"])
+
+
+def test_figures_name_runs_in_words():
+    names = "hf", "hf-plain", "adam-0.0003", "gru-1e-05-float64"
+    found = [recurrent.label(name) for name in names]
+    assert found == [
+        "Hessian-free (keras_hf)",
+        "the same without structural damping",
+        "Adam, rate 0.0003",
+        "a GRU by Adam, rate 1e-05, float64",
+    ]
