@@ -408,7 +408,7 @@ def in_pairs():
 
 
 @pytest.mark.filterwarnings("ignore:(An update on 3 cases|In the last 40 updates)")
-@pytest.mark.parametrize("make", [compiled, in_pairs])
+@pytest.mark.parametrize("make", [compiled, pytest.param(in_pairs, marks=pytest.mark.slow)])
 def test_steps_per_epoch_are_updates(make):
     model, counts = renewed(make), []
 

@@ -201,7 +201,8 @@ def test_the_decay_does_not_fall_where_the_data_determine_more_than_half_as_many
     assert found == pytest.approx(2 * 53 * 0.5 / (8 * 1))
 
 
-@pytest.mark.parametrize("solver", [DirectSolver(), pytest.param(ConjugateGradient(), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [DirectSolver(), ConjugateGradient()])
 def test_more_weights_than_cases_do_not_interpolate_noise(float64, solver):
     x, y = regression(20)
     histories = [

@@ -49,6 +49,7 @@ def test_fit_lowers_the_loss_and_logs_that_before_every_update():
     assert history["loss"] == pytest.approx([before, *history["val_loss"][:-1]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_arrays_without_batch_size_are_one_batch_with_it_several_and_no_size_is_traced_anew():
     model = renewed(default)
     # Several batches are compared with each other, one is not.

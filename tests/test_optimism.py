@@ -125,6 +125,7 @@ def test_it_is_the_loss_of_the_next_batch_before_and_after_the_step(float64, sol
     np.testing.assert_allclose(seen[1:], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_batch_of_all_cases_is_not_asked_and_its_user_may_have_a_metric_of_that_name():
     x, y = noisy(40)
     model = model_of_batches()
@@ -146,6 +147,7 @@ def test_one_batch_of_all_cases_is_not_asked_and_its_user_may_have_a_metric_of_t
     assert dampings[0] == dampings[1]
 
 
+@pytest.mark.slow
 def test_a_part_that_grows_answers_for_its_steps_until_it_is_the_batch():
     x, y = noisy(80)
     model = trainable(small_network(), growing_batch=GrowingBatch(10), damping=1e-3)
@@ -229,7 +231,7 @@ class Unheld(LevenbergMarquardt):
         self.model.optimizer.damping.assign(self.within_limits(self.next_damping(logs["damping"], logs)))
 
 
-@pytest.mark.parametrize("rule", [LevenbergMarquardt, Unheld])
+@pytest.mark.parametrize("rule", [LevenbergMarquardt, pytest.param(Unheld, marks=pytest.mark.slow)])
 def test_weights_do_not_follow_the_noise_of_batches_smaller_than_their_number(rule):
     model, (x, y), test = renewed(model_of_batches), noisy(480), normal(1000, 2, seed=9)
     with warnings.catch_warnings():

@@ -119,6 +119,7 @@ def loss_by_formula(pinn, given):
     return loss
 
 
+@pytest.mark.slow
 def test_fit_lowers_the_weighted_sum_of_the_terms_means_and_warns_of_a_solution_at_its_points_alone(float64):
     """Seven points do not say what is elsewhere."""
     pinn, model = made()

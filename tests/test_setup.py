@@ -46,6 +46,7 @@ def one_micro_batch():
     return trainable(preconditioner=Identity(), growing_batch=None)
 
 
+@pytest.mark.slow
 def test_what_is_traced_for_one_micro_batch_is_traced_anew_where_more_cases_may_come_than_one_micro_batch_takes(
     monkeypatch,
 ):
