@@ -68,8 +68,8 @@ class KroneckerFactored(Preconditioner):
     - EinsumDense that is a Dense layer except for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features are last in inputs and outputs, and
       there is no bias or one number per feature. This includes the projections of MultiHeadAttention and GroupQueryAttention;
     - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary. Its damping is
-      multiplied, for each token, by the root of the frequency over the mean frequency: one damping for all would keep rare words where they are,
-      and texts would be learnt by heart (our own choice, measured in docs/measured-solvers.md);
+      multiplied, for each token, by the root of its frequency over the mean frequency, at least the root of 0.02. With one damping for all,
+      networks learn texts by heart (our own choice, measured in docs/measured-solvers.md);
     - SimpleRNN, LSTM and GRU, with kernel, recurrent kernel and biases as one matrix: of one cell, not unrolled, without dropout, and for a GRU with
       `reset_after=True`.
 
