@@ -22,7 +22,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -73,14 +72,7 @@ class Looks(Curve):
     def _averaged(self):
         if not self.rows:
             return None
-        swap = keras.callbacks.SwapEMAWeights()
-        # Keras 3.12 reads the weights of the model.
-        swap.set_model(SimpleNamespace(optimizer=self.optimizer, trainable_variables=self.network.trainable_variables))
-        swap.on_test_begin()
-        try:
-            averaged = self._errors()
-        finally:
-            swap.on_test_end()
+        averaged = self._averaged_errors()
         return {name: averaged[name] for name in ("train_error", "test_error")}
 
 

@@ -456,6 +456,9 @@ class Curve(Recorder):
         # Before the first update there are no averages.
         if not (self.rows and getattr(self.optimizer, "use_ema", False)):
             return self._errors()
+        return self._averaged_errors()
+
+    def _averaged_errors(self):
         swap = keras.callbacks.SwapEMAWeights()
         # Keras 3.12 reads the weights of the model.
         swap.set_model(SimpleNamespace(optimizer=self.optimizer, trainable_variables=self.network.trainable_variables))
