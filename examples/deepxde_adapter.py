@@ -17,6 +17,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+from examples import origins  # noqa: E402
 from examples.tables import write_rows  # noqa: E402
 from keras_hf import HFModel  # noqa: E402
 from keras_hf.deepxde import as_pinn, dde  # noqa: E402
@@ -97,6 +98,7 @@ def main(arguments=None):
         print(f"{method}: relative error {error:.1e} after {seconds:.0f} s", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     write_rows(options.out / "errors.csv", rows)
+    origins.note(options.out / "errors.csv")
 
 
 if __name__ == "__main__":

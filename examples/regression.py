@@ -12,7 +12,6 @@ Written into `--out`: `losses.png`, loss against seconds, and `runs.csv`, the ta
 """
 
 import argparse
-import csv
 import math
 import time
 import warnings
@@ -25,7 +24,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import curve_fit, least_squares
 
+from examples import origins
 from examples.precision import precision
+from examples.tables import write_rows
 from keras_hf import DirectSolver, HessianFree, HFModel, LevenbergMarquardt
 
 
@@ -302,10 +303,13 @@ def main(arguments=None):
     args.out.mkdir(parents=True, exist_ok=True)
     plot(runs, args.out / "losses.png")
     columns = Run._fields[:5]
-    with open(args.out / "runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["regression", *columns])
-        writer.writerows([name, *run[:5]] for name, of_name in runs.items() for run in of_name)
+    rows = [
+        {"regression": name, **dict(zip(columns, run, strict=False))}
+        for name, of_name in runs.items()
+        for run in of_name
+    ]
+    write_rows(args.out / "runs.csv", rows)
+    origins.note(args.out / "runs.csv")
     print(f"\nFiles: {args.out}")
 
 

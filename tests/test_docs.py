@@ -1,5 +1,8 @@
-"""What the pages of docs/ promise: their code runs as printed, and their links lead somewhere. `make docs` checks the site."""
+"""What the pages of docs/ promise: their code runs as printed and prints what they show, and their links lead somewhere. `make docs` has the rest."""
 
+import contextlib
+import io
+import itertools
 import re
 from pathlib import Path
 
@@ -42,12 +45,52 @@ AS_PRINTED = [name for name in PAGES if blocks(name) and name not in hooks.NOTEB
 QUICK = {"memory.md"}
 
 
+# What stands below a block, as printed by it.
+SHOWN = re.compile(r"\s*```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
 def run(name, codes):
-    """Runs blocks of a page one after the other, and returns the names that they define."""
+    """Runs blocks of a page one after the other, and returns the names that they define. What they print is what the page shows."""
     namespace = {"__name__": "__main__"}
+    text = PAGES[name].read_text(encoding="utf-8")
     for code in codes:
-        exec(compile(code, PAGES[name], "exec"), namespace)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, PAGES[name], "exec"), namespace)
+        _, _, below = text.partition(code.lstrip("\n") + "```\n")
+        assert_shown(below, printed.getvalue())
     return namespace
+
+
+def assert_shown(below, printed):
+    """Asserts that the output that a page shows below a block is what it printed: the same words, and numbers of the same size.
+
+    Rounding differs between processors: numbers may differ by a factor of two, and of ten where a loss or a damping is nearly zero.
+    """
+    shown = SHOWN.match(below)
+    if shown is None:
+        return
+    assert NUMBER.sub("0", printed).split() == NUMBER.sub("0", shown[1]).split()
+    found, meant = ([float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in (printed, shown[1]))
+    for one, other in zip(found, meant, strict=True):
+        factor = 2 if abs(other) > 0.01 else 10
+        assert 1 / factor <= one / other <= factor if other else abs(one) < 0.1, (printed, shown[1])
+
+
+@pytest.mark.parametrize(
+    ("printed", "alike"),
+    [
+        ("loss 5e-17 of 61 weights", True),
+        ("loss 5e-15 of 61 weights", False),
+        ("loss 2e-17 of 100 weights", True),
+        ("loss 2e-17 of 130 weights", False),
+        ("loss 5e-17 of weights", False),
+        ("losses 5e-17 of 61 weights", False),
+    ],
+)
+def test_what_a_page_shows_is_told_from_other_output(printed, alike):
+    with contextlib.nullcontext() if alike else pytest.raises(AssertionError):
+        assert_shown("\n```text\nloss 2e-17 of 61 weights\n```\n", printed)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +223,12 @@ def test_notebooks_run_from_top_to_bottom(tmp_path):
         cells += [start, *notebook.cells]
     notebook.cells = cells
     nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    for cell, below in itertools.pairwise([*notebook.cells, nbformat.v4.new_markdown_cell()]):
+        if cell.cell_type == "code":
+            assert cell.execution_count
+            assert_shown(
+                below.source, "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+            )
 
 
 def test_prompts_of_docstrings_are_a_section_on_the_site():
