@@ -64,13 +64,10 @@ class FitData:
 
     @property
     def _is_cut_here(self):
-        """Whether `in_batches` cuts the arrays, and not Keras."""
+        """Whether `in_batches` cuts the arrays, and not Keras: its last batch would be an update on few cases with the damping of many."""
         is_given, steps = self._arguments["batch_size"] is not None, self._arguments["steps_per_epoch"]
-        if steps is None:
-            # The rest would be an update on few cases with the damping of many.
-            return self.num_cases % self.batch_size > 0
         # Batches of one size would be fewer than asked for: 1,020 cases make 93 batches of 11.
-        return not is_given and self.num_cases > steps and self.num_cases % steps > 0
+        return steps is None or not is_given and self.num_cases > steps
 
     def specs(self):
         """Returns types and shapes of arrays as batches will hold them, a `Data` of `tf.TensorSpec`."""
@@ -182,7 +179,7 @@ def repeated(x, y, sample_weight, order, times=None, is_of_any_length=False, num
             return keras.tree.map_structure(gather, tensors)
 
         batch = batch.map(permuted).cache()
-    return batch.repeat(times)
+    return _without_tuning(batch.repeat(times))
 
 
 def in_batches(x, y, sample_weight, num_batches, is_shuffled):
@@ -210,7 +207,17 @@ def in_batches(x, y, sample_weight, num_batches, is_shuffled):
 
     batches = _whole(x, y, sample_weight).flat_map(cut)
     # Keras ends an epoch by it.
-    return batches.apply(tf.data.experimental.assert_cardinality(num_batches))
+    return _without_tuning(batches.apply(tf.data.experimental.assert_cardinality(num_batches)))
+
+
+def _without_tuning(dataset):
+    """Gives the same without a thread that tunes it: there is nothing to tune, and dropping an iterator waits up to a minute until that thread wakes.
+
+    (TensorFlow 2.21 tells it to end before it says so: where it is quick, it sees nothing, and sleeps on.)
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _whole(*arrays):

@@ -267,6 +267,12 @@ def test_batches_of_near_equal_size_have_every_case_once_an_epoch(is_shuffled):
     assert (list(orders[0]) == list(orders[1]) == list(places)) == (not is_shuffled)
 
 
+@pytest.mark.parametrize("batch_size", [None, 6, 7])
+def test_what_arrays_become_has_no_thread_that_its_end_waits_for(batch_size):
+    data = FitData(X, Y, None, **{**ARGUMENTS, "batch_size": batch_size}, validation_split=0.0)
+    assert data.for_keras(tf.constant(0), False, 1, True)["x"].options().autotune.enabled is False
+
+
 @pytest.mark.slow
 def test_one_dimensional_targets_and_weights_are_those_of_one_column():
     after = []
