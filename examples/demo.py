@@ -36,8 +36,6 @@ and so on ended, after 40 seconds, at these training and test errors:
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from examples import autoencoder, pinn, recurrent
@@ -79,6 +77,3 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     main()
-    # All is written. TensorFlow would take apart the programs of nine runs for another minute.
-    sys.stdout.flush()
-    os._exit(0)
