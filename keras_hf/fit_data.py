@@ -140,6 +140,15 @@ def strings_as_tensors(x):
     return keras.tree.map_structure(converted, x) if is_arrays(x) else x
 
 
+def booleans_as_integers(y):
+    """Returns arrays of labels of which booleans are integers: of tensors Keras weighs no others by their class. Other data stay as they are."""
+
+    def converted(labels):
+        return np.asarray(labels).astype("int32") if np.asarray(labels).dtype == bool else labels
+
+    return keras.tree.map_structure(converted, y) if is_arrays(y) else y
+
+
 def split(arrays, num_cases):
     """Takes the first cases of each of `(x, y, sample_weight)` for training, and gives the rest as Keras' `validation_data`."""
     first, rest = (

@@ -17,7 +17,7 @@ from keras_hf.common import checks, files, keras_private
 from keras_hf.common.cluster import is_chief
 from keras_hf.common.replaced import replaced
 from keras_hf.damping import DampingCallback, LevenbergMarquardt
-from keras_hf.fit_data import FitData, is_arrays, strings_as_tensors
+from keras_hf.fit_data import FitData, booleans_as_integers, is_arrays, strings_as_tensors
 from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
@@ -308,6 +308,7 @@ class HFModel(keras.Model):
         """
         keras_private.require_compiled(self, "fit")
         strategy, optimizer = self.distribute_strategy, self.optimizer
+        y = y if class_weight is None else booleans_as_integers(y)
         data = FitData(
             x,
             y,

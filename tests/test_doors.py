@@ -109,6 +109,14 @@ def test_sparse_matrices_are_refused():
         fit(renewed(compiled), sparse.csr_matrix(X), Y)
 
 
+@pytest.mark.parametrize(
+    ("x", "cure"), [(tf.sparse.from_dense(X), "to_dense"), (tf.RaggedTensor.from_tensor(X), "to_tensor")]
+)
+def test_sparse_and_ragged_tensors_are_refused(x, cure):
+    with pytest.raises(ValueError, match=rf"dense tensors.*Received: a {type(x).__name__} of shape \(.*{cure}"):
+        fit(renewed(compiled), x, Y)
+
+
 def regularized():
     return compiled(network(layers.Dense(3, kernel_regularizer="l2")))
 

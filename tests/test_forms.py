@@ -318,6 +318,13 @@ def test_class_weights_are_the_sample_weights_they_stand_for(make, y):
 
 
 @pytest.mark.slow
+def test_boolean_labels_have_the_weights_of_their_classes():
+    labels = CLASSES > 0
+    after = [weights_after(of_labels, x=X, y=y, class_weight=CLASS_WEIGHT)[0] for y in (labels, labels.astype("int32"))]
+    assert_same(*after)
+
+
+@pytest.mark.slow
 def test_train_on_batch_takes_weights_and_of_any_size_traces_at_most_twice():
     after = []
     # Made for this test alone: how often it is traced is the fact.

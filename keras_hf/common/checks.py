@@ -137,6 +137,15 @@ def num_cases(x, y=None, sample_weight=None):
     return count
 
 
+def dense(tensor):
+    """Raises if what a batch holds is sparse or ragged."""
+    if isinstance(tensor, (tf.SparseTensor, tf.RaggedTensor)):
+        raise ValueError(
+            f"Cases must be dense tensors, since updates work on parts of a batch. Received: a {type(tensor).__name__} of shape {tensor.shape}. "
+            "Convert it with `tf.sparse.to_dense(...)` or `.to_tensor()`, in a dataset by `map`."
+        )
+
+
 def split(num_cases, validation_split):
     """Returns the number of cases that `validation_split` leaves for training, or raises if none are left for training or for validation."""
     num_training = math.floor(num_cases * (1.0 - validation_split))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_hf.common import checks
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.problem.batch_statistics import Statistics, constant_statistics, own_statistics
 from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers
@@ -59,8 +60,12 @@ class Data(NamedTuple):
     sample_weight: Any
 
     def tensors(self):
-        """Returns the same cases as tensors."""
-        to_tensor = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
+        """Returns the same cases as tensors, or raises if some are sparse or ragged."""
+
+        def to_tensor(leaf):
+            checks.dense(leaf)
+            return None if leaf is None else tf.convert_to_tensor(leaf)
+
         return Data(*keras.tree.map_structure(to_tensor, tuple(self)))
 
     def take(self, indices):
