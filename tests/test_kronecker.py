@@ -158,8 +158,10 @@ def test_inverse_is_that_of_the_damped_kronecker_product_in_micro_batches_too_an
         (lambda: [layers.Dense(3), layers.LayerNormalization()], 9, 4096),
         # The matrix of the first layer is 3 by 4, that of the last one 5 by 3.
         (lambda: [layers.Dense(4, "tanh"), layers.Dense(3)], 12, 4),
+        # A kernel of 3 by 1 by 2, and its bias.
+        (lambda: [layers.Reshape((1, 2)), layers.Conv1DTranspose(1, 3), layers.Flatten()], 6, 4096),
     ],
-    ids=["no captured layer", "a layer with too many rows"],
+    ids=["no captured layer", "a layer with too many rows", "a transposed convolution"],
 )
 def test_weights_in_no_factored_layer_have_the_diagonal(stack, num_factored, max_rows, monkeypatch):
     monkeypatch.setattr(kronecker, "_MAX_ROWS", max_rows)
@@ -280,6 +282,8 @@ SUMMED = {
     "Dense on short sequences": (lambda: [layers.Dense(6)], (2, 5)),
     "Dense on long sequences": (lambda: [layers.Dense(3, use_bias=False)], (9, 2)),
     "a layer called twice": (lambda: [twice()], (2,)),
+    "transposed convolution": (lambda: [layers.Conv2DTranspose(3, (2, 3), 2, padding="same")], (2, 3, 2)),
+    "transposed convolution of one place": (lambda: [layers.Conv1DTranspose(2, 3, use_bias=False)], (1, 4)),
 }
 
 

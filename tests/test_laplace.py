@@ -188,6 +188,14 @@ def test_kronecker_factors_of_convolutions_and_tokens_are_means_of_inputs_and_su
     np.testing.assert_allclose(posterior.covariance[:14, :14], block, rtol=1e-8, atol=1e-12)
 
 
+def test_transposed_convolutions_whose_biases_have_no_factor_are_certain():
+    stack = layers.Reshape((1, 2)), layers.Conv1DTranspose(2, 3), layers.Flatten(), layers.Dense(1)
+    model = compiled(*stack)
+    x, y = normal(8, 2), normal(8, 1)
+    posterior = model.laplace(x, y, structure="kronecker", noise=1.0, prior_precision=1.0)
+    assert [variable.path for variable in posterior.variables] == [weight.path for weight in stack[-1].weights]
+
+
 @pytest.mark.parametrize("make", [Primal, Dual, Kronecker])
 def test_distributions_have_the_covariance_and_the_numbers_of_a_dense_matrix(make):
     b = normal(5, 12)

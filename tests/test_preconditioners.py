@@ -166,6 +166,16 @@ NETWORKS = {
         (3, 4, 3, 2),
         1,
     ),
+    "Conv2DTranspose": (
+        lambda: [
+            layers.Conv2DTranspose(3, (3, 2), strides=(2, 1), padding="same", activation="tanh"),
+            layers.Conv2DTranspose(2, 2, use_bias=False, activation="tanh"),
+            layers.Conv2DTranspose(1, (3, 2), strides=(3, 2), padding="same", output_padding=1),
+        ],
+        (2, 3, 2),
+        3,
+    ),
+    "Conv1DTranspose": (lambda: [layers.Conv1DTranspose(2, 3, strides=3, padding="same")], (2, 2), 1),
     "a layer used twice": (lambda: Own(twice, layers.Dense(2, "tanh"), layers.Dense(1)), (2,), 2),
     "tied weights": (lambda: Own(tied, layers.Dense(3, "tanh")), (2,), 0),
     "a derivative": (lambda: Own(derivative, layers.Dense(3, "tanh"), layers.Dense(1)), (2,), 0),

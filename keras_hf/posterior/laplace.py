@@ -13,7 +13,7 @@ from keras_hf.posterior.evidence import most_probable, noise_variance
 from keras_hf.posterior.gaussian import Dual, Kronecker, Primal, restored
 from keras_hf.posterior.likelihood import Likelihood
 from keras_hf.posterior.outputs import Outputs
-from keras_hf.problem.capture import is_capturable, kernel_and_bias
+from keras_hf.problem.capture import is_capturable, is_transposed, kernel_and_bias
 from keras_hf.solvers.kronecker import factored_layers
 
 _logger = logging.getLogger("keras_hf")
@@ -324,7 +324,9 @@ def _checked(likelihood, structure, noise, prior_precision):
 def _chosen(model, structure, captured):
     """Returns the structure that is taken, the variables that are uncertain and, of Kronecker factors, their layers."""
     variables = model.trainable_variables
-    layers = factored_layers(filter(is_capturable, captured), [variable.value for variable in variables])
+    # The bias of a transposed convolution has no part in its factors.
+    captured = [layer for layer in captured if is_capturable(layer) and not is_transposed(layer)]
+    layers = factored_layers(captured, [variable.value for variable in variables])
     count = num_weights([variable.value for variable in variables])
     if structure == "auto":
         structure = "full" if count <= _MOST_WEIGHTS else "kronecker" if layers else "last_layer"

@@ -28,7 +28,8 @@ _BLOCK_FLOATS = 2**22
 # exponent of the preconditioner.
 _SIGNED_BLOCKS = 32
 
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, *_TRANSPOSED)
 
 
 class _Use:
@@ -47,7 +48,16 @@ def is_capturable(layer):
         return _num_summed_axes(layer) > 0
     if type(layer) in (keras.layers.Dense, keras.layers.Embedding):
         return True
-    return type(layer) in _CONVOLUTIONS and layer.groups == 1
+    return type(layer) in _CONVOLUTIONS and getattr(layer, "groups", 1) == 1
+
+
+def is_transposed(layer):
+    """Whether a layer is a transposed convolution. Its kernel is that of the convolution that leads back from its pre-activation to its input.
+
+    Of a case's gradient, `ad'` summed over places, a is then a window of the gradient with respect to the pre-activation, and d the input there. The
+    bias does not fit into it.
+    """
+    return type(layer) in _TRANSPOSED
 
 
 def has_tokens(layer):
@@ -58,10 +68,12 @@ def has_tokens(layer):
 def kernel_and_bias(layer):
     """Returns the weights of a capturable, built layer: a list of its kernel and, if there is one, its bias.
 
-    Of a layer that has time steps: its kernel, its recurrent kernel, and if there is one, its bias.
+    Of a layer that has time steps: its kernel, its recurrent kernel, and if there is one, its bias. Of a transposed convolution: its kernel.
     """
     if has_time_steps(layer):
         return weights_by_rows(layer)
+    if is_transposed(layer):
+        return [layer.kernel]
     kernel, bias = layer.embeddings if has_tokens(layer) else layer.kernel, getattr(layer, "bias", None)
     return [kernel] if bias is None else [kernel, bias]
 
@@ -152,13 +164,13 @@ def squared_gradients(micro_batch, layers, skipped=()):
     Args:
         micro_batch: `micro_batch.MicroBatch`.
         layers: List of the layers to capture; see `is_capturable`. Their weights must not be read anywhere else.
-        skipped: List of layers whose weights get zeros, at no cost.
+        skipped: List of layers whose `kernel_and_bias` get zeros, at no cost.
 
     Returns:
         List of tensors shaped as `micro_batch.variables`.
     """
-    squares = {id(weight.value): tf.zeros_like(weight.value) for layer in skipped for weight in layer.trainable_weights}
-    layers = [layer for layer in layers if layer not in skipped and is_capturable(layer)]
+    squares = {id(weight.value): tf.zeros_like(weight.value) for layer in skipped for weight in kernel_and_bias(layer)}
+    layers = [layer for layer in layers if is_capturable(layer) and (layer not in skipped or _has_bias_apart(layer))]
     if layers:
         with tf.GradientTape() as tape, recorded_uses(layers, tape) as uses:
             share = micro_batch.loss(micro_batch.forward())
@@ -167,6 +179,11 @@ def squared_gradients(micro_batch, layers, skipped=()):
         gradients = iter(dense(tape.gradient(share, preactivations), preactivations))
         for layer in layers:
             of_uses = [_aligned(layer, use.inputs, at_least_float32(next(gradients))) for use in uses[layer]]
+            if _has_bias_apart(layer):
+                of_cases = tf.add_n([tf.reduce_sum(d, range(1, d.shape.rank - 1)) for d, _ in of_uses])
+                squares[id(layer.bias.value)] = tf.reduce_sum(of_cases**2, 0)
+            if layer in skipped:
+                continue
             found = (_embedding_squares if has_tokens(layer) else _layer_squares)(layer, of_uses)
             for weight, square in zip(kernel_and_bias(layer), found, strict=False):
                 squares[id(weight.value)] = square
@@ -175,6 +192,10 @@ def squared_gradients(micro_batch, layers, skipped=()):
         method = _case_by_case if micro_batch.is_vectorizable else _in_signed_blocks
         squares.update(zip(map(id, others), method(micro_batch, others), strict=True))
     return [tf.reshape(squares[id(variable)], variable.shape) for variable in micro_batch.variables]
+
+
+def _has_bias_apart(layer):
+    return is_transposed(layer) and layer.bias is not None
 
 
 def at_least_float32(tensor):
@@ -357,7 +378,7 @@ def _aligned(layer, inputs, gradient):
 
     Returns:
         The input, a tensor (cases, places, fan_in), for tokens (cases, places), for a convolution (cases, ..., channels); and the gradient, a tensor
-        (cases, places, units), for a convolution (cases, ..., units).
+        (cases, places, units), for a convolution (cases, ..., units). For a transposed convolution the other way round.
     """
     fan_in, units = matrix_shape(layer)
     if has_tokens(layer):
@@ -368,10 +389,10 @@ def _aligned(layer, inputs, gradient):
     if has_time_steps(layer):
         return inputs, gradient
     if type(layer) in _CONVOLUTIONS:
-        if layer.data_format == "channels_last":
-            return inputs, gradient
-        order = [0, *range(2, inputs.shape.rank), 1]
-        return tf.transpose(inputs, order), tf.transpose(gradient, order)
+        if layer.data_format != "channels_last":
+            order = [0, *range(2, inputs.shape.rank), 1]
+            inputs, gradient = tf.transpose(inputs, order), tf.transpose(gradient, order)
+        return (gradient, inputs) if is_transposed(layer) else (inputs, gradient)
     num_inputs = _num_summed_axes(layer) if type(layer) is keras.layers.EinsumDense else 1
     num_outputs = len(layer.kernel.shape) - num_inputs
     return _by_place(inputs, num_inputs, fan_in), _by_place(gradient, num_outputs, units)

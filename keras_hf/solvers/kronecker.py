@@ -27,6 +27,7 @@ from keras_hf.problem.capture import (
     has_places,
     has_tokens,
     is_capturable,
+    is_transposed,
     kernel_and_bias,
     matrix_shape,
     moments_of_cases,
@@ -64,7 +65,7 @@ class KroneckerFactored(Preconditioner):
     These trained layers are factored:
 
     - Dense;
-    - Conv1D, Conv2D and Conv3D with one group;
+    - Conv1D, Conv2D and Conv3D with one group, and their transposes, whose biases are left to the diagonal;
     - EinsumDense that is a Dense layer except for its shapes, as "abc,cde->abde" with `bias_axes="de"`: features are last in inputs and outputs, and
       there is no bias or one number per feature. This includes the projections of MultiHeadAttention and GroupQueryAttention;
     - Embedding, a Dense layer on one-hot inputs: A is diagonal (the frequency of each token), whatever the size of the vocabulary. Its damping is
@@ -326,6 +327,8 @@ def _moments(micro_batch, layers, seeds):
         of_uses = [(use.inputs, next(gradients)) for use in uses[layer]]
         rows, units = factored_shape(layer)
         is_output = len(outputs) == len(of_uses) == 1 and uses[layer][0].preactivation is outputs[0]
+        # Of a transposed convolution the outputs are in windows: positions are not independent.
+        is_output &= not is_transposed(layer)
         if not of_uses:
             a = tf.zeros([rows] if has_tokens(layer) else [rows, rows])
             s, places = tf.zeros([units, units]), tf.zeros([])
