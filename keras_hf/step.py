@@ -105,7 +105,8 @@ def on_update_cases(setup, optimizer, data, function):
         data = Data(*keras.tree.map_structure(lambda leaf: None if leaf is None else tf.identity(leaf), tuple(data)))
     cases, unseen = CaseRange.of_batch(of_each_replica(data.num_cases), replica_number()), None
     if setup.growing_batch is not None:
-        cases, unseen = setup.growing_batch.select(optimizer.state().growing_batch, cases.counts, cases.replica)
+        state = optimizer.state().growing_batch
+        cases, unseen = setup.growing_batch.select(state, cases.counts, cases.replica, setup.has_other_cases)
         unseen = unseen.first(batching.chunk_of(setup.chunk_share, unseen.num_cases))
         data, unseen = data.take(cases.indices()), (data.take(unseen.indices()), unseen)
     return with_objective(setup, data, function, cases, unseen)

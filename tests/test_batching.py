@@ -219,6 +219,8 @@ def test_a_batch_of_fewer_cases_than_are_divided_is_used_whole():
     parts = GrowingBatch(2, min_batch_size=10)
     used = [parts.select(state_of(2), tf.constant([num_cases])).used.indices() for num_cases in (9, 10)]
     assert [cases.numpy().tolist() for cases in used] == [list(range(9)), [0, 1]]
+    only = parts.select(state_of(2), tf.constant([9]), is_divided=False)
+    assert only.used.indices().numpy().tolist() == [0, 1]
 
 
 def test_replicas_take_their_shares_of_a_part():

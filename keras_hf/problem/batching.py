@@ -129,7 +129,7 @@ class GrowingBatch(Part):
         noise: Float > 0, the relative standard error of the mean loss above which one miss is enough. A large number leaves `patience` alone to
             decide.
         rate: Float >= 0, the growth in every update: 0.008 doubles the part in 87 updates.
-        min_batch_size: Integer >= 1. Batches of fewer cases, which were divided already, are used whole.
+        min_batch_size: Integer >= 1. Where there are several batches, those of fewer cases are used whole.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -156,7 +156,7 @@ class GrowingBatch(Part):
             "misses": tf.constant(0),
         }
 
-    def select(self, state, counts, replica=0):
+    def select(self, state, counts, replica=0, is_divided=True):
         """Returns the `Selection` of this update on one replica.
 
         Whether all cases are used, and how many, depends only on numbers that are the same on all replicas.
@@ -165,9 +165,10 @@ class GrowingBatch(Part):
             state: Dict, the state.
             counts: int32 `(replicas,)`, the number of cases that each replica holds.
             replica: int32 scalar or integer, the index of this replica.
+            is_divided: Whether the batch is one of several.
         """
         batch, size, start = CaseRange.of_batch(counts, replica), state["size"], state["start"]
-        uses_all = (2 * size > batch.num_cases) | (batch.num_cases < self.min_batch_size)
+        uses_all = (2 * size > batch.num_cases) | (is_divided & (batch.num_cases < self.min_batch_size))
         size = tf.where(uses_all, batch.num_cases, size)
         # From the first case where all are used: that order is the same in every update, and so are the chunks.
         start = tf.where(uses_all, 0, start)
