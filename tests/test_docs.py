@@ -57,7 +57,8 @@ def run(name, codes):
     for code in codes:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(code, PAGES[name], "exec"), namespace)
-        _, _, below = text.partition(code.lstrip("\n") + "```\n")
+        _, block, below = text.partition(code.lstrip("\n") + "```\n")
+        assert block
         assert_shown(below, printed.getvalue())
     return namespace
 
