@@ -8,8 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf import guard
+from keras_hf.common.cluster import replica_number
 from keras_hf.common.vectors import assign, epsilon, num_weights, pack, unpack, vector_dtype
-from keras_hf.problem.replicas import on_replicas, replica_number
+from keras_hf.problem.replicas import on_replicas
 from keras_hf.setup import with_objective
 
 # By how much half the sum of squared residuals and the loss may differ, relative to them.

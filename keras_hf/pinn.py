@@ -131,6 +131,9 @@ class PINN(keras.Model):
         Raissi, Perdikaris & Karniadakis (2019), *Physics-informed neural networks*.
     """
 
+    # The exact solver pays for larger systems than elsewhere; see `solver_choice`.
+    solves_equations = True
+
     def __init__(
         self, network, terms, features=None, transform=None, external_trainable_variables=(), name="pinn", **kwargs
     ):

@@ -6,7 +6,6 @@ import keras
 
 from keras_hf.common import keras_private, vectors
 from keras_hf.compiled_model import loss_name, overrides_compute_loss, task_of
-from keras_hf.pinn import PINN
 from keras_hf.setup import traced_structure
 from keras_hf.solvers.direct import DirectSolver
 from keras_hf.solvers.kronecker import factored_layers, num_factored_weights
@@ -47,7 +46,7 @@ def exact_solver_pays(model, data, num_cases, trace=None):
     outputs = [leaf for leaf in keras.tree.flatten(data.y) if leaf is not None]
     num_weights = vectors.num_weights([variable.value for variable in model.trainable_variables])
     num_rows = num_cases * sum(math.prod(leaf.shape[1:]) for leaf in outputs)
-    most = _MOST_OPERATIONS_FOR_EQUATIONS if isinstance(model.network, PINN) else _MOST_OPERATIONS
+    most = _MOST_OPERATIONS_FOR_EQUATIONS if getattr(model.network, "solves_equations", False) else _MOST_OPERATIONS
     is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= most
     names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
     is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)

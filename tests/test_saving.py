@@ -1,5 +1,7 @@
 """What comes back, and what is kept: files, checkpoints, crashes."""
 
+import importlib
+import json
 import subprocess
 import sys
 import zipfile
@@ -234,3 +236,41 @@ def test_a_damping_that_is_none_is_refused_and_nothing_lost():
     model.optimizer.damping.assign(good)
     model.optimizer.curvature_scale.assign(0.0)
     assert_equal(values(model), before)
+
+
+@pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
+def test_a_run_that_0_3_saved_goes_on(file):
+    folder = Path(__file__).with_name("saved_by_0_3")
+    expected = json.loads((folder / "expected.json").read_text())
+    model = keras.models.load_model(folder / "model.keras")
+    if file != "model.keras":
+        model = HFModel.from_config(model.get_config())
+        model.compile(keras.saving.deserialize_keras_object(_config_of_optimizer(folder)), loss="mse")
+        model.load_weights(folder / file)
+    found = model.predict(np.array(expected["inputs"]), verbose=0)
+    np.testing.assert_allclose(found, expected["outputs"], rtol=1e-5)
+    np.testing.assert_allclose(model.optimizer.damping.numpy(), expected["damping"], rtol=1e-6)
+    assert int(model.optimizer.iterations.numpy()) == expected["updates"]
+
+
+def _config_of_optimizer(folder):
+    with zipfile.ZipFile(folder / "model.keras") as archive:
+        return json.loads(archive.read("config.json"))["compile_config"]["optimizer"]
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("keras_hf.problem.curvature", "Curvature"),
+        ("keras_hf.problem.linearization", "Linearization"),
+        ("keras_hf.recorder", "update_cost"),
+        ("keras_hf.solvers.stopping", "StoppingRule"),
+        ("keras_hf.solvers.solver", "Solver"),
+        ("keras_hf.solvers.preconditioners", "Preconditioner"),
+        ("keras_hf.common.part", "Part"),
+        ("keras_hf.pinn", "derivatives"),
+        ("keras_hf.plots", "plot_updates"),
+    ],
+)
+def test_paths_of_0_3_are_importable(path, name):
+    assert callable(getattr(importlib.import_module(path), name))

@@ -1,4 +1,4 @@
-"""The workers of a strategy, and which of them this process is."""
+"""The workers and replicas of a strategy, and which of them this is."""
 
 import tensorflow as tf
 
@@ -32,3 +32,8 @@ def tasks_of(resolver):
     """Returns the workers of a `ClusterResolver`, a list of tuples of job and number, the chief first; empty without a cluster."""
     cluster = resolver.cluster_spec()
     return [(job, number) for job in ("chief", "worker") if job in cluster.jobs for number in cluster.task_indices(job)]
+
+
+def replica_number():
+    """This replica's number, an int32 scalar."""
+    return tf.cast(tf.convert_to_tensor(tf.distribute.get_replica_context().replica_id_in_sync_group), tf.int32)

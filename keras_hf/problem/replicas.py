@@ -6,7 +6,7 @@ what each replica does with its own cases runs through `Replicas.run`. On a sing
 
 import tensorflow as tf
 
-from keras_hf.common.cluster import num_workers
+from keras_hf.common.cluster import num_workers, replica_number
 
 
 class Replicas:
@@ -189,8 +189,3 @@ def _from_bytes(numbers, like):
     dtype = tf.uint8 if like.dtype == tf.bool else like.dtype
     shape = [*like.shape, dtype.size] if dtype.size > 1 else like.shape
     return tf.cast(tf.bitcast(tf.reshape(tf.cast(numbers, tf.uint8), shape), dtype), like.dtype)
-
-
-def replica_number():
-    """This replica's number, an int32 scalar."""
-    return tf.cast(tf.convert_to_tensor(tf.distribute.get_replica_context().replica_id_in_sync_group), tf.int32)
