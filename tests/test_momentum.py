@@ -165,10 +165,12 @@ def test_where_two_directions_have_no_one_minimum_the_first_descends_alone(matri
 # Acceptance.
 
 
-def taken(before, after, standard_error, loss=5.0):
-    """What becomes of a step that changes the loss of the chunk."""
+def taken(before, after, standard_error, loss=5.0, after_of_all=None):
+    """What becomes of a step that changes the loss of the chunk; with a last argument the cases are few, and it is their loss after the step."""
     change = Change(*(tf.constant(value, tf.float64) for value in (before, after, standard_error)))
-    return accept_unless_loss_rises(lambda step: change, None, tf.ones([1, 2]), tf.constant(loss, tf.float64), None)
+    of_all = tf.constant(after_of_all or np.nan, tf.float64)
+    arguments = lambda step: change, tf.constant(after_of_all is not None), lambda step: of_all
+    return accept_unless_loss_rises(*arguments, tf.ones([1, 2]), tf.constant(loss, tf.float64), None)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,13 @@ def test_a_rise_beyond_two_standard_errors_is_rejected(after, accepted):
 def test_a_rise_beyond_the_loss_itself_is_rejected_however_noisy(before, loss, most):
     assert taken(before, before + 0.99 * most, 100.0, loss).step_size == 1
     assert taken(before, before + 1.01 * most, 100.0, loss).step_size == 0
+
+
+def test_few_cases_are_all_looked_at_and_their_loss_does_not_rise():
+    for after, accepted in ((4.9, True), (5.0, True), (5.01, False), (np.inf, False)):
+        found = taken(1.0, 0.5, 100.0, 5.0, after)
+        assert found.step_size == float(accepted)
+        assert (found.start_loss, found.candidate_loss) == (5, after)
 
 
 @pytest.mark.usefixtures("float64")
@@ -204,7 +213,9 @@ def test_a_change_and_its_standard_error_are_those_of_the_cases_one_by_one():
         losses.append(np.mean(of_cases[-1]) + float(sum(model.losses)))
     np.testing.assert_allclose([change.loss_before, change.loss_after], losses, rtol=1e-9)
     differences = of_cases[1] - of_cases[0]
-    np.testing.assert_allclose(change.standard_error, differences.std() / len(differences) ** 0.5, rtol=1e-9)
+    # Of a mean of cases that are drawn without replacement.
+    rest = 1 - len(differences) / len(data.x)
+    np.testing.assert_allclose(change.standard_error, differences.std() * (rest / len(differences)) ** 0.5, rtol=1e-9)
 
 
 class _TooFar(PreconditionedMomentum):
@@ -252,6 +263,18 @@ def test_it_trains_through_fit_and_the_batch_grows():
     assert model.evaluate(x, y, verbose=0) < 0.1 * np.var(y)
     assert history["num_cases"][0] == 100 < history["num_cases"][-1]
     assert np.all(np.isfinite(history["alpha"])) and history["mu"][0] == 0
+
+
+def test_on_few_cases_the_loss_never_rises_and_the_ratio_is_that_of_all_of_them():
+    x = normal(300, 2, dtype="float32")
+    y = ((x**2).sum(1) > 1.4) ^ (np.arange(300) % 7 == 0)
+    network = sequential(layers.Dense(10, "tanh"), layers.Dense(2, "softmax"), shape=(2,))
+    optimizer = HessianFree(1e-6, PreconditionedMomentum(), growing_batch=None, seed=0)
+    model = trainable(network, loss="sparse_categorical_crossentropy", optimizer=optimizer)
+    history = fit(model, x, y, epochs=60)
+    loss, rejected = np.array(history["loss"]), np.array(history["step_size"]) == 0
+    assert np.all(loss[1:] <= loss[:-1] * (1 + 1e-6)) and 0 < rejected.sum() < 40
+    np.testing.assert_array_equal(rejected, np.isneginf(history["reduction_ratio"]))
 
 
 @pytest.mark.parametrize(("growing_batch", "share"), [(PART, 0.002), (None, 0.02)])

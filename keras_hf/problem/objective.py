@@ -231,7 +231,7 @@ def _combined(weights, vectors):
 
 
 class Change(NamedTuple):
-    """The loss before and after a step, and the standard error of their difference over cases: float64 scalars."""
+    """The loss of a chunk before and after a step, and the standard error of the change as that of all cases: float64 scalars."""
 
     loss_before: tf.Tensor
     loss_after: tf.Tensor
@@ -356,8 +356,10 @@ class Objective:
 
         before, after = self._chunk_shares(tf.zeros_like(step)), self._chunk_shares(step)
         loss_before, loss_after, change, squares = tf.unstack(self._replicas.sum(sums, before, after))
-        # The variance of a sum of shares: their number times that of one.
-        variance = squares - tf.math.divide_no_nan(change**2, tf.cast(self.totals.chunk_cases, tf.float64))
+        num_cases, in_chunk = (tf.cast(n, tf.float64) for n in (self.totals.num_cases, self.totals.chunk_cases))
+        # The variance of a sum of shares: their number times that of one; without replacement, so that all cases have none.
+        variance = squares - tf.math.divide_no_nan(change**2, in_chunk)
+        variance *= 1 - tf.math.divide_no_nan(in_chunk, num_cases)
         return Change(loss_before, loss_after, tf.sqrt(tf.maximum(variance, 0.0)))
 
     def loss_and_variation_at(self, step):

@@ -16,6 +16,8 @@ from keras_hf.solvers.preconditioners import Preconditioner
 from keras_hf.solvers.search import accept_unless_loss_rises
 from keras_hf.solvers.solver import Path, Solver
 
+# Of so few cases a loss costs less than what an update computes besides.
+_FEW_CASES = 512
 # Directions count as parallel where the squared sine of their angle, in the metric of the quadratic, is below so many machine epsilons.
 _PARALLEL = 100.0
 
@@ -32,9 +34,10 @@ class PreconditionedMomentum(Solver):
 
     It suits classifiers of dense layers, convolutions, attention and recurrent layers (docs/which-solver.md).
 
-    The quadratic's forms come from forward derivatives along d and s, without a backward pass, on a share of the cases of the update. The loss is
-    checked on the same cases: a step is rejected if it is not finite there, or rises by more than the cases' noise explains, or by more than the loss
-    itself. The next update then begins without s.
+    The quadratic's forms come from forward derivatives along d and s, without a backward pass, on a share of the cases of the update. Of up
+    to 512 cases the loss of all is checked, and a step along which it rises is rejected; of more, that of the share: a step is rejected if it is not
+    finite there, or rises by more than the cases' noise explains, or by more than the loss itself. The reduction ratio is of the same cases. After a
+    rejected step the next update begins without s.
 
     Use it with fresh cases in each update: `fit` on arrays, where the default is a growing part of the cases, which doubles in 60 updates:
     `GrowingBatch(500, share=0.0, patience=10, rate=0.0116, min_batch_size=2000)`; or a `tf.data` stream of batches, for which
@@ -43,11 +46,12 @@ class PreconditionedMomentum(Solver):
 
     Logs: `alpha`, `mu` (coefficients of d and s), `negative_curvature` (0 or 1).
 
-    Cost: a gradient; on the share, about 5/3 of a gradient for the forms, and two losses; the preconditioner, applied once.
+    Cost: a gradient; on the share, about 5/3 of a gradient for the forms, and two losses (of few cases one loss of all); the preconditioner, applied
+    once.
 
     Args:
         preconditioner: `KroneckerFactored(num_cases=0.5, interval=10, decay=0.75)` (default), or another.
-        share: Float in (0, 1], the share of the cases of an update on which forms and loss are computed, on 64 cases at least.
+        share: Float in (0, 1], the share of the cases of an update on which forms are computed, and of many cases the loss; 64 cases at least.
         starts_small: Boolean, whether the growing part begins with 64 cases, and there with a damping of a 500th of the curvature along the gradient
             in place of a fiftieth. For layers that serve several positions of a case (convolutions, attention, recurrent layers), of
             which few cases say much: a transformer block takes a third of the time. On dense layers it fits more noise. `HessianFree()` chooses.
@@ -121,7 +125,11 @@ class PreconditionedMomentum(Solver):
 
         return Path(
             candidates=candidate[None],
-            search=functools.partial(accept_unless_loss_rises, model.objective.chunk_change_at),
+            search=functools.partial(
+                accept_unless_loss_rises,
+                model.objective.chunk_change_at,
+                model.objective.totals.num_cases <= _FEW_CASES,
+            ),
             logs=lambda row: {"alpha": alpha, "mu": mu, "negative_curvature": tf.cast(is_negative, tf.int32)},
             next_state=lambda step: {"preconditioner": preconditioner_state},
             num_products=tf.constant(0),

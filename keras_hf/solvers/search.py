@@ -147,36 +147,43 @@ def least_loss(losses_at, loss_at, candidates, loss, gradient):
     )
 
 
-def accept_unless_loss_rises(change_at, loss_at, candidates, loss, gradient):
-    """Takes the only candidate of a path, unless the loss rises there by more than the noise of the cases explains.
+def accept_unless_loss_rises(change_at, are_few, loss_at, candidates, loss, gradient):
+    """Takes the only candidate of a path, unless the loss rises there.
 
-    It is rejected if the mean change of the loss is not finite, exceeds twice its standard error over cases, or exceeds the loss itself: where a few
-    cases of a classifier that is sure of the others go wrong, the error is as large as the change.
+    Few cases are all looked at, and the step is rejected if their loss rises or is not finite. Of many cases a share is: then the step is rejected if
+    the mean change of the share's loss is not finite, exceeds twice its standard error, or exceeds the loss itself: where a few cases of a classifier
+    that is sure of the others go wrong, the error is as large as the change.
 
     Args:
-        change_at: Callable `(n,) -> Change`, the effect of a step on some cases.
-        loss_at: Not used, as every search gets it.
+        change_at: Callable `(n,) -> Change`, the effect of a step on a share of the cases.
+        are_few: Bool scalar, whether the cases of the update are few.
+        loss_at: Callable `(n,) -> float64 scalar`, the loss of all cases of the update after that step.
         candidates: Tensor `(1, n)`.
         loss: float64 scalar, the loss at the start, of all cases of the update.
         gradient: Not used.
 
     Returns:
-        A `Taken`, whose losses are those of `change_at`.
+        A `Taken`, whose losses are those of the cases looked at.
     """
-    del loss_at, gradient
-    change = change_at(candidates[0])
-    rise = change.loss_after - change.loss_before
-    most = tf.minimum(_STANDARD_ERRORS * change.standard_error, tf.maximum(tf.abs(loss), tf.abs(change.loss_before)))
+    del gradient
+    candidate = candidates[0]
+    before, after, error = tf.cond(
+        are_few,
+        lambda: (loss, loss_at(candidate), tf.zeros([], tf.float64)),
+        lambda: tuple(change_at(candidate)),
+    )
+    rise = after - before
+    most = tf.minimum(_STANDARD_ERRORS * error, tf.maximum(tf.abs(loss), tf.abs(before)))
     accepted = tf.math.is_finite(loss) & tf.math.is_finite(rise) & (rise <= most)
     return Taken(
         tf.constant(0),
-        candidates[0],
-        change.loss_after,
+        candidate,
+        after,
         tf.where(accepted, tf.ones([], tf.float64), 0.0),
-        tf.where(accepted, change.loss_after, change.loss_before),
-        change.loss_after[None],
+        tf.where(accepted, after, before),
+        after[None],
         tf.constant(0),
-        change.loss_before,
+        before,
     )
 
 
