@@ -147,8 +147,9 @@ class Advice:
             self.warn_once(
                 "negative curvature",
                 "CG met negative curvature: the loss is not convex in what the Gauss-Newton matrix is cut at (the network's outputs, or its "
-                "logits), or an added loss is not convex in the weights. CG then stops early; `negative_curvature` in the logs counts it. Cut after "
-                "the nonlinearity: move what the loss does to its predictions into the last layer, or choose a loss that is convex in them.",
+                "logits), or an added loss is not convex in the weights. CG then stops early; `negative_curvature` in the logs counts it. On "
+                "small networks `DirectSolver()` takes the loss of a case, where it is not convex, as flat. Otherwise cut after the nonlinearity: "
+                "move what the loss does to its predictions into the last layer, or choose a loss that is convex in them.",
             )
 
     def spurious_solution(self, history):

@@ -58,7 +58,7 @@ class HessianFree(keras.optimizers.Optimizer):
             there), so that the scale of the loss does not matter. Once built, `optimizer.damping` is a scalar variable that any callback may assign;
             it is NaN until the first update has set it.
         solver: Computes steps from the quadratic model. `None` (default) leaves the choice to `HFModel`: `DirectSolver()` where digits are likely to
-            count (the squared loss, all cases in one batch, and a system that takes at most about a second to factorize),
+            count (a squared or robust loss, all cases in one batch, and a system that takes at most about a second to factorize),
             `PreconditionedMomentum()` for classifiers of 5,000 weights or more whose layers have Kronecker factors, else
             `ConjugateGradient()`. It is logged at INFO. docs/measured-solvers.md has the measurements.
         curvature: The matrix G: `GaussNewton()` (default), `Hessian()`, `EmpiricalFisher()` or `FiniteDifferenceHessian()`.

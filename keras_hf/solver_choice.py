@@ -15,6 +15,8 @@ from keras_hf.solvers.momentum import PreconditionedMomentum
 # (half a GiB). Conjugate gradients are ahead on smooth data from about the first bound on (benchmarks/exact_solver.py); on equations they stall, and
 # are behind in the end at twice the second, too, where an update of the exact solver takes 6 s or more (docs/measured-equations.md).
 _MOST_OPERATIONS, _MOST_OPERATIONS_FOR_EQUATIONS, _MOST_FLOATS = 5e9, 1e11, 2**26
+# Those of errors, of which the exact solver takes each case's second derivative, where it is negative as zero: conjugate gradients stop there.
+_OF_ERRORS = {"mean_squared_error", "mean_squared_logarithmic_error", "huber", "huber_loss", "log_cosh", "cauchy"}
 # Where momentum was measured to be ahead (benchmarks/classifier_solvers.py): losses, and weights, of which nearly all have Kronecker factors.
 _CLASSIFYING = {"categorical_crossentropy", "sparse_categorical_crossentropy"}
 _FEWEST_WEIGHTS, _LEAST_SHARE = 5_000, 0.9
@@ -34,8 +36,8 @@ def reason(model):
 def exact_solver_pays(model, data, num_cases, trace=None):
     """Whether `DirectSolver` can train a compiled model and is the choice for it.
 
-    It ends at far smaller losses where digits count: on squared losses, if the system is small; of a `PINN` it may be larger. Conjugate
-    gradients may be ahead early, and were on the two classifiers measured.
+    It ends at far smaller losses where digits count: on squared and robust losses of errors, if the system is small; of a `PINN` it may be larger.
+    Conjugate gradients may be ahead early, and were on the two classifiers measured.
 
     Args:
         model: `HFModel`, compiled and built.
@@ -49,8 +51,8 @@ def exact_solver_pays(model, data, num_cases, trace=None):
     most = _MOST_OPERATIONS_FOR_EQUATIONS if getattr(model.network, "solves_equations", False) else _MOST_OPERATIONS
     is_small = 2 * num_rows * num_weights * min(num_rows, num_weights) <= most
     names = {loss_name(leaf) for leaf in keras.tree.flatten(model.loss)}
-    is_squared = bool(outputs) and names == {"mean_squared_error"} and not overrides_compute_loss(model)
-    if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_squared):
+    is_of_errors = bool(outputs) and bool(names) and names <= _OF_ERRORS and not overrides_compute_loss(model)
+    if not (is_small and num_rows * num_weights <= _MOST_FLOATS and is_of_errors):
         return False
     structure = trace() if trace else traced_structure(task_of(model), data)
     return structure.is_vectorizable and not structure.without_rows

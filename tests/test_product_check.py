@@ -211,7 +211,9 @@ def test_negative_curvature_warns_once_with_the_alternative(float64):
         return tf.reduce_mean((y - tf.sin(3 * y_pred)) ** 2, -1)
 
     model = make_model(loss=not_convex)
-    with pytest.warns(UserWarning, match="negative curvature.*Cut after the nonlinearity") as record:
+    with pytest.warns(
+        UserWarning, match=r"negative curvature.*`DirectSolver\(\)`.*cut after the nonlinearity"
+    ) as record:
         history = fit(model, inputs(), TARGETS, epochs=4, shuffle=True)
     assert sum(history["negative_curvature"]) > 0
     assert len([w for w in record if "negative curvature" in str(w.message)]) == 1

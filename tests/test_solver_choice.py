@@ -9,6 +9,7 @@ import tensorflow as tf
 from training import fit
 
 from keras_hf import (
+    Cauchy,
     ConjugateGradient,
     DirectSolver,
     EmpiricalFisher,
@@ -51,6 +52,20 @@ def test_a_small_regression_in_float64_on_one_batch_is_solved_exactly_and_goes_o
     assert fit(restored, X, Y)["loss"] == fit(model, X, Y)["loss"]
     # Of a dataset nobody knows how many batches it has.
     assert "cg_iterations" in fit(model, tf.data.Dataset.from_tensors((X, Y)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        keras.losses.Huber(0.1), "huber", keras.losses.LogCosh(), "log_cosh", Cauchy(0.1), "msle",
+        [keras.losses.MeanSquaredLogarithmicError()],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_robust_losses_on_one_batch_are_solved_exactly(float64, loss):
+    model = compiled(loss)
+    model.choose_solver(Data(X[:1], Y[:1], None), 600)
+    assert isinstance(model.solver, DirectSolver)
 
 
 @pytest.mark.parametrize(
