@@ -49,7 +49,7 @@ class UpdateResult(NamedTuple):
         step: Tensor `(n,)`, the change of the weights; zero if the step is rejected.
         step_size: float64 scalar, the step relative to the solver's candidate; 0 if it is rejected.
         loss: float64 scalar, before the update.
-        gradient_norm: float64 scalar; of weights at a bound, beyond which the loss falls, the gradient does not count.
+        gradient_norm: float64 scalar; of weights at a bound, beyond which the loss falls, the gradient does not count, nor of a norm that stays.
         damping: Scalar, the damping of this update; NaN if it cannot be derived yet, because the gradient is zero or not finite.
         reduction_ratio: float64 scalar, actual over predicted reduction of the loss at the candidate, damping excluded from the prediction. Minus
             infinity if the loss rose or is not finite there. NaN if the update gives no information about the damping: the gradient is zero, loss or
@@ -112,8 +112,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses
     """
     at_start = objective.loss_and_gradient()
     # At a bound the gradient is that along it.
-    free = objective.free_weights(at_start.gradient)
-    gradient = at_start.gradient if free is None else free * at_start.gradient
+    tangent = objective.tangent_space(at_start.gradient)
+    gradient = at_start.gradient if tangent is None else tangent(at_start.gradient)
     gradient_norm = tf.sqrt(objective.agreed(dot(gradient, gradient)))
     curvature, curvature_state = curvature.prepared(objective, state.curvature)
     # One linearization, shared by all that need products.
@@ -127,7 +127,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses
 
     # The zero is a scalar, here and below: vectors of zeros become constants of the graph, which are never freed.
     gradient = tf.where(is_at_rest, tf.zeros([], gradient.dtype), gradient)
-    model = LocalModel(objective, linearize, gradient, state.last_step, free)
+    model = LocalModel(objective, linearize, gradient, state.last_step, tangent)
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 

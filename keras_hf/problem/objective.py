@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_hf.common.loops import map_rows
@@ -99,29 +98,29 @@ class Rows:
         most_cases: Integer, an upper bound of the number of cases, where it is known before they come; else `None`.
     """
 
-    _free = None
+    _tangent = None
 
     def __init__(self, replicas, parts, most_cases=None):
         self._replicas, self._parts, self._most_cases = replicas, parts, most_cases
 
-    def of_free(self, free):
-        """Returns these rows with columns of zeros for weights that are not free, in `jacobian` and `pull`; B multiplies vectors that are zero there.
+    def along(self, tangent):
+        """Returns these rows along the directions in which weights may move, in `jacobian` and `pull`; B multiplies vectors that are such.
 
         Args:
-            free: Tensor `(n,)` of ones and zeros; `None` = all are free.
+            tangent: `constraints.Tangent`; `None` = all directions.
         """
         rows = copy.copy(self)
-        rows._free = free
+        rows._tangent = tangent
         return rows
 
-    def _masked(self, columns):
-        return columns if self._free is None else columns * tf.cast(self._free, columns.dtype)
+    def _projected(self, columns):
+        return columns if self._tangent is None else self._tangent(columns)
 
     @property
     def jacobian(self):
         """B, `(rows, n)`; `None` on several replicas, or where it is too large to be kept."""
         jacobian = self._parts.jacobian if self._replicas.count == 1 else None
-        return None if jacobian is None else self._masked(jacobian)
+        return None if jacobian is None else self._projected(jacobian)
 
     @property
     def num_rows(self):
@@ -149,7 +148,7 @@ class Rows:
 
     def pull(self, u):
         """Returns `B'u`, `(n,)`."""
-        return self._masked(self._replicas.sum(lambda part, u: part.pull(u), self._parts, u))
+        return self._projected(self._replicas.sum(lambda part, u: part.pull(u), self._parts, u))
 
     def plus_push(self, u, v):
         """Returns `u + Bv`, `(rows,)` on each replica."""
@@ -194,7 +193,7 @@ class GatheredRows(Rows):
     @property
     def jacobian(self):
         """B, `(rows, n)`."""
-        return self._masked(self._jacobian)
+        return self._projected(self._jacobian)
 
     @property
     def residuals(self):
@@ -203,7 +202,7 @@ class GatheredRows(Rows):
 
     def pull(self, u):
         """Returns `B'u`, `(n,)`."""
-        return self._masked(tf.linalg.matvec(self._jacobian, u, transpose_a=True))
+        return self._projected(tf.linalg.matvec(self._jacobian, u, transpose_a=True))
 
     def plus_push(self, u, v):
         """Returns `u + Bv`, `(rows,)`."""
@@ -259,12 +258,7 @@ class Objective:
         self.num_weights = num_weights(task.variables)
         self._start = [tf.convert_to_tensor(variable) for variable in task.variables]
         if any(task.constraints):
-            self._start = self.agreed(
-                [
-                    _where_violated(projected, value)
-                    for projected, value in zip(self._project(self._start), self._start, strict=True)
-                ]
-            )
+            self._start = self.agreed([*map(constraints.where_violated, task.constraints, self._start)])
             assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
         self._losses = graph_function(lambda step: self._at(step, lambda part: part.loss()))
@@ -400,21 +394,13 @@ class Objective:
         """Returns the weights at the start, a list of tensors."""
         return self._start
 
-    def free_weights(self, gradient):
-        """Returns which weights may move, `(n,)` of ones and zeros: those at a bound, beyond which the loss falls, may not. `None` without bounds.
-
-        Bounds are constraints that are boxes; see `constraints.bounds_of`.
+    def tangent_space(self, gradient):
+        """Returns the directions in which weights may move: the `constraints.Tangent` at the start, `None` without bounds and norms.
 
         Args:
             gradient: Tensor `(n,)`.
         """
-        bounds = np.array([constraints.bounds_of(constraint) for constraint in self._task.constraints])
-        if not np.isfinite(bounds).any():
-            return None
-        sizes = [num_weights([variable]) for variable in self._task.variables]
-        lower, upper = (tf.constant(np.repeat(of_weights, sizes), self.dtype) for of_weights in bounds.T)
-        is_held = ((self._start_vector <= lower) & (gradient > 0)) | ((self._start_vector >= upper) & (gradient < 0))
-        return tf.cast(~is_held, self.dtype)
+        return constraints.tangent_space(self._task.constraints, self._start, gradient)
 
     @property
     def start_vector(self):
@@ -530,13 +516,4 @@ class Objective:
         return tf.maximum(self._replicas.sum(lambda part: part.regularization_product()(ones), self._parts), 0.0)
 
     def _project(self, values):
-        return [
-            value if constraint is None else constraint(value)
-            for value, constraint in zip(values, self._task.constraints, strict=True)
-        ]
-
-
-def _where_violated(projected, value):
-    """Returns the projection if it differs from the value by more than rounding: Keras' norm constraints add a small number to the divisor."""
-    size = tf.reduce_max(tf.abs(value))
-    return tf.where(tf.reduce_any(tf.abs(projected - value) > 1e-5 * size), projected, value)
+        return [*map(constraints.projected, self._task.constraints, values)]

@@ -110,7 +110,7 @@ class DirectSolver(Solver):
 
     def solve(self, model, damping, state):
         system, objective = model.linearize(), model.objective
-        direction, solve = system.steps(model.gradient, damping, model.free)
+        direction, solve = system.steps(model.gradient, damping, model.tangent)
         first, dtype = model.agreed(direction), model.gradient.dtype
 
         def term_of(derivative):
@@ -226,20 +226,24 @@ class _System:
         decay = tf.maximum(tf.cast(decay, values.dtype), epsilon(values.dtype) * self._size)
         return tf.cast(tf.reduce_sum(tf.maximum(values, 0) / (tf.maximum(values, 0) + decay)), tf.float64)
 
-    def steps(self, gradient, damping, free=None):
+    def steps(self, gradient, damping, tangent=None):
         """Returns the step `-(G + damping I)^-1 gradient`, and `u -> -(G + damping I)^-1 B'u`.
 
         Args:
-            gradient: Tensor `(n,)`, zero where a weight is not free.
+            gradient: Tensor `(n,)`, along the tangent.
             damping: Scalar.
-            free: Tensor `(n,)` of ones and zeros: the others stay, as if they were not there; `None` = all are free.
+            tangent: `constraints.Tangent`, the directions in which weights may move, as if there were no others; `None` = all.
         """
-        rows, rounding, dtype = self.rows.of_free(free), epsilon(gradient.dtype), self._size.dtype
+        rows, rounding, dtype = self.rows.along(tangent), epsilon(gradient.dtype), self._size.dtype
         gram, added = self._gram, self._added
-        if free is not None:
-            free = tf.cast(free, dtype)
-            gram = None if self._is_dual else gram * free * free[:, None]
-            added = added if added is None or self._is_dual else added * free * free[:, None]
+        if tangent is not None:
+            along = lambda matrix: matrix if matrix is None else tangent(tf.transpose(tangent(matrix)))  # noqa: E731
+            # A diagonal is the same for all entries of a weight, so that it keeps vectors along the tangent.
+            gram, added = along(gram), added if self._is_dual else along(added)
+        if tangent is not None and tangent.has_norms:
+            multipliers = tf.cast(tangent.multipliers, dtype)
+            multipliers = multipliers if self._is_dual else tf.linalg.diag(multipliers)
+            added = multipliers if added is None else added + multipliers
         gradient, damping = tf.cast(gradient, dtype), tf.cast(damping, dtype)
         moves = tf.cast(tf.reduce_any(gradient != 0), dtype)
         damping = tf.maximum(damping, epsilon(dtype) ** LEAST_DAMPING_POWER * self._size)

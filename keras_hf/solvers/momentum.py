@@ -108,7 +108,7 @@ class PreconditionedMomentum(Solver):
             precondition, preconditioner_state = self.preconditioner.inverse(
                 model.objective, model.linearize, damping, state["preconditioner"]
             )
-        direction = -precondition(gradient)
+        direction = -model.along(precondition(gradient))
         with tf.control_dependencies([direction]):
             product = model.linearize()
         forms = product.forms([direction, previous])

@@ -22,29 +22,35 @@ class LocalModel:
         linearize: Callable without arguments that returns the update's product; see below.
         gradient: Tensor `(n,)`. Zero once the run has converged to rounding, so that every solver returns a zero step.
         last_step: Tensor `(n,)`, the step of the last update, zero if it was rejected or there was none; `None` = zero.
-        free: Tensor `(n,)` of ones and zeros, which weights may move; `None` = all. See `Objective.free_weights`.
+        tangent: `constraints.Tangent`, the directions in which weights may move; `None` = all.
 
     Attributes:
         objective: As above; preconditioners use it.
         gradient: As above.
-        last_step, free: As above.
+        last_step: As above, along these directions.
+        tangent: As above.
         linearize: Returns the undamped product `v -> Gv` on vectors `(n,)` or rows `(k, n)`; see `Objective.product`. Call it outside branches and
             loops.
     """
 
-    def __init__(self, objective, linearize, gradient, last_step=None, free=None):
-        self.objective, self.linearize, self.gradient, self.free = objective, linearize, gradient, free
-        self.last_step = tf.zeros_like(gradient) if last_step is None else last_step
+    def __init__(self, objective, linearize, gradient, last_step=None, tangent=None):
+        self.objective, self.linearize, self.gradient, self.tangent = objective, linearize, gradient, tangent
+        self.last_step = tf.zeros_like(gradient) if last_step is None else self.along(last_step)
+
+    def along(self, v):
+        """Returns the part of a vector `(n,)` along the directions in which weights may move."""
+        return v if self.tangent is None else self.tangent(v)
 
     def damped(self, damping):
         """Returns the damped product `v -> (G + damping I) v` on vectors `(n,)`; under structural damping `I + weight G_S` takes the place of I.
 
-        Call it outside branches and loops. Cost of a product: that of one without damping.
+        Of vectors along which weights may move, and its part along such. Call it outside branches and loops. Cost of a product: that of one without
+        damping.
 
         Args:
             damping: Scalar >= 0 of the weights' dtype.
         """
-        return Damped(self.linearize_with_hidden_states(damping), damping)
+        return Damped(self.linearize_with_hidden_states(damping), damping, self.along)
 
     def linearize_with_hidden_states(self, damping):
         """Returns what `damped(damping)` does without `damping * v`: the product that preconditioners are made from, on vectors or rows."""
@@ -64,17 +70,19 @@ class Damped:
     Args:
         product: `objective.Product`.
         damping: Scalar.
+        along: Callable `(n,) -> (n,)`, `LocalModel.along`.
     """
 
-    def __init__(self, product, damping):
-        self._product, self._damping = product, damping
+    def __init__(self, product, damping, along):
+        self._product, self._damping, self._along = product, damping, along
 
     def __call__(self, v):
-        return self._product(v) + self._damping * v
+        return self._along(self._product(v) + self._damping * v)
 
     def with_form(self, v):
         """Returns `(G + damping I) v` and its inner product with v, a float64 scalar, the same on all workers."""
-        return self._product.damped_with_form(v, self._damping)
+        image, form = self._product.damped_with_form(v, self._damping)
+        return self._along(image), form
 
 
 class Path(NamedTuple):

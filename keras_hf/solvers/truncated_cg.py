@@ -84,7 +84,8 @@ class ConjugateGradient(Solver):
                 damping,
                 state["preconditioner"],
             )
-        precondition = graph_function(precondition)
+        inverse = precondition
+        precondition = graph_function(lambda r: model.along(inverse(r)))
         with tf.control_dependencies([precondition(gradient)]):
             damped = model.damped(damping)
         stopping = self.stopping.prepared(state["stopping"])
@@ -103,7 +104,7 @@ class ConjugateGradient(Solver):
         # The first product's forward pass does not depend on anything before it.
         with tf.control_dependencies([gradient]):
             result, slopes, num_products = _again_from_zero(
-                run, slopes_of, lambda: decay * state["warm_start"], gradient
+                run, slopes_of, lambda: model.along(decay * state["warm_start"]), gradient
             )
         downhill = slopes < 0
         # If none descends, all are kept: the line search then rejects the step.
