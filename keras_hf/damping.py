@@ -25,8 +25,8 @@ class DampingCallback(keras.callbacks.Callback):
 
     Subclasses implement `next_damping`. The damping is kept from one `fit` call to the next and saved with the optimizer; nothing is reset. It stays
     within the limits below, and within limits set by rounding: from eps^2 (eps^1.25 for `PreconditionedMomentum`, and in float64 for
-    `DirectSolver`) to eps^-2 times the curvature along the first gradient, where eps is the machine epsilon of the weights' float type. A damping of
-    0 is exempt from the latter.
+    `DirectSolver`) to eps^-2 times the curvature along the first gradient, or with `DirectSolver` the trace of a later one if it is less, where eps
+    is the machine epsilon of the weights' float type. A damping of 0 is exempt from the latter.
 
     A step is fitted to the noise of its batch, too, the more so the smaller the damping is; the reduction ratio, which is of the same cases, does not
     show it. Where cases come in several batches, `optimism` in the logs does: what steps gain on their own batch and not on the next one, as a share

@@ -20,7 +20,8 @@ class UpdateState(NamedTuple):
 
     Attributes:
         damping: Scalar >= 0 of the weights' dtype; NaN = the first update derives it.
-        scale: Scalar of the weights' dtype, the scale of the curvature; 0 = the first update computes it. See `scale.curvature_scale`.
+        scale: Scalar of the weights' dtype, the scale of the curvature; 0 = the first update computes it. See `scale.curvature_scale`. It falls with
+            the trace of the curvature, where that is known.
         convergence: `Convergence`, the record of updates at rounding.
         optimism: `Optimism`, what batches after the steps say of them; `hf_update` returns it unchanged.
         last_step: `(n,)`, the step of the last update, zeros where it was rejected: for solvers, and for the next batch to judge.
@@ -201,6 +202,10 @@ def _scale_and_damping(objective, linearize, gradient, state, first_share):
         lambda: state.scale,
         lambda: curvature_scale(gradient, dot(gradient, product(gradient)), objective.start_vector, first_share),
     )
+    if product.trace is not None:
+        # Far off, curvature may be larger by twenty powers of ten than at the minimum: the limit of the damping would be above all that is left.
+        trace = tf.cast(product.trace, scale.dtype)
+        scale = tf.where(trace > 0, tf.minimum(scale, trace), scale)
     scale = objective.agreed(scale)
     return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale, first_share), state.damping)
 

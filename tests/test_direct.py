@@ -319,6 +319,26 @@ def test_what_has_no_outputs_or_loss_of_every_case_in_full_precision_is_refused(
         start_of_update(model)
 
 
+class Growth(layers.Layer):
+    """`exp(b x)`."""
+
+    def build(self, shape):
+        self.b = self.add_weight(name="b", shape=(), initializer=keras.initializers.Constant(3.0))
+
+    def call(self, x):
+        return tf.exp(self.b * x)
+
+
+@pytest.mark.filterwarnings("ignore:Training has converged to rounding")
+def test_the_damping_falls_with_the_curvature_however_much_that_is(float64):
+    x = np.arange(1.0, 11)[:, None]
+    model = exact(Growth(), shape=(1,))
+    history = fit(model, x, np.exp(0.3 * x), epochs=75)
+    # From 1e27: limits relative to the first curvature end at a damping above all that is left.
+    assert history["damping"][0] > 1e25 and history["damping"][-1] < 1e4
+    np.testing.assert_allclose(float(model.weights[0]), 0.3, rtol=1e-12)
+
+
 def test_lengths_that_are_not_known_are_refused():
     model = exact(layers.Dense(2), layers.GlobalAveragePooling1D(), shape=(None, 2))
     y = tf.zeros([4, 2])

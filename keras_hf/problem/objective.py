@@ -26,7 +26,12 @@ class Product:
         parts: The `_LocalProduct` of every replica, as `replicas` holds them.
         structural_damping: `structural_damping.StructuralDamping`, or `None`.
         strength: Scalar by which the curvature of the hidden states is added, or `None`; see `with_hidden_states`.
+
+    Attributes:
+        trace: `None`: the trace of G is not known.
     """
+
+    trace = None
 
     def __init__(self, replicas, parts, structural_damping=None, strength=None):
         self._replicas, self._parts, self._structural_damping = replicas, parts, structural_damping

@@ -189,6 +189,7 @@ class _System:
 
     Attributes:
         rows: `objective.Rows`.
+        trace: Scalar, the trace of the matrix, without regularizers.
     """
 
     def __init__(self, objective):
@@ -202,14 +203,14 @@ class _System:
         if self._is_dual:
             self._gram = None
             added = objective.regularization_diagonal() if objective.has_regularization else None
-            self._size = tf.reduce_sum(jacobian**2)
+            self.trace = tf.reduce_sum(jacobian**2)
         else:
             self._gram, added = self.rows.gram(), objective.regularization_matrix()
-            self._size = tf.linalg.trace(self._gram)
-        self._added = None if added is None else tf.cast(added, self._size.dtype)
+            self.trace = tf.linalg.trace(self._gram)
+        self._added = None if added is None else tf.cast(added, self.trace.dtype)
 
     def __call__(self, v):
-        x = tf.cast(v, self._size.dtype)
+        x = tf.cast(v, self.trace.dtype)
         if self._is_dual:
             jacobian = self.rows.jacobian
             image = tf.linalg.matvec(jacobian, tf.linalg.matvec(jacobian, x), transpose_a=True)
@@ -223,7 +224,7 @@ class _System:
         """Returns the trace of `B'B (B'B + decay I)^-1`, float64."""
         matrix = row_gram(self.rows.jacobian) if self._is_dual else self._gram
         values = tf.linalg.eigvalsh(matrix)
-        decay = tf.maximum(tf.cast(decay, values.dtype), epsilon(values.dtype) * self._size)
+        decay = tf.maximum(tf.cast(decay, values.dtype), epsilon(values.dtype) * self.trace)
         return tf.cast(tf.reduce_sum(tf.maximum(values, 0) / (tf.maximum(values, 0) + decay)), tf.float64)
 
     def steps(self, gradient, damping, tangent=None):
@@ -234,7 +235,7 @@ class _System:
             damping: Scalar.
             tangent: `constraints.Tangent`, the directions in which weights may move, as if there were no others; `None` = all.
         """
-        rows, rounding, dtype = self.rows.along(tangent), epsilon(gradient.dtype), self._size.dtype
+        rows, rounding, dtype = self.rows.along(tangent), epsilon(gradient.dtype), self.trace.dtype
         gram, added = self._gram, self._added
         if tangent is not None:
             along = lambda matrix: matrix if matrix is None else tangent(tf.transpose(tangent(matrix)))  # noqa: E731
@@ -246,7 +247,7 @@ class _System:
             added = multipliers if added is None else added + multipliers
         gradient, damping = tf.cast(gradient, dtype), tf.cast(damping, dtype)
         moves = tf.cast(tf.reduce_any(gradient != 0), dtype)
-        damping = tf.maximum(damping, epsilon(dtype) ** LEAST_DAMPING_POWER * self._size)
+        damping = tf.maximum(damping, epsilon(dtype) ** LEAST_DAMPING_POWER * self.trace)
         if self._is_dual:
             solve = dual_solver(rows.jacobian, damping, added)
         else:
@@ -254,6 +255,6 @@ class _System:
         # What is not in the range of the rows: regularizers, and losses without curvature. Rounding there would be divided by the damping.
         residuals = rows.residuals
         rest = gradient - rows.pull(residuals)
-        noise = 100 * rounding * tf.sqrt(self._size) * rows.norm(residuals)
+        noise = 100 * rounding * tf.sqrt(self.trace) * rows.norm(residuals)
         rest = tf.where(tf.norm(rest) > noise, rest, tf.zeros_like(rest))
         return moves * solve(residuals, rest), solve
