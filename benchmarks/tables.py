@@ -201,6 +201,20 @@ def nist():
     return table(header, rows)
 
 
+def mgh():
+    """How many of the problems of Moré, Garbow and Hillstrom end at a published sum of squares, from either start."""
+    rows = []
+    for method, name in (("direct", "`HessianFree()`"), ("lm", "SciPy's `lm`, the paper's MINPACK")):
+        fits = [row for row in read("mgh.csv") if row["method"] == method]
+        ends = [[row for row in fits if row["scale"] == scale] for scale in ("1", "10")]
+        counts = [
+            f"{sum(row['solved'] == '1' for row in rows)} of {len(rows)}, {sum(row['least'] == '1' for row in rows)}"
+            for rows in ends
+        ]
+        rows.append([name, *counts])
+    return table(["method", "from the start: solved, the least", "from ten times it"], rows)
+
+
 def outliers():
     """The error of formulas fitted to data with outliers, the mean over seeds."""
     fits = [row for row in read("least_squares.csv") if row["question"] == "outliers"]
@@ -354,6 +368,7 @@ TABLES = {
     "demo-autoencoder": demo_autoencoder,
     "problems": problems,
     "nist": nist,
+    "mgh": mgh,
     "outliers": outliers,
     "bounds": bounds,
     "error-bars": error_bars,
