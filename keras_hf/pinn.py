@@ -107,7 +107,8 @@ class PINN(keras.Model):
 
     The loss is then `sum over terms of weight * mean of squared residuals`, the mean over the term's points and over its m components.
 
-    Every term is evaluated at every point, and masked: cases are independent of each other and of how many there are of each term.
+    Every term is evaluated at its own points, and in place of those of other terms at the first of its own that `cases` got: cases are independent of
+    each other, and an equation with `u_r / r` and a condition at r = 0 have finite derivatives.
 
     Use float64: `keras.config.set_floatx("float64")` before the network is made. Residuals are second derivatives, and float32 is a failure mode of
     its own.
@@ -151,7 +152,7 @@ class PINN(keras.Model):
         self.external_trainable_variables = list(external_trainable_variables)
         for variable in self.external_trainable_variables:
             self._track_variable(variable)
-        self._num_residuals, self._residuals = None, {}
+        self._num_residuals, self._residuals, self._places = None, {}, {}
         # A network that has its weights can load others at once.
         self.built = network.built
 
@@ -162,12 +163,17 @@ class PINN(keras.Model):
         return output if self._transform is None else self._transform(points, output)
 
     def call(self, inputs):
-        points, term = inputs["points"], inputs["term"]
-        found = [_as_matrix(residual(self.solution, points)) for residual in self.terms.values()]
-        sizes = [residual.shape[1] for residual in found]
-        masks = tf.one_hot(tf.reshape(tf.cast(term, tf.int32), [-1]), len(found), dtype=found[0].dtype)
-        padded = [tf.pad(residual, [[0, 0], [0, max(sizes) - residual.shape[1]]]) for residual in found]
-        return tf.add_n([masks[:, i : i + 1] * residual for i, residual in enumerate(padded)])
+        points, term = inputs["points"], tf.reshape(tf.cast(inputs["term"], tf.int32), [-1, 1])
+        found = []
+        for number, (name, residual) in enumerate(self.terms.items()):
+            is_own, own = tf.equal(term, number), points
+            if name in self._places:
+                # Zero times a derivative that is not finite is NaN: each term gets points where it has one.
+                own = tf.where(is_own, points, tf.cast(self._places[name], points.dtype))
+            found.append((is_own, _as_matrix(residual(self.solution, own))))
+        largest = max(residual.shape[1] for _, residual in found)
+        padded = [(is_own, tf.pad(residual, [[0, 0], [0, largest - residual.shape[1]]])) for is_own, residual in found]
+        return tf.add_n([tf.where(is_own, residual, tf.zeros([], residual.dtype)) for is_own, residual in padded])
 
     def cases(self, points, weights=None):
         """Returns inputs, targets and weights for `fit`, `evaluate` and `validation_data`.
@@ -208,7 +214,9 @@ class PINN(keras.Model):
             raise ValueError(
                 f"Points must have as many columns as the solution has coordinates, {needed}. Received: {columns}."
             )
-        sizes = self._sizes(groups[0][1][:1])
+        for name, where, _, _ in groups:
+            self._places.setdefault(name, where[:1])
+        sizes = self._sizes()
         total, largest = sum(len(where) for _, where, _, _ in groups), max(sizes.values())
         parts = []
         for name, where, values, weight in groups:
@@ -276,7 +284,7 @@ class PINN(keras.Model):
             raise ValueError(f"`name` must be that of a term: {', '.join(self.terms)}. Received: {name!r}.")
         count("num_points", num_points)
         candidates = np.asarray(candidates, keras.config.floatx())
-        residual = self._residual_of(name)(tf.constant(candidates)).numpy()
+        residual = self._residual_of(name, candidates[:1])(tf.constant(candidates)).numpy()
         size = np.linalg.norm(residual, axis=1) ** power
         is_finite = np.isfinite(size)
         mean = size[is_finite].mean() if is_finite.any() else 0.0
@@ -289,12 +297,13 @@ class PINN(keras.Model):
         rng = np.random.default_rng(seed)
         return candidates[rng.choice(len(candidates), num_points, replace=False, p=preference / preference.sum())]
 
-    def _residual_of(self, name):
-        """A term as one compiled function of points, `(N, d) -> (N, m)`."""
+    def _residual_of(self, name, point):
+        """A term as one compiled function of points, `(N, d) -> (N, m)`; `point` is one of them, `(1, d)`."""
         if name not in self._residuals:
-            self._residuals[name] = tf.function(
-                lambda points: _as_matrix(self.terms[name](self.solution, points)), autograph=False
-            )
+            self.solution(point)  # makes weights, which no trace may
+            function = tf.function(lambda points: _as_matrix(self.terms[name](self.solution, points)), autograph=False)
+            spec = tf.TensorSpec([None, point.shape[1]], point.dtype)
+            self._residuals[name] = function.get_concrete_function(spec)
         return self._residuals[name]
 
     def _num_inputs(self):
@@ -302,16 +311,13 @@ class PINN(keras.Model):
         shape = getattr(self.network, "input_shape", None) if self._features is None and self.network.built else None
         return shape[-1] if isinstance(shape, tuple) else None
 
-    def _sizes(self, point):
+    def _sizes(self):
         """Components of every term's residual, a dict."""
         if self._num_residuals is None:
-            self.solution(point)  # makes weights, which no trace may
             # Traced, as in training: `tf.gradients` works nowhere else.
-            residuals = tf.function(
-                lambda point: {name: _as_matrix(term(self.solution, point)) for name, term in self.terms.items()},
-                autograph=False,
-            )(tf.constant(point))
-            self._num_residuals = {name: residual.shape[1] for name, residual in residuals.items()}
+            self._num_residuals = {
+                name: self._residual_of(name, place).structured_outputs.shape[1] for name, place in self._places.items()
+            }
         return self._num_residuals
 
     def get_config(self):

@@ -147,6 +147,28 @@ def test_cases_of_one_term_are_independent_of_the_others(float64):
     np.testing.assert_array_equal(others[1][1:3], y[4:6])
 
 
+def test_a_term_is_not_asked_where_it_has_no_value(float64):
+    """Radial heat, whose equation has none on the axis, where a condition has its only point: loss, gradient and rows are those of own points."""
+    terms = {
+        "axis": lambda u, r: derivatives(u, r, "r", "u_r"),
+        "equation": lambda u, r: derivatives(u, r, "r", "u_rr") + derivatives(u, r, "r", "u_r") / r + tf.math.log(r),
+    }
+    pinn, model = made(terms, inputs=1)
+    points = {"axis": np.zeros((1, 1)), "equation": POINTS[:, :1]}
+    x, y, sample_weight = pinn.cases(points)
+    with tf.GradientTape() as tape:
+        residuals = [terms[name](pinn.solution, tf.constant(where)) for name, where in points.items()]
+        loss = tf.add_n([tf.reduce_mean(residual**2) for residual in residuals])
+    f = model.objective(x, y, sample_weight)
+    parts = tape.gradient(loss, [v.value for v in model.trainable_variables], unconnected_gradients="zero")
+    gradient = np.concatenate([np.ravel(part) for part in parts])
+    found, by_tapes = f.loss_and_gradient(f.weights)
+    assert found == pytest.approx(float(loss), rel=1e-12)
+    rows = f.jacobian(f.weights)
+    for each in (by_tapes, rows.T @ f.residuals(f.weights)):
+        np.testing.assert_allclose(each, gradient, rtol=0, atol=1e-12 * np.abs(gradient).max())
+
+
 def test_rows_through_derivatives_of_the_network_equal_differences(float64):
     pinn, model = made({"equation": poisson, "data": value}, width=2)
     x, y, sample_weight = pinn.cases({"equation": INNER, "data": SOME})
