@@ -101,7 +101,7 @@ class Recorder(keras.callbacks.Callback):
         if self.updates % self.every == 0:
             found = self.model.network.solve(tf.constant(self.points)).numpy()
             error = np.linalg.norm(found - exact(self.points)) / np.linalg.norm(exact(self.points))
-            values = (self.updates, self.products, f"{logs['loss']:.3e}", f"{error:.3e}")
+            values = (self.updates, self.products, f"{logs['update_loss']:.3e}", f"{error:.3e}")
             self.rows.append(dict(zip(FIELDS, (type(self.preconditioner).__name__, *values), strict=True)))
             print(self.rows[-1], flush=True)
 

@@ -159,7 +159,7 @@ class _Watch(keras.callbacks.Callback):
         return len(self.losses) >= self.num_updates or self.seconds[-1] >= self.max_seconds
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.note(logs["loss"]) or logs["converged"]:
+        if self.note(logs["update_loss"]) or logs["converged"]:
             self.model.stop_training = True
 
 

@@ -54,11 +54,12 @@ class HFModel(keras.Model):
     - `compile` without an optimizer uses `HessianFree()`, and `fit` without a damping rule `LevenbergMarquardt()`.
     - The moving statistics of BatchNormalization are those of the cases used, at the weights after the update, instead of averages over updates.
 
-    Logs of an update, in addition to the loss (before the update, Keras' running mean) and the metrics (before the update); the progress bar shows
-    some of them, see `fit`:
+    Logs of an update, in addition to the loss and the metrics, which are of the weights before the update and, as in Keras, means over the epoch so
+    far; the progress bar shows some of them, see `fit`. The logs of an epoch hold those of its last update:
 
     | key | meaning |
     | --- | --- |
+    | `update_loss` | the loss of the update's cases before it |
     | `damping` | the damping that the update used |
     | `reduction_ratio` | actual over predicted reduction; minus infinity if the loss rose, NaN if nothing could be measured |
     | `step_size` | the step relative to the solver's candidate; 0 = the step was rejected and the weights are unchanged |
@@ -296,8 +297,8 @@ class HFModel(keras.Model):
         - `verbose`: "auto", 1 and 2 show loss, metrics and the numbers by which one steers: `damping`, `reduction_ratio`, `cg_iterations` (or
           `arc_step`, or `mu`). After the ratio stands "(rejected)" where the update changed no weight, "(converged)" where none can, or the step
           size where the step was shortened. Before the first update, which is traced, a line says so, and which solver was taken and why. 3 shows
-          all numbers of an update. With several batches in an epoch they are those of the last one. A `ProgbarLogger` among the callbacks, or a
-          `CallbackList`, is left as it is.
+          all numbers of an update. With several batches in an epoch, loss and metrics are means over it, the others those of the last one. A
+          `ProgbarLogger` among the callbacks, or a `CallbackList`, is left as it is.
 
         Returns:
             A `keras.callbacks.History`.
@@ -542,7 +543,7 @@ class HFModel(keras.Model):
         """Performs one update; see the class. Keras calls it in replica context."""
         data = Data(*keras.utils.unpack_x_y_sample_weight(data))
         report = step.step(self.setup_for(data), self.optimizer, data)
-        keras_private.track_loss(self, report.logs["loss"], report.logs["num_cases"])
+        keras_private.track_loss(self, report.logs["update_loss"], report.logs["num_cases"])
         # A metric may have the name of one of the update's entries, by which a damping rule goes.
         return {**across_replicas(lambda replicas: self.get_metrics_result()), **report.logs}
 

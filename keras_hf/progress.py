@@ -10,7 +10,7 @@ _STEERED_BY = ("damping", "reduction_ratio")
 # Of more epochs than that, each of one update, the bar is that of epochs: two lines for each would be thousands.
 _MANY_EPOCHS = 100
 _OTHERS = (
-    *("step_size", "gradient_norm", "num_cases", "converged", "optimism"),
+    *("update_loss", "step_size", "gradient_norm", "num_cases", "converged", "optimism"),
     *("weight_decay", "num_effective", "squared_weights", "data_loss", "batch_cases"),
 )
 

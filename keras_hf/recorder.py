@@ -19,7 +19,8 @@ class UpdateRecorder(keras.callbacks.Callback):
     | `update` | number of the update, from 1 |
     | `epoch` | its epoch, from 0 |
     | `seconds` | since the start of training; with `append`, continues from the last line |
-    | `loss`, `damping`, ... | the logs of the update, as in `HFModel`, and metrics |
+    | `loss` | that of the update, `update_loss` of the logs |
+    | `damping`, ... | the other logs of the update, as in `HFModel`, and metrics |
     | `cost` | passes over cases, in gradients of one case; see `recorder.update_cost` |
     | `trace` | see below |
 
@@ -82,7 +83,8 @@ class UpdateRecorder(keras.callbacks.Callback):
             "update": self._num_updates(),
             "epoch": self._epoch,
             "seconds": round(time.perf_counter() - self._start, 3),
-            **{name: _number(value) for name, value in logs.items()},
+            **{name: _number(value) for name, value in logs.items() if name != "update_loss"},
+            "loss": _number(logs["update_loss"]),
             "cost": update_cost(trace, int(logs["num_cases"]), self.model.optimizer.curvature_batch_size),
             "trace": trace,
         }

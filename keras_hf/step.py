@@ -177,7 +177,7 @@ def _apply(setup, optimizer, objective, result):
 
 def _logs(setup, objective, result):
     floating = {
-        "loss": result.loss,
+        "update_loss": result.loss,
         "damping": result.damping,
         "reduction_ratio": result.reduction_ratio,
         "step_size": result.step_size,

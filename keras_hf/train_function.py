@@ -58,7 +58,7 @@ class TrainFunction:
                     found = [float(value) for value in self._run(self._check, data, spec)]
             with guard.unaltered_arithmetic(setup.gains_by_optimized_graphs):
                 logs, report = self._run(self._update, data, spec)
-            loss = float(report.logs["loss"])
+            loss = float(report.logs["update_loss"])
             # Where the gradient is not finite, neither need the product be right, and the step is rejected.
             if found is not None and math.isfinite(float(report.logs["gradient_norm"])):
                 guard.raise_if_wrong(model.network.name, setup, loss, *found)

@@ -253,7 +253,7 @@ def test_products_of_sketches_count(float64):
     recorder.set_model(model)
     recorder.model.network.build((None, 3))
     for _ in range(3):
-        recorder.on_train_batch_end(0, {"cg_iterations": 10, "loss": 1.0})
+        recorder.on_train_batch_end(0, {"cg_iterations": 10, "update_loss": 1.0})
     assert [row["products"] for row in recorder.rows] == [14, 24, 38]
 
 

@@ -16,7 +16,7 @@ import keras_hf
 from keras_hf import ConstantDamping, GaussNewton, HessianFree, HFModel, Identity, LevenbergMarquardt
 from keras_hf.problem.curvature import Curvature
 
-LOGS = {"loss", "damping", "reduction_ratio", "step_size", "gradient_norm", "num_cases", "converged"}
+LOGS = {"loss", "update_loss", "damping", "reduction_ratio", "step_size", "gradient_norm", "num_cases", "converged"}
 LOGS |= {"cg_iterations", "cg_step", "cg_stop", "negative_curvature"}
 # Parts that take half as long to trace as the default ones.
 SIMPLE = {"preconditioner": Identity(), "growing_batch": None}
@@ -47,6 +47,25 @@ def test_fit_lowers_the_loss_and_logs_that_before_every_update():
     assert int(model.optimizer.iterations) == 12
     # In float32, summed in another order.
     assert history["loss"] == pytest.approx([before, *history["val_loss"][:-1]], rel=1e-5)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_of_an_epoch_loss_and_metrics_are_means_over_its_cases_and_the_rest_is_of_its_last_update(steps_per_execution):
+    model, updates = (
+        trainable(compile_arguments={"metrics": ["mse"], "steps_per_execution": steps_per_execution}, **SIMPLE),
+        [],
+    )
+    model.after_update = lambda report, num_nonfinite: updates.append(report.logs)
+    # Batches of 33, 33 and 34 cases.
+    history = fit(model, *cases(100), batch_size=34, epochs=2, callbacks=[ConstantDamping()])
+    for epoch in range(2):
+        *_, last = logs = updates[3 * epoch : 3 * epoch + 3]
+        means = np.average([log["update_loss"] for log in logs], weights=[log["num_cases"] for log in logs])
+        assert history["loss"][epoch] == pytest.approx(history["mse"][epoch], rel=1e-5)
+        assert history["loss"][epoch] == pytest.approx(means, rel=1e-6)
+        assert history["loss"][epoch] != pytest.approx(float(last["update_loss"]), rel=1e-3)
+        for key in history.keys() - {"loss", "mse"}:
+            np.testing.assert_equal(history[key][epoch], np.asarray(last[key]), err_msg=key)
 
 
 @pytest.mark.slow
