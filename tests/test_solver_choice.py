@@ -60,7 +60,8 @@ def test_a_small_regression_in_float64_on_one_batch_is_solved_exactly_and_goes_o
         keras.losses.Huber(0.1), "huber", keras.losses.LogCosh(), "log_cosh", Cauchy(0.1), "msle",
         [keras.losses.MeanSquaredLogarithmicError()],
     ],
-    ids=str,
+    # `str` would name addresses, which differ between pytest's processes.
+    ids=["Huber", "huber", "LogCosh", "log_cosh", "Cauchy", "msle", "list"],
 )  # fmt: skip
 def test_robust_losses_on_one_batch_are_solved_exactly(float64, loss):
     model = compiled(loss)
