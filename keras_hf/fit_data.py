@@ -1,5 +1,6 @@
 """The cases that `fit` was given, as what Keras' `fit` is to be called with: arrays become one batch of all cases, in an order that stays."""
 
+import functools
 import math
 
 import keras
@@ -62,13 +63,6 @@ class FitData:
         """Whether all cases come as one batch."""
         return self.num_cases is not None and self.source is None
 
-    @property
-    def _is_cut_here(self):
-        """Whether `in_batches` cuts the arrays, and not Keras: its last batch would be an update on few cases with the damping of many."""
-        is_given, steps = self._arguments["batch_size"] is not None, self._arguments["steps_per_epoch"]
-        # Batches of one size would be fewer than asked for: 1,020 cases make 93 batches of 11.
-        return steps is None or not is_given and self.num_cases > steps
-
     def specs(self):
         """Returns types and shapes of arrays as batches will hold them, a `Data` of `tf.TensorSpec`."""
 
@@ -81,11 +75,12 @@ class FitData:
         specs = keras.tree.map_structure(lambda array: None if array is None else spec(array), arrays)
         return Data(*keras.tree.lists_to_tuples(specs))
 
-    def for_keras(self, seed, grows, num_replicas, has_single_steps):
+    def for_keras(self, seed, num_updates, grows, num_replicas, has_single_steps):
         """Returns the arguments for `keras.Model.fit`, a dict.
 
         Args:
-            seed: int32 scalar variable, by which the cases of a batch of all of them are put in order.
+            seed: Integer scalar variable, by which cases are put in order.
+            num_updates: Integer scalar variable, the number of updates so far: every pass over batches has an order of its own.
             grows: Whether updates use a part of the batch, which grows.
             num_replicas: Integer.
             has_single_steps: Whether Keras takes one batch at a time.
@@ -97,8 +92,6 @@ class FitData:
             return found
         found["batch_size"] = self.batch_size
         steps = found["steps_per_epoch"]
-        if not self.is_one_batch and not self._is_cut_here:
-            return found
         arrays = self._x, self._y, self._sample_weight
         if self._holds_validation:
             *arrays, found["validation_data"] = split(arrays, self.num_cases)
@@ -107,8 +100,12 @@ class FitData:
         size = 32 if self.is_one_batch else self.batch_size
         found["validation_batch_size"] = found["validation_batch_size"] or size
         if not self.is_one_batch:
-            num_batches = steps or math.ceil(self.num_cases / self.batch_size)
-            found.update(x=in_batches(*arrays, num_batches, bool(self._arguments["shuffle"])), steps_per_epoch=None)
+            # By size, they might be fewer than asked for: 1,020 cases make 93 batches of 11.
+            by_steps = self._arguments["batch_size"] is None and steps < self.num_cases
+            num_batches = steps if by_steps else math.ceil(self.num_cases / self.batch_size)
+            steps = None if steps == num_batches else steps
+            order = functools.partial(batching.order, seed=seed) if self._arguments["shuffle"] else None
+            found.update(x=in_batches(*arrays, num_batches, num_updates, order, steps), steps_per_epoch=None)
             return found
         # Without end: where several workers divide the data, a new iterator in every epoch takes seconds. Not where Keras takes several batches at a
         # time: the last of an epoch would be of the next one.
@@ -191,32 +188,46 @@ def repeated(x, y, sample_weight, order, times=None, is_of_any_length=False, num
     return _without_tuning(batch.repeat(times))
 
 
-def in_batches(x, y, sample_weight, num_batches, is_shuffled):
+def in_batches(x, y, sample_weight, num_batches, num_updates, order=None, steps=None):
     """Gives arrays as a dataset of so many batches, whose sizes differ by at most one case: Keras makes all of one size, but for the last.
+
+    Seed and number of updates are read when an epoch begins: a resumed run goes on with the same batches, and workers cut alike.
 
     Args:
         x: Nest of arrays.
         y: Nest of arrays, or `None`.
         sample_weight: Nest of arrays, or `None`.
-        num_batches: Integer, at most the number of cases.
-        is_shuffled: Whether every epoch has the cases in another random order.
+        num_batches: Integer, at most the number of cases: the batches of one pass over them.
+        num_updates: Integer scalar variable, the number of updates so far.
+        order: Callable `(num_cases, number=) -> int32 (num_cases,)`, the order of a pass; `None` = as they are.
+        steps: Integer, the number of batches of an epoch, which goes on where the last one has ended; `None` = one pass.
     """
 
     @tf.autograph.experimental.do_not_convert
-    def cut(*tensors):
-        num_cases = tf.cast(_num_cases(tensors), tf.int64)
-        places = tf.random.shuffle(tf.range(num_cases)) if is_shuffled else tf.range(num_cases)
+    def epoch(*tensors):
+        num_cases, start = _num_cases(tensors), tf.cast(tf.convert_to_tensor(num_updates), tf.int64)
+        skipped = tf.zeros([], tf.int64) if steps is None else start % num_batches
+        stop = skipped + (steps or num_batches)
 
-        def batch(number):
-            start, stop = number * num_cases // num_batches, (number + 1) * num_cases // num_batches
-            gather = lambda t: None if t is None else tf.gather(t, places[start:stop])  # noqa: E731
-            return keras.tree.map_structure(gather, tensors)
+        @tf.autograph.experimental.do_not_convert
+        def one_pass(number):
+            before = number * num_batches
+            places = tf.range(num_cases) if order is None else order(num_cases, number=start - skipped + before)
 
-        return tf.data.Dataset.range(num_batches).map(batch)
+            @tf.autograph.experimental.do_not_convert
+            def batch(number):
+                cuts = [number * tf.cast(num_cases, tf.int64) // num_batches for number in (number, number + 1)]
+                gather = lambda t: None if t is None else tf.gather(t, places[cuts[0] : cuts[1]])  # noqa: E731
+                return keras.tree.map_structure(gather, tensors)
 
-    batches = _whole(x, y, sample_weight).flat_map(cut)
+            numbers = tf.maximum(skipped - before, 0), tf.minimum(stop - before, num_batches)
+            return tf.data.Dataset.range(*numbers).map(batch)
+
+        return tf.data.Dataset.range(-(-stop // num_batches)).flat_map(one_pass)
+
+    batches = _whole(x, y, sample_weight).flat_map(epoch)
     # Keras ends an epoch by it.
-    return _without_tuning(batches.apply(tf.data.experimental.assert_cardinality(num_batches)))
+    return _without_tuning(batches.apply(tf.data.experimental.assert_cardinality(steps or num_batches)))
 
 
 def _without_tuning(dataset):

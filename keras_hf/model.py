@@ -288,8 +288,9 @@ class HFModel(keras.Model):
         - `batch_size`: number of cases per batch. Arrays make batches whose sizes differ by at most one case, as many as Keras would make: a smaller
           last one would get the damping of the others. `None` means all of them, or `steps_per_epoch` batches. If one batch holds all cases, an epoch
           makes `steps_per_epoch` updates on it.
-        - `shuffle`: a batch that holds all cases is permuted once, by the optimizer's seed, and not again in every epoch. With False its order is
-          that given; where updates use a growing part, its cases are taken from all over the batch.
+        - `shuffle`: the order of cases is drawn from the optimizer's seed and the number of updates, so that a resumed run and all workers have the
+          same batches. A batch that holds all cases is permuted once, and not again in every epoch. With False its order is that given; where
+          updates use a growing part, its cases are taken from all over the batch.
         - `validation_batch_size`: defaults to 32 if one batch holds all cases.
         - `callbacks`: without a `DampingCallback` among them, `LevenbergMarquardt()` adapts the damping; `ConstantDamping()` keeps it constant. The
           rule is called before the others, so that they save the damping of the next update. A `CallbackList` is used as it is: without a rule in
@@ -340,7 +341,8 @@ class HFModel(keras.Model):
         callbacks, found = self._in_order(workers.callbacks_of(strategy, callbacks), verbose)
         grows = self._setup is not None and self._setup.growing_batch is not None
         num_replicas = strategy.num_replicas_in_sync
-        arguments = data.for_keras(optimizer.seed, grows, num_replicas, self.steps_per_execution == 1)
+        has_single_steps = self.steps_per_execution == 1
+        arguments = data.for_keras(optimizer.seed, optimizer.iterations, grows, num_replicas, has_single_steps)
         self.make_train_function()
         with complete_backups(found, self, is_chief(strategy)):
             history = super().fit(

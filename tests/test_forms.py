@@ -204,7 +204,7 @@ def test_every_epoch_of_arrays_is_an_update_as_of_a_dataset_until_a_callback_sto
 def test_keras_is_not_told_to_shuffle_what_comes_in_an_order_of_its_own():
     arguments = {**dict.fromkeys(("validation_data", "batch_size")), "validation_split": 0.0, "shuffle": True}
     kinds = (dataset(), iter(batches()), (batch for batch in batches()), Batches())
-    shuffled = [FitData(x, None, None, **arguments).for_keras(None, False, 1, True)["shuffle"] for x in kinds]
+    shuffled = [FitData(x, None, None, **arguments).for_keras(None, None, False, 1, True)["shuffle"] for x in kinds]
     assert shuffled == [False, False, False, True]
 
 
@@ -242,7 +242,7 @@ ARGUMENTS = dict.fromkeys(("batch_size", "steps_per_epoch", "shuffle", "validati
 def test_without_shuffling_arrays_keep_their_order_unless_a_part_of_them_is_to_be_like_the_rest(grows):
     places = np.arange(24.0)[:, None]
     data = FitData(places, places, None, **ARGUMENTS, validation_split=0.0)
-    x, y = next(iter(data.for_keras(tf.constant(0), grows, 1, True)["x"]))
+    x, y = next(iter(data.for_keras(tf.constant(0), tf.constant(0), grows, 1, True)["x"]))
     np.testing.assert_array_equal(x, y)
     np.testing.assert_array_equal(x, places[batching.spread(24)] if grows else places)
 
@@ -255,22 +255,58 @@ def test_lists_of_arrays_stay_apart():
 
 @pytest.mark.parametrize("is_shuffled", [True, False])
 def test_batches_of_near_equal_size_have_every_case_once_an_epoch(is_shuffled):
-    places = np.arange(11)
-    batches = in_batches({"a": places, "none": None}, [places, 2.0 * places], None, 4, is_shuffled)
-    epochs = [list(batches) for _ in range(2)]
+    places, num_updates = np.arange(11), tf.Variable(0, dtype=tf.int64)
+    order = functools.partial(batching.order, seed=tf.Variable(3)) if is_shuffled else None
+    batches = in_batches({"a": places, "none": None}, [places, 2.0 * places], None, 4, num_updates, order)
+
+    def epoch_after(number):
+        num_updates.assign(number)
+        return list(batches)
+
+    epochs = [epoch_after(number) for number in (0, 4, 4)]
     orders = [np.concatenate([x["a"] for x, _ in epoch]) for epoch in epochs]
     for epoch, order in zip(epochs, orders, strict=True):
         assert [len(x["a"]) for x, _ in epoch] == [2, 3, 3, 3]
         assert sorted(order) == list(places)
         np.testing.assert_array_equal(np.concatenate([y[1] for _, y in epoch]), 2 * order)
     assert batches.cardinality() == 4
+    # Of the same number of updates, as in a resumed run, they are the same.
+    assert list(orders[1]) == list(orders[2])
     assert (list(orders[0]) == list(orders[1]) == list(places)) == (not is_shuffled)
+
+
+@pytest.mark.parametrize("is_shuffled", [True, False])
+def test_epochs_of_fewer_batches_than_hold_all_cases_go_on_where_the_last_has_ended(is_shuffled):
+    num_updates = tf.Variable(0)
+    order = functools.partial(batching.order, seed=tf.constant(3)) if is_shuffled else None
+    batches = in_batches(np.arange(11), None, None, 4, num_updates, order, steps=3)
+    found = []
+    for number in range(0, 12, 3):
+        num_updates.assign(number)
+        found.append(np.concatenate([x for (x,) in batches]))
+    assert batches.cardinality() == 3
+    passes = np.split(np.concatenate(found), 3)
+    assert [sorted(cases) for cases in passes] == [list(range(11))] * 3
+    assert (list(passes[0]) == list(passes[1])) == (not is_shuffled)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"steps_per_epoch": 3}])
+def test_the_optimizers_seed_alone_fixes_batches_and_a_resumed_run_has_those_of_one_that_was_not_stopped(arguments):
+    def weights_after_fits_up_to(*epochs):
+        model = renewed(regression)
+        for start, end in itertools.pairwise([0, *epochs]):
+            # Another one in every fit of every run.
+            keras.utils.set_random_seed(10 * len(epochs) + start)
+            fit(model, **ARRAYS, batch_size=6, shuffle=True, initial_epoch=start, epochs=end, **arguments)
+        return model.get_weights()
+
+    assert_equal(weights_after_fits_up_to(1, 3, 4), weights_after_fits_up_to(4))
 
 
 @pytest.mark.parametrize("batch_size", [None, 6, 7])
 def test_what_arrays_become_has_no_thread_that_its_end_waits_for(batch_size):
     data = FitData(X, Y, None, **{**ARGUMENTS, "batch_size": batch_size}, validation_split=0.0)
-    assert data.for_keras(tf.constant(0), False, 1, True)["x"].options().autotune.enabled is False
+    assert data.for_keras(tf.constant(0), tf.constant(0), False, 1, True)["x"].options().autotune.enabled is False
 
 
 @pytest.mark.slow

@@ -142,8 +142,9 @@ def trained(
     """Trains a model, and returns it and what a user sees of it."""
     model = renewed(model_of, strategy, optimizer, loss, normalized, constrained, width)
     x, y = cases(num_cases, loss)
-    # Batches in their order: they would be other ones after other random numbers.
-    data = {"x": x, "y": y, "batch_size": batch_size, "shuffle": shuffle and batch_size is None}
+    data = {"x": x, "y": y, "batch_size": batch_size, "shuffle": shuffle}
+    # The optimizer's seed alone puts cases in order.
+    keras.utils.set_random_seed(worker_number(strategy))
     if as_dataset:
         data = {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size or num_cases)}
     if weighted:

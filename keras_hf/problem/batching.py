@@ -237,9 +237,16 @@ def chunk_of(share, num_cases):
     return tf.minimum(num_cases, tf.maximum(share_of(share, num_cases), _FEWEST_IN_CHUNK))
 
 
-def order(num_cases, seed):
-    """Returns the order of the cases of a batch that holds all of them, int32 `(num_cases,)`, drawn from `seed`, an int32 scalar."""
-    return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=tf.stack([tf.cast(seed, tf.int32), -1]))
+def order(num_cases, seed, number=-1):
+    """Returns an order of cases, int32 `(num_cases,)`, drawn from two int32 scalars.
+
+    Args:
+        num_cases: int32 scalar.
+        seed: The optimizer's seed.
+        number: The number of updates before the first batch of this order; -1 for a batch that holds all cases, whose order stays.
+    """
+    seeds = tf.stack([tf.cast(seed, tf.int32), tf.cast(number, tf.int32)])
+    return tf.random.experimental.stateless_shuffle(tf.range(num_cases), seed=seeds)
 
 
 def spread(num_cases):
