@@ -356,6 +356,8 @@ class HFModel(keras.Model):
                 validation_steps=validation_steps,
                 validation_freq=validation_freq,
             )
+        # The history alone does not tell which epochs its validation losses are of.
+        history.params = {**(history.params or {}), "validation_freq": validation_freq}
         if isinstance(self.network, PINN):
             self._advice.spurious_solution(history.history)
         elif not any(isinstance(callback, _KEEP_WEIGHTS) for callback in found):

@@ -15,8 +15,9 @@ _LABELS = {"update": "update", "cost": "cost, gradients of one case", "seconds":
 def plot_updates(updates, x="update", path=None):
     """Draws loss, damping, reduction ratio, CG iterations and step size of a run.
 
-    The validation loss, if there is one, is drawn with the training loss. Reduction ratios are drawn from -0.5 to 1.5; a red mark at the edge is a
-    ratio outside that range, or a loss that rose. In the grey band `LevenbergMarquardt()` keeps the damping. Rejected steps are crosses.
+    The validation loss, if there is one, is drawn with the training loss, at the epochs that were validated. Reduction ratios are drawn from -0.5 to
+    1.5; a red mark at the edge is a ratio outside that range, or a loss that rose. In the grey band `LevenbergMarquardt()` keeps the damping.
+    Rejected steps are crosses. Records of several solvers may be mixed.
 
     Args:
         updates: Path of a file written by `UpdateRecorder`, the list of dicts returned by `read_updates`, or a `keras.callbacks.History` (if an epoch
@@ -39,11 +40,12 @@ def plot_updates(updates, x="update", path=None):
 
     figure = _figure(figsize=(8, 11))
     axes = figure.subplots(5, sharex=True)
-    for name in ("loss", "val_loss"):
-        if name in columns:
-            axes[0].plot(places, columns[name], label=name)
+    axes[0].plot(places, columns["loss"], label="loss")
+    if "val_loss" in columns:
+        known = ~np.isnan(columns["val_loss"])
+        axes[0].plot(places[known], columns["val_loss"][known], label="val_loss")
     axes[0].set(ylabel="loss")
-    if np.nanmin(columns["loss"]) > 0:
+    if np.min(columns["loss"], initial=np.inf, where=~np.isnan(columns["loss"])) > 0:
         axes[0].set_yscale("log")
     axes[0].legend()
 
@@ -188,18 +190,36 @@ def _figure(**settings):
 
 
 def _columns(updates):
-    """Returns a dict of arrays with one number per update."""
+    """Returns a dict of arrays with one number per update, NaN where an update has none: other solvers log other names."""
     if isinstance(updates, keras.callbacks.History):
-        columns = {name: np.asarray(values, float) for name, values in updates.history.items()}
-        if columns:
-            columns["update"] = np.arange(1, len(columns["loss"]) + 1)
+        columns = _columns_of_history(updates)
     else:
         records = updates if isinstance(updates, (list, tuple)) else read_updates(updates)
-        names = [name for name in (records[0] if records else {}) if name != "trace"]
-        columns = {name: np.asarray([record[name] for record in records], float) for name in names}
+        names = dict.fromkeys(name for record in records for name in record if name != "trace")
+        columns = {name: np.asarray([record.get(name, np.nan) for record in records], float) for name in names}
     if not len(columns.get("reduction_ratio", ())):
         raise ValueError(
             "`updates` must hold updates of an `HFModel`: the file of an `UpdateRecorder`, what `read_updates` gives, or a `History`. "
             f"Received: {type(updates).__name__} with {sorted(columns) or 'nothing'}."
         )
     return columns
+
+
+def _columns_of_history(history):
+    columns = {name: np.asarray(values, float) for name, values in history.history.items()}
+    num_updates = len(columns.get("loss", ()))
+    validated = _validated(history)
+    for name, values in list(columns.items()):
+        if len(values) != num_updates:
+            del columns[name]
+            if len(validated) == num_updates and np.sum(validated) == len(values):
+                columns[name] = np.full(num_updates, np.nan)
+                columns[name][validated] = values
+    return {**columns, "update": np.arange(1, num_updates + 1)} if columns else {}
+
+
+def _validated(history):
+    """Returns for each epoch whether it was validated, as `validation_freq` of its `fit` says."""
+    chosen = (history.params or {}).get("validation_freq", 1)
+    epochs = 1 + np.asarray(getattr(history, "epoch", ()), int)
+    return epochs % chosen == 0 if isinstance(chosen, int) else np.isin(epochs, chosen)

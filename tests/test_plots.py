@@ -1,8 +1,10 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
 
-from keras_hf import Prediction, plots
+from keras_hf import ConjugateGradient, HessianFree, HFModel, Prediction, plots
 
 RECORDS = [
     {
@@ -60,6 +62,31 @@ def test_a_history_is_drawn_with_the_loss_of_validation(tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"`x` must be one of \['update'\] for these updates. Received: x='seconds'"):
         plots.plot_updates(history, x="seconds")
+
+
+def test_validation_losses_are_drawn_at_the_epochs_that_were_validated():
+    x = np.linspace(-1, 1, 8)[:, None]
+    model = HFModel(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
+    model.compile(HessianFree(solver=ConjugateGradient()), loss="mse")
+    for chosen, expected in [(2, [2, 4]), ([1, 4], [1, 4])]:
+        history = model.fit(x, x, epochs=4, validation_data=(x, x), validation_freq=chosen, verbose=0)
+        validation = lines(plots.plot_updates(history), 0)["val_loss"]
+        np.testing.assert_array_equal(validation.get_xdata(), expected)
+        np.testing.assert_array_equal(validation.get_ydata(), history.history["val_loss"])
+
+
+def test_records_of_two_solvers_share_a_figure():
+    without = {name: value for name, value in RECORDS[0].items() if not name.startswith("cg_")}
+    figure = plots.plot_updates([*RECORDS[:2], {**without, "update": 3, "arc_step": 1.0}])
+    np.testing.assert_array_equal(lines(figure, 0)["loss"].get_ydata(), [1, 0.5, 1])
+    np.testing.assert_array_equal(lines(figure, 3)["run"].get_ydata(), [10, 11, np.nan])
+
+
+def test_losses_that_are_all_nan_are_drawn_without_warnings():
+    with warnings.catch_warnings(action="error"):
+        figure = plots.plot_updates([{**record, "loss": np.nan} for record in RECORDS])
+        figure.draw_without_rendering()
+    assert np.isnan(lines(figure, 0)["loss"].get_ydata()).all()
 
 
 @pytest.mark.parametrize("kind", [list, keras.callbacks.History])
