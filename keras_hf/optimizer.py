@@ -20,6 +20,8 @@ from keras_hf.solvers.truncated_cg import ConjugateGradient
 from keras_hf.update import UpdateState
 
 _PARTS = ("solver", "curvature", "growing_batch", "structural_damping")
+# What is traced with an update, so that another value would be ignored.
+_FIXED = (*_PARTS, "curvature_batch_size", "micro_batch_size")
 # Arguments of the solver that users may pass here by mistake.
 _SOLVER_ARGUMENTS = {
     "preconditioner": "preconditioner",
@@ -55,8 +57,8 @@ class HessianFree(keras.optimizers.Optimizer):
     Args:
         damping: Float >= 0, the coefficient of the identity at the start of training, in the scale of the loss. `None` (default): the first update
             sets it to a tenth of the curvature along the gradient, `g'Gg / g'g` (with `PreconditionedMomentum` a fiftieth, or a 500th: see
-            there), so that the scale of the loss does not matter. Once built, `optimizer.damping` is a scalar variable that any callback may assign;
-            it is NaN until the first update has set it.
+            there), so that the scale of the loss does not matter. `optimizer.damping` may be assigned at any time; once built it is a scalar
+            variable, NaN until the first update has set it.
         solver: Computes steps from the quadratic model. `None` (default) leaves the choice to `HFModel`: `DirectSolver()` where digits are likely to
             count (a squared or robust loss, all cases in one batch, and a system that takes at most about a second to factorize),
             `PreconditionedMomentum()` for classifiers of 5,000 weights or more whose layers have Kronecker factors, else
@@ -74,8 +76,8 @@ class HessianFree(keras.optimizers.Optimizer):
             possible; a number avoids that.
         seed: Integer in [0, 2^31 - 1], the seed of the order of cases and chunks. `None` draws one, which is saved, also in files of weights.
         weight_decay: Float >= 0: half of it times the sum of all squared weights, biases included, is added to the loss. "evidence":
-            `EvidenceRegularization()` finds it, from 0 on, unless the callbacks of `fit` hold another one. `None` (default) = none. Once built,
-            `optimizer.weight_decay` is a scalar variable that is saved and may be assigned. `evaluate` leaves it out.
+            `EvidenceRegularization()` finds it, from 0 on, unless the callbacks of `fit` hold another one. `None` (default) = none. A number may be
+            assigned to `optimizer.weight_decay` at any time; once built it is a scalar variable, which is saved. `evaluate` leaves it out.
         structural_damping: `StructuralDamping`, for recurrent networks: damps changes of hidden states too. `None` (default) = of the weights alone.
         use_ema: Whether to keep an exponential moving average of the weights over updates, as Keras' optimizers do (Polyak averaging). On minibatches
             that cannot grow, or grow slowly, the average is closer to the minimum than the last weights. At the end of `fit` it takes their place;
@@ -83,9 +85,12 @@ class HessianFree(keras.optimizers.Optimizer):
         ema_momentum: Float in [0, 1], the weight of the old average in the new one.
         name: Name of the optimizer.
 
+    Updates are traced for the parts and the sizes of batches, which are fixed: compile with another optimizer to change them.
+
     Raises:
         ValueError: If a number is out of its range, or an argument is a first-order one of Keras (`learning_rate`, `clipnorm`, ...).
         TypeError: If a part has the wrong type.
+        AttributeError: If a fixed setting is assigned, or a weight decay where there is none.
 
     Example:
 
@@ -182,6 +187,14 @@ class HessianFree(keras.optimizers.Optimizer):
         # An `UpdateState` of variables.
         self._state = None
 
+    def __setattr__(self, name, value):
+        if name in _FIXED and hasattr(self, name):
+            raise AttributeError(
+                f"`{name}` is fixed when the optimizer is made: updates are traced for it. Received: {name}={value!r}. Compile with another "
+                f"`HessianFree({name}=...)`; the model keeps its weights."
+            )
+        super().__setattr__(name, value)
+
     @property
     def solver(self):
         """The solver in use."""
@@ -199,6 +212,13 @@ class HessianFree(keras.optimizers.Optimizer):
         """
         return self._initial_damping if self._state is None else self._state.damping
 
+    @damping.setter
+    def damping(self, value):
+        if self._state is None:
+            self._initial_damping = finite("damping", value, minimum=0)
+        else:
+            self._state.damping.assign(value)
+
     @property
     def curvature_scale(self):
         """The scale of the curvature: a scalar `keras.Variable`, 0 until the first update computes it; `None` before the optimizer is built."""
@@ -211,9 +231,18 @@ class HessianFree(keras.optimizers.Optimizer):
 
     @weight_decay.setter
     def weight_decay(self, value):
-        # Keras' constructor assigns its own default; later it is the variable that is assigned.
-        if value is not None:
+        if not hasattr(self, "_initial_decay"):
+            # By Keras' constructor, its own default.
+            return
+        if self._decay is not None:
             self._decay.assign(value)
+        elif self._initial_decay is None or self.finds_decay:
+            raise AttributeError(
+                f"`weight_decay` can be assigned to an optimizer that was made with a number. Received: weight_decay={value!r} where it was made "
+                f"with {self._initial_decay!r}. Compile with `HessianFree(weight_decay=...)`; the model keeps its weights."
+            )
+        else:
+            self._initial_decay = finite("weight_decay", value, minimum=0)
 
     def find_decay(self):
         """Has the weight decay found by evidence, from now on."""
@@ -258,7 +287,8 @@ class HessianFree(keras.optimizers.Optimizer):
             return
         super().build(variables)
         if solver is not None and self.chooses_solver:
-            self._solver, self.growing_batch = solver, self.growing_batch and solver.growing_batch()
+            self._solver = solver
+            super().__setattr__("growing_batch", self.growing_batch and solver.growing_batch())
         values, layers = [variable.value for variable in variables], list(layers)
         dtype = vector_dtype(values)
         # Not by keras.initializers.Constant, which rounds numbers to float32.

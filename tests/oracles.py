@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
-from problems import compiled, derivatives, flat, jacobian, matrices, model_data, on_objective, with_objective
+from problems import compiled, derivatives, flat, jacobian, matrices, model_data, on_objective, set_up, with_objective
 
 from keras_hf import GaussNewton
 from keras_hf.problem.curvature import Curvature
@@ -35,8 +35,7 @@ def traced_matrices(model, data, curvatures):
         return matrices(objective, [curvature.fitted_to(model.setup.structure) for curvature in curvatures])
 
     # One micro-batch: what is linearized is the same in every further micro-batch.
-    model.optimizer.curvature_batch_size = model.optimizer.micro_batch_size = NUM_CASES
-    model.optimizer.curvature = GaussNewton()
+    set_up(model, curvature_batch_size=NUM_CASES, micro_batch_size=NUM_CASES, curvature=GaussNewton())
     compute = tf.function(lambda cases: on_objective(model, cases, of), autograph=False)
     spec = tf.nest.map_structure(
         lambda leaf: None if leaf is None else tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype), data
@@ -46,7 +45,7 @@ def traced_matrices(model, data, curvatures):
 
 def is_rejected(model, data, curvature):
     """Whether an update sees that products are wrong, by that of the gradient."""
-    model.optimizer.curvature = curvature
+    set_up(model, curvature=curvature)
 
     def error(objective):
         gradient = objective.loss_and_gradient().gradient

@@ -129,6 +129,11 @@ def model_data(model, x, y, sample_weight=None):
     return data
 
 
+def set_up(model, **settings):
+    """Gives a model's optimizer settings that are fixed for users, before anything is traced."""
+    vars(model.optimizer).update(settings)
+
+
 def on_objective(model, data, function):
     """Calls `function(objective)` with the objective of the model's next update on these cases."""
     return setup.with_objective(model.setup_for(data), data, function)
@@ -136,7 +141,7 @@ def on_objective(model, data, function):
 
 def with_objective(model, data, function, curvature_batch_size=None, micro_batch_size=None, update_number=0):
     """Calls `function(objective)` with the objective of one update of the model, in one compiled function."""
-    model.optimizer.curvature_batch_size, model.optimizer.micro_batch_size = curvature_batch_size, micro_batch_size
+    set_up(model, curvature_batch_size=curvature_batch_size, micro_batch_size=micro_batch_size)
     model.optimizer.iterations.assign(update_number)
 
     @tf.function(autograph=False)

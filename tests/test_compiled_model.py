@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from problems import set_up
 
 from keras_hf import (
     DoubleBackward,
@@ -36,7 +37,8 @@ def compiled(*stack, model=HFModel, loss="mse"):
 
 
 def prepared(model, curvature):
-    model.optimizer.curvature, model.network.name = curvature, "of_mine"
+    set_up(model, curvature=curvature)
+    model.network.name = "of_mine"
     return prepare(model, Data(X, Y, None))
 
 
@@ -105,7 +107,7 @@ def test_an_overridden_compute_loss_is_warned_about_only_where_it_is_to_be_divid
     model = compiled(model=WithOwnLoss)
     model.fit(X, Y, verbose=0)
     model = compiled(model=WithOwnLoss)
-    model.optimizer.micro_batch_size = 2
+    set_up(model, micro_batch_size=2)
     with pytest.warns(UserWarning, match="or `compute_loss` is overridden.*are not used"):
         model.fit(X, Y, verbose=0)
 

@@ -15,6 +15,7 @@ from problems import (
     make_model,
     matrices,
     model_data,
+    set_up,
     squared_case_gradients,
     with_objective,
 )
@@ -246,7 +247,7 @@ def test_differences_need_no_second_derivative_of_the_network():
 def test_differences_of_coarse_gradients_are_refused():
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = make_model()
-    model.optimizer.curvature = DIFFERENCES
+    set_up(model, curvature=DIFFERENCES)
     with pytest.raises(ValueError, match=r"float32 or float64.*computes in bfloat16. Use `Hessian\(\)`"):
         model.fit(inputs(), np.zeros((15, 3)), verbose=0, callbacks=[ConstantDamping()])
 

@@ -19,6 +19,7 @@ from problems import (
     moved,
     objective_function,
     sequential,
+    set_up,
     with_objective,
 )
 from training import assert_equal, assert_same, normal
@@ -191,7 +192,7 @@ def test_dropout_is_one_fixed_function_per_update_and_another_in_the_next():
         of_losses = objective.loss_and_gradient().loss, objective.loss_at(zero), objective.loss_at(zero)
         return of_losses, product(tf.ones_like(zero)), product(tf.ones_like(zero))
 
-    model.optimizer.micro_batch_size = 8
+    set_up(model, micro_batch_size=8)
     compute = objective_function(model, losses)
     for first, *others in (found := [compute(data, update_number=number) for number in (0, 1)]):
         assert first[0] == first[1] == first[2]

@@ -8,11 +8,13 @@ from training import fit, normal, small_network
 
 from keras_hf import (
     ConjugateGradient,
+    DirectSolver,
     EmpiricalFisher,
     EmpiricalFisherDiagonal,
     ForwardAccumulation,
     GaussNewton,
     GrowingBatch,
+    Hessian,
     HessianFree,
     HFModel,
     Identity,
@@ -264,3 +266,51 @@ def test_an_optimizer_may_be_compiled_again_into_a_model_of_its_weights(tmp_path
     with pytest.raises(ValueError, match=message):
         model.compile(optimizer, "mse")
     model.compile(HessianFree(), "mse")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("solver", DirectSolver()),
+        ("curvature", Hessian()),
+        ("growing_batch", None),
+        ("structural_damping", StructuralDamping()),
+        ("curvature_batch_size", 10),
+        ("micro_batch_size", 10),
+    ],
+)
+def test_settings_that_updates_are_traced_for_are_fixed(name, value):
+    optimizer = HessianFree()
+    before = getattr(optimizer, name)
+    with pytest.raises(
+        AttributeError, match=f"`{name}` is fixed.*Received: {name}=.*another `HessianFree\\({name}=...\\)`"
+    ):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) is before
+
+
+def test_the_damping_is_assigned_before_and_after_the_optimizer_is_built():
+    optimizer = HessianFree(damping=3.0)
+    optimizer.damping = 2.0
+    assert optimizer.damping == 2.0 and optimizer.get_config()["damping"] == 2.0
+    optimizer.build(variables("float64"))
+    assert float(optimizer.damping) == 2.0
+    optimizer.damping = MARTENS
+    assert float(optimizer.damping) == MARTENS
+    with pytest.raises(ValueError, match="damping.*a finite number >= 0"):
+        HessianFree().damping = -1.0
+
+
+def test_a_weight_decay_is_assigned_where_there_is_one():
+    optimizer = HessianFree(weight_decay=0.1)
+    optimizer.weight_decay = 0.2
+    assert optimizer.weight_decay == 0.2
+    optimizer.build(variables("float64"))
+    assert float(optimizer.weight_decay) == 0.2
+    optimizer.weight_decay = 0.3
+    assert float(optimizer.weight_decay) == 0.3
+    for without in (HessianFree(), HessianFree(weight_decay="evidence")):
+        with pytest.raises(
+            AttributeError, match="made with a number. Received: weight_decay=0.2 where it was made with .*Compile"
+        ):
+            without.weight_decay = 0.2

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from problems import compiled, hessian_free, inputs, make_model
+from problems import compiled, hessian_free, inputs, make_model, set_up
 from training import assert_equal, fit, normal
 
 from keras_hf import (
@@ -76,7 +76,7 @@ def test_a_report_has_a_line_per_check_and_a_remark_where_one_fails_or_is_missin
 
 def test_the_hessian_need_not_be_positive(float64, capsys):
     model = make_model()
-    model.optimizer.curvature = Hessian()
+    set_up(model, curvature=Hessian())
     checks = {check.name: check for check in model.check_products(inputs(), TARGETS)}
     assert checks["u'Gv = v'Gu"].error < 1e-12
     assert np.isnan(checks["u'(Jv) = (J'u)'v"].error)
@@ -85,7 +85,7 @@ def test_the_hessian_need_not_be_positive(float64, capsys):
 
 def test_products_by_differences_are_checked_as_far_as_they_can_be(float64, capsys):
     model = make_model()
-    model.optimizer.curvature = FiniteDifferenceHessian()
+    set_up(model, curvature=FiniteDifferenceHessian())
     checks = {check.name: check for check in model.check_products(inputs(), TARGETS)}
     missing = [name for name, check in checks.items() if np.isnan(check.error)]
     assert missing == ["u'(Jv) = (J'u)'v", "both linearizations agree"]

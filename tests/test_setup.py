@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import compiled, model_data
+from problems import compiled, model_data, set_up
 from training import fit, normal, renewed, small_network, trainable
 
 from keras_hf import GaussNewton, Identity, setup
@@ -29,7 +29,7 @@ def test_a_setup_is_made_once_for_cases_of_one_kind_and_anew_for_others_and_othe
     assert model.setup_for(data.take([3, 4])) is first is model.setup and len(traces) == 1
     with_weights = Data(data.x, data.y, tf.ones([20]))
     assert model.setup_for(with_weights) is not first
-    model.optimizer.curvature = GaussNewton()
+    set_up(model, curvature=GaussNewton())
     assert model.setup_for(with_weights).made_for != first.made_for and len(traces) == 3
     model.compile(loss="mse")
     assert model.setup is None

@@ -14,6 +14,7 @@ from problems import (
     make_model,
     model_data,
     objective_function,
+    set_up,
     update_state,
     with_objective,
 )
@@ -70,7 +71,7 @@ class Update:
             **parts,
         }
         solver = ConjugateGradient(warm_start_decay=0.95, **parts)
-        model.optimizer.curvature_batch_size = curvature_batch_size
+        set_up(model, curvature_batch_size=curvature_batch_size)
 
         def compute(objective, damping, warm_start):
             state = update_state(objective, solver, damping, 1.0)
