@@ -24,7 +24,8 @@ class UpdateState(NamedTuple):
             the trace of the curvature, where that is known.
         convergence: `Convergence`, the record of updates at rounding.
         optimism: `Optimism`, what batches after the steps say of them; `hf_update` returns it unchanged.
-        last_step: `(n,)`, the step of the last update, zeros where it was rejected: for solvers, and for the next batch to judge.
+        last_step: `(n,)`, the change of the weights in the last update, constraints included, zeros where it was rejected: for solvers, and for the
+            next batch to judge.
         solver: Nest of tensors, the solver's state.
         curvature: Dict of tensors, the curvature's state.
         growing_batch: Dict of tensors, the growing batch's state; `hf_update` returns it unchanged.
@@ -158,7 +159,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses
                 damping,
                 scale,
             ),
-            last_step=step,
+            last_step=tf.where(accepted, objective.change(step), tf.zeros([], step.dtype)),
             solver=path.next_state(step),
             curvature=curvature_state,
         ),

@@ -94,20 +94,32 @@ class Losses(keras.callbacks.Callback):
         self.found.append([self.model.evaluate(*data, verbose=0) for data in self.batches])
 
 
-def model_of_batches(solver=ConjugateGradient):
+def model_of_batches(solver=ConjugateGradient, constraint=None):
     """A model that uses all of every batch."""
     parts = [Identity()] if solver is ConjugateGradient else []
     optimizer = HessianFree(damping=1e-3, solver=solver(*parts), growing_batch=None, seed=0)
-    model = trainable(small_network(units=16), optimizer=optimizer)
+    network = small_network(units=16)
+    network.layers[-1].kernel.constraint = constraint
+    model = trainable(network, optimizer=optimizer)
     set_weights(model)
+    if constraint:
+        network.layers[-1].kernel.assign(constraint(network.layers[-1].kernel))
     return model
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient, pytest.param(PreconditionedMomentum, marks=pytest.mark.slow)])
-def test_it_is_the_loss_of_the_next_batch_before_and_after_the_step(float64, solver):
+@pytest.mark.parametrize(
+    ("solver", "constraint"),
+    [
+        (ConjugateGradient, None),
+        (ConjugateGradient, keras.constraints.NonNeg()),
+        (ConjugateGradient, keras.constraints.UnitNorm()),
+        pytest.param(PreconditionedMomentum, None, marks=pytest.mark.slow),
+    ],
+)
+def test_it_is_the_loss_of_the_next_batch_before_and_after_the_step(float64, solver, constraint):
     x, y = noisy(120)
     parts = [(x[start : start + 40], y[start : start + 40]) for start in (0, 40, 80)]
-    model = renewed(model_of_batches, solver)
+    model = renewed(model_of_batches, solver, constraint)
     at_start = [model.evaluate(*part, verbose=0) for part in parts]
     losses, seen = Losses(*parts), []
     record = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["optimism"]))

@@ -386,6 +386,10 @@ class Objective:
         weights = self.candidate(step)
         return self.agreed(weights) if any(self._task.constraints) else weights
 
+    def change(self, step):
+        """Returns the change of the weights to `new_weights(step)`, `(n,)`."""
+        return pack(self.new_weights(step), self.dtype) - self._start_vector if any(self._task.constraints) else step
+
     def agreed(self, nest):
         """Returns a nest of tensors as the first of several workers has computed it; on one worker, as it is.
 
