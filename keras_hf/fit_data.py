@@ -20,10 +20,12 @@ class FitData:
         x: As in `fit`.
         y: As in `fit`.
         sample_weight: As in `fit`.
+        class_weight: As in `fit`.
         **arguments: `batch_size`, `steps_per_epoch`, `shuffle`, `validation_data`, `validation_split` and `validation_batch_size`, as in `fit`.
 
     Raises:
-        ValueError: If there are no cases, if arrays have different numbers of cases, or if `batch_size` is not a positive integer.
+        ValueError: If there are no cases, if arrays have different numbers of cases, if `batch_size` is not a positive integer, or if weights of
+            classes come beside weights of cases, or with other targets than those of one output.
 
     Attributes:
         source: How cases come, for advice: "arrays", "dataset" or "batches"; `None` if one batch holds all of them.
@@ -31,7 +33,7 @@ class FitData:
         most_cases: Integer, an upper bound of the number of cases of a batch, or `None`.
     """
 
-    def __init__(self, x, y, sample_weight, **arguments):
+    def __init__(self, x, y, sample_weight, class_weight=None, **arguments):
         if x is None:
             raise ValueError(
                 "`fit` needs cases. Received: x=None. Hand over arrays, a `tf.data.Dataset`, a generator or a `PyDataset`."
@@ -41,12 +43,15 @@ class FitData:
             others, *rest = arguments["validation_data"]
             arguments["validation_data"] = strings_as_tensors(others), *rest
         self._x, self._y, self._sample_weight, self._arguments = x, y, sample_weight, arguments
+        self._class_weight = class_weight
         self.source = "dataset" if isinstance(x, tf.data.Dataset) else "batches"
         self.num_cases = self.most_cases = None
         if not is_arrays(x):
             return
         arguments["batch_size"] = batch_size = checks.count("batch_size", arguments["batch_size"], optional=True)
         self.num_cases = checks.num_cases(x, y, sample_weight)
+        if class_weight is not None:
+            self._sample_weight = weights_of_classes(class_weight, y, sample_weight)
         if self._holds_validation:
             # As in Keras, the last cases are for validation.
             self.num_cases = checks.split(self.num_cases, arguments["validation_split"])
@@ -89,13 +94,18 @@ class FitData:
         if self.num_cases is None:
             if not isinstance(self._x, keras.utils.PyDataset):
                 found["shuffle"] = False  # Keras ignores True and warns about its own default.
+            found["class_weight"] = self._class_weight
+            if self._class_weight is not None and isinstance(self._x, tf.data.Dataset):
+                weigh = functools.partial(_weighed, self._class_weight)
+                found.update(x=self._x.map(tf.autograph.experimental.do_not_convert(weigh)), class_weight=None)
             return found
         found["batch_size"] = self.batch_size
         steps = found["steps_per_epoch"]
         arrays = self._x, self._y, self._sample_weight
         if self._holds_validation:
-            *arrays, found["validation_data"] = split(arrays, self.num_cases)
-            found["validation_split"] = 0.0
+            *arrays, others = split(arrays, self.num_cases)
+            # As in Keras, weights of classes are for training alone.
+            found.update(validation_split=0.0, validation_data=others if self._class_weight is None else others[:2])
         found.update(y=None, sample_weight=None, batch_size=None, shuffle=False)
         size = 32 if self.is_one_batch else self.batch_size
         found["validation_batch_size"] = found["validation_batch_size"] or size
@@ -137,13 +147,36 @@ def strings_as_tensors(x):
     return keras.tree.map_structure(converted, x) if is_arrays(x) else x
 
 
-def booleans_as_integers(y):
-    """Returns arrays of labels of which booleans are integers: of tensors Keras weighs no others by their class. Other data stay as they are."""
+def weights_of_classes(class_weight, y, sample_weight=None):
+    """Returns weights of cases, those of their classes: 1 for classes that are not named, as Keras has it for arrays alone.
 
-    def converted(labels):
-        return np.asarray(labels).astype("int32") if np.asarray(labels).dtype == bool else labels
+    Args:
+        class_weight: Dict from numbers of classes to weights.
+        y: Array or tensor of numbers of classes `(..., 1)` or `(N,)`, or one-hot `(..., k)`.
+        sample_weight: Weights of the cases, which must be `None`.
 
-    return keras.tree.map_structure(converted, y) if is_arrays(y) else y
+    Returns:
+        Tensor of Keras' float type, `(...)`: a weight for every label.
+
+    Raises:
+        ValueError: If there are weights of cases, several targets or none, or targets that are strings.
+    """
+    checks.class_weight(class_weight, y, sample_weight)
+    labels = y if tf.is_tensor(y) else tf.convert_to_tensor(np.asarray(y))
+    checks.targets_are_numbers(labels)
+    labels = tf.cast(labels, tf.int32) if labels.dtype == tf.bool else tf.round(labels)
+    if labels.shape.rank > 1:
+        is_one_hot = tf.shape(labels)[-1] > 1
+        labels = tf.cond(is_one_hot, lambda: tf.argmax(labels, -1), lambda: tf.cast(labels[..., 0], tf.int64))
+    first, last = int(min(class_weight)), int(max(class_weight))
+    weights = [1.0, *(class_weight.get(label, 1.0) for label in range(first, last + 1)), 1.0]
+    places = tf.clip_by_value(tf.cast(labels, tf.int64) - first, -1, last - first + 1) + 1
+    return tf.gather(tf.constant(weights, keras.config.floatx()), places)
+
+
+def _weighed(class_weight, *batch):
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    return x, y, weights_of_classes(class_weight, y, sample_weight)
 
 
 def split(arrays, num_cases):

@@ -17,7 +17,7 @@ from keras_hf.common import checks, files, keras_private
 from keras_hf.common.cluster import is_chief
 from keras_hf.common.replaced import replaced
 from keras_hf.damping import DampingCallback, LevenbergMarquardt
-from keras_hf.fit_data import FitData, booleans_as_integers, is_arrays, strings_as_tensors
+from keras_hf.fit_data import FitData, is_arrays, strings_as_tensors, weights_of_classes
 from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
@@ -310,11 +310,11 @@ class HFModel(keras.Model):
         """
         keras_private.require_compiled(self, "fit")
         strategy, optimizer = self.distribute_strategy, self.optimizer
-        y = y if class_weight is None else booleans_as_integers(y)
         data = FitData(
             x,
             y,
             sample_weight,
+            class_weight,
             batch_size=batch_size,
             steps_per_epoch=steps_per_epoch,
             shuffle=shuffle,
@@ -351,7 +351,6 @@ class HFModel(keras.Model):
                 # Keras knows no 3.
                 verbose=1 if verbose == 3 else verbose,
                 callbacks=callbacks,
-                class_weight=class_weight,
                 initial_epoch=initial_epoch,
                 validation_steps=validation_steps,
                 validation_freq=validation_freq,
@@ -379,8 +378,10 @@ class HFModel(keras.Model):
         keras_private.require_compiled(self, "train_on_batch")
         if is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
+        if class_weight is not None:
+            sample_weight = weights_of_classes(class_weight, y, sample_weight)
         self._expect()
-        return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
+        return super().train_on_batch(x, y, sample_weight, return_dict=return_dict)
 
     def check_products(self, x, y=None, sample_weight=None):
         """Checks the products `v -> Gv` on these cases and prints a report.
@@ -565,7 +566,12 @@ class HFModel(keras.Model):
                 leaf if isinstance(leaf, tf.TensorSpec) else tf.TensorSpec(np.shape(leaf), getattr(leaf, "dtype", None))
             )
 
-        data_batch = keras.tree.map_structure(spec, data_batch)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(spec, data_batch))
+        # Weights of any number of cases: those that do not fit are refused later, by name.
+        weight = keras.tree.map_structure(
+            lambda spec: spec and tf.TensorSpec([None, *spec.shape[1:]], spec.dtype), weight
+        )
+        data_batch = x, y, weight
         # Keras would build the optimizer, too, from weights alone.
         with self.distribute_strategy.scope(), replaced((self, "optimizer", None)):
             keras_private.symbolic_build(self, data_batch)

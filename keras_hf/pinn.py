@@ -285,10 +285,13 @@ class PINN(keras.Model):
         count("num_points", num_points)
         candidates = np.asarray(candidates, keras.config.floatx())
         residual = self._residual_of(name, candidates[:1])(tf.constant(candidates)).numpy()
-        size = np.linalg.norm(residual, axis=1) ** power
+        size = np.linalg.norm(residual.astype("float64"), axis=1)
         is_finite = np.isfinite(size)
-        mean = size[is_finite].mean() if is_finite.any() else 0.0
-        preference = np.where(is_finite, size / mean + constant, 0.0) if mean > 0 else np.where(is_finite, 1.0, 0.0)
+        preference = np.where(is_finite, 1.0, 0.0)
+        if size[is_finite].any():
+            # Relative to the largest, so that no power overflows.
+            size = np.where(is_finite, size / size[is_finite].max(), 0.0) ** power
+            preference *= size / size[is_finite].mean() + constant
         if (preference > 0).sum() < num_points:
             raise ValueError(
                 f"There must be at least as many candidates with a finite residual as points. Received: {(preference > 0).sum()} for "

@@ -180,6 +180,14 @@ def test_weights_must_have_the_shape_of_the_loss_values():
                 check_shapes(weights, values)
 
 
+def test_one_weight_for_a_whole_sequence_is_refused_with_the_shape_that_it_must_have():
+    model = compiled(keras.Sequential([keras.Input((5, 3)), layers.Dense(1)]))
+    with pytest.raises(
+        ValueError, match=r"of shape \(cases,\) for values of shape \(cases, 5\). .* shape \(cases, 1\)"
+    ):
+        fit(model, np.zeros((20, 5, 3)), np.zeros((20, 5, 1)), sample_weight=np.ones(20))
+
+
 @pytest.mark.parametrize("loss, y", [("mse", np.zeros((20, 3))), ("categorical_crossentropy", np.zeros(20))])
 def test_targets_of_the_wrong_shape_are_refused_by_keras(loss, y):
     with pytest.raises(ValueError, match=r"Dimensions must be equal|must have the same rank"):

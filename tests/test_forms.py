@@ -12,7 +12,7 @@ from problems import loss_and_gradient, model_data, on_objective, with_objective
 from training import assert_equal, assert_same, fit, normal, renewed, set_weights, small_network, trainable
 
 from keras_hf import DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, GrowingBatch, Identity, LevenbergMarquardt
-from keras_hf.fit_data import FitData, in_batches, repeated
+from keras_hf.fit_data import FitData, in_batches, repeated, weights_of_classes
 from keras_hf.problem import batching, structure
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
@@ -321,8 +321,8 @@ def test_one_dimensional_targets_and_weights_are_those_of_one_column():
 
 
 CLASSES = np.random.default_rng(2).integers(0, 3, 24)
-CLASS_WEIGHT = {0: 1.0, 1: 2.5, 2: 0.25}
-OF_CLASS = np.array([CLASS_WEIGHT[label] for label in CLASSES])
+CLASS_WEIGHT = {0: 0.25, 1: 2.5}  # and 1 of class 2
+OF_CLASS = np.array([CLASS_WEIGHT.get(label, 1.0) for label in CLASSES])
 
 
 def classification(loss="sparse_categorical_crossentropy", **arguments):
@@ -341,8 +341,8 @@ def of_one_hot():
 
 
 def labelled(y, *weight):
-    """A dataset of one batch. TensorFlow's weights of classes are float32: where all are, one trace is for all."""
-    return tf.data.Dataset.from_tensor_slices((X, y, *[each.astype("float32") for each in weight])).batch(24)
+    """A dataset of one batch."""
+    return tf.data.Dataset.from_tensor_slices((X, y, *weight)).batch(24)
 
 
 @pytest.mark.slow
@@ -351,6 +351,46 @@ def test_class_weights_are_the_sample_weights_they_stand_for(make, y):
     expected, _ = weights_after(make, x=labelled(y, OF_CLASS))
     for data in ({"x": X, "y": y}, {"x": labelled(y)}):
         assert_same(weights_after(make, **data, class_weight=CLASS_WEIGHT)[0], expected)
+
+
+LABELS = np.array([-1, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "y",
+    [LABELS, LABELS[:, None].astype("float32"), tf.constant(LABELS), np.stack([LABELS, LABELS], 1)[..., None]],
+    ids=["labels", "a column of floats", "tensor", "sequences"],
+)
+def test_every_label_has_the_weight_of_its_class_and_classes_that_are_not_named_have_1(y):
+    found = weights_of_classes({0: 0.5, 1: 3.0}, y)
+    np.testing.assert_array_equal(found, np.stack([[1, 0.5, 3, 1]] * 2, 1) if y.ndim > 2 else [1, 0.5, 3, 1])
+    assert found.dtype == keras.config.floatx()
+
+
+def test_one_hot_and_boolean_labels_have_the_weights_of_their_classes():
+    for y in (np.eye(3)[[2, 0, 1]], np.eye(3)[[[2, 0, 1]]]):
+        np.testing.assert_array_equal(np.ravel(weights_of_classes({0: 0.5, 1: 3.0}, y)), [1, 0.5, 3])
+    np.testing.assert_array_equal(weights_of_classes({1: 3.0}, np.array([True, False])), [3, 1])
+
+
+def test_validation_cases_are_not_weighed_by_their_classes():
+    data = FitData(X, CLASSES, None, CLASS_WEIGHT, **{**ARGUMENTS, "batch_size": 9}, validation_split=0.25)
+    arguments = data.for_keras(tf.constant(0), tf.constant(0), False, 1, True)
+    assert len(arguments["validation_data"]) == 2 and len(arguments["x"].element_spec) == 3
+    assert data.specs().sample_weight == tf.TensorSpec([9], "float64")
+
+
+@pytest.mark.parametrize(
+    "y, sample_weight, class_weight, error",
+    [
+        (CLASSES, WEIGHT, CLASS_WEIGHT, "`class_weight` and `sample_weight` must not be given both"),
+        ([CLASSES, CLASSES], None, CLASS_WEIGHT, "for the targets of one output, an array. Received: y of type list"),
+        (CLASSES, None, [1.0, 2.0], "must be a dict from numbers of classes to weights. Received: class_weight=\\[1.0"),
+    ],
+)
+def test_weights_of_classes_that_cannot_be_are_refused(y, sample_weight, class_weight, error):
+    with pytest.raises(ValueError, match=error):
+        FitData(X, y, sample_weight, class_weight, **ARGUMENTS, validation_split=0.0)
 
 
 @pytest.mark.slow
@@ -377,11 +417,6 @@ def test_train_on_batch_takes_weights_and_of_any_size_traces_at_most_twice():
         cases = X[:num_cases], CLASSES[:num_cases], OF_CLASS[:num_cases]
         assert model.train_on_batch(*cases, return_dict=True)["num_cases"] == num_cases
     assert 1 <= model.num_traces <= 2  # the second for any number of cases
-
-
-def test_class_weights_and_weights_of_cases_together_are_refused():
-    with pytest.raises(ValueError, match="class_weight.*sample_weight"):
-        fit(classification(), X, CLASSES, class_weight=CLASS_WEIGHT, sample_weight=WEIGHT)
 
 
 # Several inputs and outputs.

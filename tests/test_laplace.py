@@ -244,17 +244,18 @@ def test_it_is_saved_as_arrays_and_belongs_to_its_weights(tmp_path):
     model = compiled(layers.Dense(3, "tanh"), layers.Dense(2))
     x, y = normal(20, 2), normal(20, 2, seed=1)
     posterior = model.laplace(x, y)
-    posterior.save(tmp_path / "posterior.npz")
+    posterior.save(tmp_path / "posterior")
+    assert [path.name for path in tmp_path.iterdir()] == ["posterior"]
     network = keras.models.clone_model(model.network)
     network.set_weights(model.network.get_weights())
-    loaded = Laplace.load(tmp_path / "posterior.npz", network)
+    loaded = Laplace.load(tmp_path / "posterior", network)
     for one, other in zip(posterior.predict(x), loaded.predict(x), strict=True):
         np.testing.assert_array_equal(one, other)
     assert (loaded.log_evidence, loaded.structure) == (posterior.log_evidence, "full")
     with pytest.raises(
         ValueError, match="must be the one that the distribution was made with. Received: a network of 2 "
     ):
-        Laplace.load(tmp_path / "posterior.npz", keras.Sequential([keras.Input((2,)), layers.Dense(2)]))
+        Laplace.load(tmp_path / "posterior", keras.Sequential([keras.Input((2,)), layers.Dense(2)]))
     model.network.layers[0].bias.assign([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="weights it was made at, and they have changed since"):
         posterior.predict(x)

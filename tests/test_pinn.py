@@ -303,6 +303,7 @@ def test_points_by_residual_are_drawn_in_proportion_to_it_each_once_and_never_wh
         assert drawn.shape == (1_000, 2) and len(np.unique(drawn[:, 0])) == 1_000 and drawn.max() <= 1
         # A draw without replacement of a twentieth of all lowers the means a little; 1 / sqrt(12000) is their standard error at most.
         assert drawn[:, 0].mean() == pytest.approx(mean, abs=0.03)
+    assert pinn.by_residual("x", candidates[-10:], 9, power=0.0, seed=0).max() <= 1
     zeros = np.zeros((3, 2))
     np.testing.assert_array_equal(pinn.by_residual("x", zeros, 3), zeros)
     with pytest.raises(ValueError, match="`name` must be that of a term: x, data. Received: 'y'"):

@@ -185,6 +185,28 @@ def no_strings(name, values, cure):
         raise ValueError(f"`{name}` must hold numbers. Received: strings. {cure}")
 
 
+def targets_are_numbers(y):
+    """Raises if targets hold strings."""
+    no_strings("y", y, "Number the classes: `np.unique(y, return_inverse=True)[1]`.")
+
+
+def class_weight(value, y, sample_weight):
+    """Raises if weights of classes are none, come beside weights of cases, or with other targets than those of one output."""
+    if not isinstance(value, dict) or not value:
+        raise ValueError(
+            f"`class_weight` must be a dict from numbers of classes to weights. Received: class_weight={value!r}."
+        )
+    if sample_weight is not None:
+        raise ValueError(
+            "`class_weight` and `sample_weight` must not be given both. Received: both. Multiply them, and give `sample_weight` alone."
+        )
+    if y is None or isinstance(y, (dict, list, tuple)):
+        raise ValueError(
+            f"`class_weight` is for the targets of one output, an array. Received: y of type {type(y).__name__}. Give `sample_weight`, one for "
+            "each output."
+        )
+
+
 def trainable_weights(variables):
     """Raises if a trainable weight is not a real floating-point number. An update could not change it, or only by rounding."""
     for variable in variables:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common import checks, keras_private
+from keras_hf.common import checks, files, keras_private
 from keras_hf.common.vectors import num_weights, pack
 from keras_hf.posterior.evidence import most_probable, noise_variance
 from keras_hf.posterior.gaussian import Dual, Kronecker, Primal, restored
@@ -161,26 +161,28 @@ class Laplace:
             )
 
     def save(self, path):
-        """Writes everything but the network to a file of NumPy arrays (`.npz`), which `load` reads. The network is saved by Keras.
+        """Writes everything but the network to a file of NumPy arrays, in the format of `.npz`, which `load` reads. The network is saved by Keras.
 
         Plain arrays: they can be read without this package, and the network that they belong to has a format of its own.
 
         Args:
-            path: String or path-like object.
+            path: String or path-like object, the file, whatever its name ends in; an old one is replaced by a complete one.
         """
         settings = {key: np.asarray(value) for key, value in self._likelihood._asdict().items()}
         arrays = {f"distribution_{key}": np.asarray(value) for key, value in self._distribution.arrays().items()}
-        np.savez(
-            path,
-            structure=self.structure,
-            mean=self._mean,
-            noise=self.noise,
-            prior_precision=self.prior_precision,
-            numbers=[self.log_evidence, self.num_effective],
-            places=[_place(variable, self._outputs.network) for variable in self.variables],
-            **{f"likelihood_{key}": value for key, value in settings.items()},
-            **arrays,
-        )
+        # Of a name NumPy would make another.
+        with files.replacing(path) as new, open(new, "wb") as file:
+            np.savez(
+                file,
+                structure=self.structure,
+                mean=self._mean,
+                noise=self.noise,
+                prior_precision=self.prior_precision,
+                numbers=[self.log_evidence, self.num_effective],
+                places=[_place(variable, self._outputs.network) for variable in self.variables],
+                **{f"likelihood_{key}": value for key, value in settings.items()},
+                **arrays,
+            )
 
     @classmethod
     def load(cls, path, network):
