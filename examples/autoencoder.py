@@ -98,6 +98,9 @@ def main(arguments=None):
 
     Args:
         arguments: List of strings, as on the command line; None takes those.
+
+    Returns:
+        Dict from the labels of the methods to what each reached, the last row of its `Recorder`.
     """
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -121,6 +124,7 @@ def main(arguments=None):
     plot_errors(recorders, args.out / "errors.png")
     plot_reconstructions(networks, x_test[:12], args.out / "reconstructions.png")
     print(f"\nFigures and errors against time: {args.out}")
+    return {LABELS[method]: recorder.rows[-1] for method, recorder in recorders.items()}
 
 
 def parse(arguments):

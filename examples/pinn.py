@@ -57,6 +57,9 @@ def main(arguments=None):
 
     Args:
         arguments: List of strings, as on the command line; None takes those.
+
+    Returns:
+        Dict from the labels of the runs to what each reached, the last row of its file.
     """
     args = parse(arguments)
     folder = args.results / args.problem
@@ -74,6 +77,7 @@ def main(arguments=None):
         path = args.results / f"{args.problem}-seed{args.seed}.png"
         plot(make(args.problem), runs, path)
     print(f"\nFigure: {path}")
+    return {label(name): read_rows(file)[-1] for name, file in runs.items()}
 
 
 def make(name):

@@ -85,6 +85,9 @@ def main(arguments=None):
 
     Args:
         arguments: List of strings, as on the command line; None takes those.
+
+    Returns:
+        Dict from the labels of the runs to what each reached, the last row of its file.
     """
     args = parse(arguments)
     folder = args.results / f"{args.problem}-{args.length}"
@@ -109,6 +112,7 @@ def main(arguments=None):
     path = folder / f"seed{args.seed}.png"
     plot(f"{args.problem}, T = {args.length}", runs, path)
     print(f"\nFigure: {path}")
+    return {label(name): read_rows(file)[-1] for name, file in runs.items()}
 
 
 def parse(arguments):

@@ -1,5 +1,7 @@
 """What the demo promises: three acts of the length stated, by settings that were tuned on another seed, with a table and a figure each."""
 
+import math
+
 import keras
 import pytest
 
@@ -25,6 +27,16 @@ def test_no_rate_is_tried_on_the_seed_that_is_shown():
     assert demo.__doc__.count("--seed 1") == 3
 
 
+def test_what_is_said_of_the_errors_follows_from_them():
+    runs = {"Adam": 4.18, "Hessian-free, defaults": 3.04, "Nesterov momentum": 2.78, "SGD": math.nan, "Muon": 3.041}
+    said = demo.standing(
+        {label: {"error": error} for label, error in runs.items()}, "error", lambda run: f"{run['error']:.2f}"
+    )
+    assert said == (
+        "3.04 by Hessian-free, defaults: ahead of Adam (4.18) and SGD (nan), level with Muon (3.04), behind Nesterov momentum (2.78)."
+    )
+
+
 @pytest.mark.slow
 def test_the_demo_plays_all_acts_at_toy_size(tmp_path, capsys, monkeypatch):
     problem = problems.poisson()
@@ -39,6 +51,7 @@ def test_the_demo_plays_all_acts_at_toy_size(tmp_path, capsys, monkeypatch):
         "CURVES": "--method adam nag",
     }.items():
         monkeypatch.setattr(demo, name, f"{getattr(demo, name)} {methods} --updates 2 --seconds inf")
+    monkeypatch.setattr(demo, "OURS", "Adam")
     demo.main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0].removeprefix("| ") for line in printed.splitlines() if line.startswith("| ")]
@@ -52,6 +65,8 @@ def test_the_demo_plays_all_acts_at_toy_size(tmp_path, capsys, monkeypatch):
         "Adam",
         "Nesterov momentum",
     ]
+    for said in ("Relative error", "Wrong sequences", "Training error", "Test error"):
+        assert f"\n{said} " in printed
     for name in (
         "poisson-seed0.png",
         "recurrent/memory-5-10/seed0.png",
