@@ -82,7 +82,8 @@ class HessianFree(keras.optimizers.Optimizer):
         use_ema: Whether to keep an exponential moving average of the weights over updates, as Keras' optimizers do (Polyak averaging). On minibatches
             that cannot grow, or grow slowly, the average is closer to the minimum than the last weights. At the end of `fit` it takes their place;
             `keras.callbacks.SwapEMAWeights` swaps it in for evaluation.
-        ema_momentum: Float in [0, 1], the weight of the old average in the new one.
+        ema_momentum: Float in [0, 1], the weight of the old average in the new one. At update t, counted from 0, it is at most `(1 + t) / (10 + t)`:
+            of few updates the average then holds the last ones alone, where that of Keras' optimizers keeps the first.
         name: Name of the optimizer.
 
     Updates are traced for the parts and the sizes of batches, which are fixed: compile with another optimizer to change them.
@@ -203,6 +204,11 @@ class HessianFree(keras.optimizers.Optimizer):
     def solve_by(self, solver):
         """Takes a solver without a state in place of the one that the state belongs to, or `None` to go back to that one."""
         self._stateless_solver = solver
+
+    def average_momentum(self):
+        """Returns the weight of the old averages of the weights in the new ones, a scalar tensor; see `ema_momentum`."""
+        num_updates = tf.cast(self.iterations.value, tf.float64)
+        return tf.minimum(tf.constant(self.ema_momentum, tf.float64), (1 + num_updates) / (10 + num_updates))
 
     @property
     def damping(self):

@@ -156,7 +156,7 @@ def _apply(setup, optimizer, objective, result):
         setup.task.variables, objective.start(), objective.new_weights(result.step), strict=True
     ):
         variable.assign(tf.where(accepted, new, old))
-    keras_private.average_weights(optimizer)
+    keras_private.average_weights(optimizer, optimizer.average_momentum())
     num_cases, num_before = objective.totals.num_cases, result.state.statistics_cases
     before = [tf.convert_to_tensor(state.value) for state in states]
     after = tf.cond(accepted, lambda: objective.next_states(result.network_states, num_before), lambda: before)

@@ -147,17 +147,17 @@ def test_an_optimizer_knows_the_weights_it_was_built_for(model):
 
 
 def test_moving_averages_follow_the_weights_and_begin_with_the_first():
-    optimizer = keras.optimizers.SGD(use_ema=True, ema_momentum=0.75)
+    optimizer = keras.optimizers.SGD(use_ema=True)
     weight = keras.Variable([4.0])
     optimizer.build([weight])
     for value, expected in ((8.0, 8.0), (4.0, 7.0)):
         weight.assign([value])
-        keras_private.average_weights(optimizer)
+        keras_private.average_weights(optimizer, tf.constant(0.75, tf.float64))
         optimizer.iterations.assign_add(1)
         np.testing.assert_allclose(optimizer._model_variables_moving_average[0], [expected])
     without = keras.optimizers.SGD()
     without.build([weight])
-    keras_private.average_weights(without)
+    keras_private.average_weights(without, 0.75)
 
 
 def test_a_symbolic_build_makes_weights_loss_metrics_and_optimizer():

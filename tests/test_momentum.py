@@ -318,15 +318,15 @@ def test_a_stream_of_minibatches_is_followed():
 
 
 @pytest.mark.slow
-def test_the_average_of_the_weights_is_that_of_keras_and_swaps_in_for_evaluation():
+def test_the_average_of_the_weights_is_that_of_keras_of_a_momentum_that_grows_and_swaps_in_for_evaluation():
     x, y = regression()
-    model = momentum_model(PreconditionedMomentum(Identity()), growing_batch=None, use_ema=True, ema_momentum=0.8)
+    model = momentum_model(PreconditionedMomentum(Identity()), growing_batch=None, use_ema=True, ema_momentum=0.25)
     seen = []
     keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(model.get_weights()))
     fit(model, x, y, epochs=4, callbacks=[LevenbergMarquardt(), keep, keras.callbacks.SwapEMAWeights()])
     average = seen[0]
-    for weights in seen[1:]:
-        average = [0.8 * old + 0.2 * new for old, new in zip(average, weights, strict=True)]
+    for momentum, weights in zip((2 / 11, 3 / 12, 0.25), seen[1:], strict=True):
+        average = [momentum * old + (1 - momentum) * new for old, new in zip(average, weights, strict=True)]
     # Keras leaves the average as the weights at the end of training.
     assert_same(average, model.get_weights(), rtol=1e-5, atol=1e-6)
     assert HessianFree.from_config(model.optimizer.get_config()).use_ema

@@ -86,9 +86,15 @@ def optimized_weights(optimizer):
     return optimizer._trainable_variables
 
 
-def average_weights(optimizer):
-    """Brings an optimizer's moving averages of its weights up to date, if it has any; call it before it counts the update."""
-    optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
+def average_weights(optimizer, momentum):
+    """Brings an optimizer's moving averages of its weights up to date, if it has any; call it before it counts the update.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`.
+        momentum: Scalar tensor, the weight of the old averages, in place of the optimizer's own. At the first update it counts as 0.
+    """
+    with replaced((optimizer, "ema_momentum", momentum)):
+        optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
 
 
 # Of the building of models from a first batch.
