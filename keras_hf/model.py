@@ -428,7 +428,7 @@ class HFModel(keras.Model):
 
         return LossFunction(self, data)
 
-    def parameter_covariance(self, x, y, sample_weight=None, absolute_sigma=False):
+    def parameter_covariance(self, x, y=None, sample_weight=None, absolute_sigma=False):
         """Returns the covariance of the trained weights, as `scipy.optimize.curve_fit` does: `pcov` and the standard errors.
 
         For least squares ("mse"), at the minimum of the loss on these cases. With J the Jacobian of the outputs, W the sample weights, r the
@@ -466,9 +466,10 @@ class HFModel(keras.Model):
         >>> model.parameter_covariance(x, y).matrix.shape
         (2, 2)
         """
+        checks.no_batches("parameter_covariance", x)
         return covariance.parameter_covariance(self, x, y, sample_weight, checks.flag("absolute_sigma", absolute_sigma))
 
-    def laplace(self, x, y, sample_weight=None, structure="auto", noise=None, prior_precision=None):
+    def laplace(self, x, y=None, sample_weight=None, structure="auto", noise=None, prior_precision=None):
         """Returns the distribution of the weights that the data leave open, for predictions with error bars: Laplace's approximation.
 
         At trained weights, in evaluation mode. The loss is read as a likelihood: squares as normal noise of the variance `noise^2 / sample_weight`,
@@ -693,6 +694,7 @@ class HFModel(keras.Model):
     def _cases(self, method, x, y, sample_weight):
         """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""
         keras_private.require_compiled(self, method)
+        checks.no_batches(method, x)
         checks.num_cases(x, y, sample_weight)
         compiled_model.require_targets(self, y)
         data = Data(x, y, sample_weight).tensors()

@@ -180,6 +180,15 @@ def test_weights_must_have_the_shape_of_the_loss_values():
                 check_shapes(weights, values)
 
 
+@pytest.mark.parametrize("method", ["laplace", "parameter_covariance", "objective", "check_products"])
+def test_methods_that_need_all_cases_refuse_a_dataset_with_the_cure(method):
+    model = compiled()
+    with pytest.raises(
+        ValueError, match=f"`{method}` needs all cases at once, as arrays. Received: x of type .*concatenate"
+    ):
+        getattr(model, method)(tf.data.Dataset.from_tensor_slices((X, Y)).batch(5))
+
+
 def test_one_weight_for_a_whole_sequence_is_refused_with_the_shape_that_it_must_have():
     model = compiled(keras.Sequential([keras.Input((5, 3)), layers.Dense(1)]))
     with pytest.raises(

@@ -137,6 +137,17 @@ def num_cases(x, y=None, sample_weight=None):
     return count
 
 
+def no_batches(method, x):
+    """Raises if a method that needs all cases at once, as arrays, got a dataset, a `PyDataset` or a generator."""
+    if isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset, keras.utils.PyDataset)) or hasattr(
+        x, "__next__"
+    ):
+        raise ValueError(
+            f"`{method}` needs all cases at once, as arrays. Received: x of type {type(x).__name__}. Of a dataset: "
+            "`x, y = (np.concatenate(parts) for parts in zip(*dataset.as_numpy_iterator()))`."
+        )
+
+
 def dense(tensor):
     """Raises if what a batch holds is sparse or ragged."""
     if isinstance(tensor, (tf.SparseTensor, tf.RaggedTensor)):
