@@ -7,7 +7,7 @@ LOWEST = $(shell sed -En 's/^    (tensorflow|keras|numpy)>=(.*)/\1==\2.0/p' setu
 # Of pytest: one a core. Each begins with a share of the tests in their order, so that few of them make a fixture that another one makes, too.
 WORKERS := -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-lowest lint docs tables bench peers
+.PHONY: demo test test-slow test-lowest fuzz lint docs tables bench peers
 
 demo: .venv/examples.installed
 	$(BIN)/python -m examples.demo
@@ -25,6 +25,10 @@ test-slow: .venv/test.installed
 # TensorFlow's graph optimizer, as users have it.
 test-lowest: .venv-lowest/test.installed
 	KERAS_HF_OPTIMIZE_GRAPHS=1 .venv-lowest/bin/python -m pytest $(WORKERS) -m "not slow"
+
+# Random programs beside dense oracles, for MINUTES from SEED on; failures and a summary in runs/fuzz.
+fuzz: .venv/test.installed
+	TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=.:tests $(BIN)/python -m fuzz
 
 lint: .venv/lint.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,92 @@
+"""One process of `make fuzz`: a few draws by hypothesis, each reported as a line of JSON, and a failure made small."""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import keras
+from hypothesis import HealthCheck, assume, given, seed, settings, strategies
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+from fuzz.draw import Invalid, Program
+from fuzz.run import outcome_of
+
+FOLDER = Path("runs/fuzz")
+DRAWS, SHRINKING_SECONDS, MOST_BYTES = 20, 90, 8 * 2**30
+
+
+class Failed(AssertionError):
+    """A property that does not hold."""
+
+
+class Worker:
+    """Draws, and remembers what failed."""
+
+    def __init__(self, place, end):
+        self._current, self._end = FOLDER / f"current_{place}.py", end
+        self._known = set(json.loads((FOLDER / f"known_{place}.json").read_text()))
+        self._outcomes, self._first_failure, self.smallest = {}, None, None
+
+    def check(self, data):
+        """Draws one program and checks it; raises an error where it fails."""
+        late = (
+            time.time() > self._end
+            if self._first_failure is None
+            else time.time() > self._first_failure + SHRINKING_SECONDS
+        )
+        try:
+            program = Program(lambda options: data.draw(strategies.sampled_from(options)))
+        except Invalid:
+            assume(False)
+        outcome = self._outcomes.get(program.source)
+        if outcome is None:
+            if late:
+                return
+            self._current.write_text(program.source)
+            outcome = self._outcomes[program.source] = outcome_of(program)
+            if self._first_failure is None:
+                self.report(outcome, sorted(program.features))
+        if outcome.kind == "failed" and outcome.signature not in self._known:
+            self._first_failure = self._first_failure or time.time()
+            if self.smallest is None or len(program.source) <= len(self.smallest[0].script):
+                self.smallest = outcome, sorted(program.features)
+            raise Failed(outcome.signature)
+
+    def report(self, outcome, features, script=""):
+        """One line of JSON; the script comes when it is small."""
+        print(json.dumps({**outcome._asdict(), "features": features, "script": script}), flush=True)
+
+
+def main(number, place, end):
+    """Draws up to the first new failure, which it makes small and reports."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    keras.config.disable_traceback_filtering()
+    worker = Worker(place, end)
+
+    @seed(number)
+    @settings(
+        max_examples=DRAWS,
+        deadline=None,
+        database=DirectoryBasedExampleDatabase(FOLDER / "examples"),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(strategies.data())
+    def draw(data):
+        worker.check(data)
+
+    # Hypothesis raises what was reported, or says that it is flaky.
+    with contextlib.suppress(Exception):
+        draw()
+    if worker.smallest:
+        outcome, features = worker.smallest
+        worker.report(outcome._replace(kind="smaller"), features, outcome.script)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
