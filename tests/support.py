@@ -103,6 +103,11 @@ def head(x):
     return layers.Dense(1)(layers.Flatten()(x))
 
 
+def mean(x):
+    """A last layer that heeds masks."""
+    return layers.Dense(1)(layers.GlobalAveragePooling1D()(x))
+
+
 def hidden(x):
     """A layer with weights, beside the one that is asked about."""
     return layers.Dense(2, "tanh")(x)
@@ -264,6 +269,47 @@ def saved_and_loaded(x):
         return hidden(layers.TFSMLayer(folder)(x))
 
 
+# Of every kind of layer one, on sequences.
+ON_SEQUENCES = {
+    "Dense": lambda: layers.Dense(2, "tanh"),
+    "EinsumDense": lambda: layers.EinsumDense("...c,cd->...d", output_shape=2, activation="tanh"),
+    "Softmax": lambda: layers.Softmax(),
+    "Conv1D": lambda: layers.Conv1D(2, 2, activation="tanh"),
+    "Conv1DTranspose": lambda: layers.Conv1DTranspose(2, 2, activation="tanh"),
+    "MaxPooling1D": lambda: layers.MaxPooling1D(2),
+    "GlobalAveragePooling1D": lambda: layers.GlobalAveragePooling1D(keepdims=True),
+    "UpSampling1D": lambda: layers.UpSampling1D(),
+    "Permute": lambda: layers.Permute((2, 1)),
+    "BatchNormalization": lambda: layers.BatchNormalization(),
+    "LayerNormalization": lambda: layers.LayerNormalization(),
+    "ActivityRegularization": lambda: layers.ActivityRegularization(l2=0.1),
+    "Dropout": lambda: layers.Dropout(0.5),
+    "SimpleRNN": lambda: layers.SimpleRNN(2, return_sequences=True),
+    "LSTM": lambda: layers.LSTM(1, return_sequences=True),
+    "GRU": lambda: layers.GRU(1, return_sequences=True),
+    "Bidirectional": lambda: layers.Bidirectional(layers.SimpleRNN(1, return_sequences=True)),
+    "TimeDistributed": lambda: layers.TimeDistributed(layers.Dense(2, "tanh")),
+}
+# Sequences that recurrent layers put out.
+SEQUENCES = {
+    "SimpleRNN": lambda x: ON_SEQUENCES["SimpleRNN"]()(x),
+    "LSTM": lambda x: ON_SEQUENCES["LSTM"]()(x),
+    "GRU, backwards, masked": lambda x: layers.GRU(1, return_sequences=True, go_backwards=True)(layers.Masking()(x)),
+    "own cell": lambda x: layers.RNN(Cell(), return_sequences=True)(x),
+    "Bidirectional, LSTM": lambda x: layers.Bidirectional(ON_SEQUENCES["LSTM"]())(x),
+}
+
+
+def of_pairs():
+    """The rows of recurrent layers with every kind of layer behind and before one, and in `TimeDistributed`."""
+    for kind, make in ON_SEQUENCES.items():
+        pair = {"is_slow": True, "expected": {FORWARD: None}, "is_random": kind == "Dropout"}
+        between = lambda x, make=make: layers.SimpleRNN(1)(make()(layers.SimpleRNN(2, return_sequences=True)(x)))  # noqa: E731
+        is_indefinite = kind == "ActivityRegularization"  # Keras leaves its loss out within `TimeDistributed`.
+        yield row(f"SimpleRNN, twice, between them {kind}", (3, 2), between, is_indefinite=is_indefinite, **pair)
+        yield on(f"TimeDistributed, {kind}", (2, 3, 2), of=make, before=hidden, **pair)
+
+
 LOOP = {"expected": LOOPS, "is_slow": True}
 RANDOM = {"is_random": True}
 DROPOUT = {"dropout": 0.5, "recurrent_dropout": 0.5}
@@ -418,7 +464,11 @@ LAYERS = [
     *(on(f"ConvLSTM{dims}D", (2, *[2] * dims, 1), 1, 1, **LOOP) for dims in (1, 2, 3)),
     on("ConvLSTM1D, unroll", (2, 2, 1), 1, 2, padding="same", unroll=True),
     on("TimeDistributed", (2, 3), of=lambda: layers.Dense(2, "tanh")),
-    on("TimeDistributed, Conv1D", (2, 3, 1), of=lambda: layers.Conv1D(2, 2, activation="tanh")),
+    *(
+        on(f"TimeDistributed, behind {name}", ragged, before=recurrent, of=lambda: layers.Dense(1), after=mean, **LOOP)
+        for name, recurrent in SEQUENCES.items()
+    ),
+    *of_pairs(),
     # Preprocessing, as part of the network.
     behind("Rescaling", (3,), 0.5, 0.1),
     behind("Normalization", (3,), mean=[0.1, 0.2], variance=[1.0, 2.0]),

@@ -9,6 +9,7 @@ from test_hidden_states import LENGTH, MASKED_INPUTS, Slow, inputs, network
 from training import assert_same
 
 from keras_hf import DoubleBackward, InitialState
+from keras_hf.problem.capture import recorded_uses
 from keras_hf.problem.hidden_states import recurrent_layers
 from keras_hf.problem.recurrence import linear_derivatives
 
@@ -105,6 +106,24 @@ def test_derivatives_go_through_layers_to_first_states_and_a_simple_recurrence_m
     between = layers.GRU(1, return_sequences=True)(layers.Dense(1)(below), initial_state=first)
     net = keras.Model(x, layers.SimpleRNN(1)(between))
     assert_as_by_keras(products(net, inputs()), net, inputs())
+
+
+@pytest.mark.parametrize("cell", [layers.SimpleRNNCell, layers.GRUCell])
+def test_layers_behind_know_the_number_of_steps(cell):
+    """Without it `keras.layers.TimeDistributed` takes the number of cases for it."""
+    layer = layers.RNN(cell(2), return_sequences=True)
+    by_row = layers.TimeDistributed(layers.Dense(1))
+    net = keras.Sequential([keras.Input((LENGTH, 2)), layer, by_row])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, LENGTH, 2], tf.float64)], autograph=False)
+    def compute(x):
+        with linear_derivatives([layer]):
+            linear = net(x)
+        with recorded_uses([layer]):
+            return linear, net(x)
+
+    x = tf.tile(inputs(), [3, 1, 1])
+    assert_same(compute(x), [net(x)] * 2, rtol=1e-12)
 
 
 def test_lengths_may_be_known_at_run_time_only():

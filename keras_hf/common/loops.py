@@ -55,3 +55,16 @@ def sum_over_blocks(size, block, terms, start):
     return tf.while_loop(lambda first, _: first < size, add_block, (tf.zeros_like(size), start), parallel_iterations=1)[
         1
     ]
+
+
+def stacked(array, length):
+    """Returns what a loop has written to a `tf.TensorArray`, with the shape that the loop loses.
+
+    Layers that come next may depend on it: `keras.layers.TimeDistributed` takes the number of cases for that of steps where no trace knows the steps.
+
+    Args:
+        array: `tf.TensorArray`.
+        length: The number of its entries, an integer, or a scalar or `None` where no trace knows it.
+    """
+    values = array.stack()
+    return tf.ensure_shape(values, [length, *values.shape[1:]]) if isinstance(length, int) else values

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from keras_hf.common.keras_private import takes_training
+from keras_hf.common.loops import stacked
 from keras_hf.common.passes import graph_function
 from keras_hf.common.replaced import replaced
 from keras_hf.common.vectors import dense
@@ -199,7 +200,7 @@ def _recurrence(step, masks, num_states, x, *rest):
     outputs = tf.TensorArray(first.dtype, times, element_shape=first.shape)
     _, last, outputs, before = _loop(times, forwards, (0, states, outputs, arrays))
     # The states before every step: all that the derivative needs.
-    before = [array.stack() for array in before]
+    before = [stacked(array, times) for array in before]
 
     def at(time):
         return [x[time], *[of_state[time] for of_state in before], *weights]
@@ -226,7 +227,7 @@ def _recurrence(step, masks, num_states, x, *rest):
         zeros = [tf.zeros_like(weight) for weight in weights]
         of_x = tf.TensorArray(x.dtype, times, element_shape=x.shape[1:])
         _, of_states, of_weights, of_x = _loop(times, backwards, (0, list(u[1:]), zeros, of_x))
-        return [of_x.stack(), *of_states, *of_weights]
+        return [stacked(of_x, times), *of_states, *of_weights]
 
     def push(v):
         of_weights = list(v[1 + num_states :])
@@ -238,9 +239,9 @@ def _recurrence(step, masks, num_states, x, *rest):
 
         outputs = tf.TensorArray(first.dtype, times, element_shape=first.shape)
         _, of_states, outputs = _loop(times, forwards, (0, list(v[1 : 1 + num_states]), outputs))
-        return [outputs.stack(), *of_states]
+        return [stacked(outputs, times), *of_states]
 
-    return _Linearized([outputs.stack(), *last], graph_function(pull), graph_function(push))
+    return _Linearized([stacked(outputs, times), *last], graph_function(pull), graph_function(push))
 
 
 def _simple_recurrence(activation, x, start, kernel, recurrent_kernel, bias=None):
@@ -274,7 +275,7 @@ def _simple_recurrence(activation, x, start, kernel, recurrent_kernel, bias=None
 
         values = tf.TensorArray(start.dtype, times, element_shape=start.shape)
         _, state, values = _loop(times, turn, (0, state, values))
-        return values.stack(), state
+        return stacked(values, times), state
 
     driven = by_kernel(x, kernel) if bias is None else by_kernel(x, kernel) + bias
 

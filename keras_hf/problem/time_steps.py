@@ -10,6 +10,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
+from keras_hf.common.loops import stacked
 from keras_hf.common.replaced import replaced
 
 _NUM_GATES = {keras.layers.SimpleRNNCell: 1, keras.layers.LSTMCell: 4, keras.layers.GRUCell: 3}
@@ -97,8 +98,8 @@ def _run(layer, sequences, initial_state, mask, record):
     _, states, output, outputs, before = tf.while_loop(
         lambda time, *_: time < times, step, (0, start, first, *arrays), maximum_iterations=times
     )
-    use.inputs = _rows(_by_time(x), _by_time(before.stack()), parts, bool(bias))
-    return output, _by_time(outputs.stack()), keras.tree.pack_sequence_as(initial_state, states)
+    use.inputs = _rows(_by_time(x), _by_time(stacked(before, x.shape[0])), parts, bool(bias))
+    return output, _by_time(stacked(outputs, x.shape[0])), keras.tree.pack_sequence_as(initial_state, states)
 
 
 def _step(cell, by_input, by_state, states):
