@@ -374,14 +374,33 @@ class HFModel(keras.Model):
         return super().predict(strings_as_tensors(x), batch_size, verbose, *args, **kwargs)
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
-        """Performs one update on these cases; arguments as `keras.Model.train_on_batch`."""
+        """Performs one update on these cases; arguments as `keras.Model.train_on_batch`.
+
+        Before the first update, the solver is chosen as `fit` chooses it for these cases as one batch.
+
+        Returns:
+            As in Keras: the loss, a scalar, or a list of it and the metrics. With `return_dict`, all logs of the update, a dict.
+        """
         keras_private.require_compiled(self, "train_on_batch")
         if is_arrays(x):
             checks.equal_lengths(x, y, sample_weight)
         if class_weight is not None:
             sample_weight = weights_of_classes(class_weight, y, sample_weight)
+        if is_arrays(x) and self._setup is None:
+            data = FitData(
+                x,
+                y,
+                sample_weight,
+                **dict.fromkeys(("batch_size", "steps_per_epoch", "validation_data", "validation_split")),
+            )
+            self._choose_solver_for(data)
         self._expect()
-        return super().train_on_batch(x, y, sample_weight, return_dict=return_dict)
+        logs = super().train_on_batch(x, y, sample_weight, return_dict=True)
+        return (
+            logs
+            if return_dict
+            else keras_private.as_keras_returns(self, {name: logs[name] for name in self.get_metrics_result()})
+        )
 
     def check_products(self, x, y=None, sample_weight=None):
         """Checks the products `v -> Gv` on these cases and prints a report.
@@ -645,6 +664,14 @@ class HFModel(keras.Model):
 
     def _prepare_for(self, fit_data):
         """Chooses the solver for a `FitData`, and prepares for it if the number of cases is known."""
+        few, trace = self._choose_solver_for(fit_data)
+        has_other_cases = not fit_data.is_one_batch
+        self._expect(fit_data.most_cases, has_other_cases)
+        if few is not None and self._setup is None:
+            self._keep_setup(prepare(self, few, fit_data.most_cases, trace(), has_other_cases))
+
+    def _choose_solver_for(self, fit_data):
+        """Chooses the solver for a `FitData`; returns the types of its cases, or `None`, and a function that traces the network for them."""
         few = None if fit_data.num_cases is None else fit_data.specs()
         if few is not None:
             compiled_model.require_numbers(self, few)
@@ -653,10 +680,7 @@ class HFModel(keras.Model):
         if few is not None and self._setup is not None and self._setup.is_for(self.optimizer, few):
             trace = lambda structure=self._setup.structure: structure  # noqa: E731
         self.choose_solver(few if fit_data.is_one_batch else None, fit_data.num_cases, trace)
-        has_other_cases = not fit_data.is_one_batch
-        self._expect(fit_data.most_cases, has_other_cases)
-        if few is not None and self._setup is None:
-            self._keep_setup(prepare(self, few, fit_data.most_cases, trace(), has_other_cases))
+        return few, trace
 
     def choose_solver(self, few, num_cases, trace=None):
         """Takes the exact solver, or goes back from it, where the optimizer leaves that open.

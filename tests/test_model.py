@@ -13,7 +13,7 @@ from keras import layers
 from training import all_values, assert_equal, assert_same, fit, renewed, set_weights, small_network, trainable
 
 import keras_hf
-from keras_hf import ConstantDamping, GaussNewton, HessianFree, HFModel, Identity, LevenbergMarquardt
+from keras_hf import ConstantDamping, DirectSolver, GaussNewton, HessianFree, HFModel, Identity, LevenbergMarquardt
 from keras_hf.problem.curvature import Curvature
 
 LOGS = {"loss", "update_loss", "damping", "reduction_ratio", "step_size", "gradient_norm", "num_cases", "converged"}
@@ -135,6 +135,19 @@ def test_micro_batches_give_the_updates_of_the_whole_though_an_update_was_traced
         fit(each, x, y, batch_size=260, epochs=2)
     assert_same(model.get_weights(), reference.get_weights())
     assert model.num_traces == 2
+
+
+@pytest.mark.slow
+def test_train_on_batch_returns_what_keras_returns_and_takes_the_solver_of_fit(float64):
+    x = np.linspace(-1, 1, 16)[:, None]
+    for metrics, returned in (None, ()), (["mae"], (2,)):
+        model = HFModel(keras.Sequential([keras.Input((1,)), layers.Dense(1)]))
+        model.compile(loss="mse", metrics=metrics)
+        expected = model.evaluate(x, 3 * x, verbose=0)
+        found = model.train_on_batch(x, 3 * x)
+        assert np.shape(found) == returned
+        np.testing.assert_allclose(found, expected)
+        assert isinstance(model.solver, DirectSolver)
 
 
 @pytest.mark.slow

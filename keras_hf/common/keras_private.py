@@ -81,6 +81,11 @@ def track_loss(model, loss, num_cases):
     model._loss_tracker.update_state(loss, sample_weight=num_cases)
 
 
+def as_keras_returns(model, metrics):
+    """Returns a dict of metrics as Keras' methods do without `return_dict`: a list in the order of the model's, of one alone a scalar."""
+    return model._flatten_metrics_in_order(metrics)
+
+
 def optimized_weights(optimizer):
     """Returns the `keras.Variable`s that an optimizer was built for, in order."""
     return optimizer._trainable_variables
