@@ -18,37 +18,59 @@ _WAKE_FACTOR = 2.0
 
 
 class Convergence(NamedTuple):
-    """The record of updates at rounding, kept between updates; scalars of the weights' dtype.
+    """The record of updates at rounding, kept between updates; scalars of the weights' dtype, but for the losses.
 
     Attributes:
         count: Number of updates at rounding since the last measurable decrease of the loss.
+        losses: float64 `(2,)`, the least and the greatest loss before these updates, infinity and minus infinity without any.
         gradient_norm: The largest gradient norm of these updates.
         damping: The damping of the last of them.
     """
 
     count: tf.Tensor
+    losses: tf.Tensor
     gradient_norm: tf.Tensor
     damping: tf.Tensor
 
-    def still_holds(self, gradient_norm, damping):
-        """Whether the run has converged and an update of this gradient norm and damping would change nothing, a bool scalar."""
-        same = (damping == self.damping) & (gradient_norm <= _WAKE_FACTOR * self.gradient_norm)
+    @classmethod
+    def unknown(cls, dtype):
+        """The record before the first update."""
+        zero = tf.zeros([], dtype)
+        return cls(zero, tf.constant([float("inf"), -float("inf")], tf.float64), zero, zero)
+
+    def still_holds(self, loss, rounding, gradient_norm, damping):
+        """Whether the run has converged and an update would change nothing, a bool scalar.
+
+        Other cases, and weights that were set, have another loss, whatever their gradient.
+
+        Args:
+            loss: float64 scalar, before the update.
+            rounding: float64 scalar, that of the loss.
+            gradient_norm: Scalar of the weights' dtype.
+            damping: Scalar of the weights' dtype, the damping of the update.
+        """
+        same = (loss >= self.losses[0] - rounding) & (loss <= self.losses[1] + rounding)
+        same &= (damping == self.damping) & (gradient_norm <= _WAKE_FACTOR * self.gradient_norm)
         return (self.count >= _PATIENCE) & same
 
-    def after(self, is_at_rounding, fell, gradient_norm, damping, scale):
+    def after(self, is_at_rounding, fell, loss, rounding, gradient_norm, damping, scale):
         """Returns the record after an update.
 
         Args:
             is_at_rounding: Bool scalar, whether the effect of the update's step was too small to be measured.
             fell: Bool scalar, whether the update lowered the loss by more than its rounding.
+            loss: float64 scalar, before the update.
+            rounding: float64 scalar, that of the loss.
             gradient_norm: Scalar of the weights' dtype.
             damping: Scalar of the weights' dtype, the damping of the update.
             scale: Scalar of the weights' dtype, that of the curvature; 0 where it is not known.
         """
-        woken = (self.count >= _PATIENCE) & ~self.still_holds(gradient_norm, damping)
+        woken = (self.count >= _PATIENCE) & ~self.still_holds(loss, rounding, gradient_norm, damping)
         reset = fell | woken | ~tf.math.is_finite(gradient_norm)
-        before = tf.nest.map_structure(lambda value: tf.where(reset, tf.zeros_like(value), value), self)
-        now = Convergence(before.count + 1, tf.maximum(before.gradient_norm, gradient_norm), damping)
+        unknown = self.unknown(damping.dtype)
+        before = tf.nest.map_structure(lambda new, old: tf.where(reset, new, old), unknown, self)
+        losses = tf.stack([tf.minimum(before.losses[0], loss), tf.maximum(before.losses[1], loss)])
+        now = Convergence(before.count + 1, losses, tf.maximum(before.gradient_norm, gradient_norm), damping)
         is_free = (damping <= scale) | (scale == 0)
         counts = is_at_rounding & is_free & ~fell & tf.math.is_finite(gradient_norm)
         return tf.nest.map_structure(lambda new, old: tf.where(counts, new, old), now, before)

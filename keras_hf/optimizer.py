@@ -303,7 +303,7 @@ class HessianFree(keras.optimizers.Optimizer):
         initial = UpdateState(
             damping=number(damping),
             scale=number(0.0),
-            convergence=Convergence(number(0.0), number(0.0), number(0.0)),
+            convergence=Convergence.unknown(dtype),
             optimism=Optimism.unknown(),
             last_step=tf.zeros([num_weights(values)], dtype),
             solver=self._solver.initial_state(values, layers),
@@ -338,6 +338,16 @@ class HessianFree(keras.optimizers.Optimizer):
     def assign_state(self, state):
         """Sets the state of the optimizer from an `update.UpdateState` of tensors."""
         _assign(self._state, state)
+
+    def load_own_variables(self, store):
+        """Sets the state from a file; Keras calls it."""
+        names = [variable.name for variable in self.variables]
+        # Files of versions up to 0.3 lack one variable.
+        if len(store.keys()) == len(names) - 1:
+            values = [store[str(i)] for i in range(len(names) - 1)]
+            values.insert(names.index("convergence_losses"), Convergence.unknown(tf.float64).losses)
+            store = {str(i): value for i, value in enumerate(values)}
+        super().load_own_variables(store)
 
     def apply(self, grads, trainable_variables=None):
         """Raises an error: an update needs products with the curvature, not only gradients.

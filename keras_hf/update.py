@@ -83,7 +83,6 @@ class _Measured(NamedTuple):
 
     reduction_ratio: tf.Tensor
     squared_length: tf.Tensor
-    rounding: tf.Tensor
     is_at_rounding: tf.Tensor
     is_hidden: tf.Tensor
     num_products: tf.Tensor
@@ -125,7 +124,8 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses
     # Without a damping the gradient is zero or not finite, so that there is no step either; any number serves.
     damping = tf.where(tf.math.is_nan(found_damping), tf.ones_like(found_damping), found_damping)
     norm = tf.cast(gradient_norm, damping.dtype)
-    is_at_rest = state.convergence.still_holds(norm, damping)
+    rounding = rounding_of(at_start.loss, objective.dtype)
+    is_at_rest = state.convergence.still_holds(at_start.loss, rounding, norm, damping)
 
     # The zero is a scalar, here and below: vectors of zeros become constants of the graph, which are never freed.
     gradient = tf.where(is_at_rest, tf.zeros([], gradient.dtype), gradient)
@@ -133,7 +133,7 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses
     path = solver.solve(model, damping, state.solver)
     taken = path.search(objective.loss_at, path.candidates, at_start.loss, gradient)
 
-    measured = _measured(objective, path, taken, linearize(), gradient, gradient_norm, at_start)
+    measured = _measured(objective, path, taken, linearize(), gradient, gradient_norm, at_start.loss, rounding)
     step_size = tf.where(measured.squared_length == 0, tf.zeros([], tf.float64), taken.step_size)
     accepted = step_size > 0
     step = tf.cast(step_size, taken.candidate.dtype) * taken.candidate
@@ -154,7 +154,9 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses
             scale=scale,
             convergence=state.convergence.after(
                 measured.is_at_rounding,
-                accepted & (reduction > measured.rounding) & ~measured.is_hidden,
+                accepted & (reduction > rounding) & ~measured.is_hidden,
+                at_start.loss,
+                rounding,
                 norm,
                 damping,
                 scale,
@@ -211,7 +213,7 @@ def _scale_and_damping(objective, linearize, gradient, state, first_share):
     return scale, tf.where(tf.math.is_nan(state.damping), first_damping(scale, first_share), state.damping)
 
 
-def _measured(objective, path, taken, product, gradient, gradient_norm, at_start):
+def _measured(objective, path, taken, product, gradient, gradient_norm, loss, rounding):
     """Returns the `_Measured` of the step that the search has taken. Cost: one product, unless the path has made it."""
     # At step size 1 and without damping, as in Martens' released code, which has the loss of the chunk, though, and the gradient of all cases. Then
     # the ratio of short steps is not 1: where the gradients of cases cancel, it may stay small, and the damping rise for ever.
@@ -229,15 +231,14 @@ def _measured(objective, path, taken, product, gradient, gradient_norm, at_start
         )
     )
     actual_reduction = taken.start_loss - taken.candidate_loss
-    rounding = rounding_of(at_start.loss, objective.dtype)
     is_at_rounding = (tf.abs(predicted_reduction) <= rounding) | (actual_reduction == 0)
     # If the rounding of the weights hides the step, the loss changes by whatever that rounding makes of it.
     step_rounding = epsilon(objective.dtype) ** 2 * squared_weights
     is_hidden = squared_length <= step_rounding
     is_at_rounding |= is_hidden
-    is_known = tf.math.is_finite(at_start.loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
+    is_known = tf.math.is_finite(loss) & tf.math.is_finite(gradient_norm) & ~is_at_rounding
     ratio = _reduction_ratio(actual_reduction, predicted_reduction, is_known)
-    return _Measured(ratio, squared_length, rounding, is_at_rounding, is_hidden, num_products)
+    return _Measured(ratio, squared_length, is_at_rounding, is_hidden, num_products)
 
 
 def _reduction_ratio(actual, predicted, is_known):

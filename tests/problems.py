@@ -289,7 +289,7 @@ def update_state(objective, solver, damping=0.3, scale=0.0, curvature=None):
     return UpdateState(
         damping=number(damping),
         scale=number(scale),
-        convergence=Convergence(number(0.0), number(0.0), number(0.0)),
+        convergence=Convergence.unknown(objective.dtype),
         optimism=Optimism.unknown(),
         last_step=tf.zeros([objective.num_weights], objective.dtype),
         solver=solver.initial_state(objective.variables, []),

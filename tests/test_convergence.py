@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from training import fit, normal, trainable
 
-from keras_hf import Identity
+from keras_hf import DirectSolver, HessianFree, Identity
 from keras_hf.convergence import Convergence, rounding_of
 
 
@@ -14,48 +14,71 @@ def number(value):
     return tf.constant(value, tf.float64)
 
 
-def memory(count=0.0, gradient_norm=0.0, damping=0.0):
-    return Convergence(number(count), number(gradient_norm), number(damping))
+ROUNDING = 0.01
+NOTHING = (0.0, np.inf, -np.inf, 0.0, 0.0)
 
 
-def after(before, at_rounding, fell=False, gradient_norm=1.0, damping=2.0, scale=8.0):
-    return before.after(
-        tf.constant(at_rounding), tf.constant(fell), number(gradient_norm), number(damping), number(scale)
-    )
+def memory(count=0.0, gradient_norm=0.0, damping=0.0, losses=(3.0, 3.0)):
+    return Convergence(number(count), number(losses), number(gradient_norm), number(damping))
+
+
+def values(found):
+    return tuple(float(value) for value in (found.count, *found.losses, found.gradient_norm, found.damping))
+
+
+def after(before, at_rounding, fell=False, gradient_norm=1.0, damping=2.0, scale=8.0, loss=3.0):
+    numbers = map(number, (loss, ROUNDING, gradient_norm, damping, scale))
+    return before.after(tf.constant(at_rounding), tf.constant(fell), *numbers)
 
 
 def test_five_updates_at_rounding_are_convergence():
-    found = memory()
+    found = Convergence.unknown(tf.float64)
+    assert values(found) == NOTHING
     for count in range(1, 6):
         assert not found.has_converged
-        found = after(found, at_rounding=True, gradient_norm=1.0 / count)
+        found = after(found, at_rounding=True, gradient_norm=1.0 / count, loss=10.0 + count % 3)
         assert found.count == count
     assert found.has_converged
-    assert found.gradient_norm == 1.0 and found.damping == 2.0
+    assert values(found) == (5.0, 10.0, 12.0, 1.0, 2.0)
 
 
 def test_what_an_update_makes_of_the_memory():
-    assert after(memory(3.0, 1.0, 4.0), at_rounding=False) == (3.0, 1.0, 4.0)  # a step that was measured, and rejected
-    assert after(memory(3.0, 1.0, 4.0), at_rounding=False, fell=True) == (0.0, 0.0, 0.0)
-    assert after(memory(3.0, 1.0, 4.0), at_rounding=True, gradient_norm=0.5) == (4.0, 1.0, 2.0)
-    assert after(memory(3.0, 1.0, 4.0), at_rounding=True, gradient_norm=np.nan) == (0.0, 0.0, 0.0)
+    def result(at_rounding, **arguments):
+        return values(after(memory(3.0, 1.0, 4.0), at_rounding, **arguments))
+
+    assert result(False, loss=9.0) == (3.0, 3.0, 3.0, 1.0, 4.0)  # a step that was measured, and rejected
+    assert result(False, fell=True) == NOTHING
+    assert result(True, gradient_norm=0.5) == (4.0, 3.0, 3.0, 1.0, 2.0)
+    assert result(True, gradient_norm=np.nan) == NOTHING
     # The damping is what makes the step short, unless nothing is known of the curvature.
-    assert after(memory(3.0, 1.0, 4.0), at_rounding=True, damping=2.0, scale=1.9) == (3.0, 1.0, 4.0)
-    assert after(memory(3.0, 1.0, 4.0), at_rounding=True, damping=2.0, scale=0.0) == (4.0, 1.0, 2.0)
+    assert result(True, damping=2.0, scale=1.9) == (3.0, 3.0, 3.0, 1.0, 4.0)
+    assert result(True, damping=2.0, scale=0.0) == (4.0, 3.0, 3.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(
-    ("gradient_norm", "damping", "holds"),
-    [(1.0, 4.0, True), (2.0, 4.0, True), (2.1, 4.0, False), (1.0, 4.1, False), (1.0, 0.0, False), (np.nan, 4.0, False)],
+    ("loss", "gradient_norm", "damping", "holds"),
+    [
+        (3.0, 1.0, 4.0, True),
+        (3.0, 2.0, 4.0, True),
+        (3.0, 2.1, 4.0, False),
+        (3.0, 1.0, 4.1, False),
+        (3.0, 1.0, 0.0, False),
+        (3.0, np.nan, 4.0, False),
+        (2.995, 1.0, 4.0, True),
+        (3.205, 1.0, 4.0, True),
+        (2.98, 1.0, 4.0, False),
+        (3.22, 1.0, 4.0, False),
+        (np.nan, 1.0, 4.0, False),
+    ],
 )
-def test_convergence_ends_where_gradient_or_damping_change(gradient_norm, damping, holds):
-    converged = memory(5.0, 1.0, 4.0)
-    assert converged.still_holds(number(gradient_norm), number(damping)) == holds
-    assert not memory(4.0, 1.0, 4.0).still_holds(number(gradient_norm), number(damping))
+def test_convergence_ends_where_loss_gradient_or_damping_change(loss, gradient_norm, damping, holds):
+    numbers = [*map(number, (loss, ROUNDING, gradient_norm, damping))]
+    converged = memory(5.0, 1.0, 4.0, losses=(3.0, 3.2))
+    assert converged.still_holds(*numbers) == holds
+    assert not memory(4.0, 1.0, 4.0, losses=(3.0, 3.2)).still_holds(*numbers)
     # What woke the run starts a new count.
-    assert after(converged, True, False, gradient_norm, damping)[0] == (
-        6 if holds else 0 if np.isnan(gradient_norm) else 1
-    )
+    count = after(converged, True, False, gradient_norm, damping, loss=loss).count
+    assert count == (6 if holds else 0 if np.isnan(gradient_norm) else 1)
 
 
 def test_rounding_of_a_loss_is_relative():
@@ -83,3 +106,22 @@ def test_a_run_that_has_converged_says_so_once_goes_on_without_cg_and_wakes_for_
     history = fit(model, x, np.sin(x[:, :1]), epochs=2)
     assert not any(history["converged"]) and history["loss"][-1] < history["loss"][0]
     assert all(history["cg_iterations"])
+
+
+@pytest.mark.filterwarnings("ignore:.*networks in float32 end at")
+@pytest.mark.parametrize("of_weights", [True, False])
+def test_a_run_wakes_for_weights_that_were_set_and_for_other_cases_whose_gradient_is_no_larger(of_weights):
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model = trainable(network, optimizer=HessianFree(solver=DirectSolver()))
+    # The rounding of the first feature hides the gradient in the second.
+    x = normal(300, 2, dtype="float32") * np.float32([1e5, 1.0])
+    y = x @ np.float32([[0.7], [0.3]])
+    with pytest.warns(UserWarning, match="converged to rounding"):
+        assert fit(model, x, y, epochs=60)["converged"][-1]
+    if of_weights:
+        kernel = network.layers[0].kernel
+        kernel.assign(kernel + [[0.0], [0.1]])
+    else:
+        y += 0.1 * x[:, 1:]
+    history = fit(model, x, y, epochs=3)
+    assert not any(history["converged"])

@@ -175,10 +175,21 @@ def test_state_that_is_saved_is_damping_warm_start_counter_and_what_parts_rememb
         *("iteration", "learning_rate", "seed", "statistics_cases"),
         *("damping", "scale"),
         *("last_step", "optimism_reduction", "optimism_total", "optimism_weight", "optimism_gained"),
-        *("convergence_count", "convergence_gradient_norm", "convergence_damping"),
+        *("convergence_count", "convergence_losses", "convergence_gradient_norm", "convergence_damping"),
         *("solver_warm_start", "solver_preconditioner_others", "solver_preconditioner_made_at"),
         *("growing_batch_size", "growing_batch_start", "growing_batch_misses"),
     }
+
+
+def test_a_file_without_the_losses_of_convergence_is_read():
+    saved, again = HessianFree(damping=MARTENS), HessianFree()
+    for optimizer in (saved, again):
+        optimizer.build(variables("float64"))
+    saved.assign_state(saved.state()._replace(last_step=tf.range(6, dtype=tf.float64)))
+    values = [variable.numpy() for variable in saved.variables if variable.name != "convergence_losses"]
+    again.load_own_variables({str(i): value for i, value in enumerate(values)})
+    for one, other in zip(saved.variables, again.variables, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_seed_is_drawn_once_and_saved():
