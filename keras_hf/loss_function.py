@@ -57,7 +57,7 @@ class LossFunction:
         self._update_number = int(model.optimizer.iterations.numpy())
         self._loss = self._compiled(lambda objective: objective.loss())
         self._loss_and_gradient = self._compiled(lambda objective: objective.loss_and_gradient()[:2])
-        self._product = self._compiled(lambda objective, v: objective.product(self._setup.curvature)(v))
+        self._product = self._compiled(lambda objective, v: objective.product(self._curvature(objective))(v))
         self._residuals = self._compiled(lambda objective: (_residuals(objective), objective.loss()))
         self._jacobian = self._compiled(_jacobian)
 
@@ -153,6 +153,10 @@ class LossFunction:
         self._require_rows()
         with self._at(w):
             return self._jacobian().numpy().astype("float64")
+
+    def _curvature(self, objective):
+        """Returns the curvature as the next update would use it."""
+        return self._setup.curvature.prepared(objective, self._model.optimizer.state().curvature)[0]
 
     def _require_rows(self):
         """Raises an error if the network has no rows of single cases, or a regularizer is not a sum of squares."""

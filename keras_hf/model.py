@@ -423,7 +423,9 @@ class HFModel(keras.Model):
         data = self._cases("check_products", x, y, sample_weight)
         values = self.values() + [variable.value for variable in self.metrics_variables]
         with guard.values_kept(values), guard.unaltered_arithmetic():
-            compared, checks_made = checked_products(self.setup_for(data), data, self.distribute_strategy)
+            compared, checks_made = checked_products(
+                self.setup_for(data), self.optimizer, data, self.distribute_strategy
+            )
         print(report(self.network.name, compared.curvature, checks_made))
         return checks_made
 
@@ -723,6 +725,7 @@ class HFModel(keras.Model):
         compiled_model.require_targets(self, y)
         data = Data(x, y, sample_weight).tensors()
         self._maybe_symbolic_build(data_batch=tuple(data))
+        checks.weights_as_compiled(method, self._changed_weights())
         return data
 
     # Values and advice.
@@ -749,10 +752,15 @@ class HFModel(keras.Model):
             own = {id(weight) for weight in self.weights}
             if not all(id(weight) in own for weight in optimized):
                 checks.weights_of_optimizer(optimized, self.trainable_variables)
-            known, now = ({id(v): v.path for v in weights} for weights in (optimized, self.trainable_variables))
-            self._advice.changed_weights(
-                [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
-            )
+            self._advice.changed_weights(self._changed_weights())
+
+    def _changed_weights(self):
+        """Returns the paths of weights that are trainable now but were not at `compile`, or were and are not now."""
+        if not self.optimizer.built:
+            return []
+        optimized = keras_private.optimized_weights(self.optimizer)
+        known, now = ({id(v): v.path for v in weights} for weights in (optimized, self.trainable_variables))
+        return [path for key, path in {**known, **now}.items() if (key in known) != (key in now)]
 
     def after_update(self, report, num_nonfinite):
         """Keeps how the step of a `StepReport` was found, and warns of what a user can change; `num_nonfinite` counts cases with such numbers."""

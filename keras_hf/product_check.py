@@ -81,11 +81,12 @@ def first_check(objective, setup, optimizer):
     return loss, tf.zeros([], tf.float64) if error is None else error
 
 
-def checked_products(setup, data, strategy):
+def checked_products(setup, optimizer, data, strategy):
     """Computes all checks of the products on some cases, as a program of its own.
 
     Args:
         setup: `setup.Setup` for these cases.
+        optimizer: `HessianFree`, built.
         data: `Data`.
         strategy: `tf.distribute.Strategy` of the model.
 
@@ -94,10 +95,15 @@ def checked_products(setup, data, strategy):
     """
     compared = both_ways(setup.curvature, setup.structure)
 
+    def of(objective):
+        state = optimizer.state().curvature
+        prepared = [
+            curvature and curvature.prepared(objective, state)[0] for curvature in (compared.curvature, compared.other)
+        ]
+        return product_errors(objective, *prepared)
+
     def errors():
-        return with_objective(
-            setup, data, lambda objective: product_errors(objective, compared.curvature, compared.other)
-        )
+        return with_objective(setup, data, of)
 
     found = tf.nest.map_structure(float, tf.function(on_replicas(strategy, errors), autograph=False)())
     return compared, judged(found, setup.structure.rounding, compared)

@@ -310,6 +310,11 @@ def test_weights_that_are_not_trained_stay_and_a_layer_unfrozen_without_compile_
         fit(model, X, Y)
     np.testing.assert_array_equal(dense.kernel, kernel)
     assert int(scaled.scale) == 1
+    for method in (model.objective, model.check_products, model.laplace, model.parameter_covariance):
+        with pytest.raises(
+            ValueError, match="weights that `compile` found trainable. Received: .*dense.*Compile again"
+        ):
+            method(X, Y)
 
 
 # Losses.

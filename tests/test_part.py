@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from training import assert_equal, fit, normal, renewed, trainable
 
-from keras_hf import GrowingBatch
+from keras_hf import GaussNewton, GrowingBatch
 from keras_hf.common.part import Part
 from keras_hf.solvers.preconditioners import Preconditioner
 
@@ -31,6 +31,23 @@ class Averaging(Preconditioner):
         scale = tf.cast(tf.sqrt(mean), gradient.dtype) + damping
         new = {"mean": mean, "updates": state["updates"] + 1, "started": tf.constant(True)}
         return lambda residual: residual / scale, {**state, **new}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Scaled(GaussNewton):
+    """Gauss-Newton times the number in its state, two at first."""
+
+    def initial_state(self, variables, layers):
+        return {"factor": tf.constant(2.0, tf.float64)}
+
+    def prepared(self, objective, state):
+        prepared = type(self)(self.linearization)
+        prepared.factor = state["factor"]
+        return prepared, {"factor": state["factor"] / 2}
+
+    def linearize(self, micro_batch):
+        product, factor = super().linearize(micro_batch), self.factor
+        return lambda v: [tf.cast(factor, part.dtype) * part for part in product(v)]
 
 
 def remembering(preconditioner=None, network=None, **arguments):
@@ -182,3 +199,16 @@ def test_a_step_that_raises_leaves_the_state():
     with pytest.raises(Exception, match="no memory left"):
         fit(model, *cases())
     assert_same_state(state_of(model), before)
+
+
+def test_products_outside_of_updates_are_those_of_the_next_update(float64, capsys):
+    x, y = cases()
+    plain, scaled = (trainable(curvature=curvature, growing_batch=None) for curvature in (GaussNewton(), Scaled()))
+    scaled.set_weights(plain.get_weights())
+    v = normal(plain.count_params(), seed=3)
+    expected = plain.objective(x, y).product(plain.objective(x, y).weights, v)
+    for factor in (2.0, 1.0):
+        objective = scaled.objective(x, y)
+        np.testing.assert_allclose(objective.product(plain.objective(x, y).weights, v), factor * expected, rtol=1e-12)
+        assert all(check.holds for check in scaled.check_products(x, y))
+        fit(scaled, x, y)

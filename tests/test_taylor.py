@@ -124,6 +124,16 @@ def of_matrices(p):
     return padded + tf.tile(second, [1, 3]) + tf.broadcast_to(p[:1, :1], [5, 3]) * p[:, 1:]
 
 
+def through_complex_numbers(p):
+    x, y = (tf.cast(p[:, i : i + 1], tf.complex128) for i in (0, 1))
+    wave = tf.exp(1j * x * y) + tf.complex(p[:, :1] ** 2, p[:, 1:]) * tf.math.conj(x)
+    return tf.concat([tf.math.real(wave), tf.math.imag(wave), tf.abs(wave), tf.math.angle(wave)], 1)
+
+
+def spectral(p):
+    return tf.math.real(tf.signal.ifft(tf.signal.fft(tf.cast(p * p[:, ::-1], tf.complex128)) ** 2))
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -139,6 +149,14 @@ def of_matrices(p):
 )
 def test_networks_and_functions_have_the_derivatives_of_tapes(float64, make):
     assert_same_derivatives(make(), 2)
+
+
+@pytest.mark.parametrize("u", [through_complex_numbers, spectral])
+def test_what_passes_through_complex_numbers_is_differentiated_by_tapes(float64, u):
+    found = tf.function(lambda p: derivatives(u, p, "xy", "u_x", "u_xy"))(tf.constant(POINTS))
+    expected = by_tapes(u, tf.constant(POINTS), 2)
+    for values, index in zip(found, [(0,), (0, 1)], strict=True):
+        np.testing.assert_allclose(values, expected[index], rtol=0, atol=1e-13)
 
 
 def test_matrices_have_the_derivatives_of_tapes(float64):

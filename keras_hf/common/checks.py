@@ -242,6 +242,15 @@ def weights_of_optimizer(known, variables):
     )
 
 
+def weights_as_compiled(method, paths):
+    """Raises if there are `paths` of weights whose `trainable` has changed since `compile`."""
+    if paths:
+        raise ValueError(
+            f"`{method}` is of the weights that `compile` found trainable. Received: a model whose `trainable` has changed for {_short(paths)}. "
+            "Compile again, with a new `HessianFree(...)`."
+        )
+
+
 def has_loss(found):
     """Raises if no loss was `found` that could be minimised."""
     if not found:

@@ -284,6 +284,8 @@ def _custom_gradient(series, op, *inputs):
 @_rule("Cast")
 def _cast(series, op, h):
     dtype = op.outputs[0].dtype
+    if dtype.is_complex:
+        raise _NoRuleError(op.type)
     return [[part if part is None else tf.cast(part, dtype) for part in h] if dtype.is_floating else None]
 
 
