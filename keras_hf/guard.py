@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_hf.problem.linearization import ForwardAccumulation
 from keras_hf.problem.second_derivatives import cures_of_wrong_ones
+from keras_hf.solvers.direct import DirectSolver
 
 
 @contextlib.contextmanager
@@ -89,6 +90,12 @@ def raise_if_wrong(name, setup, loss, again, product_error):
             f"{repeat_error:.2g} of it apart). Hessian-free needs one fixed function per update; draw random numbers from a "
             "`keras.random.SeedGenerator` that the layer holds, and let nothing in `call` depend on how often it was called."
         )
+    if product_error > rounding and isinstance(setup.solver, DirectSolver):
+        raise ValueError(
+            f"The rows of the Jacobian of '{name}' are wrong: their product with a vector and the outputs' forward derivative along it must be "
+            f"equal. Their relative difference is {product_error:.2g}. TensorFlow has a wrong derivative of one of the operations. "
+            f"{_known_cure(setup)} Or use `ConjugateGradient()`, after `HFModel.check_products` found its products right."
+        )
     if product_error > rounding:
         raise ValueError(
             f"The products of '{name}' by `{type(setup.linearization).__name__}` are wrong: u'(Jv) and (J'u)'v, and v'Gv and "
@@ -100,5 +107,8 @@ def raise_if_wrong(name, setup, loss, again, product_error):
 def _cure_for_products(setup):
     if isinstance(setup.linearization, ForwardAccumulation):
         return "Leave the curvature's `linearization` at its default, or use `DoubleBackward()`."
-    known = " ".join(cures_of_wrong_ones(setup.structure.layer_of_op)) or "Replace that layer."
-    return f"TensorFlow has a wrong second derivative of one of the operations. {known}"
+    return f"TensorFlow has a wrong second derivative of one of the operations. {_known_cure(setup)}"
+
+
+def _known_cure(setup):
+    return " ".join(cures_of_wrong_ones(setup.structure.layer_of_op)) or "Replace that layer."

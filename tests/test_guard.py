@@ -3,13 +3,14 @@ from types import SimpleNamespace
 import pytest
 import tensorflow as tf
 
-from keras_hf import DoubleBackward, ForwardAccumulation, guard
+from keras_hf import ConjugateGradient, DirectSolver, DoubleBackward, ForwardAccumulation, guard
 
 
-def choice(linearization=None, **layer_of_op):
+def choice(linearization=None, solver=None, **layer_of_op):
     """What a `Setup` says of products."""
     structure = SimpleNamespace(rounding=1e-3, layer_of_op=layer_of_op)
-    return SimpleNamespace(linearization=linearization or DoubleBackward(), structure=structure)
+    solver, linearization = solver or ConjugateGradient(), linearization or DoubleBackward()
+    return SimpleNamespace(solver=solver, linearization=linearization, structure=structure)
 
 
 def settings():
@@ -79,3 +80,13 @@ def test_a_loss_that_repeats_otherwise_is_named():
 def test_wrong_products_are_named_with_the_cure(of, cure):
     with pytest.raises(ValueError, match=f"The products of 'net' by `{type(of.linearization).__name__}`.*{cure}"):
         guard.raise_if_wrong("net", of, 0.25, 0.25, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("layer_of_op", "cure"),
+    [({}, "Replace that layer."), ({"MaxPool": "pool"}, "Layer 'pool': use `padding=\"valid\"`")],
+)
+def test_wrong_rows_are_named_as_such(layer_of_op, cure):
+    of_rows = choice(solver=DirectSolver(), **layer_of_op)
+    with pytest.raises(ValueError, match=f"The rows of the Jacobian of 'net' are wrong.*{cure}.*ConjugateGradient"):
+        guard.raise_if_wrong("net", of_rows, 0.25, 0.25, 0.1)

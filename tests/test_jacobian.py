@@ -306,3 +306,24 @@ def test_second_derivatives_of_recurrent_networks_are_those_of_differences(float
     expected = np.sqrt(2 / 10) * ((outputs[2] - 2 * outputs[1] + outputs[0]) / width**2).ravel()
     # The fourth derivative times the width's square, and the rounding over it.
     np.testing.assert_allclose(second, expected, atol=1e-6)
+
+
+class GatheredFromParts(layers.Layer):
+    """The entry of a concatenation of unlike functions of the weights that a case's number names."""
+
+    def build(self, shape):
+        self.b = self.add_weight(shape=(3,))
+
+    def call(self, x):
+        b = self.b.value
+        parts = tf.concat([b[0] * tf.range(5.0, dtype=b.dtype) + b[1] ** 2, tf.stack([b[0], b[2]])], 0)
+        return tf.gather(parts, tf.cast(x[:, 0], "int32"))[:, None]
+
+
+def test_entries_gathered_from_a_concatenation_have_the_rows_of_the_tape(float64):
+    x = np.arange(7.0)[:, None]
+    model = compiled(keras.Sequential([keras.Input((1,)), GatheredFromParts()]))
+    model.set_weights([np.array([0.5, 1.5, -1.0])])
+    f = model.objective(x, 0 * x)
+    expected = np.sqrt(2 / 7) * jacobian(lambda: model(x), values_of(model)).reshape(7, 3)
+    np.testing.assert_allclose(f.jacobian(f.weights), expected, rtol=1e-13, atol=1e-15)

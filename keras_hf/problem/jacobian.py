@@ -24,7 +24,8 @@ def compiles_rows(structure):
     Args:
         structure: `structure.Structure`.
     """
-    return structure.is_vectorizable and structure.is_fusible and not structure.nesting_ops
+    is_vectorizable = structure.is_vectorizable and structure.has_vectorizable_rows
+    return is_vectorizable and structure.is_fusible and not structure.nesting_ops
 
 
 def rows_dtype(structure, dtype):
