@@ -32,9 +32,12 @@ class Tally:
 
     def add(self, record):
         with self.lock:
-            self.kinds[record["kind"]] += 1
-            self.alone.update(record["features"])
-            self.pairs.update(itertools.combinations(sorted(record["features"]), 2))
+            # A failure was counted as it was drawn; its script comes when it is small.
+            is_new = record["kind"] != "smaller"
+            if is_new:
+                self.kinds[record["kind"]] += 1
+                self.alone.update(record["features"])
+                self.pairs.update(itertools.combinations(sorted(record["features"]), 2))
             if record["kind"] == "refused":
                 self.refused[record["signature"]] += 1
             if record["script"] and record["signature"] not in self.scripts:
@@ -42,7 +45,7 @@ class Tally:
                 path = FOLDER / f"failure_{len(self.scripts)}.py"
                 path.write_text(record["script"])
                 print(f"FAILED: {record['signature']}\n{record['script']}\nIt is in {path}.", flush=True)
-            if sum(self.kinds.values()) % 20 == 0:
+            if is_new and self.kinds.total() % 10 == 0:
                 print(
                     f"{(time.time() - self.begin) / 60:.1f} minutes: {dict(self.kinds)}, {len(self.pairs)} pairs",
                     flush=True,
@@ -52,7 +55,7 @@ class Tally:
         """Lines: outcomes, refusals, features by how often they were drawn, and how many pairs never met."""
         names = sorted(self.alone)
         never = sum(pair not in self.pairs for pair in itertools.combinations(names, 2))
-        yield f"{sum(self.kinds.values())} draws: {dict(self.kinds)}; failures of {len(self.scripts)} kinds"
+        yield f"{self.kinds.total()} draws: {dict(self.kinds)}; failures of {len(self.scripts)} kinds"
         yield f"{len(self.pairs)} pairs of {len(names)} features met, {never} never"
         yield from (f"refused {number} times: {signature}" for signature, number in self.refused.most_common())
         for name in sorted(names, key=self.alone.get):

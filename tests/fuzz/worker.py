@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -32,18 +33,17 @@ class Worker:
 
     def check(self, data):
         """Draws one program and checks it; raises an error where it fails."""
-        late = (
-            time.time() > self._end
-            if self._first_failure is None
-            else time.time() > self._first_failure + SHRINKING_SECONDS
-        )
+        if self._first_failure and time.time() > self._first_failure + SHRINKING_SECONDS:
+            # Hypothesis would go on for minutes.
+            self.finish()
+            os._exit(0)
         try:
             program = Program(lambda options: data.draw(strategies.sampled_from(options)))
         except Invalid:
             assume(False)
         outcome = self._outcomes.get(program.source)
         if outcome is None:
-            if late:
+            if time.time() > self._end and self._first_failure is None:
                 return
             self._current.write_text(program.source)
             outcome = self._outcomes[program.source] = outcome_of(program)
@@ -54,6 +54,12 @@ class Worker:
             if self.smallest is None or len(program.source) <= len(self.smallest[0].script):
                 self.smallest = outcome, sorted(program.features)
             raise Failed(outcome.signature)
+
+    def finish(self):
+        """Reports the smallest program that failed."""
+        if self.smallest:
+            outcome, features = self.smallest
+            self.report(outcome._replace(kind="smaller"), features, outcome.script)
 
     def report(self, outcome, features, script=""):
         """One line of JSON; the script comes when it is small."""
@@ -83,9 +89,7 @@ def main(number, place, end):
     # Hypothesis raises what was reported, or says that it is flaky.
     with contextlib.suppress(Exception):
         draw()
-    if worker.smallest:
-        outcome, features = worker.smallest
-        worker.report(outcome._replace(kind="smaller"), features, outcome.script)
+    worker.finish()
 
 
 if __name__ == "__main__":
