@@ -22,7 +22,7 @@ class Convergence(NamedTuple):
 
     Attributes:
         count: Number of updates at rounding since the last measurable decrease of the loss.
-        losses: float64 `(2,)`, the least and the greatest loss before these updates, infinity and minus infinity without any.
+        losses: float64 `(2,)`, the least and the greatest loss before these updates, zeros without any.
         gradient_norm: The largest gradient norm of these updates.
         damping: The damping of the last of them.
     """
@@ -36,7 +36,7 @@ class Convergence(NamedTuple):
     def unknown(cls, dtype):
         """The record before the first update."""
         zero = tf.zeros([], dtype)
-        return cls(zero, tf.constant([float("inf"), -float("inf")], tf.float64), zero, zero)
+        return cls(zero, tf.zeros([2], tf.float64), zero, zero)
 
     def still_holds(self, loss, rounding, gradient_norm, damping):
         """Whether the run has converged and an update would change nothing, a bool scalar.
@@ -69,7 +69,8 @@ class Convergence(NamedTuple):
         reset = fell | woken | ~tf.math.is_finite(gradient_norm)
         unknown = self.unknown(damping.dtype)
         before = tf.nest.map_structure(lambda new, old: tf.where(reset, new, old), unknown, self)
-        losses = tf.stack([tf.minimum(before.losses[0], loss), tf.maximum(before.losses[1], loss)])
+        losses = tf.where(before.count == 0, loss, before.losses)
+        losses = tf.stack([tf.minimum(losses[0], loss), tf.maximum(losses[1], loss)])
         now = Convergence(before.count + 1, losses, tf.maximum(before.gradient_norm, gradient_norm), damping)
         is_free = (damping <= scale) | (scale == 0)
         counts = is_at_rounding & is_free & ~fell & tf.math.is_finite(gradient_norm)

@@ -15,7 +15,7 @@ def number(value):
 
 
 ROUNDING = 0.01
-NOTHING = (0.0, np.inf, -np.inf, 0.0, 0.0)
+NOTHING = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def memory(count=0.0, gradient_norm=0.0, damping=0.0, losses=(3.0, 3.0)):
