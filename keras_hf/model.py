@@ -396,11 +396,9 @@ class HFModel(keras.Model):
             self._choose_solver_for(data)
         self._expect()
         logs = super().train_on_batch(x, y, sample_weight, return_dict=True)
-        return (
-            logs
-            if return_dict
-            else keras_private.as_keras_returns(self, {name: logs[name] for name in self.get_metrics_result()})
-        )
+        if return_dict:
+            return logs
+        return keras_private.as_keras_returns(self, {name: logs[name] for name in self.get_metrics_result()})
 
     def check_products(self, x, y=None, sample_weight=None):
         """Checks the products `v -> Gv` on these cases and prints a report.

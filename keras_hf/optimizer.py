@@ -5,6 +5,7 @@ import random
 import warnings
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_hf.common import checks
@@ -342,11 +343,13 @@ class HessianFree(keras.optimizers.Optimizer):
     def load_own_variables(self, store):
         """Sets the state from a file; Keras calls it."""
         names = [variable.name for variable in self.variables]
-        # Files of versions up to 0.3 lack one variable.
         if len(store.keys()) == len(names) - 1:
+            place = names.index("convergence_losses")
             values = [store[str(i)] for i in range(len(names) - 1)]
-            values.insert(names.index("convergence_losses"), Convergence.unknown(tf.float64).losses)
-            store = {str(i): value for i, value in enumerate(values)}
+            # Files of versions up to 0.3 lack this variable, and have a scalar in its place. Others may lack the weight decay: Keras warns of that.
+            if not np.shape(values[place]):
+                values.insert(place, Convergence.unknown(tf.float64).losses)
+                store = {str(i): value for i, value in enumerate(values)}
         super().load_own_variables(store)
 
     def apply(self, grads, trainable_variables=None):

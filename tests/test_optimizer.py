@@ -192,6 +192,18 @@ def test_a_file_without_the_losses_of_convergence_is_read():
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_file_without_a_weight_decay_is_skipped_with_a_warning_where_there_is_one():
+    saved, again = HessianFree(damping=MARTENS), HessianFree(weight_decay=0.1)
+    store = {}
+    for optimizer in (saved, again):
+        optimizer.build(variables("float64"))
+    saved.save_own_variables(store)
+    before = [variable.numpy() for variable in again.variables]
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        again.load_own_variables(store)
+    np.testing.assert_equal([variable.numpy() for variable in again.variables], before)
+
+
 def test_a_seed_is_drawn_once_and_saved():
     drawn = HessianFree()
     assert HessianFree.from_config(drawn.get_config()).seed == drawn.seed
