@@ -6,7 +6,6 @@ import tensorflow as tf
 
 from keras_hf.problem.linearization import ForwardAccumulation
 from keras_hf.problem.second_derivatives import cures_of_wrong_ones
-from keras_hf.solvers.direct import DirectSolver
 
 
 @contextlib.contextmanager
@@ -90,7 +89,7 @@ def raise_if_wrong(name, setup, loss, again, product_error):
             f"{repeat_error:.2g} of it apart). Hessian-free needs one fixed function per update; draw random numbers from a "
             "`keras.random.SeedGenerator` that the layer holds, and let nothing in `call` depend on how often it was called."
         )
-    if product_error > rounding and isinstance(setup.solver, DirectSolver):
+    if product_error > rounding and setup.solver.forms_rows:
         raise ValueError(
             f"The rows of the Jacobian of '{name}' are wrong: their product with a vector and the outputs' forward derivative along it must be "
             f"equal. Their relative difference is {product_error:.2g}. TensorFlow has a wrong derivative of one of the operations. "

@@ -26,6 +26,7 @@ from training import assert_equal, assert_same
 
 from examples.precision import precision
 from keras_hf import DoubleBackward, GaussNewton
+from keras_hf.common import loops
 from keras_hf.problem import jacobian as room
 from keras_hf.problem import local_objective
 
@@ -169,15 +170,16 @@ def test_rows_and_losses_of_several_candidates_agree_with_products_forward_deriv
         pytest.param(lambda: [layers.RNN(OwnCell(2))], False, marks=SLOW),
     ],
 )
-def test_rows_of_recurrent_networks_and_their_losses_are_right(stack, is_vectorized, float64):
+def test_rows_of_recurrent_networks_and_their_losses_are_right(stack, is_vectorized, float64, monkeypatch):
     model, data = recurrent(*stack())
+    in_sequence, map_rows = [], loops.map_rows
+    monkeypatch.setattr(loops, "map_rows", lambda *arguments: in_sequence.append(1) or map_rows(*arguments))
 
     def compute(o):
-        is_found = tf.constant(o.rows._parts._micro_batch.has_vectorizable_rows)
-        return o.rows.gram(), o.rows.pull(o.rows.residuals), losses_of_candidates(o), is_found
+        return o.rows.gram(), o.rows.pull(o.rows.residuals), losses_of_candidates(o)
 
-    gram, pulled, (losses, one_by_one), is_found = numbers(model, data, compute)
-    assert is_found == is_vectorized
+    gram, pulled, (losses, one_by_one) = numbers(model, data, compute)
+    assert bool(in_sequence) != is_vectorized
     j = jacobian(lambda: model(data.x), values_of(model))
     assert_close(gram, 2 / 10 * np.einsum("iko,ikp->op", j, j), 1e-13)
     assert_close(pulled, loss_and_gradient(model, data)[1], 1e-13)
@@ -320,10 +322,30 @@ class GatheredFromParts(layers.Layer):
         return tf.gather(parts, tf.cast(x[:, 0], "int32"))[:, None]
 
 
-def test_entries_gathered_from_a_concatenation_have_the_rows_of_the_tape(float64):
-    x = np.arange(7.0)[:, None]
-    model = compiled(keras.Sequential([keras.Input((1,)), GatheredFromParts()]))
-    model.set_weights([np.array([0.5, 1.5, -1.0])])
-    f = model.objective(x, 0 * x)
-    expected = np.sqrt(2 / 7) * jacobian(lambda: model(x), values_of(model)).reshape(7, 3)
+def residual_of_one_feature():
+    """Of a single case, Keras takes what is added for a bias with channels in front."""
+    inputs = keras.Input((5, 1))
+    return keras.Model(inputs, layers.Add()([inputs, layers.Dense(1)(inputs)]))
+
+
+@pytest.mark.parametrize(
+    "make, x",
+    [
+        (lambda: keras.Sequential([keras.Input((1,)), GatheredFromParts()]), np.arange(7.0)[:, None]),
+        (residual_of_one_feature, np.sin(np.arange(35.0)).reshape(7, 5, 1)),
+    ],
+    ids=["gathered from a concatenation", "residual of one feature"],
+)
+def test_rows_that_tensorflow_does_not_vectorise_are_those_of_the_tape(make, x, float64):
+    model = compiled(make())
+    model.set_weights([np.linspace(0.5, -1.0, weight.size).reshape(weight.shape) for weight in model.get_weights()])
+    y = model(x)
+    f = model.objective(x, 0 * y)
+    expected = np.sqrt(2 / y.numpy().size) * jacobian(lambda: model(x), values_of(model)).reshape(y.numpy().size, -1)
     np.testing.assert_allclose(f.jacobian(f.weights), expected, rtol=1e-13, atol=1e-15)
+    v = tf.ones_like(f.weights)
+    data = model_data(model, x, 0 * y)
+    error, losses = numbers(model, data, lambda o: (o.rows.tangent_error(v), o.losses_at(tf.stack([0 * v, v]))))
+    assert error < 1e-13
+    model.set_weights(moved(model.get_weights(), np.ones(len(v))))
+    np.testing.assert_allclose(losses, [np.mean(y**2), np.mean(model(x) ** 2)], rtol=1e-13)

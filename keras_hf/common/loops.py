@@ -1,14 +1,79 @@
 """Loops over rows and over blocks of cases: in sequence, so that memory is that of one of them, or vectorised."""
 
+import re
+
 import tensorflow as tf
 
 
-def vectorized_map(function, rows):
+class _NotVectorizableError(Exception):
+    """A function of a row has an operation that TensorFlow vectorises wrongly."""
+
+
+def mapped(function, rows, dtype, is_vectorizable=True):
+    """Applies a function to every row of a tensor or of nested ones: all rows at once where TensorFlow vectorises it rightly, else in sequence.
+
+    The operations of one row decide. Wrong are those whose number of results depends on values, such as `tf.where(condition)`: TensorFlow 2.21 raises,
+    or mixes the rows up silently. Gradients have them, too: that of entries gathered from a concatenation looks for those of each part.
+    Where the vectorisation itself raises, rows come in sequence, too.
+
+    Args:
+        function: Takes a row, returns a tensor or nested ones.
+        rows: Tensor `(k, ...)`, or nested ones of the same k.
+        dtype: Of what the function returns, nested as that is.
+        is_vectorizable: Whether to vectorise at all.
+    """
+    if not is_vectorizable:
+        return map_rows(function, rows, dtype)
+
+    def of_row(row):
+        graph = tf.compat.v1.get_default_graph()
+        num_others = len(graph.get_operations())
+        values = function(row)
+        if not _vectorizes(graph.get_operations()[num_others:], tf.nest.flatten(row)):
+            raise _NotVectorizableError
+        return values
+
+    try:
+        return _vectorized_map(of_row, rows)
+    except Exception:  # of any kind: what the function itself raises is raised again
+        return map_rows(function, rows, dtype)
+
+
+# Their results do not depend on values.
+_OF_SHAPES = ("Shape", "ShapeN", "Size", "Rank")
+
+
+def _vectorizes(operations, row):
+    """Whether TensorFlow vectorises operations that are applied to a row, a list of tensors, rightly."""
+    differs = {x.ref() for x in row}
+    for op in operations:
+        if op.type in _OF_SHAPES or all(x.ref() not in differs for x in op.inputs):
+            continue
+        differs.update(x.ref() for x in op.outputs)
+        # The lists of loops, whose type is variant, do not tell the shapes in them.
+        knows_inputs = all(_has_shape(x) and x.dtype != tf.variant for x in op.inputs)
+        if knows_inputs and not all(map(_has_shape, op.outputs)):
+            return False
+        # Vectorised as if its input was a batch of images.
+        if (
+            op.type in ("BiasAdd", "BiasAddGrad")
+            and op.get_attr("data_format") == b"NCHW"
+            and op.inputs[0].shape.rank != 4
+        ):
+            return False
+    return True
+
+
+def _has_shape(tensor):
+    return tensor.dtype == tf.variant or tensor.shape.is_fully_defined()
+
+
+def _vectorized_map(function, rows):
     """`tf.vectorized_map`, without its remarks to TensorFlow's developers ("Conv2DBackpropFilter uses a while_loop. Fix that!") in a user's log."""
     logger = tf.get_logger()
 
     def is_for_users(record):
-        return "while_loop" not in record.getMessage()
+        return not re.search("while_loop|pfor was converting", record.getMessage())
 
     logger.addFilter(is_for_users)
     try:

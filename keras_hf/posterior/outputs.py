@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common.loops import map_rows, vectorized_map
+from keras_hf.common.loops import mapped
 from keras_hf.common.vectors import dense, num_weights, pack
 from keras_hf.problem.capture import recorded_uses, second_moments
 from keras_hf.problem.fixed_network import Data
@@ -82,8 +82,7 @@ class Outputs:
         num_cases, size = tf.shape(values)[0], values.shape[1]
         units = tf.tile(tf.eye(size, dtype=values.dtype), [num_cases, 1])
         cases = tf.nest.map_structure(lambda t: tf.repeat(t, size, axis=0), x)
-        mapped = vectorized_map if self._is_vectorizable else functools.partial(map_rows, dtype=tf.float64)
-        rows = mapped(of_row, (cases, units))
+        rows = mapped(of_row, (cases, units), tf.float64, self._is_vectorizable)
         return tf.reshape(rows[:, :size], [num_cases, size, size])[:, 0], tf.reshape(
             rows[:, size:], [num_cases, size, num_weights(self._variables)]
         )

@@ -16,7 +16,7 @@ import re
 import keras
 import tensorflow as tf
 
-from keras_hf.common.loops import sum_over_blocks, vectorized_map
+from keras_hf.common.loops import mapped, sum_over_blocks
 from keras_hf.common.replaced import replaced
 from keras_hf.common.vectors import dense
 from keras_hf.problem.time_steps import has_time_steps, num_units, recorded_steps, weights_by_rows
@@ -455,7 +455,7 @@ def _case_by_case(micro_batch, variables):
         return [gradient**2 for gradient in dense(tape.gradient(share, variables), variables)]
 
     def terms(first, last):
-        by_case = vectorized_map(squares_of, tf.range(first, last))
+        by_case = mapped(squares_of, tf.range(first, last), [v.dtype for v in variables])
         return [tf.reduce_sum(squares, 0) for squares in by_case]
 
     return sum_over_blocks(micro_batch.num_cases, block, terms, [tf.zeros(v.shape, v.dtype) for v in variables])

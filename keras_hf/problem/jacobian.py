@@ -11,7 +11,7 @@ import functools
 import tensorflow as tf
 
 from keras_hf.common import taylor
-from keras_hf.common.loops import map_rows, sum_over_blocks, vectorized_map
+from keras_hf.common.loops import mapped, sum_over_blocks
 from keras_hf.common.vectors import dense, epsilon, gram, pack, unpack
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
@@ -24,8 +24,7 @@ def compiles_rows(structure):
     Args:
         structure: `structure.Structure`.
     """
-    is_vectorizable = structure.is_vectorizable and structure.has_vectorizable_rows
-    return is_vectorizable and structure.is_fusible and not structure.nesting_ops
+    return structure.is_vectorizable and structure.is_fusible and not structure.nesting_ops
 
 
 def rows_dtype(structure, dtype):
@@ -134,9 +133,7 @@ class LocalRows:
 
     def _mapped(self, function, args, dtype):
         """Applies a function to every row of nested tensors: vectorised where TensorFlow can."""
-        if self._micro_batch.has_vectorizable_rows:
-            return vectorized_map(function, args)
-        return map_rows(function, args, dtype)
+        return mapped(function, args, dtype, self._micro_batch.has_vectorizable_rows)
 
     def _sum_of(self, function, shape, u=None):
         """The sum over blocks of `function(rows, u)`; u is cut as the rows are."""

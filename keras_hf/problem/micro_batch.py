@@ -106,8 +106,8 @@ class MicroBatch:
 
     @property
     def is_vectorizable(self):
-        """Whether TensorFlow can vectorise the network and its first derivatives over cases."""
-        return self._network.structure.is_vectorizable and self._network.structure.has_vectorizable_rows
+        """Whether TensorFlow can vectorise the network over cases."""
+        return self._network.structure.is_vectorizable
 
     @property
     def has_vectorizable_rows(self):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_hf.common.loops import map_rows
+from keras_hf.common.loops import map_rows, mapped
 from keras_hf.common.passes import graph_function
 from keras_hf.common.vectors import assign, dot, num_weights, pack, unpack, unpack_rows
 from keras_hf.problem import batch_statistics, constraints
@@ -480,7 +480,7 @@ class Objective:
         identity = tf.eye(self.num_weights, dtype=self.dtype)
 
         def matrix(part):
-            return tf.vectorized_map(part.regularization_product(), identity)
+            return mapped(part.regularization_product(), identity, self.dtype)
 
         return self._replicas.sum(matrix, self._parts)
 

@@ -71,7 +71,7 @@ class Structure(NamedTuple):
         is_vectorizable: Whether `tf.vectorized_map` is right for the forward pass: it has no loops, which are refused under a mask, and no batched
             matrix products, for which oneDNN writes out of bounds if the batch is one case (TensorFlow 2.21, issue 117700: the process dies).
         has_vectorizable_rows: Whether it is right for single cases' outputs and their first derivatives, if loops of recurrent layers are replaced by
-            those of `recurrence`. Wrong are those of entries gathered from a concatenation.
+            those of `recurrence`, as far as loops and products decide it; see `loops.mapped`.
         is_fusible: Whether XLA compiles the second derivatives of the forward pass, and into fast code, on every device.
         layer_of_op: Dict, type of operation -> name of the first layer that uses it.
         bytes_by_power: Tuple of integers, memory of a kept linearization per case: coefficients of the powers, from the zeroth on, of the longest
@@ -253,7 +253,7 @@ def trace_structure(task, data):
         nesting_ops=sorted(op for op in op_types if _NESTING.match(op)),
         is_random=any(scope.get_current_value(seed) is not None for seed in task.seeds),
         is_vectorizable=_is_vectorizable(op_types),
-        has_vectorizable_rows=_is_vectorizable(other_types) and not any(map(_gathers_of_concatenation, forward)),
+        has_vectorizable_rows=_is_vectorizable(other_types),
         is_fusible=op_types <= _PRODUCTS | _FUSIBLE | _MOVING,
         layer_of_op=layer_of_op,
         bytes_by_power=memory.bytes_of_data(num_bytes, data),
@@ -314,19 +314,6 @@ def _cut_of(terms, leaves, graph, num_forward):
 
 def _is_vectorizable(op_types):
     return not (op_types & _BATCHED_PRODUCTS or any(map(_NESTING.match, op_types)))
-
-
-def _gathers_of_concatenation(operation):
-    """Whether an operation gathers entries of a concatenation, whose vectorised gradient is wrong in TensorFlow 2.21.
-
-    The gradient of `tf.gather` is sparse, and the entries that belong to a part of the concatenation are then not the same in all cases.
-    """
-    if operation.type != "GatherV2":
-        return False
-    source = operation.inputs[0].op
-    while source.type == "Identity":
-        source = source.inputs[0].op
-    return source.type == "ConcatV2"
 
 
 def _is_trained_in_loops(graph, layer, in_loops):

@@ -69,6 +69,7 @@ class DirectSolver(Solver):
     """
 
     uses_all_cases = True
+    forms_rows = True
     damps_hidden_states = False
     judged_by = "arc_step"
     steered_by = ("arc_step",)

@@ -116,6 +116,7 @@ class Solver(Part):
     Attributes:
         uses_all_cases: Whether every update needs all cases of its batch: no growing part, no curvature chunk.
         chunk_share: Float in (0, 1], the curvature chunk as a share of the cases of an update.
+        forms_rows: Whether its products are those of rows of the Jacobian, and not of the curvature.
         damps_hidden_states: Whether the solver forms damped products by `LocalModel.damped`, so that structural damping has an effect.
         judged_by: String, the entry of the logs by which a damping rule judges a step: "reduction_ratio", or "arc_step" where an arc is searched.
         arc_band: Where an arc is searched, `low`, `high` and `factor` of the `ArcStepDamping` that suits it.
@@ -131,6 +132,7 @@ class Solver(Part):
 
     uses_all_cases = False
     chunk_share = 1.0
+    forms_rows = False
     damps_hidden_states = True
     judged_by = "reduction_ratio"
     arc_band = None
