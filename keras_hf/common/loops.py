@@ -12,9 +12,9 @@ class _NotVectorizableError(Exception):
 def mapped(function, rows, dtype, is_vectorizable=True):
     """Applies a function to every row of a tensor or of nested ones: all rows at once where TensorFlow vectorises it rightly, else in sequence.
 
-    The operations of one row decide. Wrong are those whose number of results depends on values, such as `tf.where(condition)`: TensorFlow 2.21 raises,
-    or mixes the rows up silently. Gradients have them, too: that of entries gathered from a concatenation looks for those of each part.
-    Where the vectorisation itself raises, rows come in sequence, too.
+    The operations of one row decide. Wrong are those whose number of results depends on values, such as `tf.where(condition)`: TensorFlow 2.21
+    raises, or mixes the rows up silently. Gradients have them, too: that of entries gathered from a concatenation looks for those of each part. Where
+    the vectorisation itself raises, rows come in sequence, too.
 
     Args:
         function: Takes a row, returns a tensor or nested ones.
