@@ -1,6 +1,7 @@
 """What every test starts from: quiet TensorFlow, fixed seeds, and the data where there are any."""
 
 import gc
+import logging
 import math
 import os
 import random
@@ -60,6 +61,16 @@ def no_caching_device_is_left():
     scope = tf.compat.v1.get_variable_scope()
     left, scope._caching_device = scope.caching_device, None
     assert left is None
+
+
+@pytest.fixture
+def tensorflow_log():
+    """The messages that TensorFlow logs in a test, a list that grows."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    tf.get_logger().addHandler(handler)
+    yield messages
+    tf.get_logger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

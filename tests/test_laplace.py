@@ -261,6 +261,17 @@ def test_it_is_saved_as_arrays_and_belongs_to_its_weights(tmp_path):
         posterior.predict(x)
 
 
+def test_repeated_calls_are_traced_without_a_warning(tensorflow_log):
+    model = compiled(layers.Dense(3, "tanh"), layers.Dense(1))
+    x, y = normal(20, 2), normal(20, 1)
+    for _ in range(3):
+        for structure in ("full", "kronecker"):
+            posterior = model.laplace(x, y, structure=structure)
+    for num_cases in range(1, 7):
+        posterior.predict(x[:num_cases])
+    assert tensorflow_log == []
+
+
 def test_outputs_with_more_axes_keep_them():
     model = HFModel(keras.Sequential([keras.Input((3,)), layers.Dense(4), layers.Reshape((2, 2))]))
     model.compile(loss="mse")
@@ -340,8 +351,25 @@ def test_wrong_settings_are_refused_by_name():
         compiled(layers.Dense(1, kernel_regularizer=Absolute())).laplace(x, y)
     with pytest.raises(ValueError, match="`num_samples` is for the probabilities of classifiers"):
         model.laplace(x, y).predict(x, num_samples=3)
-    with pytest.raises(ValueError, match="incompatible"):
-        model.laplace(x, y).predict(normal(3, 5))
+
+
+def test_cases_that_the_network_does_not_take_are_refused_with_the_rule():
+    model = compiled(layers.Dense(1))
+    posterior = model.laplace(normal(10, 2), normal(10, 1))
+    with pytest.raises(ValueError, match=r"the first axis is the case. Received: x of shape \(3, 5\)"):
+        posterior.predict(normal(3, 5))
+    with pytest.raises(ValueError, match=r"x of shape \(2,\). One case alone is `x\[None\]`"):
+        posterior.predict(np.array([0.1, 0.2]))
+    with pytest.raises(ValueError, match=r"must hold dense arrays.*Received: x\[0\]=0.1 of type float"):
+        posterior.predict([0.1, 0.2])
+    assert posterior.predict(np.array([0.1, 0.2])[None]).mean.shape == (1, 1)
+
+
+def test_cases_of_one_number_need_no_second_axis():
+    model = compiled(layers.Dense(1), num_inputs=1)
+    posterior = model.laplace(normal(10, 1), normal(10, 1))
+    for x in (np.array([[0.1], [0.2]]), np.array([0.1, 0.2]), np.array([0.1])):
+        assert posterior.predict(x).mean.shape == (len(x), 1)
 
 
 def test_what_data_and_prior_leave_open_is_refused():

@@ -69,11 +69,15 @@ def _has_shape(tensor):
 
 
 def _vectorized_map(function, rows):
-    """`tf.vectorized_map`, without its remarks to TensorFlow's developers ("Conv2DBackpropFilter uses a while_loop. Fix that!") in a user's log."""
+    """`tf.vectorized_map`, without remarks in a user's log that no user can act on.
+
+    They are for TensorFlow's developers ("Conv2DBackpropFilter uses a while_loop. Fix that!"), or eagerly about the function that it traces in every
+    call.
+    """
     logger = tf.get_logger()
 
     def is_for_users(record):
-        return not re.search("while_loop|pfor was converting", record.getMessage())
+        return not re.search(r"while_loop|pfor was converting|pfor\.<locals>", record.getMessage())
 
     logger.addFilter(is_for_users)
     try:

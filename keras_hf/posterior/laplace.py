@@ -130,7 +130,7 @@ class Laplace:
                 f"`num_samples` is for the probabilities of classifiers; outputs have a mean and a deviation. Received: num_samples={num_samples}."
             )
         self._require_same_weights()
-        outputs = self._outputs.at_points()
+        outputs = self._outputs.at_points
         tensors = outputs.tensors(x)
         shape = outputs.shape(tensors)
         means, covariances = [], []

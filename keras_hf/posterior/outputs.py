@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+from keras_hf.common import checks
 from keras_hf.common.loops import mapped
 from keras_hf.common.vectors import dense, num_weights, pack
 from keras_hf.problem.capture import recorded_uses, second_moments
@@ -28,33 +29,37 @@ class Outputs:
     def __init__(self, network, variables, as_matrix, is_vectorizable=True):
         self.network, self._variables, self._as_matrix = network, variables, as_matrix
         self._is_vectorizable, self._call = is_vectorizable, functools.partial(network, training=False)
-        self._compile()
+        self._programs = {}
 
-    def _compile(self):
-        self._jacobian = tf.function(self._jacobian_of, autograph=False, reduce_retracing=True)
-        self._values = tf.function(lambda x: self._as_matrix(self._call(x)), autograph=False, reduce_retracing=True)
-
+    @functools.cached_property
     def at_points(self):
-        """Returns the same for the solution that a `PINN` is made of, a function of points; of other networks these."""
+        """The same for the solution that a `PINN` is made of, a function of points; of other networks these."""
         if not hasattr(self.network, "solution"):
             return self
         found = copy.copy(self)
-        found._call = self.network.solution
-        found._compile()
+        found._call, found._programs = self.network.solution, {}
         return found
 
     def shape(self, x):
-        """Returns the shape of the outputs of these cases, a tuple."""
-        first = self._call(tf.nest.map_structure(lambda tensor: tensor[:1], x))
+        """Returns the shape of the outputs of these cases, a tuple; raises an error about cases that the network does not take."""
+        try:
+            first = self._call(tf.nest.map_structure(lambda tensor: tensor[:1], x))
+        except (ValueError, tf.errors.InvalidArgumentError) as error:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tf.nest.flatten(x))
+            raise ValueError(
+                "`x` must hold cases as the network takes them; the first axis is the case. "
+                f"Received: x of shape {shapes}. One case alone is `x[None]`. The network says: {error}"
+            ) from error
         return (tf.nest.flatten(x)[0].shape[0], *first.shape[1:])
 
     def tensors(self, x):
-        """Returns inputs as tensors, floats in Keras' type."""
+        """Returns inputs as tensors."""
+        checks.num_cases(x)
         return Data(x, None, None).tensors().x
 
     def values(self, x):
         """Returns the outputs, an array of float64."""
-        return self._values(x).numpy().astype("float64")
+        return self._run(self._values_of, x).numpy().astype("float64")
 
     def pieces(self, x, size):
         """Yields slices of cases, with outputs `(m, k)` and their Jacobian `(m, k, n)`, float64 arrays.
@@ -67,8 +72,20 @@ class Outputs:
         length = max(1, _PIECE_FLOATS // (size * num_weights(self._variables)))
         for first in range(0, num_cases, length):
             cases = slice(first, min(first + length, num_cases))
-            values, jacobian = self._jacobian(tf.nest.map_structure(lambda tensor: tensor[cases], x))  # noqa: B023
+            part = tf.nest.map_structure(lambda tensor: tensor[cases], x)  # noqa: B023
+            values, jacobian = self._run(self._jacobian_of, part)
             yield cases, values.numpy(), jacobian.numpy()
+
+    def _run(self, function, x):
+        """Runs a function of cases as a program: traced once for any number of them, which TensorFlow does not count as tracing in a loop."""
+        specs = _specs(x)
+        key = function.__name__, *tf.nest.flatten(specs)
+        if key not in self._programs:
+            self._programs[key] = tf.function(function, autograph=False).get_concrete_function(specs)
+        return self._programs[key](x)
+
+    def _values_of(self, x):
+        return self._as_matrix(self._call(x))
 
     def _jacobian_of(self, x):
         def of_row(args):
@@ -99,7 +116,7 @@ class Outputs:
             layers: List of layers; see `capture.is_capturable`.
         """
 
-        @functools.partial(tf.function, autograph=False, reduce_retracing=True)
+        @functools.partial(tf.function, autograph=False)
         def sums(x, root):
             with (
                 tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape,
@@ -118,9 +135,15 @@ class Outputs:
             return found
 
         num_cases, total = tf.nest.flatten(x)[0].shape[0], None
+        sums = sums.get_concrete_function(_specs(x), _specs(tf.constant(roots)))
         for first in range(0, num_cases, 1000):
             piece = tf.nest.map_structure(lambda tensor: tensor[first : first + 1000], x)  # noqa: B023
             found = sums(piece, tf.constant(roots[first : first + 1000]))
             found = [[term.numpy().astype("float64") for term in terms] for terms in found]
             total = found if total is None else tf.nest.map_structure(np.add, total, found)
         return [(a / max(places, 1), s) for a, s, places in total]
+
+
+def _specs(x):
+    """Returns the types of cases like these, of any number."""
+    return tf.nest.map_structure(lambda tensor: tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype), x)
