@@ -43,7 +43,7 @@ def train(args):
     callbacks = [
         LevenbergMarquardt(),
         keras.callbacks.BackupAndRestore(args.out / "backup"),
-        UpdateRecorder(args.out / "updates.jsonl", append=True),
+        UpdateRecorder(args.out / "updates.jsonl"),
     ]
     model.fit(x_train, x_train, epochs=args.updates, callbacks=callbacks)
     model.save(args.out / "model.keras")

@@ -18,7 +18,7 @@ class UpdateRecorder(keras.callbacks.Callback):
     | --- | --- |
     | `update` | number of the update, from 1 |
     | `epoch` | its epoch, from 0 |
-    | `seconds` | since the start of training; with `append`, continues from the last line |
+    | `seconds` | since the start of training; continues from the last line that was kept |
     | `loss` | that of the update, `update_loss` of the logs |
     | `damping`, ... | the other logs of the update, as in `HFModel`, and metrics |
     | `cost` | passes over cases, in gradients of one case; see `recorder.update_cost` |
@@ -31,15 +31,15 @@ class UpdateRecorder(keras.callbacks.Callback):
 
     Args:
         path: Path of the file.
-        append: Boolean. `True` continues an existing file, for runs that are resumed; lines of updates that are repeated are dropped. `False` writes
-            a new file.
+        append: Boolean. `True` keeps the lines of an existing file whose updates came before: a second `fit` and a resumed run go on with it, lines
+            of updates that are made again are dropped, and a run from new weights, whose updates are counted from 1, replaces it. `False` keeps none.
 
     Raises:
         ValueError: At the start of training, if the model is not an `HFModel`, or if the recorder cannot see every update
-            (`steps_per_execution > 1`).
+            (`steps_per_execution > 1`); at the first update, if the file to append to is not one of updates.
     """
 
-    def __init__(self, path, append=False):
+    def __init__(self, path, append=True):
         super().__init__()
         self.path, self.append = Path(path), append
         self._file, self._epoch = None, 0

@@ -118,16 +118,28 @@ def test_a_run_that_goes_on_drops_the_lines_of_updates_made_again_and_another_fi
     # A crash in the fourth update's line, after more updates than the file of weights knew.
     ahead = {**json.loads(lines[3]), "update": 5}
     resumed.write_text("\n".join([*lines[:3], lines[3], json.dumps(ahead), lines[3][:50]]))
-    recorded(model, resumed, 2, append=True)
+    recorded(model, resumed, 2)
     records = read_updates(resumed)
     assert numbers(resumed) == [1, 2, 3, 4, 5, 6]
     assert [json.dumps(record) for record in records[:4]] == lines
     assert [record["seconds"] for record in records[3:]] == [28.0, 35.0, 42.0]
     # A new file, for both calls of `fit`.
-    same = UpdateRecorder(resumed)
+    same = UpdateRecorder(resumed, append=False)
     for _ in range(2):
         fit(model, X, Y, callbacks=[same, ConstantDamping()])
     assert numbers(resumed) == [7, 8]
+
+
+def test_another_recorder_goes_on_with_the_file_and_a_run_from_new_weights_replaces_it(run, tmp_path):
+    path, (model, *_) = tmp_path / "u.jsonl", run
+    before = int(model.optimizer.iterations.numpy())
+    for _ in range(2):
+        recorded(model, path)
+    assert numbers(path) == [before + 1, before + 2]
+    model.optimizer.iterations.assign(0)
+    recorded(model, path)
+    model.optimizer.iterations.assign(before + 3)
+    assert numbers(path) == [1]
 
 
 def test_a_callback_may_bring_back_the_run_after_the_recorder_has_begun(run, tmp_path):
@@ -140,7 +152,7 @@ def test_a_callback_may_bring_back_the_run_after_the_recorder_has_begun(run, tmp
 
     before = model.optimizer.iterations.numpy()
     model.optimizer.iterations.assign(0)
-    recorded(model, tmp_path / "u.jsonl", callbacks=[Restoring()], append=True)
+    recorded(model, tmp_path / "u.jsonl", callbacks=[Restoring()])
     model.optimizer.iterations.assign(before)
     assert numbers(tmp_path / "u.jsonl") == [1, 2, 3]
 
@@ -161,7 +173,9 @@ def test_models_that_it_cannot_record_are_refused(tmp_path):
         recorded(make(steps_per_execution=2), tmp_path / "u.jsonl")
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_a_file_of_something_else_is_refused(run, tmp_path):
     (tmp_path / "u.jsonl").write_text("loss,damping\n1,2\n")
-    with pytest.raises(ValueError, match="Line 1 of .*u.jsonl is no record of an update.*Received: 'loss,damping'"):
-        read_updates(tmp_path / "u.jsonl")
+    for read in (read_updates, lambda path: recorded(run[0], path)):
+        with pytest.raises(ValueError, match="Line 1 of .*u.jsonl is no record of an update.*Received: 'loss,damping'"):
+            read(tmp_path / "u.jsonl")
+    assert (tmp_path / "u.jsonl").read_text() == "loss,damping\n1,2\n"
