@@ -6,7 +6,7 @@ import tensorflow as tf
 from keras_hf.common import checks, keras_private
 from keras_hf.common.replaced import replaced
 from keras_hf.problem.fixed_network import Task
-from keras_hf.problem.loss_terms import WholeLoss, recorded_terms
+from keras_hf.problem.loss_terms import WholeLoss, overrides_compute_loss, recorded_terms
 
 
 def require_targets(model, y):
@@ -79,6 +79,7 @@ def task_of(model):
         num_updates=optimizer.iterations,
         layers=layers,
         structural_damping=optimizer.structural_damping,
+        groups=getattr(model.network, "observation_groups", None),
     )
 
 
@@ -96,11 +97,6 @@ class WeightDecay(keras.regularizers.L2):
         # Not built yet where a first trace only looks at operations.
         decay = self._optimizer.weight_decay if self._optimizer.built else 0.0
         return 0.5 * tf.cast(tf.convert_to_tensor(decay), x.dtype) * tf.reduce_sum(tf.square(x))
-
-
-def overrides_compute_loss(model):
-    """Whether the class of a model overrides `compute_loss`."""
-    return type(model).compute_loss is not keras.Model.compute_loss
 
 
 def loss_terms(model, data, y_pred):

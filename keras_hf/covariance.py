@@ -3,10 +3,10 @@
 import warnings
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
 from keras_hf.common.vectors import epsilon, vector_dtype
+from keras_hf.loss_function import LossFunction
 
 # An (n, n) matrix of float64 takes 200 MB there, and its singular values minutes.
 _MOST_WEIGHTS = 5000
@@ -24,28 +24,33 @@ class ParameterCovariance(NamedTuple):
     standard_errors: dict
 
 
-def parameter_covariance(model, x, y, sample_weight, absolute_sigma):
-    """Returns the `ParameterCovariance` of a compiled model; see `HFModel.parameter_covariance`."""
-    f, variables = model.objective(x, y, sample_weight), model.trainable_variables
+def parameter_covariance(model, data, absolute_sigma):
+    """Returns the `ParameterCovariance` of a compiled model; see `HFModel.parameter_covariance`.
+
+    Args:
+        model: `HFModel`.
+        data: `Data`, tensors.
+        absolute_sigma: Boolean.
+    """
+    f, variables = LossFunction(model, data), model.trainable_variables
     w = f.weights
     _require_few_weights(len(w))
-    if regularized := [variable.path for variable in variables if variable.regularizer is not None]:
+    regularized = [f"a regularizer of {variable.path}" for variable in variables if variable.regularizer is not None]
+    if model.optimizer.weight_decay is not None and float(model.optimizer.weight_decay.numpy()) != 0:
+        regularized.append(f"weight_decay={float(model.optimizer.weight_decay.numpy()):.3g}")
+    if regularized:
         raise ValueError(
             "`parameter_covariance` is that of least squares without regularizers, which bias the weights. "
-            f"Received: regularizers of {', '.join(regularized)}. Leave them out."
+            f"Received: {', '.join(regularized)}. Leave them out, or ask for `laplace`, which takes them for a prior."
         )
     residuals, jacobian = f.residuals(w), f.jacobian(w)
-    is_empty = (residuals == 0) & ~jacobian.any(axis=1)
-    num_residuals, variance = len(residuals), None
-    if is_empty.any() or absolute_sigma:
-        # Of outputs that exceed their targets by 1: what multiplies differences in the rows.
-        targets = keras.tree.map_structure(lambda output: output - 1, model.predict(x, verbose=0))
-        roots = model.objective(x, targets, sample_weight).residuals(w)
-        num_residuals = np.count_nonzero(roots)
-        if absolute_sigma:
-            variance = residual_scale(roots, sample_weight)
+    found = model.setup_for(data).task.observations(data, model.network(data.x, training=False))
+    coefficients, weights, groups = (tensor.numpy().ravel() for tensor in found)
+    is_observed = coefficients > 0
+    rows = jacobian[is_observed], residuals[is_observed], groups[is_observed]
+    variances = coefficients[is_observed] / weights[is_observed] if absolute_sigma else None
     dtype = vector_dtype([variable.value for variable in variables]).as_numpy_dtype
-    matrix = covariance(w, jacobian, residuals, variance, num_residuals, dtype)
+    matrix = covariance(w, *rows, variances, dtype)
     return ParameterCovariance(matrix, by_weight(np.diag(matrix), variables))
 
 
@@ -58,40 +63,24 @@ def _require_few_weights(num_weights):
         )
 
 
-def residual_scale(roots, sample_weight):
-    """Returns c, where the rows are `sqrt(c * sample_weight)` times differences of outputs and targets.
-
-    Args:
-        roots: Array `(rows,)`, the residuals of cases whose outputs exceed their targets by 1.
-        sample_weight: Array that has one weight for each of as many entries, or `None`.
-
-    Raises:
-        ValueError: If there is no such number.
-    """
-    weights = np.ones(1) if sample_weight is None else np.asarray(sample_weight, "float64").reshape(-1)
-    if len(roots) % len(weights) == 0:
-        weights = np.repeat(weights, len(roots) // len(weights))
-        scales = roots[weights > 0] ** 2 / weights[weights > 0]
-        if len(scales) and scales.min() > (1 - 1e-3) * scales.max():
-            return scales.mean()
-    raise ValueError(
-        "`absolute_sigma` needs residuals that are differences of outputs and targets with one weight for all, apart from sample weights. "
-        "Received: other ones. Compile one output with the loss 'mse', without masks, or leave `absolute_sigma` out."
-    )
-
-
-def covariance(weights, jacobian, residuals, variance, num_residuals, dtype):
+def covariance(weights, jacobian, residuals, groups, variances, dtype):
     """Returns the covariance `(n, n)`, infinite where it is not known, and warns there, and away from a minimum.
 
     Args:
         weights: Array `(n,)`.
         jacobian: Array `(rows, n)`.
         residuals: Array `(rows,)`.
-        variance: Float, that of the residuals; `None` for their sum of squares by the degrees of freedom.
-        num_residuals: Integer, the number of rows that count.
+        groups: Integers `(rows,)`, which rows have one variance.
+        variances: Array `(rows,)`, those of the residuals; `None` = that of a group is the sum of its squares by its degrees of freedom.
         dtype: Type that the rows were computed in.
     """
-    num_weights = jacobian.shape[1]
+    num_residuals, num_weights = jacobian.shape
+    if variances is None and num_residuals <= num_weights:
+        _warn(
+            f"The covariance of {num_weights} weights needs more residuals than weights, not {num_residuals}. It is set to infinity. "
+            "Hand over more cases, or hand over known variances: `sample_weight=1 / sigma**2, absolute_sigma=True`."
+        )
+        return np.full([num_weights, num_weights], np.inf)
     # Columns of one length: which weights the data determine does not depend on units.
     lengths = np.linalg.norm(jacobian, axis=0)
     lengths[lengths == 0] = 1
@@ -102,16 +91,13 @@ def covariance(weights, jacobian, residuals, variance, num_residuals, dtype):
     rank = np.count_nonzero(kept)
     scaled = directions[kept] / values[kept, None]
     shift = scaled.T @ (scaled @ (jacobian.T @ residuals / lengths)) / lengths
-    if variance is None and num_residuals <= num_weights:
-        _warn(
-            f"The covariance of {num_weights} weights needs more residuals than weights, not {num_residuals}. It is set to infinity. "
-            "Hand over more cases, or hand over known variances: `sample_weight=1 / sigma**2, absolute_sigma=True`."
-        )
-        return np.full([num_weights, num_weights], np.inf)
-    squares = np.sum(residuals**2)
-    if variance is None:
-        variance = squares / (num_residuals - num_weights)
-    matrix = variance * (scaled.T @ scaled) / np.outer(lengths, lengths)
+    # An orthonormal basis of what the weights do to the residuals.
+    basis = jacobian / lengths @ scaled.T
+    if variances is None:
+        variances = _variances_of_groups(basis, residuals, groups, num_weights - rank)[groups]
+    is_one = variances.min() > (1 - 1e-6) * variances.max()
+    middle = variances.mean() * np.eye(rank) if is_one else basis.T @ (variances[:, None] * basis)
+    matrix = scaled.T @ middle @ scaled / np.outer(lengths, lengths)
     if rank < num_weights:
         # What the data say nothing about: weights that a direction without curvature moves.
         is_free = np.linalg.norm(directions[~kept], axis=0) > np.sqrt(epsilon(dtype))
@@ -120,12 +106,23 @@ def covariance(weights, jacobian, residuals, variance, num_residuals, dtype):
             f"The data determine {rank} combinations of {num_weights} weights: the Jacobian is rank-deficient. The covariance of the "
             f"{np.count_nonzero(is_free)} weights that are not determined is infinite. Take a model with fewer weights, or more and other cases."
         )
-    elif np.sum((jacobian @ shift) ** 2) > 0.01 * squares and np.linalg.norm(shift) > 1e-4 * np.linalg.norm(weights):
+    elif np.sum((jacobian @ shift) ** 2) > 0.01 * np.sum(residuals**2) and np.linalg.norm(shift) > 1e-4 * np.linalg.norm(weights):
         _warn(
             "The covariance is that of weights at a minimum of the loss, and these are not: a Gauss-Newton step would lower the loss by more "
             "than 1 %. Train on, to convergence."
         )
     return matrix
+
+
+def _variances_of_groups(basis, residuals, groups, num_open):
+    """Returns the variance of every group's residuals, `(groups,)`: the sum of their squares by their number less the weights that they determine.
+
+    A group with less than one degree of freedom, such as a condition at one point, has the variance of all residuals. Weights that the data leave
+    open, `num_open`, are counted as well, as in `curve_fit`.
+    """
+    squares = np.bincount(groups, residuals**2)
+    freedom = np.bincount(groups, 1 - np.sum(basis**2, 1) - num_open / len(groups))
+    return np.where(freedom >= 1, squares / np.maximum(freedom, 1), squares.sum() / freedom.sum())
 
 
 def by_weight(diagonal, variables):

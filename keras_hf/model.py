@@ -485,8 +485,8 @@ class HFModel(keras.Model):
         >>> model.parameter_covariance(x, y).matrix.shape
         (2, 2)
         """
-        checks.no_batches("parameter_covariance", x)
-        return covariance.parameter_covariance(self, x, y, sample_weight, checks.flag("absolute_sigma", absolute_sigma))
+        data = self._cases("parameter_covariance", x, y, sample_weight)
+        return covariance.parameter_covariance(self, data, checks.flag("absolute_sigma", absolute_sigma))
 
     def laplace(self, x, y=None, sample_weight=None, structure="auto", noise=None, prior_precision=None):
         """Returns the distribution of the weights that the data leave open, for predictions with error bars: Laplace's approximation.
@@ -534,7 +534,7 @@ class HFModel(keras.Model):
             raise ValueError(
                 "`laplace` is the distribution around trained weights. Received: a network that is not built. Call `fit` first."
             )
-        likelihood = likelihood_of(self, "laplace", compiled_model.overrides_compute_loss(self))
+        likelihood = likelihood_of(self, "laplace")
         data = self._cases("laplace", x, y, sample_weight)
         return laplace(self, data, likelihood, structure, noise, prior_precision)
 

@@ -164,16 +164,23 @@ class PINN(keras.Model):
 
     def call(self, inputs):
         points, term = inputs["points"], tf.reshape(tf.cast(inputs["term"], tf.int32), [-1, 1])
-        found = []
+        found, sizes = [], {}
         for number, (name, residual) in enumerate(self.terms.items()):
             is_own, own = tf.equal(term, number), points
             if name in self._places:
                 # Zero times a derivative that is not finite is NaN: each term gets points where it has one.
                 own = tf.where(is_own, points, tf.cast(self._places[name], points.dtype))
             found.append((is_own, _as_matrix(residual(self.solution, own))))
-        largest = max(residual.shape[1] for _, residual in found)
+            sizes[name] = found[-1][1].shape[1]
+        self._num_residuals, largest = sizes, max(sizes.values())
         padded = [(is_own, tf.pad(residual, [[0, 0], [0, largest - residual.shape[1]]])) for is_own, residual in found]
         return tf.add_n([tf.where(is_own, residual, tf.zeros([], residual.dtype)) for is_own, residual in padded])
+
+    def observation_groups(self, x):
+        """Returns the number of the term that every component of the residuals belongs to, int32 `(N, m)`; -1 where a term has fewer components."""
+        term, sizes = tf.reshape(tf.cast(x["term"], tf.int32), [-1, 1]), self._sizes()
+        own = tf.gather(tf.constant([sizes[name] for name in self.terms]), term)
+        return tf.where(tf.range(max(sizes.values())) < own, term, -1)
 
     def cases(self, points, weights=None):
         """Returns inputs, targets and weights for `fit`, `evaluate` and `validation_data`.

@@ -11,7 +11,7 @@ _STEERED_BY = ("damping", "reduction_ratio")
 _MANY_EPOCHS = 100
 _OTHERS = (
     *("update_loss", "step_size", "gradient_norm", "num_cases", "converged", "optimism"),
-    *("weight_decay", "num_effective", "squared_weights", "data_loss", "batch_cases"),
+    *("weight_decay", "num_effective", "squared_weights", "data_loss", "num_values", "loss_multiplier"),
 )
 
 

@@ -55,6 +55,11 @@ def step(setup, optimizer, data):
     Returns:
         A `StepReport`. A rejected step leaves the weights bit-equal.
     """
+    if optimizer.finds_decay and setup.structure.has_added_loss:
+        raise ValueError(
+            "Weight decay by evidence needs a loss that is the logarithm of a likelihood alone. Received: a network that adds losses of its own "
+            "(`add_loss` or `activity_regularizer`). Leave them out, or hand over a number: `HessianFree(weight_decay=1e-4)`."
+        )
     growing, num_cases = setup.growing_batch, tf.reduce_sum(of_each_replica(data.num_cases))
 
     def update(objective, others=None):
@@ -82,7 +87,9 @@ def step(setup, optimizer, data):
         result = _seen_by_others(setup, objective, result, optimizer.state(), uses_all)
         logs = _logs(setup, objective, result)
         if optimizer.finds_decay:
-            logs["batch_cases"] = tf.cast(num_cases, tf.int32)
+            # The decay is for the whole batch, of which a growing part is a sample.
+            growth = tf.cast(num_cases, tf.float64) / tf.cast(objective.totals.num_cases, tf.float64)
+            logs |= {key: growth * logs[key] for key in ("num_values", "loss_multiplier")}
         report = StepReport(logs, result.actual_reduction, result.trace)
         _apply(setup, optimizer, objective, result)
         return report

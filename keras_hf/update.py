@@ -177,19 +177,25 @@ def hf_update(objective, curvature, solver, state, unseen=None, decay=None, uses
 
 
 def _evidence(objective, linearize, solver, decay, loss):
-    """Returns what weight decay follows from, a dict of float64 scalars: the number of effective weights in some updates, NaN in others."""
+    """Returns what weight decay follows from, a dict of float64 scalars; weights and values are counted in some updates, NaN in others."""
     if decay is None:
         return {}
     product, weights = linearize(), objective.start_vector
     squared = dot(weights, weights)
     is_due = objective.update_number % solver.evidence_interval == 0
     unknown = tf.constant(float("nan"), tf.float64)
-    found = tf.cond(is_due, lambda: solver.num_effective(objective, product, decay), lambda: unknown)
+    found, num_values, loss_multiplier = tf.cond(
+        is_due,
+        lambda: (solver.num_effective(objective, product, decay), *objective.observed()),
+        lambda: (unknown, unknown, unknown),
+    )
     decay = tf.cast(decay, tf.float64)
-    squared, found = objective.agreed((squared, found))
+    squared, found, num_values, loss_multiplier = objective.agreed((squared, found, num_values, loss_multiplier))
     return {
         "weight_decay": decay,
         "num_effective": found,
+        "num_values": num_values,
+        "loss_multiplier": loss_multiplier,
         "squared_weights": squared,
         "data_loss": loss - decay * squared / 2,
     }

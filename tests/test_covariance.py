@@ -7,7 +7,7 @@ from keras import layers
 from problems import compiled
 from scipy import optimize
 
-from keras_hf import HFModel, ParameterCovariance, covariance
+from keras_hf import HessianFree, HFModel, ParameterCovariance, covariance
 
 PARAMETERS = 2.0, 1.5, 0.5
 
@@ -94,9 +94,11 @@ def test_standard_errors_have_the_paths_and_shapes_of_weights(float64):
     assert list(found.standard_errors) == [kernel.path, bias.path]
     assert found.standard_errors[kernel.path].shape == (3, 2)
     np.testing.assert_allclose(found.standard_errors[bias.path], np.sqrt(np.diag(found.matrix)[6:]), rtol=1e-12)
-    # Ordinary least squares: two targets with the same design, their residuals pooled.
-    expected = np.linalg.inv(design.T @ design) * np.sum((y - design @ w) ** 2) / (60 - 8)
-    np.testing.assert_allclose(found.matrix[:6:2, :6:2], expected[:3, :3], rtol=1e-9)
+    # Ordinary least squares: two targets with the same design, each with its own noise.
+    squares = np.sum((y - design @ w) ** 2, 0)
+    for column in range(2):
+        expected = np.linalg.inv(design.T @ design) * squares[column] / (30 - 4)
+        np.testing.assert_allclose(found.matrix[column:6:2, column:6:2], expected[:3, :3], rtol=1e-9)
     np.testing.assert_allclose(found.matrix[6, 7], 0, atol=1e-15)
 
 
@@ -146,7 +148,7 @@ def test_too_few_cases_give_infinity(float64):
     # Also where the variance is known, and fewer residuals than weights.
     rows = jacobian(x[:2], *PARAMETERS)
     with pytest.warns(UserWarning, match="determine 2 combinations of 3 weights.*rank-deficient"):
-        matrix = covariance.covariance(np.array(PARAMETERS), rows, np.ones(2), 1.0, 2, "float64")
+        matrix = covariance.covariance(np.array(PARAMETERS), rows, np.ones(2), np.zeros(2, int), np.ones(2), "float64")
     assert np.isinf(matrix).all()
 
 
@@ -162,16 +164,16 @@ def test_what_has_no_covariance_is_refused(float64):
     x, y = x[:, None], y[:, None]
     with pytest.raises(ValueError, match="at most 5000 weights. Received: 6001 trainable weights. Freeze layers"):
         compiled(keras.Sequential([keras.Input((1,)), layers.Dense(2000), layers.Dense(1)])).parameter_covariance(x, y)
-    with pytest.raises(ValueError, match="without regularizers.*Received: regularizers of .*r/kernel. Leave them out"):
+    with pytest.raises(ValueError, match="without regularizers.*Received: a regularizer of .*r/kernel. Leave them out"):
         network = keras.Sequential([keras.Input((1,)), layers.Dense(1, kernel_regularizer="l2", name="r")])
         compiled(network).parameter_covariance(x, y)
     with pytest.raises(ValueError, match="half a sum of squares"):
         decay("binary_crossentropy").parameter_covariance(x, y)
     with pytest.raises(ValueError, match="`absolute_sigma` must be"):
         decay().parameter_covariance(x, y, absolute_sigma=1)
-    inputs = keras.Input((1,))
-    model = compiled(keras.Model(inputs, [Decay()(inputs), Decay()(inputs)]), ["mse", "mse"], loss_weights=[1.0, 2.0])
-    with pytest.raises(ValueError, match="`absolute_sigma` needs residuals that are differences.*Compile one output"):
-        model.parameter_covariance(x, [y, y], absolute_sigma=True)
+    with pytest.raises(ValueError, match="without regularizers.*Received: weight_decay=0.1. Leave them out"):
+        model = HFModel(keras.Sequential([keras.Input((1,)), Decay()]))
+        model.compile(HessianFree(weight_decay=0.1), "mse")
+        model.parameter_covariance(x, y)
     with pytest.raises(ValueError, match=r"You must call `compile\(\)`"):
         HFModel(keras.Sequential([keras.Input((1,)), Decay()])).parameter_covariance(x, y)

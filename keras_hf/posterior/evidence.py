@@ -1,6 +1,7 @@
 """The prior precision and the noise that make the data most probable: MacKay's evidence, after training and within."""
 
 import math
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -12,6 +13,8 @@ from keras_hf.posterior.likelihood import likelihood_of
 _MOST_STEPS, _TOLERANCE = 500, 1e-10
 # The ratio of prior precision to curvature is kept within these, relative to the mean eigenvalue.
 _LIMITS = 1e-12, 1e12
+# The noise of a group is not taken to be less than this share of the largest variance: that of a condition which holds exactly.
+_LEAST_NOISE = 1e-12
 # The first decay of training as a share of the loss, and the factor by which a later one may differ from the one before: the weights must follow.
 _FIRST_SHARE, _MOST_CHANGE = 0.01, 3.0
 # The noise is found from no less than this share of the residuals, though the data determine more weights.
@@ -65,6 +68,55 @@ def noise_variance(spectrum, precision, squares, num_values):
     return float(variance)
 
 
+class GroupedFit(NamedTuple):
+    """What `noise_of_groups` has found.
+
+    Attributes:
+        distribution: Of the weights, relative to `variance`; see `gaussian`.
+        diagonal: Array `(n,)`, the prior's precision times `variance`.
+        variances: Array `(groups,)`, those of the noise.
+        variance: Float, that of the noise of all groups together.
+    """
+
+    distribution: Any
+    diagonal: np.ndarray
+    variances: np.ndarray
+    variance: float
+
+
+def noise_of_groups(parts, squares, num_values, prior, weights):
+    """Finds the noise of groups of values that have each its own, the weights staying where they are: a `GroupedFit`.
+
+    MacKay's fixed point for each group, `variance_g = squares_g / (num_values_g - gamma_g)`, with gamma_g the weights that its values determine beside
+    those of the others, and `precision = gamma / w'w` with gamma their sum. Cost: a factorization in each of some tens of steps.
+
+    Args:
+        parts: List of the groups' curvatures at unit noise, all in one form of `gaussian`.
+        squares: Array `(groups,)`, the weighted sums of squared residuals.
+        num_values: Array `(groups,)`, how many values there are, each > 0.
+        prior: Callable, the variance of all groups together -> the prior's precision times it, `(n,)`; `None` = by evidence.
+        weights: Array `(n,)`.
+    """
+    form, sizes, gammas = type(parts[0]), np.array([part.trace for part in parts]), np.zeros(len(parts))
+
+    def by_evidence(variance):
+        mean, gamma = variance / variances @ sizes / len(weights), gammas.sum() or len(weights)
+        ratio = variance * gamma / max(np.sum(weights**2), np.finfo("float64").tiny)
+        return np.full(len(weights), np.clip(ratio, *(limit * mean for limit in _LIMITS)))
+
+    for _ in range(_MOST_STEPS):
+        variances = squares / np.maximum(num_values - gammas, 1.0)
+        variances = np.maximum(variances, max(_LEAST_NOISE * variances.max(), np.finfo("float64").tiny))
+        variance = squares.sum() / max(num_values.sum() - gammas.sum(), 1.0)
+        diagonal = (prior or by_evidence)(variance)
+        distribution = form.summed(parts, variance / variances).factorized(diagonal)
+        before = gammas
+        gammas = variance / variances * [distribution.trace_with(part) for part in parts]
+        if np.all(np.abs(gammas - before) <= _TOLERANCE * num_values):
+            break
+    return GroupedFit(distribution, diagonal, variances, variance)
+
+
 def effective(spectrum, precision):
     """Returns gamma, how many weights the data determine, a float; the precision is relative to unit noise."""
     return np.sum(spectrum / (spectrum + precision))
@@ -73,10 +125,11 @@ def effective(spectrum, precision):
 class EvidenceRegularization(keras.callbacks.Callback):
     """Weight decay by evidence: makes the data most probable, on the training cases alone, while `fit` runs.
 
-    With gamma the number of weights that the data determine, w'w the sum of their squares, and N values of the loss,
+    With gamma the number of weights that the data determine, w'w the sum of their squares, and N the number of values that were observed, those under
+    a mask or of weight 0 not,
 
-        weight_decay = 2 gamma loss / (w'w (N - gamma))      squares, the loss their mean without the decay
-        weight_decay = gamma / (w'w N)                       cross-entropies
+        weight_decay = 2 gamma loss / (w'w (N - gamma))      squares, the loss without the decay
+        weight_decay = gamma / (w'w M)                       cross-entropies; M times the loss is the negative log-likelihood
 
     are MacKay's fixed point, one prior precision for all weights; the noise has dropped out. Every few updates (5 with `DirectSolver`, 10 with
     `ConjugateGradient`, 50 with `PreconditionedMomentum`) gamma is computed, exactly with `DirectSolver`, else by Lanczos' method from a random
@@ -85,8 +138,9 @@ class EvidenceRegularization(keras.callbacks.Callback):
     nothing. The decay is `optimizer.weight_decay`, state that is saved and resumed with the optimizer.
 
     `HessianFree(weight_decay="evidence")` adds this callback to every `fit`; compile it so where a run is to be resumed from a file in another
-    process. Logs: `weight_decay` (of the update), `num_effective` (gamma; NaN in updates without), `data_loss` (without the decay),
-    `squared_weights`, `batch_cases` (of the whole batch).
+    process. Logs: `weight_decay` (of the update), `data_loss` (without the decay), `squared_weights`, and, NaN in updates without, `num_effective`
+    (gamma), `num_values` (N) and `loss_multiplier` (M), both of the whole batch. Of several batches, N and M are those of the batches so far in the
+    epoch times the number of batches. The values of all groups, such as columns, are taken to have one noise, as they have in the loss.
 
     Gamma counts weights at the present weights, not those by which the network has bent towards the noise before. Where the data determine few
     weights for each value, as of a curve by one layer, the minimum itself is the model to keep. Else the decay comes out too small, several times
@@ -101,7 +155,8 @@ class EvidenceRegularization(keras.callbacks.Callback):
 
     Raises:
         ValueError: If a limit is out of its range or `min_decay` exceeds `max_decay`; at the start of training, if the optimizer is
-            another one, if the loss has no likelihood (see `HFModel.laplace`), or if a weight has a regularizer of its own.
+            another one, if the loss has no likelihood (see `HFModel.laplace`), if the network adds losses, if a weight has a regularizer of its own,
+            or if `steps_per_execution` is not 1.
 
     References:
         MacKay (1992), *A practical Bayesian framework for backpropagation networks*; Foresee & Hagan (1997), *Gauss-Newton approximation to Bayesian
@@ -116,7 +171,7 @@ class EvidenceRegularization(keras.callbacks.Callback):
             raise ValueError(
                 f"`min_decay` must not exceed `max_decay`. Received: min_decay={min_decay}, max_decay={max_decay}."
             )
-        self._likelihood, self._cases = None, 0
+        self._likelihood, self._counted, self._batches, self._batches_before = None, [], 0, None
 
     def on_train_begin(self, logs=None):
         if not getattr(self.model.optimizer, "finds_decay", False):
@@ -129,26 +184,44 @@ class EvidenceRegularization(keras.callbacks.Callback):
             raise ValueError(
                 f"`EvidenceRegularization` finds one decay for all weights. Received: regularizers of {', '.join(own)}. Leave them out."
             )
+        if self.model.steps_per_execution != 1:
+            raise ValueError(
+                "`EvidenceRegularization` sees the logs of every update. "
+                f"Received: steps_per_execution={self.model.steps_per_execution}. Compile with `steps_per_execution=1`."
+            )
         self._likelihood = likelihood_of(self.model, "EvidenceRegularization")
+        self._batches_before = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._cases = 0
+        self._counted, self._batches = [], 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._batches_before = self._batches
 
     def on_train_batch_end(self, batch, logs=None):
-        # Of several batches an epoch's cases count; the same batch, in several updates, once.
-        # A growing part is a sample of its batch, which the decay is for: that of a part alone would be far too large, and hold deep networks back.
-        num_cases, setup = int(logs["batch_cases"]), self.model.setup
-        self._cases = self._cases + num_cases if setup is not None and setup.has_other_cases else num_cases
-        decay = self.next_decay(logs, self._cases)
+        self._batches += 1
+        counted = float(logs["num_values" if self._likelihood.is_gaussian else "loss_multiplier"])
+        if math.isfinite(counted):
+            self._counted.append(counted)
+        decay = self.next_decay(logs, self._num_values())
         if math.isfinite(decay):
             self.model.optimizer.weight_decay.assign(min(max(decay, self.min_decay), self.max_decay))
 
-    def next_decay(self, logs, num_cases):
+    def _num_values(self):
+        """Returns how many values the whole data are, a float: those of the batches so far times the number of batches; NaN where it is not known."""
+        setup, known = self.model.setup, (self.params or {}).get("steps")
+        # The same batch, in several updates, counts once. Where Keras does not know how many batches there are, the epoch before tells.
+        is_one = setup is None or not setup.has_other_cases
+        num_batches = 1 if is_one else known or self._batches_before or math.nan
+        return num_batches * sum(self._counted) / len(self._counted) if self._counted else math.nan
+
+    def next_decay(self, logs, num_values):
         """Returns the decay of the next update, NaN where that does not change.
 
         Args:
             logs: Dict of floats, those of an update.
-            num_cases: Integer, how many cases the data are.
+            num_values: Float, how many values the data are: for squares their number, for cross-entropies by what the loss is multiplied to be the
+                negative log-likelihood.
         """
         before, gamma, loss, squared = (
             float(logs[key]) for key in ("weight_decay", "num_effective", "data_loss", "squared_weights")
@@ -157,16 +230,12 @@ class EvidenceRegularization(keras.callbacks.Callback):
             return math.nan
         if before == 0:
             return 2 * _FIRST_SHARE * loss / squared
-        size = self.model.network.output_shape[-1]
-        # How often the mean loss is the negative logarithm of the likelihood; of squares at unit noise, half of their number.
-        values = self._likelihood.num_values((num_cases, int(np.prod(self.model.network.output_shape[1:]))), size)
+        if not num_values > 0:
+            return math.nan
         if self._likelihood.is_gaussian:
-            found, share = (
-                gamma * loss / (squared * max(values - gamma / 2, _LEAST_FREE * values)),
-                gamma / (2 * values),
-            )
+            found = 2 * gamma * loss / (squared * max(num_values - gamma, _LEAST_FREE * num_values))
         else:
-            found, share = gamma / (squared * values), gamma / values
-        if share > _MOST_DETERMINED and found < before:
+            found = gamma / (squared * num_values)
+        if gamma / num_values > _MOST_DETERMINED and found < before:
             return math.nan
         return min(max(found, before / _MOST_CHANGE), before * _MOST_CHANGE)

@@ -4,7 +4,9 @@ With G the curvature `(n, n)` and a diagonal a, the covariance is `(G + diag a)^
 are fewer rows than weights, and `Kronecker` one product `A x S` a layer. All have
 
     spectrum          the eigenvalues of G, an array `(n,)`
+    trace             their sum
     factorized(a)     the distribution for a diagonal
+    summed(parts, c)  the sum of several, each times a number
 
 and distributions have
 
@@ -13,6 +15,7 @@ and distributions have
     diagonal          what was added, `(n,)`
     log_determinant   that of `G + diag a`
     num_effective     the trace of `G C`: how many weights the data determine, not the diagonal
+    trace_with(part)  the same of a part of G
     covariance()      C, `(n, n)`
 
 Rasmussen & Williams (2006), sections 2.1 and A.3, for the dual form.
@@ -31,15 +34,23 @@ class Primal:
     """
 
     def __init__(self, curvature):
-        self._curvature = curvature
+        self.curvature = curvature
+
+    @classmethod
+    def summed(cls, parts, factors):
+        return cls(sum(factor * part.curvature for part, factor in zip(parts, factors, strict=True)))
+
+    @property
+    def trace(self):
+        return np.trace(self.curvature)
 
     @property
     def spectrum(self):
-        return np.maximum(np.linalg.eigvalsh(self._curvature), 0)
+        return np.maximum(np.linalg.eigvalsh(self.curvature), 0)
 
     def factorized(self, diagonal):
         """Raises `np.linalg.LinAlgError` if the matrix is singular."""
-        return PrimalDistribution(self._curvature, diagonal)
+        return PrimalDistribution(self.curvature, diagonal)
 
 
 class PrimalDistribution:
@@ -56,6 +67,9 @@ class PrimalDistribution:
         self.diagonal, self.num_normals = diagonal, len(matrix)
         self.log_determinant = 2 * np.sum(np.log(np.diag(factor))) - 2 * np.sum(np.log(scale))
         self.num_effective = len(matrix) - np.sum(diagonal * np.sum(self.root**2, 1))
+
+    def trace_with(self, part):
+        return np.sum(self.root * (part.curvature @ self.root))
 
     def forms(self, rows):
         return _squared(_times(rows, self.root))
@@ -79,18 +93,26 @@ class Dual:
     """
 
     def __init__(self, rows):
-        self._rows = rows
+        self.rows = rows
+
+    @classmethod
+    def summed(cls, parts, factors):
+        return cls(np.concatenate([np.sqrt(factor) * part.rows for part, factor in zip(parts, factors, strict=True)]))
+
+    @property
+    def trace(self):
+        return np.sum(self.rows**2)
 
     @property
     def spectrum(self):
-        values = np.maximum(np.linalg.eigvalsh(self._rows @ self._rows.T), 0)
-        return np.concatenate([values, np.zeros(self._rows.shape[1] - len(values))])
+        values = np.maximum(np.linalg.eigvalsh(self.rows @ self.rows.T), 0)
+        return np.concatenate([values, np.zeros(self.rows.shape[1] - len(values))])
 
     def factorized(self, diagonal):
         """Raises `np.linalg.LinAlgError` unless the diagonal is positive."""
         if not np.all(diagonal > 0):
             raise np.linalg.LinAlgError("singular")
-        return DualDistribution(self._rows, diagonal)
+        return DualDistribution(self.rows, diagonal)
 
 
 class DualDistribution:
@@ -104,6 +126,9 @@ class DualDistribution:
         self._inner_root = np.linalg.inv(factor)
         self.log_determinant = np.sum(np.log(diagonal)) + 2 * np.sum(np.log(np.diag(factor)))
         self.num_effective = len(rows) - np.sum(self._inner_root**2)
+
+    def trace_with(self, part):
+        return np.sum(self.forms(part.rows[:, None]))
 
     def forms(self, rows):
         scaled = rows * self._inverse
@@ -133,19 +158,29 @@ class Kronecker:
     """
 
     def __init__(self, factors):
-        self._factors = factors
+        self.factors = factors
+
+    @classmethod
+    def summed(cls, parts, numbers):
+        """The parts must have one A for each layer."""
+        layers = zip(*(part.factors for part in parts), strict=True)
+        return cls([(pairs[0][0], sum(c * s for c, (_, s) in zip(numbers, pairs, strict=True))) for pairs in layers])
+
+    @property
+    def trace(self):
+        return sum(np.sum(a if a.ndim == 1 else np.diag(a)) * np.trace(s) for a, s in self.factors)
 
     @property
     def spectrum(self):
-        return np.concatenate([np.outer(_spectrum(a), _spectrum(s)).ravel() for a, s in self._factors])
+        return np.concatenate([np.outer(_spectrum(a), _spectrum(s)).ravel() for a, s in self.factors])
 
     def factorized(self, diagonal):
         """Takes the mean of the diagonal over each layer. Raises `np.linalg.LinAlgError` unless it is positive."""
-        sizes = [len(a) * len(s) for a, s in self._factors]
+        sizes = [len(a) * len(s) for a, s in self.factors]
         added = [part.mean() for part in np.split(diagonal, np.cumsum(sizes)[:-1])]
         if not min(added) > 0:
             raise np.linalg.LinAlgError("singular")
-        eigen = [(_eigen(a), _eigen(s)) for a, s in self._factors]
+        eigen = [(_eigen(a), _eigen(s)) for a, s in self.factors]
         vectors = [(a_vectors, s_vectors) for (_, a_vectors), (_, s_vectors) in eigen]
         values = [np.outer(a_values, s_values) for (a_values, _), (s_values, _) in eigen]
         return KroneckerDistribution(vectors, values, added)
@@ -162,6 +197,13 @@ class KroneckerDistribution:
         self.num_normals = len(self.diagonal)
         self.log_determinant = sum(np.sum(np.log(sum_of_both)) for sum_of_both in sums)
         self.num_effective = sum(np.sum(v / t) for v, t in zip(values, sums, strict=True))
+
+    def trace_with(self, part):
+        total = 0.0
+        for (_, vectors), (a, s), std in zip(self._vectors, part.factors, self._stds, strict=True):
+            # A has the eigenvectors of the sum.
+            total += np.sum(std**2 * np.outer(_eigen(a)[0], np.sum(vectors * (s @ vectors), 0)))
+        return total
 
     def _parts(self, rows):
         """Rows `(..., n)` as a list of `(..., i, j)`, one a layer."""

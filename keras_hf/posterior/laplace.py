@@ -1,5 +1,6 @@
 """Laplace's approximation: the distribution of weights around trained ones, and what predictions make of it."""
 
+import functools
 import logging
 from typing import NamedTuple
 
@@ -8,8 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common import checks, files, keras_private
+from keras_hf.common.replaced import replaced
 from keras_hf.common.vectors import num_weights, pack
-from keras_hf.posterior.evidence import most_probable, noise_variance
+from keras_hf.posterior.evidence import GroupedFit, most_probable, noise_of_groups, noise_variance
 from keras_hf.posterior.gaussian import Dual, Kronecker, Primal, restored
 from keras_hf.posterior.likelihood import Likelihood
 from keras_hf.posterior.outputs import Outputs
@@ -31,7 +33,8 @@ class Prediction(NamedTuple):
     Attributes:
         mean: Array, the outputs at the trained weights.
         std: Array of the same shape, standard deviations of the function: from the weights alone.
-        observation_std: Array of the same shape, standard deviations of a new observation of unit weight: the noise, too.
+        observation_std: Array of the same shape, standard deviations of a new observation of unit weight: the noise, too. NaN for a `PINN` whose terms
+            have each a noise of their own.
         covariance: Array `(cases, k, k)`, that of the k outputs of the function.
     """
 
@@ -45,9 +48,9 @@ class ClassPrediction(NamedTuple):
     """A prediction of a classifier; see `Laplace.predict`.
 
     Attributes:
-        probabilities: Array `(cases, k)`, of the classes, averaged over what is not known of the logits.
-        logits: Array `(cases, k)`, at the trained weights.
-        covariance: Array `(cases, k, k)`, of the logits.
+        probabilities: Array shaped as the outputs, `(cases, ..., k)`, of the k classes, averaged over what is not known of the logits.
+        logits: Array of the same shape, at the trained weights.
+        covariance: Array `(cases, m, m)`, of all m logits of a case.
     """
 
     probabilities: np.ndarray
@@ -61,13 +64,14 @@ class Laplace:
     A normal distribution whose inverse covariance is the second derivative of the negative log-posterior, with the Gauss-Newton matrix G in place of
     that of the likelihood:
 
-        covariance = (G / noise^2 + diag prior_precision)^-1
+        covariance = (sum over columns of G / noise^2, plus diag prior_precision)^-1
 
     It belongs to the weights that it was made at: methods that need the network raise an error once they have changed.
 
     Attributes:
         structure: "full", "kronecker" or "last_layer".
-        noise: Float, the standard deviation of an observation of unit weight; 1 for classifiers.
+        noise: Float, the standard deviation of an observation of unit weight; 1 for classifiers. Where it was found and there are several columns of
+            outputs, or terms of a `PINN`, an array of that of each, NaN where none was observed.
         prior_precision: Array `(n,)`, the prior's inverse variance of every weight, 0 where it has none.
         log_evidence: Float, the logarithm of the probability of the data with this prior and noise, by Laplace's method. It compares networks,
             priors and noise on the same data; larger is better. NaN where a weight has no prior, since it is not defined then.
@@ -81,7 +85,7 @@ class Laplace:
 
     def __init__(self, structure, variables, mean, distribution, likelihood, noise, prior_precision, numbers, outputs):
         self.structure, self.variables = structure, variables
-        self.noise, self.prior_precision = noise, prior_precision
+        (self.noise, self._unit), self.prior_precision = noise, prior_precision
         self.log_evidence, self.num_effective = numbers
         self._mean, self._distribution = mean, distribution
         self._likelihood, self._outputs = likelihood, outputs
@@ -89,7 +93,7 @@ class Laplace:
     @property
     def covariance(self):
         """The covariance of the weights, `(n, n)`. Memory: that of the matrix."""
-        return self.noise**2 * self._distribution.covariance()
+        return self._unit**2 * self._distribution.covariance()
 
     def sample(self, num_samples, seed=None):
         """Draws weights.
@@ -103,7 +107,7 @@ class Laplace:
         """
         size = checks.count("num_samples", num_samples), self._distribution.num_normals
         normals = np.random.default_rng(seed).normal(size=size)
-        return self._mean + self.noise * self._distribution.roots(normals)
+        return self._mean + self._unit * self._distribution.roots(normals)
 
     def predict(self, x, num_samples=None, seed=None):
         """Predicts with error bars: outputs are linear in the weights within a few standard deviations, so that their covariance is `J C J'`.
@@ -136,21 +140,25 @@ class Laplace:
         means, covariances = [], []
         for _, values, jacobian in outputs.pieces(tensors, int(np.prod(shape[1:]))):
             means.append(values)
-            covariances.append(self.noise**2 * self._distribution.forms(jacobian))
+            covariances.append(self._unit**2 * self._distribution.forms(jacobian))
         mean, covariance = np.concatenate(means), np.concatenate(covariances)
         if self._likelihood.is_gaussian:
             std = np.sqrt(np.maximum(np.diagonal(covariance, axis1=1, axis2=2), 0)).reshape(shape)
-            return Prediction(mean.reshape(shape), std, np.sqrt(std**2 + self.noise**2), covariance)
+            # The terms of a `PINN` are not the outputs of its solution.
+            noise = np.nan if np.ndim(self.noise) and outputs is not self._outputs else self.noise
+            return Prediction(mean.reshape(shape), std, np.sqrt(std**2 + noise**2), covariance)
+        mean = mean.reshape(len(mean), -1, shape[-1])
         if num_samples is None:
-            probabilities = self._likelihood.probabilities(mean, covariance)
+            of_positions = np.einsum("npipj->npij", covariance.reshape(*mean.shape, *mean.shape[1:]))
+            probabilities = self._likelihood.probabilities(mean, of_positions)
         else:
             rng = np.random.default_rng(seed)
             values, vectors = np.linalg.eigh(covariance)
             roots = vectors * np.sqrt(np.maximum(values, 0))[:, None]
-            normals = rng.normal(size=(checks.count("num_samples", num_samples), *mean.shape))
-            logits = mean + np.einsum("cij,scj->sci", roots, normals)
+            normals = rng.normal(size=(checks.count("num_samples", num_samples), *covariance.shape[:2]))
+            logits = mean + np.einsum("cij,scj->sci", roots, normals).reshape(-1, *mean.shape)
             probabilities = self._likelihood.squashed(logits).mean(0)
-        return ClassPrediction(probabilities, mean, covariance)
+        return ClassPrediction(probabilities.reshape(shape), mean.reshape(shape), covariance)
 
     def _require_same_weights(self):
         now = pack([variable.value for variable in self.variables], tf.float64).numpy()
@@ -177,6 +185,7 @@ class Laplace:
                 structure=self.structure,
                 mean=self._mean,
                 noise=self.noise,
+                unit=self._unit,
                 prior_precision=self.prior_precision,
                 numbers=[self.log_evidence, self.num_effective],
                 places=[_place(variable, self._outputs.network) for variable in self.variables],
@@ -208,14 +217,16 @@ class Laplace:
         def part(name):
             return {key.removeprefix(name): value for key, value in arrays.items() if key.startswith(name)}
 
-        likelihood = Likelihood(**{key: value.item() for key, value in part("likelihood_").items()})
+        # Files of versions up to 0.3 say more of the likelihood, and have one noise.
+        likelihood = Likelihood(*[arrays[f"likelihood_{name}"].item() for name in Likelihood._fields])
+        noise = arrays["noise"].item() if arrays["noise"].ndim == 0 else arrays["noise"]
         found = cls(
             str(arrays["structure"]),
             variables,
             arrays["mean"],
             restored(part("distribution_")),
             likelihood,
-            float(arrays["noise"]),
+            (noise, arrays.get("unit", arrays["noise"]).item()),
             arrays["prior_precision"],
             arrays["numbers"].tolist(),
             Outputs(network, [variable.value for variable in variables], likelihood.outputs),
@@ -236,59 +247,44 @@ def laplace(model, data, likelihood, structure, noise, prior_precision):
         prior_precision: Float > 0, "evidence" or `None`.
     """
     noise, prior_precision = _checked(likelihood, structure, noise, prior_precision)
-    traced = model.setup_for(data).structure
-    if traced.batch_normalizations:
-        names = ", ".join(layer.name for layer in traced.batch_normalizations)
-        raise ValueError(
-            f"`laplace` needs cases with outputs of their own. Received: a network with BatchNormalization, {names}. Take LayerNormalization, or "
-            "`structure='last_layer'` of a network without it."
-        )
-    structure, variables, layers = _chosen(model, structure, traced.captured)
+    setup = model.setup_for(data)
+    _require_own_outputs(setup.structure)
+    structure, variables, layers = _chosen(model, structure, setup.structure.captured, data.x)
     values = [variable.value for variable in variables]
-    outputs = Outputs(
-        model.network, values, likelihood.outputs, traced.has_vectorizable_rows and not traced.nesting_ops
-    )
-    z = outputs.values(data.x)
-    weights = _weights(data.sample_weight, z.shape, likelihood)
-    curvature = _curvature(outputs, data.x, z, weights, likelihood, structure, variables, layers)
+    is_vectorizable = setup.structure.has_vectorizable_rows and not setup.structure.nesting_ops
+    outputs = Outputs(model.network, values, likelihood.outputs, is_vectorizable)
+    observed = _observed(outputs, setup.task, data, likelihood, is_one_noise=noise is not None)
+    parts = _curvatures(outputs, data.x, observed, likelihood, structure, variables, layers)
     mean = pack(values, tf.float64).numpy()
 
     # Everything is relative to unit noise, as the compiled loss is: the noise scales curvature and regularizers alike.
-    last = np.shape(data.y)[-1] if np.ndim(data.y) > 2 else z.shape[1]
     decay = 0.0 if model.optimizer.weight_decay is None else float(model.optimizer.weight_decay.numpy())
-    regularization = likelihood.num_values(z.shape, last) * (decay + _regularization(variables))
-    if likelihood.is_gaussian:
-        squares = np.sum(weights * (z - np.reshape(data.y, z.shape).astype("float64")) ** 2)
-        count = np.count_nonzero(weights)
-    variance = noise**2 if noise else None if likelihood.is_gaussian else 1.0
-    squared_mean = np.sum(mean**2)
+    regularization = observed.loss_multiplier * (decay + _regularization(variables))
+    prior = None
     if prior_precision is None and regularization.any():
-        added = regularization
-    elif prior_precision in (None, "evidence"):
-        of_noise = {"squares": squares, "num_values": count} if likelihood.is_gaussian else {}
-        ratio, variance = most_probable(curvature.spectrum, squared_mean, variance=variance, **of_noise)
-        added = np.full(len(mean), ratio)
-    else:
-        variance = variance or noise_variance(curvature.spectrum, prior_precision, squares, count)
-        added = np.full(len(mean), prior_precision * variance)
+        prior = lambda variance: regularization  # noqa: E731
+    elif prior_precision not in (None, "evidence"):
+        prior = lambda variance: np.full(len(mean), prior_precision * variance)  # noqa: E731
+    squares, num_values = observed.of_groups(likelihood, data.y)
     try:
-        distribution = curvature.factorized(added)
+        if len(parts) > 1:
+            found = noise_of_groups(parts, squares, num_values, prior, mean)
+        else:
+            known = noise**2 if noise else None if likelihood.is_gaussian else 1.0
+            found = _of_one_noise(parts[0], squares[0], num_values[0], prior, mean, known)
     except np.linalg.LinAlgError as error:
         raise ValueError(
             "The data and the prior must determine every weight. Received: weights without a regularizer that the data leave open, or values that "
             "are not finite. Leave `prior_precision` to evidence: `prior_precision='evidence'`."
         ) from error
-    if variance is None:
-        variance = squares / max(count - distribution.num_effective, 1.0)
-
-    prior = distribution.diagonal
-    log_prior = 0.5 * np.sum(np.log(prior)) if np.all(prior > 0) else np.nan
-    log_prior -= 0.5 * np.sum(prior * mean**2) / variance
+    distribution, variance = found.distribution, found.variance
+    log_prior = 0.5 * np.sum(np.log(distribution.diagonal)) if np.all(distribution.diagonal > 0) else np.nan
+    log_prior -= 0.5 * np.sum(distribution.diagonal * mean**2) / variance
     if likelihood.is_gaussian:
-        used = weights[weights > 0]
-        log_likelihood = -0.5 * (squares / variance + np.sum(np.log(2 * np.pi * variance / used)))
+        logs = num_values @ np.log(2 * np.pi * found.variances) - np.sum(np.log(observed.weights[observed.weights > 0]))
+        log_likelihood = -0.5 * (squares @ (1 / found.variances) + logs)
     else:
-        log_likelihood = likelihood.log_likelihood(z, data.y.numpy(), weights)
+        log_likelihood = likelihood.log_likelihood(observed.z, _only(data.y).numpy(), observed.weights)
     log_evidence = log_likelihood + log_prior - 0.5 * distribution.log_determinant
     _logger.info("Laplace's approximation of '%s': %s, %d weights.", model.network.name, structure, len(mean))
     return Laplace(
@@ -297,11 +293,109 @@ def laplace(model, data, likelihood, structure, noise, prior_precision):
         mean,
         distribution,
         likelihood,
-        float(np.sqrt(variance)),
-        added / variance,
+        (observed.noise(found.variances), float(np.sqrt(variance))),
+        found.diagonal / variance,
         (float(log_evidence), float(distribution.num_effective)),
         outputs,
     )
+
+
+def _of_one_noise(curvature, squares, num_values, prior, mean, variance):
+    """Returns the `GroupedFit` of one group of values; `variance` is that of the noise, `None` where it is to be found."""
+    squared_mean, spectrum = np.sum(mean**2), functools.cache(lambda: curvature.spectrum)
+    if prior is None:
+        ratio, variance = most_probable(spectrum(), squared_mean, squares, num_values, variance)
+        diagonal = np.full(len(mean), ratio)
+    elif variance is None and not np.array_equal(prior(1.0), prior(2.0)):
+        # A precision of its own, not one relative to the noise.
+        variance = noise_variance(spectrum(), prior(1.0)[0], squares, num_values)
+        diagonal = prior(variance)
+    else:
+        diagonal = prior(variance)
+    distribution = curvature.factorized(diagonal)
+    if variance is None:
+        variance = squares / max(num_values - distribution.num_effective, 1.0)
+    return GroupedFit(distribution, diagonal, np.array([variance]), variance)
+
+
+class _Observed(NamedTuple):
+    """What cases say, float64 arrays `(cases, positions, k)`; see `observations.Observations`.
+
+    Attributes:
+        z: What the likelihood is of; see `Likelihood.outputs`.
+        weights: Sample weights, 0 where nothing was observed; `(cases, positions, 1)` where classes exclude each other.
+        groups: Integers from 0, shaped as the weights: which of the `known` groups a value belongs to.
+        known: Integers, the groups of which something was observed; see `observations.Observations`.
+        num_groups: Integer, how many there are with the others; 1 where all have one noise.
+        loss_multiplier: Float, by what the loss is multiplied to be the negative log-likelihood at unit noise.
+    """
+
+    z: np.ndarray
+    weights: np.ndarray
+    groups: np.ndarray
+    known: np.ndarray
+    num_groups: int
+    loss_multiplier: float
+
+    def noise(self, variances):
+        """Returns the standard deviations of the noise, a float or an array `(groups,)`, NaN where nothing was observed."""
+        if self.num_groups == 1:
+            return float(np.sqrt(variances[0]))
+        found = np.full(self.num_groups, np.nan)
+        found[self.known] = np.sqrt(variances)
+        return found
+
+    def of_groups(self, likelihood, y):
+        """Returns the weighted sums of squared differences from the targets, and the numbers of values, arrays `(groups,)`."""
+        num_values = np.bincount(self.groups[self.weights > 0])
+        if not likelihood.is_gaussian:
+            return np.zeros(1), num_values
+        differences = self.z - np.reshape(_only(y), self.z.shape).astype("float64")
+        squares = np.where(self.weights > 0, self.weights * differences**2, 0)
+        return np.bincount(self.groups.ravel(), squares.ravel(), len(num_values)), num_values
+
+
+def _observed(outputs, task, data, likelihood, is_one_noise):
+    """Returns the `_Observed` of some cases."""
+    y_pred = outputs.network(data.x, training=False)
+    z = likelihood.outputs(y_pred).numpy().astype("float64")
+    z = z.reshape(len(z), -1, z.shape[-1] if z.ndim > 1 else 1)
+    found = task.observations(data, y_pred)
+    weights, coefficients, groups = (tensor.numpy().reshape(*z.shape[:2], -1) for tensor in (found.weights, found.coefficients, found.groups))
+    if np.any(weights < 0):
+        raise ValueError(
+            "`sample_weight` must not be negative: it divides the variance of the noise. Received: negative ones."
+        )
+    is_there = weights > 0
+    if not is_there.any():
+        raise ValueError("`laplace` needs observations. Received: cases that are all masked or of weight 0.")
+    if is_one_noise:
+        groups = np.zeros_like(groups)
+    known, numbers = np.unique(groups[is_there], return_inverse=True)
+    of_known = np.zeros_like(groups)
+    of_known[is_there] = numbers
+    return _Observed(z, weights, of_known, known, groups.max() + 1, np.sum(weights) / np.sum(coefficients))
+
+
+def _only(nest):
+    """The one tensor of a nest."""
+    (tensor,) = tf.nest.flatten(nest)
+    return tensor
+
+
+def _require_own_outputs(structure):
+    """Raises an error if cases have no outputs of their own, or the network adds losses."""
+    if structure.batch_normalizations:
+        names = ", ".join(layer.name for layer in structure.batch_normalizations)
+        raise ValueError(
+            f"`laplace` needs cases with outputs of their own. Received: a network with BatchNormalization, {names}. Take LayerNormalization, or "
+            "`structure='last_layer'` of a network without it."
+        )
+    if structure.has_added_loss:
+        raise ValueError(
+            "`laplace` needs a loss that is the logarithm of a likelihood alone. Received: a network that adds losses of its own (`add_loss` or "
+            "`activity_regularizer`). Leave them out."
+        )
 
 
 def _place(variable, network):
@@ -323,7 +417,7 @@ def _checked(likelihood, structure, noise, prior_precision):
     return noise, prior_precision
 
 
-def _chosen(model, structure, captured):
+def _chosen(model, structure, captured, x):
     """Returns the structure that is taken, the variables that are uncertain and, of Kronecker factors, their layers."""
     variables = model.trainable_variables
     # The bias of a transposed convolution has no part in its factors.
@@ -345,7 +439,7 @@ def _chosen(model, structure, captured):
             )
         variables = [variable for layer in layers for variable in kernel_and_bias(layer)]
     if structure == "last_layer":
-        last = [layer for layer in keras_private.all_layers(model.network) if layer.trainable_weights][-1]
+        last = _last_layer(model.network, x)
         variables = last.trainable_variables
         if num_weights([variable.value for variable in variables]) > _MOST_WEIGHTS:
             raise ValueError(
@@ -355,19 +449,30 @@ def _chosen(model, structure, captured):
     return structure, variables, layers
 
 
-def _weights(sample_weight, shape, likelihood):
-    """Returns the weight of every output, `(cases, k)`, or where classes exclude each other, of every case, `(cases,)`."""
-    is_categorical = likelihood.kind == "categorical"
-    weights = np.ones(1) if sample_weight is None else sample_weight.numpy().astype("float64")
-    if np.any(weights < 0):
-        raise ValueError(
-            "`sample_weight` must not be negative: it divides the variance of the noise. Received: negative ones."
-        )
-    if is_categorical:
-        return np.broadcast_to(weights.reshape(-1), shape[:1])
-    # One for each value of the loss, which is a mean over the last axis of the targets.
-    weights = np.broadcast_to(weights.reshape(weights.shape[0], -1), (shape[0], max(1, weights.size // shape[0])))
-    return np.repeat(weights, shape[1] // weights.shape[1], axis=1)
+def _last_layer(network, x):
+    """Returns the layer that all other weights act on the outputs of a network through."""
+    layers = [layer for layer in keras_private.all_layers(network) if layer.trainable_weights]
+    x, called = tf.nest.map_structure(lambda tensor: tensor[:1], x), []
+
+    def noted(layer):
+        call = layer.call
+        return lambda *args, **kwargs: called.append(layer) or call(*args, **kwargs)
+
+    with replaced(*[(layer, "call", noted(layer)) for layer in layers]):
+        network(x, training=False)
+    for layer in reversed(called):
+        call = layer.call
+        cut = lambda *args, call=call, **kwargs: tf.nest.map_structure(tf.stop_gradient, call(*args, **kwargs))  # noqa: E731
+        own = {id(variable) for variable in layer.trainable_variables}
+        others = [variable.value for variable in network.trainable_variables if id(variable) not in own]
+        with tf.GradientTape() as tape, replaced((layer, "call", cut)):
+            outputs = network(x, training=False)
+        if others != [] and len(own) and all(each is None for each in tape.gradient(outputs, others)) or not others:
+            return layer
+    raise ValueError(
+        "`structure='last_layer'` needs a layer that all other weights act through. Received: a network without such a layer. Take 'full' or "
+        "'kronecker'."
+    )
 
 
 def _regularization(variables):
@@ -388,20 +493,47 @@ def _regularization(variables):
     return np.concatenate(found)
 
 
-def _curvature(outputs, x, z, weights, likelihood, structure, variables, layers):
-    """Returns the curvature at unit noise in its form: `gaussian.Primal`, `Dual` or `Kronecker`."""
-    roots = likelihood.roots(z) * np.sqrt(weights.reshape(len(z), 1, -1))
-    values = [variable.value for variable in variables]
-    count, size = num_weights(values), z.shape[1]
+def _curvatures(outputs, x, observed, likelihood, structure, variables, layers):
+    """Returns the curvature of every group of values at unit noise, all in one form: a list of `gaussian.Primal`, `Dual` or `Kronecker`."""
+    z, weights = observed.z, observed.weights
+    count, num_groups = num_weights([variable.value for variable in variables]), observed.groups.max() + 1
     if structure == "kronecker":
-        factors = outputs.moments(x, roots, layers)
-        return Kronecker(factors)
-    is_dual = z.size < count and z.size * count <= _KEPT_FLOATS
-    rows, matrix = [], np.zeros((0 if is_dual else count,) * 2)
+        return _kronecker(outputs, x, observed, likelihood, layers)
+    roots = likelihood.roots(z) * np.sqrt(weights)[..., None, :]
+    num_rows, size = z[0].size * len(z), z[0].size
+    is_dual = num_rows < count and num_rows * count <= _KEPT_FLOATS
+    if not is_dual and num_groups * count**2 > _KEPT_FLOATS:
+        raise ValueError(
+            f"The noise of {num_groups} columns or terms needs as many matrices of {count} weights. Received: more than 512 MiB. Hand over `noise`, or "
+            "take `structure='last_layer'` or 'kronecker'."
+        )
+    rows, matrices = [[] for _ in range(num_groups)], np.zeros((num_groups, *[0 if is_dual else count] * 2))
     for cases, _, jacobian in outputs.pieces(x, size):
-        part = np.einsum("mji,mjn->min", roots[cases], jacobian).reshape(-1, count)
-        if is_dual:
-            rows.append(part)
-        else:
-            matrix += part.T @ part
-    return Dual(np.concatenate(rows)) if is_dual else Primal(matrix)
+        part = jacobian.reshape(-1, *z.shape[1:], count)
+        part = np.einsum("mtji,mtjn->mtin", roots[cases], part)
+        groups = np.broadcast_to(observed.groups[cases], part.shape[:-1])
+        is_there = np.broadcast_to(weights[cases], part.shape[:-1]) > 0
+        for group in range(num_groups):
+            own = part[is_there & (groups == group)]
+            if is_dual:
+                rows[group].append(own)
+            else:
+                matrices[group] += own.T @ own
+    return [Dual(np.concatenate(own)) for own in rows] if is_dual else [Primal(matrix) for matrix in matrices]
+
+
+def _kronecker(outputs, x, observed, likelihood, layers):
+    """The same for "kronecker". The groups share the inputs' factor."""
+    z, weights = observed.z, observed.weights
+    roots = likelihood.roots(z)
+    num_cases, num_positions, k = z.shape
+    sums = []
+    for group in range(observed.groups.max() + 1):
+        own = roots * np.sqrt(np.where(observed.groups == group, weights, 0))[..., None, :]
+        whole = np.zeros((num_cases, num_positions, k, num_positions, k))
+        for position in range(num_positions):
+            whole[:, position, :, position] = own[:, position]
+        whole = whole.reshape(num_cases, num_positions * k, num_positions * k)
+        sums.append(outputs.moments(x, whole[:, :, whole.any((0, 1))], layers))
+    factors = [sum(of_group[layer][0] for of_group in sums) / max(sum(of_group[layer][2] for of_group in sums), 1) for layer in range(len(layers))]
+    return [Kronecker([(a, s) for a, (_, s, _) in zip(factors, of_group, strict=True)]) for of_group in sums]

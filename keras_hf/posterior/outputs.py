@@ -22,14 +22,19 @@ class Outputs:
     Args:
         network: `keras.Model`.
         variables: List of `tf.Variable`, with respect to which the Jacobian is.
-        as_matrix: Callable, outputs -> `(cases, k)`.
+        wanted: Callable, the network's outputs -> a tensor of what is wanted of them, `(cases, ...)`; k numbers a case.
         is_vectorizable: Whether TensorFlow can vectorise single cases.
     """
 
-    def __init__(self, network, variables, as_matrix, is_vectorizable=True):
-        self.network, self._variables, self._as_matrix = network, variables, as_matrix
+    def __init__(self, network, variables, wanted, is_vectorizable=True):
+        self.network, self._variables, self._wanted = network, variables, wanted
         self._is_vectorizable, self._call = is_vectorizable, functools.partial(network, training=False)
         self._programs = {}
+
+    def _as_matrix(self, y_pred):
+        """What is wanted, as `(cases, k)`."""
+        found = self._wanted(y_pred)
+        return tf.reshape(found, [tf.shape(found)[0], -1])
 
     @functools.cached_property
     def at_points(self):
@@ -43,7 +48,7 @@ class Outputs:
     def shape(self, x):
         """Returns the shape of the outputs of these cases, a tuple; raises an error about cases that the network does not take."""
         try:
-            first = self._call(tf.nest.map_structure(lambda tensor: tensor[:1], x))
+            first = self._wanted(self._call(tf.nest.map_structure(lambda tensor: tensor[:1], x)))
         except (ValueError, tf.errors.InvalidArgumentError) as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tf.nest.flatten(x))
             raise ValueError(
@@ -56,10 +61,6 @@ class Outputs:
         """Returns inputs as tensors."""
         checks.num_cases(x)
         return Data(x, None, None).tensors().x
-
-    def values(self, x):
-        """Returns the outputs, an array of float64."""
-        return self._run(self._values_of, x).numpy().astype("float64")
 
     def pieces(self, x, size):
         """Yields slices of cases, with outputs `(m, k)` and their Jacobian `(m, k, n)`, float64 arrays.
@@ -84,9 +85,6 @@ class Outputs:
             self._programs[key] = tf.function(function, autograph=False).get_concrete_function(specs)
         return self._programs[key](x)
 
-    def _values_of(self, x):
-        return self._as_matrix(self._call(x))
-
     def _jacobian_of(self, x):
         def of_row(args):
             case, u = args
@@ -96,7 +94,7 @@ class Outputs:
             return tf.concat([tf.cast(values, tf.float64), pack(gradients, tf.float64)], 0)
 
         values = self._as_matrix(self._call(x))
-        num_cases, size = tf.shape(values)[0], values.shape[1]
+        num_cases, size = tf.shape(values)[0], tf.shape(values)[1]
         units = tf.tile(tf.eye(size, dtype=values.dtype), [num_cases, 1])
         cases = tf.nest.map_structure(lambda t: tf.repeat(t, size, axis=0), x)
         rows = mapped(of_row, (cases, units), tf.float64, self._is_vectorizable)
@@ -105,14 +103,14 @@ class Outputs:
         )
 
     def moments(self, x, roots, layers):
-        """Returns the Kronecker factors of every layer: lists of arrays, the mean of `aa'` over positions and the sum of `dd'` over all of them.
+        """Returns sums for the Kronecker factors of every layer: of `aa'` and `dd'` over positions, arrays, and the number of positions.
 
         a is the layer's input with a 1 for its bias, d the derivative of `L'` times the outputs with respect to the pre-activation, one for each
         column of L; see `likelihood.Likelihood.roots`. Cost: a backward pass for each.
 
         Args:
             x: Nest of tensors.
-            roots: Array `(cases, k, k)`, L of every case, weights included.
+            roots: Array `(cases, k, columns)`, L of every case, weights included.
             layers: List of layers; see `capture.is_capturable`.
         """
 
@@ -141,9 +139,13 @@ class Outputs:
             found = sums(piece, tf.constant(roots[first : first + 1000]))
             found = [[term.numpy().astype("float64") for term in terms] for terms in found]
             total = found if total is None else tf.nest.map_structure(np.add, total, found)
+<<<<<<< HEAD
         return [(a / max(places, 1), s) for a, s, places in total]
 
 
 def _specs(x):
     """Returns the types of cases like these, of any number."""
     return tf.nest.map_structure(lambda tensor: tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype), x)
+=======
+        return total
+>>>>>>> 0e99d9d (Say in one place what the compiled loss observed; find the noise of each column and term)

@@ -14,6 +14,7 @@ from keras_hf.common.cluster import replica_number
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.problem.batch_statistics import Statistics, constant_statistics, own_statistics
 from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers
+from keras_hf.problem.observations import observations
 from keras_hf.problem.recurrence import linear_derivatives
 
 
@@ -35,6 +36,7 @@ class Task(NamedTuple):
         num_updates: Integer scalar `keras.Variable`, the number of updates so far.
         layers: List of `keras.Layer`, all layers of the network.
         structural_damping: `structural_damping.StructuralDamping`, or `None`.
+        groups: Callable `x -> tensor`, which values share their noise, or `None`; see `observations.observations`.
     """
 
     network: Callable
@@ -50,6 +52,11 @@ class Task(NamedTuple):
     num_updates: keras.Variable
     layers: list
     structural_damping: Any = None
+    groups: Callable | None = None
+
+    def observations(self, data, y_pred):
+        """Returns the `observations.Observations` of some cases with these predictions."""
+        return observations(self.loss_terms(data, y_pred), y_pred, self.groups and self.groups(data.x))
 
 
 class Data(NamedTuple):

@@ -143,6 +143,15 @@ class LocalObjective:
             0, self.micro_batches.num_in_batch, add_micro_batch, tf.cast(self._regularization(), tf.float64)
         )
 
+    def observed(self):
+        """Returns this replica's share of `Objective.observed`, float64 `(3,)`; see `MicroBatch.observed`."""
+
+        def add_micro_batch(number, total):
+            micro_batch = self._micro_batch(number, of_chunk=False)
+            return total + micro_batch.observed(micro_batch.forward())
+
+        return _over_micro_batches(0, self.micro_batches.num_in_batch, add_micro_batch, tf.zeros([3], tf.float64))
+
     def chunk_shares(self):
         """Returns each case's share of the chunk's loss, float64 `(chunk_size,)`, and this replica's share of the regularizers' loss.
 

@@ -27,6 +27,11 @@ def compares_cases(loss):
     return inspect.unwrap(getattr(loss, "fn", loss)) is keras.losses.circle
 
 
+def overrides_compute_loss(model):
+    """Whether the class of a model overrides `compute_loss`."""
+    return type(model).compute_loss is not keras.Model.compute_loss
+
+
 class LossTerm:
     """One term of the compiled loss on given cases.
 
@@ -37,18 +42,21 @@ class LossTerm:
         y_pred: Tensor, the predictions, with their Keras mask, if any.
         sample_weight: Tensor of the cases' weights, or `None`.
         num_replicas: Integer; Keras divides means by it.
+
+    Attributes:
+        loss, y_pred: As above.
     """
 
     def __init__(self, loss, loss_weight, y, y_pred, sample_weight, num_replicas):
-        self._loss, self._loss_weight = loss, 1.0 if loss_weight is None else loss_weight
-        self._y, self._y_pred, self._sample_weight = y, y_pred, sample_weight
+        self.loss, self._loss_weight = loss, 1.0 if loss_weight is None else loss_weight
+        self._y, self.y_pred, self._sample_weight = y, y_pred, sample_weight
         self._num_replicas = num_replicas
         self._values = self._is_evaluated = None
 
     @property
     def name(self):
         """The loss' name."""
-        return self._loss.name
+        return self.loss.name
 
     def combination(self):
         """Says what the values of micro-batches combine by.
@@ -60,17 +68,17 @@ class LossTerm:
         Raises:
             ValueError: If the loss is not reduced, or weights do not fit its values.
         """
-        reduction = self._loss.reduction
+        reduction = self.loss.reduction
         if reduction in (None, "none"):
             raise ValueError(
                 f"The loss '{self.name}' must be reduced to one number, which an update minimises. Received: reduction={reduction!r}. "
                 'Use `reduction="sum_over_batch_size"` or `"sum"`.'
             )
         values = self._unreduced()
-        if values is None or values.shape.rank == 0 or values.shape[0] != self._y_pred.shape[0]:
+        if values is None or values.shape.rank == 0 or values.shape[0] != self.y_pred.shape[0]:
             return "unknown"
         checks.sample_weight(self.name, self._sample_weight, values)
-        if compares_cases(self._loss):
+        if compares_cases(self.loss):
             return "unknown"
         if reduction == "sum":
             return "sum"
@@ -96,7 +104,7 @@ class LossTerm:
     def case_losses(self):
         """What each case adds to the term, its weight included, float64 `(cases,)`; `None` where only the whole is known."""
         values = self._unreduced()
-        if values is None or values.shape.rank == 0 or self._loss.reduction not in (*_MEANS, "sum"):
+        if values is None or values.shape.rank == 0 or self.loss.reduction not in (*_MEANS, "sum"):
             return None
         if self._sample_weight is None:
             weight = tf.ones([tf.shape(values)[0], *[1] * (values.shape.rank - 1)], values.dtype)
@@ -105,16 +113,33 @@ class LossTerm:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weight)
             # Of the values that are there: only how Keras reduces them depends on the weight.
-            with replaced((self._loss, "call", lambda *args, **kwargs: values)):
-                value = self._scaled(self._loss(self._y, self._y_pred, weight), values)
+            with replaced((self.loss, "call", lambda *args, **kwargs: values)):
+                value = self._scaled(self.loss(self._y, self.y_pred, weight), values)
         losses = tape.gradient(value, weight, unconnected_gradients="zero")
         return tf.reduce_sum(tf.cast(weight * losses, tf.float64), list(range(1, weight.shape.rank)))
+
+    def counts(self):
+        """Returns by how much the term grows with each of the values that the loss reduces, and the sample weight behind that, 0 under a mask.
+
+        Both have the shape of the values, those of cases or steps; scalars, where the loss is one number.
+        """
+        values = self._unreduced()
+
+        def slopes(value_of, *replacements):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(values)
+                with replaced((self.loss, "call", lambda *args, **kwargs: values), *replacements):
+                    value = value_of(self.loss(self._y, self.y_pred, self._sample_weight))
+            return tape.gradient(value, values)
+
+        # A sum divides by nothing: what it multiplies a value by is the weight.
+        return slopes(lambda loss: self._scaled(loss, values)), slopes(tf.reduce_sum, (self.loss, "reduction", "sum"))
 
     def denominator(self):
         """What Keras divides this term by where it depends on the data, a scalar: the sum of the mask, of the weights, or of their product."""
         values = self._unreduced()
         mask = self._mask(values)
-        weight = self._sample_weight if self._loss.reduction == "mean_with_sample_weight" else None
+        weight = self._sample_weight if self.loss.reduction == "mean_with_sample_weight" else None
         if mask is None or weight is None:
             return tf.reduce_sum(tf.cast(weight if mask is None else mask, values.dtype))
         weight, mask = tf.cast(weight, values.dtype), tf.cast(mask, values.dtype)
@@ -125,14 +150,14 @@ class LossTerm:
     def _evaluate(self, sample_weight):
         """The loss as Keras reduces it, and the values that it reduces."""
         values = []
-        call = self._loss.call
+        call = self.loss.call
 
         def recording(*args, **kwargs):
             values.append(call(*args, **kwargs))
             return values[-1]
 
-        with replaced((self._loss, "call", recording)):
-            loss = self._loss(self._y, self._y_pred, sample_weight)
+        with replaced((self.loss, "call", recording)):
+            loss = self.loss(self._y, self.y_pred, sample_weight)
         self._values, self._is_evaluated = values[-1] if values else None, True
         return loss, self._values
 
@@ -143,12 +168,12 @@ class LossTerm:
         return self._values
 
     def _scaled(self, loss, values):
-        is_divided = values is not None and values.shape.rank != 0 and self._loss.reduction != "sum"
+        is_divided = values is not None and values.shape.rank != 0 and self.loss.reduction != "sum"
         # Not `tf.cast`, which takes a Python number through float32.
         return loss * tf.constant(self._loss_weight * (self._num_replicas if is_divided else 1), loss.dtype)
 
     def _mask(self, values):
-        masks = [keras_private.mask(tensor) for tensor in (self._y_pred, values)]
+        masks = [keras_private.mask(tensor) for tensor in (self.y_pred, values)]
         masks = [tf.cast(mask, tf.bool) for mask in masks if mask is not None]
         return masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
 
@@ -160,7 +185,7 @@ class WholeLoss:
         value: Callable `() -> scalar`.
     """
 
-    name = "compute_loss"
+    name, loss, y_pred = "compute_loss", None, None
 
     def __init__(self, value):
         self.value = value
@@ -176,6 +201,10 @@ class WholeLoss:
     def case_losses(self):
         """`None`: only the whole is known."""
         return None
+
+    def counts(self):
+        """See `LossTerm`."""
+        return tf.ones([]), tf.ones([])
 
 
 @contextlib.contextmanager

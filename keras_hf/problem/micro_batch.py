@@ -169,6 +169,18 @@ class MicroBatch:
         of_terms = self._sum_of_terms(evaluation, shares, tf.float64, [self.num_cases])
         return of_terms + evenly(self.share * evaluation.added_loss) if self.has_added_loss else of_terms
 
+    def observed(self, evaluation):
+        """Returns sums over the values that the micro-batch observed, float64 `(3,)`: 1, their weights, and their coefficients in the loss.
+
+        For one loss that is a likelihood; the coefficients of squared errors are halved.
+        """
+        with self._network.fixed_state(self._number):
+            found = self._network.task.observations(evaluation.data, evaluation.y_pred)
+        number = tf.reduce_sum(tf.cast(found.coefficients != 0, tf.float64))
+        in_loss = lambda term: tf.reduce_sum(tf.cast(term.counts()[0], tf.float64))  # noqa: E731
+        coefficients = self._sum_of_terms(evaluation, in_loss, tf.float64)
+        return tf.stack([number, tf.reduce_sum(found.weights), coefficients])
+
     def _sum_of_terms(self, evaluation, value_of, dtype, shape=()):
         """Returns the sum of the terms of the compiled loss, each scaled by its fraction of the total denominator."""
         network, totals = self._network, self._totals

@@ -269,6 +269,7 @@ class Objective:
         self._losses = graph_function(lambda step: self._at(step, lambda part: part.loss()))
         self._chunk_shares = graph_function(lambda step: self._at(step, lambda part: part.chunk_shares()))
         self._sums_over_cases = graph_function(lambda step: self._at(step, lambda part: part.sums_over_cases()))
+        self._observed = graph_function(lambda: replicas.run(lambda part: part.observed(), self._parts))
         self.totals = replicas.sum(lambda cases: cases.counts(), cases)
         self._parts = replicas.run(
             lambda cases, totals: LocalObjective(cases, totals, replicas.count), cases, self.totals
@@ -339,6 +340,14 @@ class Objective:
     def loss(self):
         """Returns the loss over the batch at the start, float64. Cost: one forward pass."""
         return self._replicas.sum(lambda part: part.loss(), self._parts)
+
+    def observed(self):
+        """Returns how many values the batch observed, and by what the loss is multiplied to be the negative log-likelihood: float64 scalars.
+
+        The multiplier is that of cross-entropies. For a network with one loss that is a likelihood. Cost: one forward pass at most.
+        """
+        number, weights, coefficients = tf.unstack(self._replicas.total(self._observed()))
+        return number, tf.math.divide_no_nan(weights, coefficients)
 
     def loss_at(self, step):
         """Returns the loss over the batch at start + step, float64, and restores the weights. Cost: one forward pass."""
