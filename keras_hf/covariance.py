@@ -106,7 +106,9 @@ def covariance(weights, jacobian, residuals, groups, variances, dtype):
             f"The data determine {rank} combinations of {num_weights} weights: the Jacobian is rank-deficient. The covariance of the "
             f"{np.count_nonzero(is_free)} weights that are not determined is infinite. Take a model with fewer weights, or more and other cases."
         )
-    elif np.sum((jacobian @ shift) ** 2) > 0.01 * np.sum(residuals**2) and np.linalg.norm(shift) > 1e-4 * np.linalg.norm(weights):
+    elif np.sum((jacobian @ shift) ** 2) > 0.01 * np.sum(residuals**2) and np.linalg.norm(
+        shift
+    ) > 1e-4 * np.linalg.norm(weights):
         _warn(
             "The covariance is that of weights at a minimum of the loss, and these are not: a Gauss-Newton step would lower the loss by more "
             "than 1 %. Train on, to convergence."

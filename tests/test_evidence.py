@@ -183,13 +183,27 @@ def test_the_rule_by_hand():
     assert np.isnan(callback.next_decay(logs(squared_weights=0.0), 54))
 
 
-def test_a_growing_part_stands_for_its_whole_batch():
-    decays = []
-    for part in (10, 54):
-        callback = ready()
-        callback.on_train_batch_end(0, logs(weight_decay=0.01, num_cases=part, batch_cases=54))
-        decays.append(float(callback.model.optimizer.weight_decay.numpy()))
-    assert decays == [pytest.approx(4.0 / 400)] * 2
+def test_a_growing_part_stands_for_its_whole_batch(float64):
+    x, y = regression(60)
+    model = compiled(solver=ConjugateGradient(), growing_batch=GrowingBatch(20))
+    history = fit(model, x, y, epochs=1)
+    assert history["num_cases"] == [20] and history["num_values"] == [60]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_batches_stand_for_all_of_the_data(float64):
+    x, y = regression(60)
+    callback, counted = EvidenceRegularization(), []
+    next_decay = callback.next_decay
+    callback.next_decay = lambda logs, num_values: counted.append(num_values) or next_decay(logs, num_values)
+    model = compiled(None)
+    model.fit(x, y, batch_size=20, epochs=2, callbacks=[callback], verbose=0)
+    assert counted[0] == counted[5] == 60
+    # Keras does not know how many batches there are, until it has seen them.
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(20).filter(lambda x, y: True)
+    counted.clear()
+    model.fit(dataset, epochs=2, callbacks=[callback], verbose=0)
+    assert np.isnan(counted[:3]).all() and 60 in counted[3:]
 
 
 def test_the_decay_does_not_fall_where_the_data_determine_more_than_half_as_many_weights_as_there_are_values():
@@ -214,9 +228,9 @@ def test_more_weights_than_cases_do_not_interpolate_noise(float64, solver):
 def test_the_decay_stays_within_its_limits():
     callback = ready(min_decay=0.02, max_decay=0.03)
     for loss, limit in ((1e-9, 0.02), (1e9, 0.03)):
-        callback.on_train_batch_end(0, logs(weight_decay=0.025, data_loss=loss, num_cases=10, batch_cases=54))
+        callback.on_train_batch_end(0, logs(weight_decay=0.025, data_loss=loss, num_values=54.0))
         assert float(callback.model.optimizer.weight_decay.numpy()) == pytest.approx(limit)
-    callback.on_train_batch_end(0, logs(num_effective=np.nan, batch_cases=54))
+    callback.on_train_batch_end(0, logs(num_effective=np.nan, num_values=np.nan))
     assert float(callback.model.optimizer.weight_decay.numpy()) == pytest.approx(0.03)
     with pytest.raises(
         ValueError, match="`min_decay` must not exceed `max_decay`. Received: min_decay=2.0, max_decay=1.0"

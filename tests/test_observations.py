@@ -223,3 +223,136 @@ def test_evidence_counts_what_was_observed(cell):
     if share > 0.5 and expected < decay:
         changed = decay
     assert float(given.model.optimizer.weight_decay.numpy()) == pytest.approx(changed, rel=1e-6)
+
+
+# Covariances.
+
+
+def sandwich(jacobian, weights, residuals, groups, absolute_sigma):
+    """The covariance of weighted least squares where each group has its own noise, or where it is `1 / weights`."""
+    bread = np.linalg.inv(jacobian.T @ (weights[:, None] * jacobian))
+    is_there = weights > 0
+    leverage = weights * np.einsum("ri,ij,rj->r", jacobian, bread, jacobian)
+    variances = np.zeros(len(weights))
+    for group in np.unique(groups[is_there]):
+        own = is_there & (groups == group)
+        variances[own] = np.sum((weights * residuals**2)[own]) / (np.count_nonzero(own) - leverage[own].sum())
+    middle = weights * (1 if absolute_sigma else variances)
+    return bread @ jacobian.T @ (middle[:, None] * jacobian) @ bread
+
+
+@pytest.mark.filterwarnings("ignore:The covariance is that of weights at a minimum")
+@pytest.mark.parametrize(
+    "form", [form if form == "mask" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS[:-1]]
+)
+def test_covariances_are_those_of_dense_matrices(form):
+    given = case("mse", form)
+    with tf.GradientTape(persistent=True) as tape:
+        z = given.model.network(tf.constant(given.x), training=False)
+    variables = [variable.value for variable in given.model.trainable_variables]
+    parts = [tape.jacobian(z, variable, experimental_use_pfor=False).numpy() for variable in variables]
+    jacobian = np.concatenate([part.reshape(np.size(z), -1) for part in parts], 1)
+    residuals, groups = (z.numpy() - given.y).ravel(), np.arange(np.size(z)) % 3
+    for absolute_sigma in (False, True):
+        found = given.model.parameter_covariance(given.x, given.y, given.sample_weight, absolute_sigma)
+        expected = sandwich(jacobian, given.weights.ravel(), residuals, groups, absolute_sigma)
+        np.testing.assert_allclose(found.matrix, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The covariance is that of weights at a minimum")
+def test_outputs_without_a_loss_are_not_observed_and_others_have_their_own_noise():
+    inputs = keras.Input((2,))
+    outputs = [layers.Dense(1)(inputs), layers.Dense(2)(inputs), layers.Dense(1)(inputs)]
+    model = HFModel(keras.Model(inputs, outputs))
+    model.compile(loss=["mse", "mse", None], loss_weights=[1.0, 5.0, 0.0])
+    x, y = normal(20, 2), [normal(20, 1, seed=1), 3 * normal(20, 2, seed=2), None]
+    design = np.c_[x, np.ones(20)]
+    with pytest.warns(UserWarning, match="The data determine 9 combinations of 12 weights"):
+        found = model.parameter_covariance(x, y)
+    residuals = [y[0] - model.network(x)[0], y[1] - model.network(x)[1]]
+    for name, residual in zip(("dense", "dense_1"), residuals, strict=True):
+        (errors,) = (found.standard_errors[v.path] for v in model.trainable_variables if f"{name}/kernel" in v.path)
+        expected = np.diag(np.linalg.inv(design.T @ design))[:2, None] * np.sum(np.array(residual) ** 2, 0)
+        assert errors.shape == expected.shape
+        # Of 12 weights, three say nothing: each group of 20 has 3 that do and a share of these.
+        np.testing.assert_allclose(errors**2, expected / (20 - 3 - 3 * 20 / 60), rtol=1e-8)
+
+
+# Physics-informed networks.
+
+
+def solved():
+    network = keras.Sequential([keras.Input((1,)), layers.Dense(3, "tanh", trainable=False), layers.Dense(1)])
+
+    def equation(u, p):
+        value, slope = derivatives(u, p, "x", "u", "u_x")
+        return tf.concat([slope + value, slope - 0.1 * value], 1)
+
+    pinn = PINN(network, {"equation": equation, "data": lambda u, p: u(p)})
+    model = HFModel(pinn)
+    model.compile(loss="mse")
+    points, rng = np.linspace(-1, 1, 30)[:, None], np.random.default_rng(0)
+    targets = np.exp(-points) + 0.3 * rng.normal(size=points.shape)
+    cases = pinn.cases({"equation": points[::2], "data": (points, targets)}, weights={"data": 2.0})
+    model.build({"points": (None, 1), "term": (None, 1)})
+    network.set_weights([2 * rng.normal(size=weight.shape) for weight in network.get_weights()])
+    return model, cases, equation
+
+
+@pytest.mark.filterwarnings("ignore:The covariance is that of weights at a minimum")
+def test_components_that_a_term_does_not_have_are_not_observed():
+    model, (x, y, weights), equation = solved()
+    network, points = model.network.network, tf.constant(x["points"])
+    variables = [variable.value for variable in model.trainable_variables]
+    with tf.GradientTape(persistent=True) as tape:
+        parts = tf.function(lambda: (equation(network, points[:15]), network(points[15:])), autograph=False)()
+    rows, residuals = [], []
+    for part in parts:
+        jacobian = [
+            tape.jacobian(part, v, experimental_use_pfor=False, unconnected_gradients="zero") for v in variables
+        ]
+        rows.append(np.concatenate([j.numpy().reshape(tf.size(part), -1) for j in jacobian], 1))
+    residuals = np.concatenate([parts[0].numpy().ravel(), (parts[1] - y[15:, :1]).numpy().ravel()])
+    jacobian, groups = np.concatenate(rows), np.repeat([0, 1], 30)
+    found = model.parameter_covariance(x, y, weights)
+    relative = np.repeat([1 / 30, 2 / 30], 30)
+    np.testing.assert_allclose(found.matrix, sandwich(jacobian, relative, residuals, groups, False), rtol=1e-5)
+
+    posterior = model.laplace(x, y, weights, prior_precision=2.0)
+    assert posterior.noise.shape == (2,) and np.isnan(posterior.predict(np.zeros((1, 1))).observation_std).all()
+    # The noise is that of unit weight.
+    unit = np.repeat(np.array([weights[0], weights[15]]), 30)
+    variances = (posterior.noise**2)[groups] / unit
+    covariance = np.linalg.inv(jacobian.T @ (jacobian / variances[:, None]) + 2.0 * np.eye(4))
+    np.testing.assert_allclose(posterior.covariance, covariance, rtol=1e-6)
+    gammas = np.einsum("ri,ij,rj->r", jacobian, covariance, jacobian) / variances
+    for group in range(2):
+        own = groups == group
+        expected = np.sum((unit * residuals**2)[own]) / (30 - gammas[own].sum())
+        assert posterior.noise[group] ** 2 == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_evidence_runs_on_physics_informed_and_subclassed_networks():
+    model, (x, y, weights), _ = solved()
+    model.compile(HessianFree(solver=DirectSolver(), weight_decay="evidence"), loss="mse")
+    history = model.fit(x, y, sample_weight=weights, epochs=12, verbose=0).history
+    assert history["num_values"][0] == 60 and float(model.optimizer.weight_decay.numpy()) > 0
+
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = layers.Dense(1), layers.Dense(4, "tanh")
+
+        def call(self, x):
+            return self.last(self.first(x))
+
+    model = HFModel(Subclassed())
+    model.compile(HessianFree(solver=DirectSolver(), weight_decay="evidence"), loss="mse")
+    x, y = normal(20, 5, 2), normal(20, 5, 1)
+    history = model.fit(x, y, epochs=12, verbose=0).history
+    assert history["num_values"][0] == 100
+    posterior = model.laplace(x, y, structure="last_layer")
+    assert [variable.path for variable in posterior.variables] == [v.path for v in model.network.last.weights]
+    # Another length.
+    assert posterior.predict(normal(3, 7, 2)).std.shape == (3, 7, 1)

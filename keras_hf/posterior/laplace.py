@@ -361,7 +361,9 @@ def _observed(outputs, task, data, likelihood, is_one_noise):
     z = likelihood.outputs(y_pred).numpy().astype("float64")
     z = z.reshape(len(z), -1, z.shape[-1] if z.ndim > 1 else 1)
     found = task.observations(data, y_pred)
-    weights, coefficients, groups = (tensor.numpy().reshape(*z.shape[:2], -1) for tensor in (found.weights, found.coefficients, found.groups))
+    weights, coefficients, groups = (
+        tensor.numpy().reshape(*z.shape[:2], -1) for tensor in (found.weights, found.coefficients, found.groups)
+    )
     if np.any(weights < 0):
         raise ValueError(
             "`sample_weight` must not be negative: it divides the variance of the noise. Received: negative ones."
@@ -535,5 +537,8 @@ def _kronecker(outputs, x, observed, likelihood, layers):
             whole[:, position, :, position] = own[:, position]
         whole = whole.reshape(num_cases, num_positions * k, num_positions * k)
         sums.append(outputs.moments(x, whole[:, :, whole.any((0, 1))], layers))
-    factors = [sum(of_group[layer][0] for of_group in sums) / max(sum(of_group[layer][2] for of_group in sums), 1) for layer in range(len(layers))]
+    factors = [
+        sum(of_group[layer][0] for of_group in sums) / max(sum(of_group[layer][2] for of_group in sums), 1)
+        for layer in range(len(layers))
+    ]
     return [Kronecker([(a, s) for a, (_, s, _) in zip(factors, of_group, strict=True)]) for of_group in sums]

@@ -61,7 +61,7 @@ class Observations(NamedTuple):
 
 
 def observations(terms, y_pred, groups=None):
-    """Returns the `Observations` of some cases.
+    """Returns the `Observations` of some cases, those of several outputs side by side; an output without a loss has none.
 
     Args:
         terms: List of `loss_terms.LossTerm`. Of losses that are no likelihood, values are taken for numbers with squared errors.
@@ -72,20 +72,18 @@ def observations(terms, y_pred, groups=None):
     for output in tf.nest.flatten(y_pred):
         # A whole loss, of which nothing is known, is that of all outputs.
         term = next((term for term in terms if term.y_pred is output or term.loss is None), None)
-        one = _of_output(term, output, groups)
-        found.append(one._replace(groups=one.groups + first))
-        first += output.shape[-1] or 0
+        if term is not None:
+            one = _of_output(term, output, groups)
+            found.append(one._replace(groups=one.groups + first))
+            first += output.shape[-1] or 0
     return Observations(*[tf.concat(parts, 1) for parts in zip(*found, strict=True)])
 
 
 def _of_output(term, output, groups):
-    kind = kind_of(term.loss) if term is not None else None
+    kind = kind_of(term.loss)
     if groups is None:
         has_noise = kind not in ("bernoulli", "categorical") and output.shape.rank > 1
         groups = tf.broadcast_to(tf.range(tf.shape(output)[-1]) if has_noise else 0, tf.shape(output))
-    if term is None:
-        zeros = tf.zeros(tf.shape(output), tf.float64)
-        return Observations(*map(_as_rows, (zeros, zeros, groups)))
     counts, weights = (tf.cast(values, tf.float64) for values in term.counts())
     if kind == "categorical":
         return Observations(*map(_as_rows, (counts, weights, tf.zeros(tf.shape(counts), tf.int32))))
