@@ -111,7 +111,8 @@ def test_the_fixed_point_of_evidence_satisfies_its_equations():
 # Dense matrices.
 
 
-# Activation, loss (one made under the fixture: it keeps the float type of then), and by what a mean loss of 30 cases and three outputs is to be multiplied, at unit noise.
+# Activation, loss (an object is made under the fixture: it keeps the float type of then), and by what a
+# mean loss of 30 cases and three outputs is to be multiplied, at unit noise.
 LOSSES = {
     "probabilities of classes": ("softmax", "sparse_categorical_crossentropy", 30),
     "one-hot targets": ("softmax", "categorical_crossentropy", 30),

@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import layers
 from training import normal
 
-from keras_hf import DirectSolver, HessianFree, HFModel
+from keras_hf import ConjugateGradient, DirectSolver, HessianFree, HFModel
 from keras_hf.pinn import PINN, derivatives
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -356,3 +356,78 @@ def test_evidence_runs_on_physics_informed_and_subclassed_networks():
     assert [variable.path for variable in posterior.variables] == [v.path for v in model.network.last.weights]
     # Another length.
     assert posterior.predict(normal(3, 7, 2)).std.shape == (3, 7, 1)
+
+
+# Doors.
+
+
+class Adding(layers.Layer):
+    def call(self, x):
+        self.add_loss(0.1 * tf.reduce_mean(x**2))
+        return x
+
+
+class Overriding(HFModel):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return tf.reduce_mean((y - y_pred) ** 2)
+
+
+def test_what_is_no_likelihood_alone_is_refused_at_the_start():
+    x, y = normal(10, 2), normal(10, 1)
+    optimizer = lambda: HessianFree(solver=ConjugateGradient(), weight_decay="evidence")  # noqa: E731
+    stack = keras.Input((2,)), Adding(), layers.Dense(1)
+    model = HFModel(keras.Sequential([*stack]))
+    model.compile(optimizer(), "mse")
+    with pytest.raises(ValueError, match="Weight decay by evidence needs a loss.*a network that adds losses"):
+        model.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match="`laplace` needs a loss.*a network that adds losses of its own"):
+        model.laplace(x, y)
+    model = HFModel(keras.Sequential([keras.Input((2,)), layers.Dense(1)]))
+    model.compile(optimizer(), "mse", steps_per_execution=10)
+    with pytest.raises(ValueError, match="Received: steps_per_execution=10. Compile with `steps_per_execution=1`"):
+        model.fit(x, y, verbose=0)
+    model = Overriding(keras.Sequential([keras.Input((2,)), layers.Dense(1)]))
+    model.compile(optimizer(), "mse")
+    with pytest.raises(ValueError, match="needs one output and one loss.*and an overridden `compute_loss`"):
+        model.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match="`laplace` needs observations. Received: cases that are all masked or of w"):
+        model = HFModel(keras.Sequential([keras.Input((2,)), layers.Dense(1)]))
+        model.compile(loss="mse")
+        model.laplace(x, y, sample_weight=np.zeros(10))
+
+
+def test_the_last_layer_is_that_through_which_the_others_act():
+    inputs = keras.Input((2,))
+    hidden, other = layers.Dense(3, "tanh")(inputs), layers.Dense(3)(inputs)
+    x, y = normal(10, 2), normal(10, 3)
+    model = HFModel(keras.Model(inputs, layers.Add()([hidden, other])))
+    model.compile(loss="mse")
+    with pytest.raises(ValueError, match="needs a layer through which all other weights act"):
+        model.laplace(x, y, structure="last_layer")
+    last = layers.Dense(3)
+    model = HFModel(keras.Model(inputs, layers.Activation("tanh")(last(hidden))))
+    model.compile(loss="mse")
+    assert model.laplace(x, y, structure="last_layer").variables == last.trainable_variables
+
+
+@pytest.mark.slow
+def test_outputs_with_a_name_and_points_of_another_type_are_taken():
+    inputs = keras.Input((2,))
+    x, y = normal(10, 2), {"u": normal(10, 1)}
+    model = HFModel(keras.Model(inputs, {"u": layers.Dense(1)(inputs)}))
+    model.compile(loss={"u": "mse"})
+    posterior = model.laplace(x, y)
+    assert posterior.predict(x).std.shape == (10, 1)
+    plain = HFModel(keras.Model(inputs, model.network(inputs)["u"]))
+    plain.compile(loss="mse")
+    np.testing.assert_allclose(plain.laplace(x, y["u"]).covariance, posterior.covariance, rtol=1e-12)
+
+    network = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    features = lambda p: tf.concat([tf.cos(p), tf.sin(p)], 1)  # noqa: E731
+    pinn = PINN(network, {"data": lambda u, p: u(p)}, features=features)
+    model = HFModel(pinn)
+    model.compile(loss="mse")
+    points = np.linspace(0, 1, 12)[:, None]
+    posterior = model.laplace(*pinn.cases({"data": (points, points**2)}))
+    single, double = (posterior.predict(points.astype(dtype)).std for dtype in ("float32", "float64"))
+    np.testing.assert_allclose(single, double, rtol=1e-5)

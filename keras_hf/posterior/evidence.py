@@ -87,8 +87,8 @@ class GroupedFit(NamedTuple):
 def noise_of_groups(parts, squares, num_values, prior, weights):
     """Finds the noise of groups of values that have each its own, the weights staying where they are: a `GroupedFit`.
 
-    MacKay's fixed point for each group, `variance_g = squares_g / (num_values_g - gamma_g)`, with gamma_g the weights that its values determine beside
-    those of the others, and `precision = gamma / w'w` with gamma their sum. Cost: a factorization in each of some tens of steps.
+    MacKay's fixed point for each group, `variance_g = squares_g / (num_values_g - gamma_g)`, with gamma_g the weights that its values determine
+    beside those of the others, and `precision = gamma / w'w` with gamma their sum. Cost: a factorization in each of some tens of steps.
 
     Args:
         parts: List of the groups' curvatures at unit noise, all in one form of `gaussian`.

@@ -33,8 +33,8 @@ class Prediction(NamedTuple):
     Attributes:
         mean: Array, the outputs at the trained weights.
         std: Array of the same shape, standard deviations of the function: from the weights alone.
-        observation_std: Array of the same shape, standard deviations of a new observation of unit weight: the noise, too. NaN for a `PINN` whose terms
-            have each a noise of their own.
+        observation_std: Array of the same shape, standard deviations of a new observation of unit weight: the noise, too. NaN for a `PINN` whose
+            terms have each a noise of their own.
         covariance: Array `(cases, k, k)`, that of the k outputs of the function.
     """
 
@@ -452,8 +452,8 @@ def _chosen(model, structure, captured, x):
 
 
 def _last_layer(network, x):
-    """Returns the layer that all other weights act on the outputs of a network through."""
-    layers = [layer for layer in keras_private.all_layers(network) if layer.trainable_weights]
+    """Returns the layer through which all other weights act on the outputs of a network."""
+    layers = [layer for layer in keras_private.all_layers(network) if layer.trainable_weights and layer is not network]
     x, called = tf.nest.map_structure(lambda tensor: tensor[:1], x), []
 
     def noted(layer):
@@ -467,12 +467,15 @@ def _last_layer(network, x):
         cut = lambda *args, call=call, **kwargs: tf.nest.map_structure(tf.stop_gradient, call(*args, **kwargs))  # noqa: E731
         own = {id(variable) for variable in layer.trainable_variables}
         others = [variable.value for variable in network.trainable_variables if id(variable) not in own]
+        # A block of layers that is the whole network says nothing.
+        if not others and layer is not called[-1]:
+            continue
         with tf.GradientTape() as tape, replaced((layer, "call", cut)):
             outputs = network(x, training=False)
-        if others != [] and len(own) and all(each is None for each in tape.gradient(outputs, others)) or not others:
+        if all(gradient is None for gradient in tape.gradient(outputs, others)):
             return layer
     raise ValueError(
-        "`structure='last_layer'` needs a layer that all other weights act through. Received: a network without such a layer. Take 'full' or "
+        "`structure='last_layer'` needs a layer through which all other weights act on the outputs. Received: a network without one. Take 'full' or "
         "'kronecker'."
     )
 
@@ -506,8 +509,8 @@ def _curvatures(outputs, x, observed, likelihood, structure, variables, layers):
     is_dual = num_rows < count and num_rows * count <= _KEPT_FLOATS
     if not is_dual and num_groups * count**2 > _KEPT_FLOATS:
         raise ValueError(
-            f"The noise of {num_groups} columns or terms needs as many matrices of {count} weights. Received: more than 512 MiB. Hand over `noise`, or "
-            "take `structure='last_layer'` or 'kronecker'."
+            f"The noise of {num_groups} columns or terms needs as many matrices of {count} weights. Received: more than 512 MiB. Hand over `noise`, "
+            "or take `structure='last_layer'` or 'kronecker'."
         )
     rows, matrices = [[] for _ in range(num_groups)], np.zeros((num_groups, *[0 if is_dual else count] * 2))
     for cases, _, jacobian in outputs.pieces(x, size):

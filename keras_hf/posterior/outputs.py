@@ -139,13 +139,9 @@ class Outputs:
             found = sums(piece, tf.constant(roots[first : first + 1000]))
             found = [[term.numpy().astype("float64") for term in terms] for terms in found]
             total = found if total is None else tf.nest.map_structure(np.add, total, found)
-<<<<<<< HEAD
-        return [(a / max(places, 1), s) for a, s, places in total]
+        return total
 
 
 def _specs(x):
     """Returns the types of cases like these, of any number."""
     return tf.nest.map_structure(lambda tensor: tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype), x)
-=======
-        return total
->>>>>>> 0e99d9d (Say in one place what the compiled loss observed; find the noise of each column and term)

@@ -37,7 +37,7 @@ def standard_loss(loss):
 
 
 def kind_of(loss):
-    """Returns the distribution of which a loss is the negative log-likelihood, "gaussian", "bernoulli" or "categorical", or `None`; see `standard_loss`."""
+    """Returns the distribution that a loss is the likelihood of: "gaussian", "bernoulli", "categorical", or `None`; see `standard_loss`."""
     loss = standard_loss(loss)
     settings = loss.get_config() if type(loss) in _KINDS else {}
     is_altered = settings.get("label_smoothing") or settings.get("ignore_class") is not None
