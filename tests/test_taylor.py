@@ -159,6 +159,93 @@ def test_what_passes_through_complex_numbers_is_differentiated_by_tapes(float64,
         np.testing.assert_allclose(values, expected[index], rtol=0, atol=1e-13)
 
 
+KERNEL = np.random.default_rng(7).normal(size=(4, 3))
+
+
+def as_complex(x):
+    return tf.cast(x, tf.complex128)
+
+
+# Functions of two tensors (N, k), of which the second has one column, row by row: operations with a rule ...
+WITH_RULE = {
+    "add": lambda x, y: tf.add_n([x + y, tf.sin(x)]),
+    "subtract": lambda x, y: y - x,
+    "multiply": lambda x, y: tf.sin(x) * y,
+    "divide": lambda x, y: x / (1.5 + tf.sin(y)),
+    "dense": lambda x, y: tf.nn.bias_add(x @ KERNEL[: x.shape[1]], KERNEL[0]),
+    "matrices": lambda x, y: tf.matmul(x[:, None], tf.sin(x)[:, None], transpose_b=True)[:, 0] * y,
+    "outer": lambda x, y: tf.reshape(tf.matmul(x[:, :2, None], tf.cos(y)[:, None]), [5, -1]),
+    "concat": lambda x, y: tf.concat([x, y, tf.ones_like(y)], 1),
+    "stack": lambda x, y: tf.reduce_mean(tf.stack([x, x * y], 1), 1),
+    "unstack": lambda x, y: tf.stack(tf.unstack(x, axis=1)[::-1], 1),
+    "strided slice": lambda x, y: x[:, None, ::-1, None][:, 0, :, 0],
+    "gather": lambda x, y: tf.gather(x, [0, x.shape[1] - 1], axis=1),
+    "pad": lambda x, y: tf.pad(x, [[0, 0], [1, 0]]) * y,
+    "tile": lambda x, y: tf.tile(x[:, :2], [1, 2]) + y,
+    "split": lambda x, y: tf.split(tf.concat([x, y], 1), [x.shape[1] - 1, 2], 1)[1],
+    "broadcast": lambda x, y: tf.broadcast_to(y**2, tf.shape(x)) * x,
+    "transpose": lambda x, y: tf.transpose(tf.transpose(x) * 2.0),
+    "sum": lambda x, y: tf.reduce_sum(x, -1)[:, None] * y,
+    "product": lambda x, y: tf.reduce_prod(tf.sin(x), 1, keepdims=True),
+    "where": lambda x, y: tf.where(y > 0.3, x, tf.sin(x)),
+    "squared difference": lambda x, y: tf.math.squared_difference(tf.sin(x), tf.cos(y)),
+    "integers": lambda x, y: tf.cast(tf.cast(4 * x, tf.int32), tf.float64) * y,
+    "booleans": lambda x, y: tf.cast(x > 0.2, tf.float64) + x * tf.cast(tf.shape(x)[1], x.dtype),
+    "stopped": lambda x, y: x * tf.stop_gradient(y) + tf.sign(x) * y + tf.floor(3 * x),
+    "sigmoid": lambda x, y: tf.nn.silu(x) + tf.math.softplus(y),
+    "exponential": lambda x, y: tf.exp(-x * x) + tf.math.expm1(tf.sin(y)),
+    "logarithm": lambda x, y: tf.math.log(1.5 + tf.sin(x)) + tf.math.log1p(y * y),
+    "powers": lambda x, y: (1.5 + tf.sin(x)) ** 0.3 + tf.math.rsqrt(1.5 + tf.sin(y)) + tf.tanh(x) ** 3,
+    "kinks": lambda x, y: tf.abs(x) * tf.nn.elu(y - 0.4) + tf.nn.relu(x - 0.3),
+    "erf": lambda x, y: tf.math.erf(x) * tf.math.erfc(y),
+}
+# ... and without one, complex ones among them.
+WITHOUT_RULE = {
+    "exp of complex": lambda x, y: tf.math.real(tf.exp(1j * as_complex(x))) * y,
+    "product of complex": lambda x, y: tf.math.imag(as_complex(x) * tf.math.conj(1j + as_complex(y))),
+    "abs of complex": lambda x, y: tf.abs(tf.complex(x, y * tf.ones_like(x) + 1.5)),
+    "fft": lambda x, y: tf.math.real(tf.signal.ifft(tf.signal.fft(as_complex(x)) ** 2)) * y,
+    "cumsum": lambda x, y: tf.cumsum(x, 1) * y,
+    "maximum": lambda x, y: tf.maximum(x, y),
+}
+
+
+def drawn(steps, rng):
+    """A function `(N, 2) -> (N, 1)` of some operations, each on the result before and on a column of one of all results."""
+    others = [rng.integers(number + 1) for number in range(len(steps))]
+
+    def u(p):
+        results = [p]
+        for step, other in zip(steps, others, strict=True):
+            operation = WITH_RULE.get(step) or WITHOUT_RULE[step]
+            results.append(operation(results[-1][:, :4], results[other][:, -1:]))
+        return tf.reduce_mean(results[-1], 1, keepdims=True) + tf.sin(results[len(steps) // 2][:, :1])
+
+    return u
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_operations_in_a_random_order_have_the_derivatives_of_tapes(seed, float64, monkeypatch):
+    """One operation without a rule sends the whole function to the tapes."""
+    rng = np.random.default_rng(seed)
+    programs = [(2, steps) for steps in np.split(rng.permutation(list(WITH_RULE))[:18], 3)]
+    programs += [(1, [*rng.choice(list(WITH_RULE), 2), step]) for step in WITHOUT_RULE]
+    functions = [(order, steps, drawn(steps, rng)) for order, steps in programs]
+    points, names = tf.constant(POINTS), ["u", "u_x", "u_xy", "u_yy"]
+    by_series, by_rules = [], taylor.partial_derivatives
+    monkeypatch.setattr(taylor, "partial_derivatives", lambda *args: by_series.append(by_rules(*args)) or by_series[-1])
+    compute = tf.function(
+        lambda p: [derivatives(u, p, "xy", *names[: 2 * order]) for order, _, u in functions], autograph=False
+    )
+    values = compute(points)
+    assert [found is not None for found in by_series] == [order == 2 for order, *_ in functions]
+    for (order, steps, u), of_function in zip(functions, values, strict=True):
+        expected = by_tapes(u, points, order)
+        for found, index in zip(of_function, [(), (0,), (0, 1), (1, 1)], strict=False):
+            size = max(1, np.abs(expected[index]).max())
+            np.testing.assert_allclose(found, expected[index], rtol=0, atol=1e-12 * size, err_msg=f"{index} of {steps}")
+
+
 def test_matrices_have_the_derivatives_of_tapes(float64):
     """Not row by row: the first point's column is in all rows, whose derivatives are then those of a sum."""
     points = tf.constant(np.repeat(POINTS[:1], 5, 0))
