@@ -1,7 +1,4 @@
-"""Random programs: a network, data, a loss, settings. Each line of the tables is a feature; `<name>` in it is drawn from `SLOTS`.
-
-A feature of a network is an expression of the tensor `h`, then the layers `@0`, `@1` that it calls; a layer alone stands for its call on `h`.
-"""
+"""Random networks with losses, data and settings, as the source of a function `make()`; `features.py` has what is drawn."""
 
 import re
 import warnings
@@ -10,170 +7,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-SLOTS = {
-    "units": ["1", "2", "3"],
-    "activation": ["None", "'tanh'", "'sigmoid'", "'softplus'", "'gelu'", "'relu'", "'swish'", "'elu'"],
-    "kernel": ["1", "2", "3"],
-    "size": ["1", "2"],
-    "padding": ["'same'", "'valid'"],
-    "flag": ["False", "True"],
-    "recurrent": ["LSTM", "GRU", "SimpleRNN"],
-    "merge": ["'concat'", "'sum'"],
-    "power": ["0.5", "2.0"],
-}
-EVERYWHERE = [
-    "L.Dense(<units>, <activation>)",
-    "L.Dense(<units>, <activation>, use_bias=False)",
-    "L.LayerNormalization()",
-    "L.BatchNormalization()",
-    "L.BatchNormalization(scale=False)",
-    "L.RMSNormalization()",
-    "L.UnitNormalization()",
-    "L.GroupNormalization(1)",
-    "L.Activation(<activation>)",
-    "L.PReLU()",
-    "L.Rescaling(<power>)",
-    "L.Softmax()",
-    "L.Flatten()",
-    "L.SpectralNormalization(L.Dense(<units>))",
-    "L.Lambda(lambda h: tf.concat([h, tf.sin(h)], -1))",
-    "L.Lambda(lambda h: tf.cumsum(h, -1))",
-    "L.Lambda(lambda h: tf.reverse(h, [-1]))",
-    "L.Lambda(lambda h: tf.where(h > 0.1, h, 0.3 * h * h))",
-    "L.Lambda(lambda h: tf.stack([h[..., 0], 2 * h[..., -1]], -1))",
-    "L.Lambda(lambda h: tf.pad(h, [[0, 0]] * (h.shape.rank - 1) + [[1, 0]]))",
-    "L.Lambda(lambda h: tf.sort(h, -1))",
-    "@1([h, @0(h)]) | L.Dense(<width>, <activation>) | L.Add()",
-    "@1([h, @0(h)]) | L.Dense(<units>, <activation>) | L.Concatenate()",
-    "@1([h, @0(h)]) | L.Dense(<width>, <activation>) | L.Multiply()",
-    "@0(@0(h)) | L.Dense(<width>, 'tanh')",
-    "@0(h) + @0(keras.ops.flip(h, -1)) | L.Dense(<units>, <activation>)",
-    "keras.ops.tanh(@0(h)) * @1(h) | L.Dense(2) | L.Dense(2, 'sigmoid')",
-    "keras.ops.concatenate([@0(h), keras.ops.max(h, -1, keepdims=True)], -1) | L.Dense(<units>)",
-    "keras.ops.logsumexp(h, -1, keepdims=True) | ",
-    "L.Dense(<units>, <activation>, kernel_regularizer=keras.regularizers.L2(0.1))",
-    "L.Dense(<units>, <activation>, bias_regularizer=keras.regularizers.L1L2(0.1, 0.1))",
-    "L.Dense(<units>, <activation>, activity_regularizer=keras.regularizers.L2(0.1))",
-    "L.Dense(<units>, <activation>, trainable=False)",
-]
-BY_RANK = {
-    2: [
-        "L.Reshape((-1, 1))",
-        "L.RepeatVector(<size>)",
-        "L.EinsumDense('ab,bc->ac', <units>, bias_axes='c')",
-    ],
-    3: [
-        "L.Conv1D(<units>, <kernel>, padding=<padding>)",
-        "L.Conv1D(<units>, <kernel>, padding='causal', dilation_rate=<size>, activation=<activation>)",
-        "L.Conv1D(<units>, <kernel>, strides=<size>, padding=<padding>)",
-        "L.Conv1D(2, <kernel>, groups=2, padding='same')",
-        "L.Conv1DTranspose(<units>, <kernel>, strides=<size>, padding=<padding>)",
-        "L.DepthwiseConv1D(<kernel>, padding=<padding>, depth_multiplier=<size>)",
-        "L.SeparableConv1D(<units>, <kernel>, padding=<padding>)",
-        "L.MaxPooling1D(<size>)",
-        "L.AveragePooling1D(<size>, padding=<padding>)",
-        "L.GlobalMaxPooling1D()",
-        "L.GlobalAveragePooling1D()",
-        "L.UpSampling1D(<size>)",
-        "L.ZeroPadding1D(1)",
-        "L.Cropping1D((1, 0))",
-        "L.Permute((2, 1))",
-        "L.Masking()",
-        "L.<recurrent>(<units>)",
-        "L.<recurrent>(<units>, return_sequences=True)",
-        "L.<recurrent>(<units>, return_sequences=<flag>, go_backwards=True)",
-        "L.<recurrent>(<units>, return_sequences=<flag>, unroll=True)",
-        "L.<recurrent>(<units>, return_sequences=True, activation='softplus', use_bias=<flag>)",
-        "L.RNN([L.GRUCell(<units>), L.LSTMCell(<units>)], return_sequences=<flag>)",
-        "L.Bidirectional(L.<recurrent>(<units>, return_sequences=<flag>), merge_mode=<merge>)",
-        "L.TimeDistributed(L.Dense(<units>, <activation>))",
-        "L.TimeDistributed(L.LayerNormalization())",
-        "@0(h, h) | L.MultiHeadAttention(<size>, <size>)",
-        "@0(h, h, use_causal_mask=True) | L.MultiHeadAttention(<size>, <size>)",
-        "@0(h, h) | L.GroupQueryAttention(2, 2, <size>)",
-        "@0([h, h]) | L.Attention(use_scale=<flag>)",
-        "@0([h, h]) | L.AdditiveAttention()",
-        "L.EinsumDense('abc,cd->abd', (None, <units>), bias_axes='d')",
-        "@0([h, h]) | L.Dot(-1)",
-    ],
-    4: [
-        "L.Conv2D(<units>, <kernel>, padding=<padding>, activation=<activation>)",
-        "L.Conv2D(<units>, <kernel>, padding=<padding>, strides=<size>)",
-        "L.Conv2D(2, <kernel>, groups=2, padding='same')",
-        "L.Conv2DTranspose(<units>, <kernel>, strides=<size>, padding=<padding>)",
-        "L.DepthwiseConv2D(<kernel>, padding=<padding>)",
-        "L.SeparableConv2D(<units>, <kernel>, padding=<padding>)",
-        "L.MaxPooling2D(<size>)",
-        "L.AveragePooling2D(<size>, padding=<padding>)",
-        "L.GlobalMaxPooling2D()",
-        "L.GlobalAveragePooling2D()",
-        "L.ZeroPadding2D(1)",
-        "L.Cropping2D(((1, 0), (0, 0)))",
-        "L.Permute((2, 1, 3))",
-        "L.Reshape((-1, <width>))",
-        "L.TimeDistributed(L.Conv1D(<units>, 1))",
-        "L.TimeDistributed(L.<recurrent>(<units>))",
-        "L.ConvLSTM1D(<units>, 1, return_sequences=<flag>)",
-    ],
-}
-# What makes one case, and its inputs.
-INPUTS = {
-    "vectors": "rng.normal(size=(N, K))",
-    "sequences": "rng.normal(size=(N, T, K))",
-    "images": "rng.normal(size=(N, T, K + 1, K))",
-    "tokens": "rng.integers(0, 4, size=(N, T))",
-    "padded sequences": "rng.normal(size=(N, T, K)) * (np.arange(T)[:, None] <= rng.integers(0, T, size=(N, 1, 1)))",
-}
-REALS, POSITIVE, BITS = (
-    "rng.normal(size={shape})",
-    "rng.uniform(0.2, 2.0, size={shape})",
-    "rng.integers(0, 2, size={shape})",
-)
-ONE_HOT = "np.eye({width})[rng.integers(0, {width}, size={shape}[:-1])]"
-LABELS = "rng.integers(0, {width}, size={shape}[:-1])"
-SIMPLEX = "rng.dirichlet(np.ones({width}), size={shape}[:-1])"
-# Loss -> activation of the last layer, targets, where the loss is cut, how many units it needs.
-LOSSES = {
-    "'mse'": ("linear", REALS, "value", 1),
-    "keras.losses.MeanSquaredError()": ("tanh", REALS, "value", 1),
-    "keras.losses.MeanSquaredError(reduction='sum')": ("linear", REALS, "value", 1),
-    "keras.losses.MeanSquaredError(reduction='mean_with_sample_weight')": ("linear", REALS, "value", 1),
-    "keras.losses.MeanAbsoluteError()": ("linear", REALS, "value", 1),
-    "keras.losses.Huber(0.5)": ("linear", REALS, "value", 1),
-    "keras.losses.LogCosh()": ("linear", REALS, "value", 1),
-    "keras.losses.MeanSquaredLogarithmicError()": ("softplus", POSITIVE, "value", 1),
-    "keras.losses.Poisson()": ("softplus", POSITIVE, "value", 1),
-    "keras.losses.SquaredHinge()": ("linear", BITS, "value", 1),
-    "keras.losses.CosineSimilarity()": ("linear", REALS, "value", 2),
-    "keras.losses.KLDivergence()": ("softmax", SIMPLEX, "value", 2),
-    "keras.losses.BinaryCrossentropy()": ("sigmoid", BITS, "argument", 1),
-    "keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.1)": ("linear", BITS, "value", 1),
-    "keras.losses.BinaryFocalCrossentropy(from_logits=True)": ("linear", BITS, "value", 1),
-    "keras.losses.CategoricalCrossentropy()": ("softmax", ONE_HOT, "argument", 2),
-    "keras.losses.CategoricalCrossentropy(from_logits=True)": ("linear", ONE_HOT, "value", 2),
-    "keras.losses.SparseCategoricalCrossentropy()": ("softmax", LABELS, "argument", 2),
-    "keras.losses.SparseCategoricalCrossentropy(from_logits=True)": ("linear", LABELS, "value", 2),
-    "keras.losses.Dice()": ("sigmoid", BITS, "value", 1),
-    "keras_hf.Cauchy(0.5)": ("linear", REALS, "value", 1),
-    "lambda y, p: tf.reduce_sum((tf.cast(y, p.dtype) - p) ** 4, -1)": ("linear", REALS, "value", 1),
-    "lambda y, p: tf.reduce_mean(tf.cosh(tf.cast(y, p.dtype) - p)) ** 2": ("linear", REALS, "value", 1),
-}
-SQUARES = ("'mse'", "keras.losses.MeanSquaredError")
-SOLVERS = [
-    "keras_hf.DirectSolver()",
-    "keras_hf.DirectSolver(order=1)",
-    "keras_hf.ConjugateGradient()",
-    "keras_hf.ConjugateGradient(preconditioner=keras_hf.Identity())",
-    "keras_hf.ConjugateGradient(preconditioner=keras_hf.EmpiricalFisherDiagonal())",
-    "keras_hf.ConjugateGradient(preconditioner=keras_hf.KroneckerFactored())",
-    "keras_hf.ConjugateGradient(preconditioner=keras_hf.Nystrom(2))",
-    "keras_hf.PreconditionedMomentum()",
-    "keras_hf.PreconditionedMomentum(preconditioner=keras_hf.EmpiricalFisherDiagonal())",
-]
-WEIGHTS = ["None", "rng.uniform(0.5, 2.0, size=N)", "rng.integers(0, 2, size=N).astype(float)"]
-FORMS = ["functional", "sequential", "subclassed"]
-# Networks of more weights or positions take longer than they show.
-MOST_WEIGHTS, MOST_ENTRIES = 120, 30
+import keras_hf
+from fuzz import features, layers
+from fuzz.features import LOSSES, SLOTS
 
 
 class Invalid(Exception):
@@ -181,7 +17,7 @@ class Invalid(Exception):
 
 
 class Program:
-    """The source of a program, and the features in it.
+    """The source of a program, the features in it, and the names of the properties to check.
 
     Args:
         one_of: Callable, list -> one of its entries.
@@ -203,93 +39,218 @@ class Program:
     def _drawn(self):
         sizes = {name: int(self._one_of(options)) for name, options in {"N": "5612", "T": "3214", "K": "231"}.items()}
         self.features |= {f"{name} = 1" for name, size in sizes.items() if size == 1}
-        kind = self._feature("", INPUTS)
-        x = eval(INPUTS[kind], {"np": np, "rng": np.random.default_rng(0), **sizes})
-        self._form = self._feature("", FORMS)
-        h = keras.Input(x.shape[1:], dtype=x.dtype.name)
+        self._settings = self._drawn_settings()
+        kind = self._feature("", features.INPUTS)
+        x = eval(features.INPUTS[kind], {"np": np, "rng": np.random.default_rng(0), **sizes})
+        self._form = self._feature("", features.FORMS)
+        is_sequential = self._form == "sequential"
+        structure = "one output" if is_sequential else self._feature("", features.OUTPUTS)
+        has_two_inputs = not is_sequential and self._one_of([False, False, True])
+        h, other = self._network_input(x), self._network_input(np.zeros((sizes["N"], 2)))
         if kind == "tokens":
             h = self._with(h, "L.Embedding(4, <units>, mask_zero=<flag>)")
         if kind == "padded sequences":
             h = self._with(h, "L.Masking()")
         for _ in range(self._one_of([1, 2, 3, 0, 4])):
-            h = self._with(h, self._one_of(EVERYWHERE + BY_RANK.get(len(h.shape), [])))
+            h = self._with(h, self._one_of(features.EVERYWHERE + features.BY_RANK.get(len(h.shape), [])))
         if len(h.shape) > 3 or (len(h.shape) == 3 and self._one_of([True, False])):
             h = self._with(h, "L.Flatten()")
+        if has_two_inputs and len(h.shape) == 2:
+            h = self._with(h, "@1([h, @0(other)]) | L.Dense(<units>, <activation>) | L.Concatenate()", other)
         self.features.add("outputs of rank " + str(len(h.shape)))
-        loss = self._feature("", LOSSES)
-        activation, targets, self.cut, least = LOSSES[loss]
-        width = max(least, int(self._one_of("123")))
-        h = self._with(h, f"L.Dense({width})")
-        if sum(layer.count_params() for layer in self._built) > MOST_WEIGHTS:
+        heads = [self._head(h, sizes) for _ in range(1 if structure == "one output" else 2)]
+        tops, targets, self.cuts, losses = zip(*heads, strict=True)
+        if sum(layer.count_params() for layer in self._built) > features.MOST_WEIGHTS:
             raise Invalid
-        weights = self._feature("weights ", WEIGHTS)
-        self.solver = self._feature("", SOLVERS)
-        self.has_squares = loss.startswith(SQUARES)
-        targets = targets.format(shape=(sizes["N"], *h.shape[1:]), width=width)
-        settings = f"damping=0.1, seed=0, solver={self.solver}"
-        return "\n".join(
-            [
-                *(f"{name} = {size}" for name, size in sizes.items()),
-                "rng = np.random.default_rng(0)",
-                f"x = {INPUTS[kind]}",
-                f"y = {targets}",
-                f"sample_weight = {weights}",
-                f"l = [{', '.join(self._layers)}]",
-                f"top = L.Activation({activation!r})",
-                "",
-                "def body(h):",
-                *(f"    {line}" for line in [*self._lines, "return h"]),
-                "",
-                *self._network(),
-                "for variable in network.weights:",
-                "    if 'float' in variable.dtype and 'moving' not in variable.name:",
-                "        variable.assign(rng.normal(scale=0.6, size=variable.shape))",
-                f"network.compile('sgd', loss={loss})",
-                "model = keras_hf.HFModel(network)",
-                f"model.compile(keras_hf.HessianFree({settings}), loss={loss})",
-            ]
-        )
+        pack = {"one output": "{}", "a list of outputs": "[{}, {}]", "a dict of outputs": "{{'a': {}, 'b': {}}}"}[
+            structure
+        ]
+        y, loss = pack.format(*targets), pack.format(*losses)
+        weights = self._feature("weights ", features.WEIGHTS)
+        if len(h.shape) > 2:
+            weights = weights.replace("size=N", "size=(N, 1)")
+        if len(heads) == 2:
+            weights = (
+                "None"
+                if weights == "None"
+                else pack.format(weights, "np.ones(N)" if len(h.shape) == 2 else "np.ones((N, 1))")
+            )
+        weighted = f"loss_weights={pack.format(0.5, 2.0)}, " if len(heads) == 2 and self._one_of([False, True]) else ""
+        solver = self._feature("", features.SOLVERS)
+        self._leave_out_what_is_refused(solver, weights, targets, losses, h)
+        settings = self._settings
+        is_whole = not any(part in self._chosen(*settings) for part in features.OF_PARTS)
+        self.has_squares = all(loss.startswith(features.SQUARES) for loss in losses)
+        text = f"{self._layers} {losses}"
+        inputs = f"{{'a': {features.INPUTS[kind]}, 'b': rng.normal(size=(N, 2))}}" if has_two_inputs else ""
+        of_optimizer = settings.keys() - {*features.OF_FIT, *features.OF_COMPILE, *features.OF_PROGRAM}
+        optimizer = f"damping=0.1, seed=0, solver={solver}, {self._chosen(*of_optimizer)}"
+        compiled = f"loss=loss, {weighted}"
+        pause, change = self._draw_actions(text)
+        # Rules that change the damping must see every update.
+        damped = ", callbacks=[keras_hf.ConstantDamping()]" if "steps_per_execution" in settings else ""
+        floatx = settings.get("floatx", "float64")
+        lines = [
+            f"keras.config.set_floatx({floatx!r})",
+            f"keras.config.set_dtype_policy({floatx!r})",
+            f"scope = {settings.get('scope', 'contextlib.nullcontext')}",
+            *(f"{name} = {size}" for name, size in sizes.items()),
+            "rng = np.random.default_rng(0)",
+            f"x = {inputs or features.INPUTS[kind]}",
+            f"y = {y}",
+            f"sample_weight = {weights}",
+            f"fit = dict({self._chosen(*features.OF_FIT) or 'epochs=1'}{damped})",
+            f"settings = {sorted(settings)}",
+            f"loss = {loss}",
+            f"cuts, decay, rtol = {list(self.cuts)}, {settings.get('weight_decay', 0.0)}, {1e-8 if floatx == 'float64' else 1e-3}",
+            f"pause, change, is_whole = {pause!r}, {change!r}, {is_whole}",
+            f"curvature = {settings.get('curvature', 'keras_hf.GaussNewton(').split('.')[1].split('(')[0]!r}",
+            f"doubles = {not any(word in text for word in features.NOT_MEANS)}",
+            "",
+            "def compile():",
+            "    with scope():",
+            f"        network.compile('sgd', {compiled})",
+            f"        optimizer = keras_hf.HessianFree({optimizer})",
+            f"        model.compile(optimizer, {compiled}{self._chosen(*features.OF_COMPILE)})",
+            "",
+            "def body(h, other=None):",
+            *(f"    {line}" for line in [*self._lines, f"return {pack.format(*(top[1] for top in tops))}"]),
+            "",
+            "with scope():",
+            f"    l = [{', '.join(self._layers)}]",
+            f"    tops = [{', '.join(top[0] for top in tops)}]",
+            *(f"    {line}" for line in self._network(has_two_inputs)),
+            "    for variable in network.weights:",
+            "        if 'float' in variable.dtype and 'moving' not in variable.name:",
+            "            variable.assign(rng.normal(scale=0.6, size=variable.shape))",
+            "    model = keras_hf.HFModel(network)",
+            "compile()",
+            "return types.SimpleNamespace(**locals())",
+        ]
+        return "\n".join(["def make():", *(f"    {line}" if line else "" for line in lines), ""])
 
-    def _network(self):
+    def _drawn_settings(self):
+        """Up to three settings that are not left out, a dict from names to texts."""
+        names = [self._one_of(list(features.SETTINGS)) for _ in range(self._one_of([0, 1, 2, 3]))]
+        return {name: self._one_of(features.SETTINGS[name]) for name in dict.fromkeys(names)}
+
+    def _leave_out_what_is_refused(self, solver, weights, targets, losses, h):
+        """Takes settings back that mean nothing here, or that are documented to be refused, or to give other numbers."""
+        settings, text = self._settings, f"{self._layers}"
+        drop = lambda *names: [settings.pop(name, None) for name in names]  # noqa: E731
+        if "Direct" in solver:
+            drop("curvature_batch_size", "growing_batch", "curvature", "structural_damping", "scope")
+        if "Momentum" in solver or settings.get("curvature", "GaussNewton").startswith(("keras_hf.H", "keras_hf.[EF]")):
+            drop("structural_damping")
+        if not any(word in text for word in ("LSTM", "GRU", "RNN")):
+            drop("structural_damping")
+        is_of_classes = len(targets) == 1 and len(h.shape) == 2 and "integers" in targets[0]
+        if weights != "None" or not is_of_classes or ("(0, 2" in targets[0] and not self._has_one_target(targets[0])):
+            drop("class_weight")
+        if any(word in text for word in features.OF_ALL_CASES):
+            drop("scope", "micro_batch_size")
+        if any(word in "".join(losses) for word in features.NOT_MEANS[1:]):
+            drop("scope")
+        if "stateful" in text or "batch_shape" in settings:
+            drop("scope", "micro_batch_size", "curvature_batch_size", "growing_batch", "batch_size")
+        for name, value in settings.items():
+            self.features.add(f"{name} = {value}")
+
+    @staticmethod
+    def _has_one_target(text):
+        return text.endswith(", 1))") or "[:-1]" in text
+
+    def _chosen(self, *names):
+        """Those of the settings that are not left out, as text of arguments."""
+        return ", ".join(f"{name}={value}" for name, value in self._settings.items() if name in names)
+
+    def _draw_actions(self, text):
+        """What happens in the middle, and the property that is checked beside the products."""
+        self.checks = ["loss_gradient_and_product", self._feature("check ", ["update", "resumed", "cases", "jacobian"])]
+        if self.checks[1] == "jacobian" and not self.has_squares:
+            self.checks[1] = "update"
+        pause = change = "nothing"
+        if self.checks[1] == "resumed":
+            pause = self._feature("pause: ", features.PAUSES)
+            if pause in ("save", "pickle") and (
+                self._form == "subclassed" or "ambda" in text or "scope" in self._settings
+            ):
+                pause = "save_weights"
+        if self.checks[1] == "update":
+            change = self._feature("change: ", features.CHANGES)
+            if change == "weight_decay" and "weight_decay" not in self._settings:
+                change = "damping"
+            if change == "more cases" and ("stateful" in text or "batch_shape" in self._settings):
+                change = "targets"
+        return pause, change
+
+    def _network_input(self, x):
+        dtype = x.dtype.name if x.dtype.kind == "i" else None
+        fixed = {"batch_shape": x.shape} if "batch_shape" in self._settings else {"shape": x.shape[1:]}
+        return keras.Input(**fixed, dtype=dtype)
+
+    def _head(self, h, sizes):
+        """The last layers and the loss of an output: text of top and of its call, targets, cut, loss."""
+        loss = self._feature("", LOSSES)
+        activation, targets, cut, least = LOSSES[loss]
+        width = max(least, int(self._one_of("123")))
+        self._layers.append(f"L.Dense({width})")
+        self._built.append(keras.layers.Dense(width))
+        self._built[-1](h)
+        number = sum(line.startswith("z") for line in self._lines)
+        self._lines.append(f"z{number} = l[{len(self._layers) - 1}](h)")
+        targets = targets.format(shape=(sizes["N"], *h.shape[1:-1], width), width=width)
+        return (f"L.Activation({activation!r})", f"tops[{number}](z{number})"), targets, cut, loss
+
+    def _network(self, has_two_inputs):
+        inputs = "inputs['a'], inputs['b']" if has_two_inputs else "inputs"
+        fixed = "batch_shape=a.shape" if "batch_shape" in self._settings else "shape=a.shape[1:]"
+        spec = f"keras.Input({fixed}, dtype=a.dtype.name if a.dtype.kind == 'i' else None)"
+        inputs_line = f"inputs = keras.tree.map_structure(lambda a: {spec}, x)"
         if self._form == "sequential":
-            return ["network = keras.Sequential([keras.Input(x.shape[1:], dtype=x.dtype.name), *l, top])"]
+            return [inputs_line, "network = keras.Sequential([inputs, *l, tops[0]])"]
         if self._form == "functional":
-            return [
-                "inputs = keras.Input(x.shape[1:], dtype=x.dtype.name)",
-                "network = keras.Model(inputs, top(body(inputs)))",
-            ]
+            return [inputs_line, f"network = keras.Model(inputs, body({inputs}))"]
         return [
             "class Network(keras.Model):",
             "    def __init__(self):",
             "        super().__init__()",
-            "        self.l, self.top = l, top",
+            "        self.l, self.tops = l, tops",
             "",
             "    def call(self, inputs):",
-            "        return top(body(inputs))",
+            f"        return body({inputs})",
             "",
             "network = Network()",
             "network(x)",
         ]
 
-    def _with(self, h, feature):
+    def _with(self, h, feature, other=None):
         """Adds a feature to the body, and returns the body's symbolic output; the same one where Keras does not take it."""
         text = re.sub(r"<(\w+)>", lambda s: str(h.shape[-1]) if s[1] == "width" else self._one_of(SLOTS[s[1]]), feature)
-        expression, *layers = text.split(" | ") if " | " in text else ("@0(h)", text)
-        layers = [layer for layer in layers if layer]
+        expression, *parts = text.split(" | ") if " | " in text else ("@0(h)", text)
+        parts = [part for part in parts if part]
         if self._form == "sequential" and expression != "@0(h)":
             return h
         expression = re.sub(r"@(\d)", lambda place: f"l[{len(self._layers) + int(place[1])}]", expression)
-        names = {"keras": keras, "L": keras.layers, "tf": tf, "h": h}
+        names = {
+            "keras": keras,
+            "L": keras.layers,
+            "tf": tf,
+            "keras_hf": keras_hf,
+            "h": h,
+            "other": other,
+            **vars(layers),
+        }
         try:
-            built = [eval(layer, names) for layer in layers]
+            built = [eval(part, names) for part in parts]
             output = eval(expression, {**names, "l": [*self._built, *built]})
         except (ValueError, TypeError, IndexError, tf.errors.OpError):
             return h
         shape = output.shape[1:]
-        if not shape or None in shape or not 0 < np.prod(shape) <= MOST_ENTRIES:
+        if not shape or None in shape or not 0 < np.prod(shape) <= features.MOST_ENTRIES:
             return h
         self._built += built
-        self._layers += layers
+        self._layers += parts
         self._lines.append(f"h = {expression}")
         self.features.add(re.sub(r"<\w+>", "*", feature))
         return output

@@ -61,10 +61,18 @@ def gradients(tape, target, sources, seed=None):
     return flat([tf.convert_to_tensor(gradient) for gradient in found])
 
 
-def jacobian(tape, target, sources):
+def jacobian_of(tape, target, sources):
     """The Jacobian of a flat tensor, row by row, without TensorFlow's vectorised loops."""
     rows = np.eye(int(tf.size(target)))
     return np.stack([gradients(tape, target, sources, tf.constant(row, target.dtype)) for row in rows])
+
+
+def of_classes(class_weight, y, sample_weight):
+    """The weights of cases: those of their classes, where these have weights."""
+    if class_weight is None:
+        return sample_weight
+    classes = np.argmax(y, -1) if y.ndim == 2 and y.shape[1] > 1 else np.reshape(y, -1)
+    return np.array([class_weight.get(int(number), 1.0) for number in classes])
 
 
 def loss_of(network, x, y, sample_weight=None):
@@ -91,7 +99,7 @@ class Dense:
 
     def __init__(self, network, tops, cuts, x, y, sample_weight=None, decay=0.0):
         self._network, self._tops, self._cuts = network, tops, cuts
-        self._x, self._y, self._sample_weight = x, y, sample_weight
+        self._x, self._y, self._sample_weight, self._decay = x, y, sample_weight, decay
         weights = [variable.value for variable in network.trainable_variables]
         with kept(network):
             with tf.GradientTape(persistent=True) as tape:
@@ -101,7 +109,7 @@ class Dense:
             w = flat(weights)
             self.loss = float(loss) + decay * w @ w / 2
             self.gradient = gradients(tape, loss, weights) + decay * w
-            self.jacobian = jacobian(tape, at_once, weights)
+            self.jacobian = jacobian_of(tape, at_once, weights)
             self.loss_hessian = self._loss_hessian(outputs, cut)
             self.curvature = self.jacobian.T @ self.loss_hessian @ self.jacobian + decay * np.eye(w.size)
             if network.losses:
@@ -132,7 +140,7 @@ class Dense:
                 loss = self._network._compile_loss(self._y, again, self._sample_weight)
             found = inner.gradient(loss, cut, unconnected_gradients="zero")
             first = tf.concat([tf.reshape(tensor, [-1]) for tensor in found], 0)
-        return jacobian(outer, first, cut)
+        return jacobian_of(outer, first, cut)
 
     def _added_hessian(self, weights):
         """The second derivative of regularizers and added losses in the weights."""
@@ -142,7 +150,18 @@ class Dense:
                 added = tf.add_n([tf.convert_to_tensor(value) for value in self._network.losses])
             found = inner.gradient(added, weights, unconnected_gradients="zero")
             found = tf.concat([tf.reshape(tf.convert_to_tensor(tensor), [-1]) for tensor in found], 0)
-        return jacobian(outer, found, weights)
+        return jacobian_of(outer, found, weights)
+
+    def hessian(self):
+        """The second derivative of the loss in the weights."""
+        weights = [variable.value for variable in self._network.trainable_variables]
+        with kept(self._network), tf.GradientTape(persistent=True) as outer:
+            with tf.GradientTape() as inner:
+                outputs = self._network(self._x, training=True)
+                loss = self._network.compute_loss(self._x, self._y, outputs, self._sample_weight, training=True)
+            found = inner.gradient(loss, weights, unconnected_gradients="zero")
+            found = tf.concat([tf.reshape(tf.convert_to_tensor(tensor), [-1]) for tensor in found], 0)
+        return jacobian_of(outer, found, weights) + self._decay * np.eye(self.gradient.size)
 
     def step(self, damping):
         """The exact damped step `-(G + damping I)^-1 g`."""
