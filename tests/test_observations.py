@@ -61,7 +61,9 @@ def case(loss, form, weight_decay=None):
     loss_weight = 2.5 if form == "loss weight" else None
     reduction = "sum" if form == "sum" else "sum_over_batch_size"
     decay = weight_decay or (0.03 if form == "decay" else None)
-    optimizer = HessianFree(solver=DirectSolver(), weight_decay=decay, growing_batch=None, damping=1.0)
+    # Several micro-batches, and a rest.
+    sizes = {"micro_batch_size": 4} if weight_decay else {}
+    optimizer = HessianFree(solver=DirectSolver(), weight_decay=decay, growing_batch=None, damping=1.0, **sizes)
     model.compile(optimizer, kind(reduction=reduction, **settings), loss_weights=loss_weight and [loss_weight])
     model.build((None, *shape))
     model.set_weights([0.7 * rng.normal(size=weight.shape) for weight in model.get_weights()])
@@ -225,6 +227,94 @@ def test_evidence_counts_what_was_observed(cell):
     assert float(given.model.optimizer.weight_decay.numpy()) == pytest.approx(changed, rel=1e-6)
 
 
+# The same data said in two ways.
+
+
+def posterior(
+    loss, x, y, weights=None, has_mask=False, reduction="sum_over_batch_size", loss_weight=1.0, noise=None, decay=0.1
+):
+    """The posterior at fixed weights, the prior being that of a decay, times the loss weight, beside a mean over cases."""
+    kind, settings = LOSSES[loss]
+    hidden, last = layers.Dense(UNITS, "tanh"), layers.Dense(3)
+    shape = x.shape[1:]
+    model = HFModel(keras.Sequential([keras.Input(shape), *([layers.Masking()] if has_mask else []), hidden, last]))
+    decay = decay * loss_weight
+    if reduction == "sum":
+        # Of a mean over cases (and steps), as the loss weight makes it.
+        loss_weight = loss_weight / np.prod(x.shape[:-1])
+    model.compile(HessianFree(weight_decay=decay), kind(reduction=reduction, **settings), loss_weights=[loss_weight])
+    model.build((None, *shape))
+    rng = np.random.default_rng(5)
+    model.set_weights([0.7 * rng.normal(size=weight.shape) for weight in model.get_weights()])
+    return model.laplace(x, y, weights, noise=noise)
+
+
+def without(loss, rng, x, y):
+    weights = rng.uniform(0.5, 2, len(x)) * (rng.random(len(x)) < 0.7)
+    there = weights > 0
+    # Keras' mean is over all cases: beside it, a decay is so much larger.
+    kept = posterior(loss, x[there], y[there], weights[there], decay=0.1 / there.mean())
+    return posterior(loss, x, y, weights), kept
+
+
+def masked(loss, rng, x, y):
+    x, y = (np.reshape(array, (10, 3, *array.shape[1:])) for array in (x, y))
+    there = np.arange(3) < rng.integers(1, 4, 10)[:, None]
+    return posterior(loss, np.where(there[..., None], x, 0), y, has_mask=True), posterior(loss, x[there], y[there])
+
+
+def steps(loss, rng, x, y):
+    parts = np.reshape(x, (10, 3, *x.shape[1:])), np.reshape(y, (10, 3, *y.shape[1:]))
+    return posterior(loss, *parts), posterior(loss, x, y)
+
+
+def scaled(loss, rng, x, y):
+    return posterior(loss, x, y, loss_weight=rng.uniform(0.1, 10)), posterior(loss, x, y)
+
+
+def summed(loss, rng, x, y):
+    return posterior(loss, x, y, reduction="sum"), posterior(loss, x, y)
+
+
+def permuted(loss, rng, x, y):
+    order = rng.permutation(len(x))
+    return posterior(loss, x[order], y[order]), posterior(loss, x, y)
+
+
+def doubled(loss, rng, x, y):
+    # Weights repeat cases where the noise is known. The mean over twice as many cases is half as large.
+    noise = 0.7 if loss == "mse" else None
+    twice = posterior(loss, np.tile(x, (2, 1)), np.concatenate([y, y]), noise=noise, decay=0.05)
+    return twice, posterior(loss, x, y, np.full(len(x), 2.0), noise=noise)
+
+
+SAID_IN_TWO_WAYS = [
+    pytest.param(
+        way, loss, seed, marks=[] if (loss, seed) == ("mse", 0) and way in (masked, summed) else pytest.mark.slow
+    )
+    for way in (masked, steps, scaled, summed, permuted, doubled, without)
+    for loss in LOSSES
+    for seed in range(2)
+]
+
+
+@pytest.mark.parametrize(("way", "loss", "seed"), SAID_IN_TWO_WAYS)
+def test_the_same_data_said_in_two_ways_have_the_same_posterior(way, loss, seed):
+    rng = np.random.default_rng(seed)
+    x, classes = rng.normal(size=(30, 2)), rng.integers(0, 3, 30)
+    targets = {
+        "mse": np.sin(2 * x[:, :1] + np.arange(3)) + [0.05, 0.2, 0.5] * rng.normal(size=(30, 3)),
+        "sparse": classes,
+    }
+    one, other = way(loss, rng, x, targets.get(loss, np.eye(3)[classes]))
+    np.testing.assert_allclose(one.covariance, other.covariance, rtol=1e-6, atol=1e-10)
+    np.testing.assert_allclose(one.noise, other.noise, rtol=1e-7)
+    assert one.num_effective == pytest.approx(other.num_effective, rel=1e-7)
+    if way is not doubled or loss != "mse":
+        # Two observations of the noise are not one of half its variance.
+        assert one.log_evidence == pytest.approx(other.log_evidence, rel=1e-7)
+
+
 # Covariances.
 
 
@@ -262,7 +352,7 @@ def test_covariances_are_those_of_dense_matrices(form):
 @pytest.mark.filterwarnings("ignore:The covariance is that of weights at a minimum")
 def test_outputs_without_a_loss_are_not_observed_and_others_have_their_own_noise():
     inputs = keras.Input((2,))
-    outputs = [layers.Dense(1)(inputs), layers.Dense(2)(inputs), layers.Dense(1)(inputs)]
+    outputs = [layers.Dense(units, name=name)(inputs) for units, name in ((1, "first"), (2, "second"), (1, "third"))]
     model = HFModel(keras.Model(inputs, outputs))
     model.compile(loss=["mse", "mse", None], loss_weights=[1.0, 5.0, 0.0])
     x, y = normal(20, 2), [normal(20, 1, seed=1), 3 * normal(20, 2, seed=2), None]
@@ -270,7 +360,7 @@ def test_outputs_without_a_loss_are_not_observed_and_others_have_their_own_noise
     with pytest.warns(UserWarning, match="The data determine 9 combinations of 12 weights"):
         found = model.parameter_covariance(x, y)
     residuals = [y[0] - model.network(x)[0], y[1] - model.network(x)[1]]
-    for name, residual in zip(("dense", "dense_1"), residuals, strict=True):
+    for name, residual in zip(("first", "second"), residuals, strict=True):
         (errors,) = (found.standard_errors[v.path] for v in model.trainable_variables if f"{name}/kernel" in v.path)
         expected = np.diag(np.linalg.inv(design.T @ design))[:2, None] * np.sum(np.array(residual) ** 2, 0)
         assert errors.shape == expected.shape
