@@ -84,15 +84,16 @@ class Advice:
             "case alone, from the loss to use them.",
         )
 
-    def exact_solver_in_float32(self, dtypes):
-        """Warns if the network or the loss of an exact solver computes in another type than float64; `dtypes` is a set of their names."""
-        # Relative errors of sinc(10 x) fitted by 61 weights, two seeds: 4e-5 and 9e-5 in float32, 8e-7 in float64.
-        if dtypes != {"float64"}:
+    def float_types_of_exact_solver(self, dtypes):
+        """Warns if network and loss of an exact solver compute in several types; `dtypes` is a set of their names.
+
+        Where all is in float32, `no_progress` says it of a run that ends by rounding.
+        """
+        if len(dtypes) > 1:
             self.warn_once(
-                "exact solver in float32",
-                "`DirectSolver` is for fits to many digits, and networks in float32 end at a relative accuracy of 1e-5 to 1e-4. "
-                f"Received: weights and losses of {', '.join(sorted(dtypes))}. Before the network is made, call "
-                f"{_FLOAT64}.",
+                "float types of exact solver",
+                "A fit to many digits needs network and loss in float64, and ends by the rounding of the coarser one. "
+                f"Received: weights and losses of {', '.join(sorted(dtypes))}. Before the network is made, call {_FLOAT64}.",
             )
 
     def changed_weights(self, paths):

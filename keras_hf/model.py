@@ -644,10 +644,10 @@ class HFModel(keras.Model):
         # An overridden `compute_loss` is one number on purpose.
         if "unknown" in structure.combinations and (is_asked_for or not compiled_model.overrides_compute_loss(self)):
             self._advice.unknown_combination()
-        # Not of recurrent networks, which have loops: what they gain by exact steps, they gain in float32, too. Nor where nobody asked for digits.
+        # Not of recurrent networks, which have loops: what they gain by exact steps, they gain in float32, too.
         if solver.uses_all_cases and not structure.nesting_ops and not optimizer.chooses_solver:
             dtypes = {weight.dtype for weight in setup.task.weights}
-            self._advice.exact_solver_in_float32(dtypes | {keras.config.floatx()})
+            self._advice.float_types_of_exact_solver(dtypes | {keras.config.floatx()})
 
     def _expect(self, most_cases=None, has_other_cases=True):
         """Forgets what is traced for fewer cases than may come, at most `most_cases`, or for batches of the same cases where they differ."""

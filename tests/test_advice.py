@@ -37,12 +37,13 @@ def test_the_line_that_is_shown_is_the_models():
     assert record[0].filename == __file__
 
 
-def test_an_exact_solver_in_float64_alone_needs_no_advice(advice):
-    advice.exact_solver_in_float32({"float64"})
+def test_an_exact_solver_needs_no_advice_but_where_the_loss_has_another_float_type(advice):
+    for dtype in ("float64", "float32"):
+        advice.float_types_of_exact_solver({dtype})
     with pytest.warns(
         UserWarning, match="Received: weights and losses of float32, float64. Before the network is made"
     ):
-        advice.exact_solver_in_float32({"float64", "float32"})
+        advice.float_types_of_exact_solver({"float64", "float32"})
 
 
 def test_small_batches_are_said_with_the_cure_for_how_the_cases_came():

@@ -108,7 +108,6 @@ def test_a_run_that_has_converged_says_so_once_goes_on_without_cg_and_wakes_for_
     assert all(history["cg_iterations"])
 
 
-@pytest.mark.filterwarnings("ignore:.*networks in float32 end at")
 @pytest.mark.parametrize("of_weights", [True, False])
 def test_a_run_wakes_for_weights_that_were_set_and_for_other_cases_whose_gradient_is_no_larger(of_weights):
     network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
