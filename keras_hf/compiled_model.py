@@ -80,6 +80,7 @@ def task_of(model):
         layers=layers,
         structural_damping=optimizer.structural_damping,
         groups=getattr(model.network, "observation_groups", None),
+        solves_equations=getattr(model.network, "solves_equations", False),
     )
 
 

@@ -80,13 +80,14 @@ class FitData:
         specs = keras.tree.map_structure(lambda array: None if array is None else spec(array), arrays)
         return Data(*keras.tree.lists_to_tuples(specs))
 
-    def for_keras(self, seed, num_updates, grows, num_replicas, has_single_steps):
+    def for_keras(self, seed, num_updates, grows, is_of_any_length, num_replicas, has_single_steps):
         """Returns the arguments for `keras.Model.fit`, a dict.
 
         Args:
             seed: Integer scalar variable, by which cases are put in order.
             num_updates: Integer scalar variable, the number of updates so far: every pass over batches has an order of its own.
             grows: Whether updates use a part of the batch, which grows.
+            is_of_any_length: See `repeated`.
             num_replicas: Integer.
             has_single_steps: Whether Keras takes one batch at a time.
         """
@@ -124,8 +125,7 @@ class FitData:
         order = batching.spread if grows else None
         if self._arguments["shuffle"]:
             order = lambda num_cases: batching.order(num_cases, tf.convert_to_tensor(seed))  # noqa: E731
-        # The growing part changes its length anyway.
-        found["x"] = repeated(*arrays, order, times, grows or num_replicas > 1, num_replicas)
+        found["x"] = repeated(*arrays, order, times, is_of_any_length, num_replicas)
         return found
 
 

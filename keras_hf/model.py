@@ -339,10 +339,19 @@ class HFModel(keras.Model):
         self._advice.cases_come_as(data.source)
         verbose = workers.verbose_of(strategy, verbose)
         callbacks, found = self._in_order(workers.callbacks_of(strategy, callbacks), verbose)
-        grows = self._setup is not None and self._setup.growing_batch is not None
+        setup = self._setup
+        grows = setup is not None and setup.growing_batch is not None
+        takes_any_number = setup is not None and setup.takes_any_number
         num_replicas = strategy.num_replicas_in_sync
         has_single_steps = self.steps_per_execution == 1
-        arguments = data.for_keras(optimizer.seed, optimizer.iterations, grows, num_replicas, has_single_steps)
+        arguments = data.for_keras(
+            optimizer.seed,
+            optimizer.iterations,
+            grows,
+            takes_any_number or num_replicas > 1,
+            num_replicas,
+            has_single_steps,
+        )
         self.make_train_function()
         with complete_backups(found, self, is_chief(strategy)):
             history = super().fit(
@@ -587,6 +596,7 @@ class HFModel(keras.Model):
             )
 
         x, y, weight = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(spec, data_batch))
+        checks.batch_has_cases(x)
         # Weights of any number of cases: those that do not fit are refused later, by name.
         weight = keras.tree.map_structure(
             lambda spec: spec and tf.TensorSpec([None, *spec.shape[1:]], spec.dtype), weight
@@ -654,7 +664,7 @@ class HFModel(keras.Model):
         setup = self._setup
         if setup is None:
             return
-        if (most_cases or math.inf) > setup.most_supported:
+        if not setup.serves(most_cases):
             self._keep_setup(None)
             self.train_function = None
         elif has_other_cases > setup.has_other_cases or self.train_function is None:

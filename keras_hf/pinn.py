@@ -132,7 +132,7 @@ class PINN(keras.Model):
         Raissi, Perdikaris & Karniadakis (2019), *Physics-informed neural networks*.
     """
 
-    # The exact solver pays for larger systems than elsewhere; see `solver_choice`.
+    # The exact solver pays for larger systems than elsewhere, and XLA for its passes; see `solver_choice` and `structure`.
     solves_equations = True
 
     def __init__(

@@ -15,6 +15,7 @@ from keras_hf.problem import batching
 from keras_hf.problem.case_range import CaseRange
 from keras_hf.problem.curvature import Curvature
 from keras_hf.problem.fixed_network import FixedNetwork, Task
+from keras_hf.problem.jacobian import compiles_rows, most_of_same_rows
 from keras_hf.problem.local_objective import LocalCases
 from keras_hf.problem.objective import Objective
 from keras_hf.problem.replicas import across_replicas, of_each_replica
@@ -40,7 +41,8 @@ class Setup(NamedTuple):
         chunk_size: Integer, the number of cases that products are formed on, over all replicas; `None` = by `chunk_share`.
         chunk_share: Float in (0, 1], the same as a share of the cases of an update.
         micro_batch_size: Integer, the number of cases in a micro-batch; `None` = by memory.
-        most_cases: Integer, an upper bound of the number of cases of a batch, or `None` where none is known.
+        most_cases: Integer, an upper bound of the number of cases of a batch, or `None` where none is known. Of rows on one replica, the most that
+            are made alike.
         has_other_cases: Whether batches may have other cases than those before them.
         made_for: Settings of the optimizer, and types and shapes of a case, for which this is the setup; see `_what_counts`.
         programs: Dict, what is traced of passes; the one thing that grows.
@@ -76,12 +78,35 @@ class Setup(NamedTuple):
         return is_large or has_convolutions or bool(self.structure.nesting_ops)
 
     @property
+    def takes_any_number(self):
+        """Whether TensorFlow is not told the number of cases, so that another needs no other trace.
+
+        A part that grows changes it anyway. Rows take it untold, except where XLA compiles them for a number, and in loops of recurrent layers, which
+        took twice as long.
+        """
+        if not self.solver.uses_all_cases:
+            return self.growing_batch is not None
+        return not (self.structure.nesting_ops or compiles_rows(self.structure))
+
+    def serves(self, most_cases):
+        """Whether what is traced with this setup is right for batches of at most so many cases, and made as it would be for twice as many.
+
+        Args:
+            most_cases: Integer; `None` = any number.
+        """
+        if most_cases is None or not self.solver.uses_all_cases:
+            return (most_cases or math.inf) <= self.most_supported
+        # For twice as many: numbers around a limit, as those of folds, must not trace anew in turn.
+        most_of_as_many = _most_of_same_rows(2 * most_cases, self.structure, self.task) or math.inf
+        return most_cases <= self.most_supported <= most_of_as_many
+
+    @property
     def most_supported(self):
         """The number of cases up to which what is traced with this setup is right: infinity, unless a bound made it smaller."""
         if self.most_cases is None:
             return math.inf
         if self.solver.uses_all_cases:
-            # Replicas have room for so many rows.
+            # By it, it was chosen how rows are made, and replicas have room for so many.
             return self.most_cases
         sizes = self._default_micro_batch_size(None), self.chunk_size or math.inf
         return sizes[0] if self.most_cases <= sizes[0] < sizes[1] else math.inf
@@ -160,6 +185,8 @@ def prepare(model, data, most_cases=None, structure=None, has_other_cases=True):
     structure = structure or traced_structure(task, data)
     checks.has_loss(structure.combinations or structure.has_added_loss)
     solver.require(structure)
+    if most_cases is not None and solver.uses_all_cases and model.distribute_strategy.num_replicas_in_sync == 1:
+        most_cases = _most_of_same_rows(most_cases, structure, task)
     fitted = curvature.fitted_to(structure)
     on_all = " on all cases" if solver.uses_all_cases else ""
     _logger.info("Steps for '%s': by %s%s.", model.network.name, type(solver).__name__, on_all)
@@ -177,6 +204,13 @@ def prepare(model, data, most_cases=None, structure=None, has_other_cases=True):
         _what_counts(optimizer, data),
         {},
     )
+
+
+def _most_of_same_rows(num_cases, structure, task):
+    """Returns `jacobian.most_of_same_rows`, or the same number where the trace does not know the number of outputs."""
+    if structure.num_outputs is None:
+        return num_cases
+    return most_of_same_rows(num_cases, structure, num_weights(task.variables))
 
 
 def traced_structure(task, data):

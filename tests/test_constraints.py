@@ -119,7 +119,7 @@ def test_a_box_with_fewer_cases_than_weights_and_a_penalty_is_solved_to_rounding
     model, x, y = linear(6, 10, Box(-0.1, 0.2), l2=0.05)
     rows = np.concatenate([x, np.sqrt(0.05 * len(x)) * np.eye(10)])
     expected = lsq_linear(rows, np.concatenate([y[:, 0], np.zeros(10)]), (-0.1, 0.2), tol=1e-14).x
-    found = weights_after(model, x, y, 12)
+    found = weights_after(model, x, y, 10)
     held = np.isclose(found, -0.1) | np.isclose(found, 0.2)
     assert 2 <= held.sum() <= 8
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9)

@@ -131,6 +131,11 @@ def test_an_empty_batch_changes_nothing_and_says_so(make):
     assert_rejected(model, history, before)
 
 
+def test_a_batch_whose_shape_says_that_it_is_empty_is_refused_with_a_regularizer_too():
+    with pytest.raises(ValueError, match="`x` must hold at least one case. Received: a batch of length 0"):
+        renewed(regularized).fit(tf.data.Dataset.from_tensors((X[:0], Y[:0])), verbose=0)
+
+
 def test_a_batch_of_unequal_lengths_is_refused_when_it_comes():
     message = "must hold the same number of cases.*Received: a batch where y is not as long as x"
     for length in (12, 30):

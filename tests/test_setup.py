@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from problems import compiled, model_data, set_up
-from training import fit, normal, renewed, small_network, trainable
+from training import assert_same, fit, normal, renewed, set_weights, small_network, trainable
 
-from keras_hf import GaussNewton, Identity, setup
+from keras_hf import DirectSolver, GaussNewton, HessianFree, Identity, setup
 from keras_hf.problem import structure
 from keras_hf.problem.fixed_network import Data
 
@@ -40,6 +40,40 @@ def test_fit_traces_the_structure_once_and_a_second_fit_on_fewer_cases_nothing(t
     for x, y in ((X, Y), (X, Y), (X[:15], Y[:15])):
         fit(model, x, y)
     assert len(traces) == 1 and model.setup.most_cases == 20
+
+
+def test_exact_steps_on_another_number_of_cases_trace_nothing(float64):
+    model = trainable(optimizer=HessianFree(solver=DirectSolver()))
+    for num_cases in (12, 15, 16, 9, 16):
+        fit(model, X[:num_cases], Y[:num_cases])
+    assert model.num_traces == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_cases", [12, 20], ids=["fewer cases than weights", "more"])
+def test_exact_steps_whose_trace_is_not_told_the_number_of_cases_are_those_of_one_that_is(
+    num_cases, float64, monkeypatch
+):
+    x, y = X[:num_cases].astype("float64"), Y[:num_cases].astype("float64")
+
+    def trained():
+        model = trainable(optimizer=HessianFree(solver=DirectSolver()))
+        set_weights(model)
+        fit(model, x, y, epochs=4)
+        return model.get_weights()
+
+    untold = trained()
+    monkeypatch.setattr(setup.Setup, "takes_any_number", False)
+    assert_same(untold, trained(), rtol=1e-6)
+
+
+def test_rows_are_made_anew_beyond_a_limit_and_for_far_fewer_cases():
+    model = trainable(optimizer=HessianFree(solver=DirectSolver()))  # of 17 weights
+    data = model_data(model, X, Y)
+    few, many = (setup.prepare(model, data, num_cases) for num_cases in (9, 20))
+    assert few.most_supported == 16 and many.most_supported > 1e6
+    assert [few.serves(number) for number in (1, 16, 17, None)] == [True, True, False, False]
+    assert [many.serves(number) for number in (8, 9, 17, 10**6)] == [False, True, True, True]
 
 
 def one_micro_batch():

@@ -168,6 +168,12 @@ def split(num_cases, validation_split):
     return num_training
 
 
+def batch_has_cases(x):
+    """Raises if a batch, of which shapes are enough, is known to be without cases: its loss has no value."""
+    if any(leaf is not None and leaf.shape[:1] == (0,) for leaf in keras.tree.flatten(x)):
+        raise ValueError("`x` must hold at least one case. Received: a batch of length 0.")
+
+
 def equal_lengths(x, y=None, sample_weight=None):
     """Raises if `y` or `sample_weight` do not have as many cases as `x`. Where shapes are not known yet, the returned operations check them."""
     first, *others = [
@@ -176,8 +182,7 @@ def equal_lengths(x, y=None, sample_weight=None):
         for leaf in keras.tree.flatten(leaves)
         if leaf is not None
     ]
-    if first[1].shape[0] == 0:
-        raise ValueError("`x` must hold at least one case. Received: a batch of length 0.")
+    batch_has_cases(x)
     operations = []
     for name, leaf in others:
         message = "`x`, `y` and `sample_weight` must hold the same number of cases; the first axis is the case. Received: a batch where "

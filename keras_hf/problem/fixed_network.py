@@ -37,6 +37,7 @@ class Task(NamedTuple):
         layers: List of `keras.Layer`, all layers of the network.
         structural_damping: `structural_damping.StructuralDamping`, or `None`.
         groups: Callable `x -> tensor`, which values share their noise, or `None`; see `observations.observations`.
+        solves_equations: Whether outputs are residuals of differential equations, whose passes are many small operations.
     """
 
     network: Callable
@@ -53,6 +54,7 @@ class Task(NamedTuple):
     layers: list
     structural_damping: Any = None
     groups: Callable | None = None
+    solves_equations: bool = False
 
     def observations(self, data, y_pred):
         """Returns the `observations.Observations` of some cases with these predictions."""

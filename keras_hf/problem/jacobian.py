@@ -39,6 +39,27 @@ def rows_dtype(structure, dtype):
     return dtype if structure.nesting_ops else tf.float64
 
 
+def most_of_same_rows(num_cases, structure, num_weights):
+    """Returns the largest number of cases whose rows are best made as those of so many are: an integer, or `None` if more are made alike, too.
+
+    What is chosen by the number of cases: whether all rows come in one pass, whether they are kept, and whether there are fewer rows than weights.
+
+    Args:
+        num_cases: Integer.
+        structure: `structure.Structure`, with `num_outputs`.
+        num_weights: Integer.
+    """
+    block = _block_of(structure.num_outputs, num_weights, structure.bytes_per_case // 4)
+    per_case = max(1, structure.num_outputs)
+    limits = block, _KEPT_FLOATS // (per_case * num_weights), (num_weights - 1) // per_case
+    return min((limit for limit in limits if limit >= num_cases), default=None)
+
+
+def _block_of(num_outputs, num_weights, floats_per_case):
+    """The number of cases in a block, whose rows come in one vectorised pass."""
+    return max(1, _BLOCK_FLOATS // max(1, num_outputs * max(num_weights, floats_per_case)))
+
+
 class LocalRows:
     """The rows of one replica, `(rows, n)`. A Jacobian that would be too large is formed anew, block by block, wherever it is needed.
 
@@ -47,7 +68,7 @@ class LocalRows:
         dtype: In which the network computes.
         rows_dtype: Of the rows.
         programs: Dict in which what is traced of the passes is kept, for whatever comes to the same types and shapes; `None` = nothing is shared.
-        jit_compile: Whether XLA compiles the passes.
+        jit_compile: Whether XLA compiles the passes, anew for every number of cases.
         most_cases: Integer, an upper bound of the number of cases, where only that is known before they come; `None` without one.
     """
 
@@ -60,10 +81,9 @@ class LocalRows:
         roots = self._compiled(LocalRows._roots_and_residuals, jit_compile and micro_batch.hessian_is_diagonal)
         self._roots, self.residuals = roots()
         num_cases, size = micro_batch.static_num_cases, self._roots.shape[1]
-        per_case = size * max(self._num_weights, micro_batch.floats_per_case)
-        self._block = max(1, _BLOCK_FLOATS // per_case)
-        most_cases = most_cases if num_cases is None else num_cases
-        is_kept = most_cases is not None and most_cases * size * self._num_weights <= _KEPT_FLOATS
+        self._block = _block_of(size, self._num_weights, micro_batch.floats_per_case)
+        self._most_cases = most_cases if num_cases is None else num_cases
+        is_kept = self._most_cases is not None and self._most_cases * size * self._num_weights <= _KEPT_FLOATS
         self._rows_of, self._second = (
             self._compiled(function, jit_compile) for function in (LocalRows._rows_of_cases, LocalRows._second_of_cases)
         )
@@ -150,8 +170,8 @@ class LocalRows:
     def _in_blocks(self, function, *args, row_shape=()):
         """Calls `function(indices of cases, *args)` for blocks of cases and joins what comes, whose first axis is the rows."""
         num_cases = self._micro_batch.static_num_cases
-        if num_cases is not None and num_cases <= self._block:
-            return function(tf.range(num_cases), *args)
+        if self._most_cases is not None and self._most_cases <= self._block:
+            return function(tf.range(self._micro_batch.num_cases if num_cases is None else num_cases), *args)
         num_blocks = (self._micro_batch.num_cases + self._block - 1) // self._block
 
         def add_block(number, parts):

@@ -129,14 +129,13 @@ class Rows:
 
     @property
     def num_rows(self):
-        """The number of rows of B, where it is kept: an integer, else `None`. On several replicas an upper bound, if one is known."""
+        """The number of rows of B, where it is kept: an integer, else `None`. An upper bound, if only that is known, or of several replicas."""
         part = self._replicas.any_of(self._parts)
         if part.jacobian is None:
             return None
-        if self._replicas.count == 1:
-            return part.jacobian.shape[0]
         # Replicas may hold different numbers of cases: that of one says nothing of the others'.
-        return self._most_cases and self._most_cases * part.per_case
+        num_rows = part.jacobian.shape[0] if self._replicas.count == 1 else None
+        return num_rows or (self._most_cases and self._most_cases * part.per_case)
 
     @property
     def residuals(self):

@@ -88,7 +88,7 @@ def _factors(product, added, damping, root):
     """
     rounding = epsilon(product.dtype)
     shift = _SHIFT * rounding * tf.linalg.trace(product)
-    identity = tf.eye(product.shape[0], dtype=product.dtype)
+    identity = tf.eye(tf.shape(product)[0], dtype=product.dtype)
     beside = product if added is None else product + added
 
     def once():
@@ -109,11 +109,11 @@ def _factors(product, added, damping, root):
 
 
 def _solved(factor, right):
-    """Returns `factor^-1 right`, of matrices, the columns divided among cores if their number is known."""
-    columns = right.shape[1] or 0
-    parts = max(1, min(_MOST_PARTS, columns // _FEWEST_COLUMNS))
-    sizes = [columns * (part + 1) // parts - columns * part // parts for part in range(parts)]
-    split = tf.split(right, sizes, 1) if parts > 1 else [right]
+    """Returns `factor^-1 right`, of matrices, the columns divided among cores."""
+    columns = right.shape[1]
+    parts = _MOST_PARTS if columns is None else max(1, min(_MOST_PARTS, columns // _FEWEST_COLUMNS))
+    ends = tf.shape(right)[1] * tf.range(parts + 1) // parts
+    split = tf.split(right, ends[1:] - ends[:-1], 1, num=parts) if parts > 1 else [right]
     return tf.concat([tf.linalg.triangular_solve(factor, part) for part in split], 1)
 
 
