@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from keras_hf.common import checks, keras_private
 from keras_hf.common.replaced import replaced
+from keras_hf.problem.constraints import UnitSpectralNorm
 from keras_hf.problem.fixed_network import Task
 from keras_hf.problem.loss_terms import WholeLoss, overrides_compute_loss, recorded_terms
 
@@ -35,8 +36,8 @@ def task_of(model):
         model: `HFModel`, compiled.
 
     Raises:
-        ValueError: If there is no trainable weight, if one cannot be trained, if they are not those for which the optimizer was built, or if a
-            layer of several replicas is `synchronized`.
+        ValueError: If there is no trainable weight, if one cannot be trained, if they are not those for which the optimizer was built, if a
+            layer of several replicas is `synchronized`, or if a kernel of `SpectralNormalization` has a constraint.
     """
     trainable, optimizer = model.trainable_variables, model.optimizer
     if not trainable:
@@ -59,20 +60,32 @@ def task_of(model):
 
     def network(x):
         # cuDNN's fused kernels have no second derivative.
-        with replaced(*[(layer, "use_cudnn", False) for layer in layers if hasattr(layer, "use_cudnn")]):
+        without_cudnn = replaced(*[(layer, "use_cudnn", False) for layer in layers if hasattr(layer, "use_cudnn")])
+        with without_cudnn, keras_private.complete_derivatives():
             return model(x, training=True)
+
+    constraints = [_constraint(variable, layers) for variable in trainable]
+    regularizers = [
+        *((variable, variable.regularizer) for variable in trainable if variable.regularizer is not None),
+        *((variable, WeightDecay(optimizer)) for variable in trainable if optimizer.weight_decay is not None),
+    ]
+    normalized = {
+        id(variable): constraint
+        for variable, constraint in zip(trainable, constraints, strict=True)
+        if isinstance(constraint, UnitSpectralNorm)
+    }
 
     return Task(
         network=network,
         loss_terms=lambda data, y_pred: loss_terms(model, data, y_pred),
         regularizers=[
-            *((variable.value, variable.regularizer) for variable in trainable if variable.regularizer is not None),
-            *((variable.value, WeightDecay(optimizer)) for variable in trainable if optimizer.weight_decay is not None),
+            (v.value, normalized[id(v)].regularized_by(regularizer) if id(v) in normalized else regularizer)
+            for v, regularizer in regularizers
         ],
         update_metrics=lambda data, y_pred: update_metrics(model, data, y_pred),
         variables=[variable.value for variable in trainable],
         weights=trainable,
-        constraints=[variable.constraint for variable in trainable],
+        constraints=constraints,
         states=[variable for variable in model.non_trainable_variables if id(variable) not in seeds],
         seeds=list(seeds.values()),
         seed=optimizer.seed,
@@ -82,6 +95,20 @@ def task_of(model):
         groups=getattr(model.network, "observation_groups", None),
         solves_equations=getattr(model.network, "solves_equations", False),
     )
+
+
+def _constraint(variable, layers):
+    """Returns the constraint of a weight, a callable or `None`: of a kernel that `SpectralNormalization` normalizes, this norm."""
+    wrappers = [layer for layer in layers if isinstance(layer, keras.layers.SpectralNormalization)]
+    wrappers = [layer for layer in wrappers if getattr(layer, "kernel", None) is variable]
+    if not wrappers:
+        return variable.constraint
+    if variable.constraint is not None:
+        raise ValueError(
+            f"The kernel of `SpectralNormalization` must have no constraint, since dividing by the spectral norm would violate it. Received: "
+            f"{variable.constraint!r} of '{variable.path}'. Leave it out."
+        )
+    return UnitSpectralNorm(wrappers[0])
 
 
 class WeightDecay(keras.regularizers.L2):

@@ -69,6 +69,8 @@ class LossFunction:
     def assign(self, w):
         """Gives the model the weights `w`, and nothing else: moving statistics of BatchNormalization stay as they were.
 
+        So do spectral norms: the next pass in training mode, or `fit`, divides kernels within `SpectralNormalization` by them.
+
         Args:
             w: Array `(n,)`.
 

@@ -413,8 +413,8 @@ class HFModel(keras.Model):
         """Checks the products `v -> Gv` on these cases and prints a report.
 
         It checks adjointness `u'(Jv) = (J'u)'v`, symmetry, linearity, non-negativity (of Gauss-Newton products), agreement with the other
-        linearization where that is right, and whether two calls of the network agree. A failed check comes with its cure. Use it for a new kind of
-        layer or loss, before a long run. Cost: about ten products.
+        linearization where that is right, whether two calls of the network agree, and whether the gradient is that of the loss. A failed check comes
+        with its cure. Use it for a new kind of layer or loss, before a long run. Cost: about eleven products.
 
         Args:
             x: Inputs, as in `fit`, arrays; a few hundred cases are enough.

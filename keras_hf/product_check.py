@@ -1,4 +1,4 @@
-"""The self-check of products: what must hold of any right `v -> Gv`, on the user's own network and cases."""
+"""The self-check of products: what must hold of any right `v -> Gv`, and of the gradient, on the user's own network and cases."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,9 @@ from keras_hf.problem.curvature import Curvature, EmpiricalFisher, GaussNewton
 from keras_hf.problem.linearization import DoubleBackward, ForwardAccumulation
 from keras_hf.problem.replicas import on_replicas
 from keras_hf.setup import with_objective
+
+# Of the losses in differences, in machine epsilons.
+_ROUNDINGS = 10.0
 
 
 class ProductCheck(NamedTuple):
@@ -59,6 +62,7 @@ class Errors(NamedTuple):
     negativity: tf.Tensor
     adjointness: tf.Tensor
     other_way: tf.Tensor
+    slope: tf.Tensor
 
 
 def first_check(objective, setup, optimizer):
@@ -110,7 +114,7 @@ def checked_products(setup, optimizer, data, strategy):
 
 
 def product_errors(objective, curvature, other):
-    """Computes the errors of the products of a curvature. Cost: about eight products.
+    """Computes the errors of the products of a curvature, and of the gradient. Cost: about nine products.
 
     Args:
         objective: `objective.Objective`.
@@ -124,7 +128,8 @@ def product_errors(objective, curvature, other):
     u, v = (tf.random.stateless_normal(zero.shape, [seed, 1], dtype=objective.dtype) for seed in (0, 1))
     product = objective.product(curvature)
     of_u, of_v, again = product(u), product(v), product(v)
-    losses = objective.loss_and_gradient().loss, objective.loss_at(zero)
+    at_start = objective.loss_and_gradient()
+    losses = at_start.loss, objective.loss_at(zero)
     # A repeated loss may be summed in another order, a repeated product not.
     repeated = tf.maximum(
         _difference(of_v, again), tf.abs(losses[0] - losses[1]) / tf.maximum(tf.abs(losses[0]), 1e-300)
@@ -141,7 +146,20 @@ def product_errors(objective, curvature, other):
         negativity=negative,
         adjointness=missing if error is None else error,
         other_way=missing if other is None else _difference(of_v, objective.product(other)(v)),
+        slope=_slope_error(objective, at_start),
     )
+
+
+def _slope_error(objective, at_start):
+    """Returns by how much the loss' slope along the gradient differs from the gradient's norm, relative to that, a float64 scalar.
+
+    By differences over two widths: what they disagree by, and what rounding may do to them, is no error.
+    """
+    slope, width = _norm(at_start.gradient), objective.epsilon ** (1 / 3)
+    v = tf.math.divide_no_nan(at_start.gradient, tf.cast(slope, objective.dtype))
+    wide, narrow = (objective.slope_along(v, tf.constant(w, objective.dtype)) for w in (width, width / 2))
+    unsure = tf.abs(wide - narrow) + _ROUNDINGS * objective.epsilon * tf.abs(at_start.loss) / width
+    return tf.math.divide_no_nan(tf.maximum(tf.abs((4 * narrow - wide) / 3 - slope) - unsure, 0.0), slope)
 
 
 def both_ways(curvature, structure):
@@ -177,6 +195,7 @@ def judged(errors, rounding, compared):
         "negativity": "the loss is not convex in what it is cut at: see `negative_curvature` in the logs",
         "adjointness": "TensorFlow has a wrong second derivative of an operation; see docs/support.md",
         "other_way": compared.missing,
+        "slope": "a layer stops a gradient or gives another: steps are judged by a loss that the gradient is not of",
     }
     if not isinstance(compared.curvature, (GaussNewton, EmpiricalFisher)):
         remarks["adjointness"] = "this curvature is not made of J"
@@ -188,6 +207,7 @@ def judged(errors, rounding, compared):
         "negativity": "v'Gv >= 0",
         "adjointness": "u'(Jv) = (J'u)'v",
         "other_way": "both linearizations agree",
+        "slope": "the gradient is the loss'",
     }
     return [
         ProductCheck(name, float(getattr(errors, field)), rounding, remarks.get(field, ""))

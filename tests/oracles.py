@@ -6,6 +6,7 @@ import tensorflow as tf
 from problems import compiled, derivatives, flat, jacobian, matrices, model_data, on_objective, set_up, with_objective
 
 from keras_hf import GaussNewton
+from keras_hf.common import keras_private
 from keras_hf.problem.curvature import Curvature
 
 NUM_CASES = 4
@@ -98,7 +99,7 @@ def values(model):
 
 def cut_at(row, model, data):
     """The tensors that a row's loss is cut at."""
-    with keras.StatelessScope():
+    with keras.StatelessScope(), keras_private.complete_derivatives():
         if not row.through_logits:
             return keras.tree.flatten(model(data.x, training=True))
         activation = model.network.layers[-1]

@@ -79,6 +79,27 @@ def test_a_mask_goes_with_the_tensor_and_into_the_loss():
     assert float(keras.losses.MeanSquaredError()(tf.zeros([3, 1, 1]), masked)) == pytest.approx(5.0)
 
 
+def test_layers_of_keras_stop_gradients_in_the_modules_where_they_are_let_through():
+    folder = Path(keras.src.layers.__file__).parent
+    stopping = {path.stem for path in folder.rglob("*.py") if re.search(r"stop_gradient\(", path.read_text())}
+    assert {name for name in stopping if not name.endswith("_test")} <= {
+        "batch_normalization",
+        "spectral_normalization",
+    }
+    layer = layers.SpectralNormalization(layers.Dense(2))
+    layer.build((None, 3))
+
+    def slope():
+        with tf.GradientTape() as tape:
+            vector = layer.normalized_weights()[0]
+        return tape.gradient(vector, layer.kernel.value)
+
+    assert slope() is None
+    with keras_private.complete_derivatives():
+        assert slope() is not None
+    assert slope() is None
+
+
 def test_methods_before_compile_are_refused(model):
     with pytest.raises(ValueError, match="compile"):
         keras_private.require_compiled(keras.Sequential([layers.Dense(1)]), "fit")

@@ -350,6 +350,8 @@ def test_wrong_settings_are_refused_by_name():
         unbuilt.laplace(x, y)
     with pytest.raises(ValueError, match="a network with BatchNormalization, batch_normalization"):
         compiled(layers.BatchNormalization(), layers.Dense(1)).laplace(x, y)
+    with pytest.raises(ValueError, match="does not see the scale of kernels within `SpectralNormalization`"):
+        compiled(layers.SpectralNormalization(layers.Dense(2)), layers.Dense(1)).laplace(x, y)
     with pytest.raises(ValueError, match="needs priors that are normal, regularizers L2.*Absolute"):
         compiled(layers.Dense(1, kernel_regularizer=Absolute())).laplace(x, y)
     with pytest.raises(ValueError, match="`num_samples` is for the probabilities of classifiers"):

@@ -56,17 +56,17 @@ def no_structural_guard(monkeypatch):
 
 def test_right_products_pass_every_check(float64, capsys):
     checks = make_model().check_products(inputs(), TARGETS)
-    assert len(checks) == 6
+    assert len(checks) == 7
     assert all(check.holds and check.error < 1e-12 for check in checks)
     printed = capsys.readouterr().out
-    assert "GaussNewton, DoubleBackward" in printed and printed.count("ok") == 6
+    assert "GaussNewton, DoubleBackward" in printed and printed.count("ok") == 7
 
 
 def test_a_report_has_a_line_per_check_and_a_remark_where_one_fails_or_is_missing():
     compared = BothWays(GaussNewton(DoubleBackward()), None, "not for this network")
-    errors = Errors(0.0, 1e-9, 1e-9, 0.5, 1e-9, float("nan"))
+    errors = Errors(0.0, 1e-9, 1e-9, 0.5, 1e-9, float("nan"), 0.0)
     checks = judged(errors, 1e-3, compared)
-    assert [check.holds for check in checks] == [True, True, True, False, True, True]
+    assert [check.holds for check in checks] == [True, True, True, False, True, True, True]
     first, *lines = report("net", compared.curvature, checks).splitlines()
     assert first == "Products for 'net', GaussNewton, DoubleBackward:"
     assert [line.split()[-1] for line in lines[:3]] == ["ok"] * 3
@@ -100,6 +100,13 @@ def test_wrong_products_fail_the_check_of_the_other_way(no_structural_guard, cap
     checks = {check.name: check for check in model.check_products(X, TARGETS)}
     assert not checks["u'(Jv) = (J'u)'v"].holds and not checks["both linearizations agree"].holds
     assert "FAILS" in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_not_that_of_the_loss_fails_its_check(capsys):
+    model = stacked(keras.Input((2,)), layers.Dense(4, "tanh"), layers.Lambda(lambda x: x * tf.stop_gradient(x)))
+    failed = [check.name for check in model.check_products(X, TARGETS) if not check.holds]
+    assert failed == ["the gradient is the loss'"]
+    assert "FAILS a layer stops a gradient" in capsys.readouterr().out
 
 
 def assert_refused(model, x, message):

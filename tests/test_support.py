@@ -19,7 +19,7 @@ QUICK = [(name, ways[i % len(ways)]) for i, name in enumerate(TYPICAL) for ways 
 # Of every kind of operation one: products, convolutions, pools, attention, recurrence, statistics, indices.
 DIFFERENCED = [
     *("Dense", "Conv2D, groups", "MaxPooling2D, same, overlapping", "MultiHeadAttention", "GRU"),
-    *("LayerNormalization", "Embedding"),
+    *("LayerNormalization", "Embedding", "SpectralNormalization"),
 ]
 
 

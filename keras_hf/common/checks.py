@@ -224,13 +224,18 @@ def class_weight(value, y, sample_weight):
 
 
 def trainable_weights(variables):
-    """Raises if a trainable weight is not a real floating-point number. An update could not change it, or only by rounding."""
+    """Raises if a trainable weight is not a real floating-point number, which an update could not change, or not one of a loss."""
     for variable in variables:
         dtype = keras.backend.standardize_dtype(variable.dtype)
         if not keras.backend.is_float_dtype(dtype):
             raise ValueError(
                 f"Trainable weights must be real floating-point numbers. Received: the weight '{variable.path}' of dtype {dtype}. "
                 "Add it with `trainable=False`, or hold its real and imaginary parts in two weights."
+            )
+        if variable.overwrite_with_gradient:
+            raise ValueError(
+                f"Trainable weights must be those of a loss. Received: the weight '{variable.path}', whose gradient is to be its next value, as of a "
+                "layer quantized to float8. Train without quantization, and quantize the trained network."
             )
 
 

@@ -5,9 +5,11 @@ private method that `HFModel` overrides, `_maybe_symbolic_build`.
 """
 
 import contextlib
+import types
 
 import keras
 from keras.src.backend.tensorflow import trainer
+from keras.src.layers.normalization import batch_normalization, spectral_normalization
 from keras.src.utils import io_utils
 
 from keras_hf.common.replaced import replaced
@@ -38,6 +40,20 @@ def logits(tensor):
 def mask(tensor):
     """Returns the mask that layers have attached to a tensor, which Keras' losses apply, or `None`."""
     return getattr(tensor, "_keras_mask", None)
+
+
+@contextlib.contextmanager
+def complete_derivatives():
+    """Has Keras' layers, while this is open, differentiate all that they compute of weights and cases.
+
+    `SpectralNormalization` declares its singular vectors constant, and BatchNormalization with `renorm` its corrections, though both change with the
+    weights: the gradient would not be that of the loss. No other layer of Keras does so.
+    """
+    modules = batch_normalization, spectral_normalization
+    with replaced(
+        *[(m, "ops", types.SimpleNamespace(**vars(m.ops) | {"stop_gradient": lambda x: x})) for m in modules]
+    ):
+        yield
 
 
 # Of models and what they are compiled with.

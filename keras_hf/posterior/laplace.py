@@ -16,6 +16,7 @@ from keras_hf.posterior.gaussian import Dual, Kronecker, Primal, restored
 from keras_hf.posterior.likelihood import Likelihood
 from keras_hf.posterior.outputs import Outputs
 from keras_hf.problem.capture import is_capturable, is_transposed, kernel_and_bias
+from keras_hf.problem.constraints import UnitSpectralNorm
 from keras_hf.solvers.kronecker import factored_layers
 
 _logger = logging.getLogger("keras_hf")
@@ -250,6 +251,7 @@ def laplace(model, data, likelihood, structure, noise, prior_precision):
     setup = model.setup_for(data)
     _require_own_outputs(setup.structure)
     structure, variables, layers = _chosen(model, structure, setup.structure.captured, data.x)
+    _require_determined(setup.task, variables)
     values = [variable.value for variable in variables]
     is_vectorizable = setup.structure.has_vectorizable_rows and not setup.structure.nesting_ops
     outputs = Outputs(model.network, values, likelihood.outputs, is_vectorizable)
@@ -383,6 +385,20 @@ def _only(nest):
     """The one tensor of a nest."""
     (tensor,) = tf.nest.flatten(nest)
     return tensor
+
+
+def _require_determined(task, variables):
+    """Raises an error if the loss does not see the scale of uncertain weights, which only evaluation would."""
+    normalized = [
+        weight.path
+        for weight, constraint in zip(task.weights, task.constraints, strict=True)
+        if isinstance(constraint, UnitSpectralNorm) and any(weight is variable for variable in variables)
+    ]
+    if normalized:
+        raise ValueError(
+            "`laplace` needs weights that the loss determines; it does not see the scale of kernels within `SpectralNormalization`. Received: "
+            f"{', '.join(normalized)}. Leave the layer out, or use `structure='last_layer'` with another last layer."
+        )
 
 
 def _require_own_outputs(structure):

@@ -29,8 +29,8 @@ class Task(NamedTuple):
         update_metrics: Callable `(data, y_pred)`, called once per micro-batch with its outputs before the update.
         variables: List of `tf.Variable`, the trainable weights.
         weights: List of `keras.Variable`, the same as Keras knows them.
-        constraints: List, the Keras constraint of every variable, a callable that projects a value, or `None`.
-        states: List of `keras.Variable`, the non-trainable values that a forward pass may change, except seeds.
+        constraints: List, the constraint of every variable, a callable that projects a value, or `None`.
+        states: List of `keras.Variable`, the non-trainable values that Keras saves, except seeds.
         seeds: List of `keras.Variable`, the states of the network's seed generators.
         seed: int32 scalar `keras.Variable`, the optimizer's seed.
         num_updates: Integer scalar `keras.Variable`, the number of updates so far.

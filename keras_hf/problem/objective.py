@@ -266,6 +266,9 @@ class Objective:
             assign(task.variables, self._start)
         self._start_vector = pack(self._start, self.dtype)
         self._losses = graph_function(lambda step: self._at(step, lambda part: part.loss()))
+        self._unconstrained_losses = graph_function(
+            lambda step: self._at_weights(unpack(self._start_vector + step, task.variables), lambda part: part.loss())
+        )
         self._chunk_shares = graph_function(lambda step: self._at(step, lambda part: part.chunk_shares()))
         self._sums_over_cases = graph_function(lambda step: self._at(step, lambda part: part.sums_over_cases()))
         self._observed = graph_function(lambda: replicas.run(lambda part: part.observed(), self._parts))
@@ -353,6 +356,11 @@ class Objective:
         # Added outside: TensorFlow loses the key of a reduction in a function that is called in a branch.
         return self._replicas.total(self._losses(step))
 
+    def slope_along(self, v, width):
+        """Returns `(L(w + width v) - L(w - width v)) / (2 width)` of the loss L, float64; constraints do not count. Cost: two forward passes."""
+        ahead, behind = (self._replicas.total(self._unconstrained_losses(sign * width * v)) for sign in (1, -1))
+        return (ahead - behind) / (2 * tf.cast(width, tf.float64))
+
     def chunk_change_at(self, step):
         """Returns the `Change` of the curvature chunk's loss from the start to start + step. Cost: two forward passes of the chunk."""
 
@@ -380,7 +388,10 @@ class Objective:
 
     def _at(self, step, function):
         """Returns `function(part)` of every replica at start + step."""
-        assign(self._task.variables, self.candidate(step))
+        return self._at_weights(self.candidate(step), function)
+
+    def _at_weights(self, weights, function):
+        assign(self._task.variables, weights)
         values = self._replicas.run(function, self._parts)
         assign(self._task.variables, self._start)
         return values
@@ -491,6 +502,11 @@ class Objective:
             return mapped(part.regularization_product(), identity, self.dtype)
 
         return self._replicas.sum(matrix, self._parts)
+
+    @property
+    def epsilon(self):
+        """Machine epsilon of the coarsest float type of the network: a Python float."""
+        return self._structure.epsilon
 
     @property
     def rounding(self):

@@ -13,6 +13,7 @@ from keras_hf.common.keras_private import logits as logits_of
 from keras_hf.common.vectors import epsilon
 from keras_hf.problem import memory
 from keras_hf.problem.capture import is_capturable, recorded_uses
+from keras_hf.problem.constraints import UnitSpectralNorm
 from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
 from keras_hf.problem.recurrence import recorded_loops
 from keras_hf.problem.time_steps import has_time_steps, weights_by_rows
@@ -64,7 +65,7 @@ class Structure(NamedTuple):
 
     Attributes:
         cuts: Tuple of strings, for each output of the network "logits", "output", "both" or "unused": where the loss is cut from the network.
-        states: List of `keras.Variable`, those of `Task.states` that a forward pass changes.
+        states: List of `keras.Variable`, the non-trainable values that a forward pass changes, except seeds.
         has_added_loss: Whether layers add losses in `call`.
         nesting_ops: List of strings, the types of operations in the forward pass that hold functions, loops or branches.
         is_random: Whether the forward pass draws random numbers.
@@ -207,7 +208,8 @@ def trace_structure(task, data):
         data: `fixed_network.Data`, of which only types and shapes are used.
 
     Raises:
-        ValueError: If the network draws random numbers that no update can hold fixed, or if structural damping finds no hidden states.
+        ValueError: If the network draws random numbers that no update can hold fixed, if a layer assigns trainable weights, or if structural damping
+            finds no hidden states.
     """
     graph = tf.__internal__.FuncGraph("structure")
     with graph.as_default():
@@ -216,7 +218,7 @@ def trace_structure(task, data):
         layers = recurrent_layers(task.layers)
         recurrent = layers if task.structural_damping else []
         recording, loops = recorded_hidden_states(recurrent), recorded_loops(layers)
-        scope, recorded = keras.StatelessScope(collect_losses=True), recorded_uses(capturable)
+        scope, recorded = _ChangesRecorded(collect_losses=True), recorded_uses(capturable)
         with scope, recorded as uses, loops as in_loops, recording as calls:
             y_pred = task.network(x)
         if task.structural_damping:
@@ -246,8 +248,7 @@ def trace_structure(task, data):
         and all(isinstance(use.inputs, tf.Tensor) and use.preactivation.graph is graph for use in uses[layer])
     ]
     captured += [layer for layer in layers if has_time_steps(layer) and _is_trained_in_loops(graph, layer, in_loops)]
-    states = [state for state in task.states if scope.get_current_value(state) is not None]
-    changed = {id(state) for state in states}
+    states, changed = _changed_states(task, scope.changed), set(scope.changed)
     return Structure(
         cuts=tuple(cuts),
         states=states,
@@ -360,6 +361,33 @@ def _layers_of_ops(operations, layers):
         layer = next((name for scope in scopes for name in (scope, re.sub(r"_\d+$", "", scope)) if name in names), None)
         found.setdefault(operation.type, layer)
     return found
+
+
+class _ChangesRecorded(keras.StatelessScope):
+    """A `keras.StatelessScope` that knows which variables a pass changed."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.changed = {}  # by identity
+
+    def add_update(self, update):
+        self.changed[id(update[0])] = update[0]
+        super().add_update(update)
+
+
+def _changed_states(task, changed):
+    """Returns the states that a pass changes: those of `Task.states`, then those that Keras does not save, as of a stateful recurrent layer."""
+    weights = {id(weight): constraint for weight, constraint in zip(task.weights, task.constraints, strict=True)}
+    for key, weight in changed.items():
+        if key in weights and not isinstance(weights[key], UnitSpectralNorm):
+            raise ValueError(
+                "A layer must not assign trainable weights in `call`: an update would judge steps by other weights than it assigns. Received: a "
+                f"layer that assigns '{weight.path}'. Use a `constraint` of the weight."
+            )
+    others = {key: state for key, state in changed.items() if key not in weights}
+    for seed in task.seeds:
+        others.pop(id(seed), None)
+    return [*(state for state in task.states if others.pop(id(state), None) is not None), *others.values()]
 
 
 def _check_randomness(graph, layer_of_op):
