@@ -204,7 +204,9 @@ def test_every_epoch_of_arrays_is_an_update_as_of_a_dataset_until_a_callback_sto
 def test_keras_is_not_told_to_shuffle_what_comes_in_an_order_of_its_own():
     arguments = {**dict.fromkeys(("validation_data", "batch_size")), "validation_split": 0.0, "shuffle": True}
     kinds = (dataset(), iter(batches()), (batch for batch in batches()), Batches())
-    shuffled = [FitData(x, None, None, **arguments).for_keras(None, None, False, 1, True)["shuffle"] for x in kinds]
+    shuffled = [
+        FitData(x, None, None, **arguments).for_keras(None, None, False, False, 1, True)["shuffle"] for x in kinds
+    ]
     assert shuffled == [False, False, False, True]
 
 
@@ -242,7 +244,7 @@ ARGUMENTS = dict.fromkeys(("batch_size", "steps_per_epoch", "shuffle", "validati
 def test_without_shuffling_arrays_keep_their_order_unless_a_part_of_them_is_to_be_like_the_rest(grows):
     places = np.arange(24.0)[:, None]
     data = FitData(places, places, None, **ARGUMENTS, validation_split=0.0)
-    x, y = next(iter(data.for_keras(tf.constant(0), tf.constant(0), grows, 1, True)["x"]))
+    x, y = next(iter(data.for_keras(tf.constant(0), tf.constant(0), grows, False, 1, True)["x"]))
     np.testing.assert_array_equal(x, y)
     np.testing.assert_array_equal(x, places[batching.spread(24)] if grows else places)
 
@@ -306,7 +308,9 @@ def test_the_optimizers_seed_alone_fixes_batches_and_a_resumed_run_has_those_of_
 @pytest.mark.parametrize("batch_size", [None, 6, 7])
 def test_what_arrays_become_has_no_thread_that_its_end_waits_for(batch_size):
     data = FitData(X, Y, None, **{**ARGUMENTS, "batch_size": batch_size}, validation_split=0.0)
-    assert data.for_keras(tf.constant(0), tf.constant(0), False, 1, True)["x"].options().autotune.enabled is False
+    assert (
+        data.for_keras(tf.constant(0), tf.constant(0), False, False, 1, True)["x"].options().autotune.enabled is False
+    )
 
 
 @pytest.mark.slow
@@ -375,7 +379,7 @@ def test_one_hot_and_boolean_labels_have_the_weights_of_their_classes():
 
 def test_validation_cases_are_not_weighed_by_their_classes():
     data = FitData(X, CLASSES, None, CLASS_WEIGHT, **{**ARGUMENTS, "batch_size": 9}, validation_split=0.25)
-    arguments = data.for_keras(tf.constant(0), tf.constant(0), False, 1, True)
+    arguments = data.for_keras(tf.constant(0), tf.constant(0), False, False, 1, True)
     assert len(arguments["validation_data"]) == 2 and len(arguments["x"].element_spec) == 3
     assert data.specs().sample_weight == tf.TensorSpec([9], "float64")
 
