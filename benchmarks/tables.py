@@ -268,6 +268,30 @@ def error_bars():
     return table(header, rows)
 
 
+def observed():
+    """Shares within the intervals and the noise found, the mean over seeds, of data that are not all observed alike."""
+    fits = read("observed.csv")
+    truth = {"masked sequences": "0.2", "weights": "1", "two columns": "0.05, 0.5"}
+    rows = []
+    for name in dict.fromkeys(row["problem"] for row in fits):
+        of_name = [row for row in fits if row["problem"] == name]
+        # Of each column, where there are several.
+        mean = lambda column: np.mean([[float(part) for part in row[column].split()] for row in of_name], 0)  # noqa: E731, B023
+        percent = lambda column: ", ".join(f"{100 * share:.0f} %" for share in mean(column))  # noqa: E731, B023
+        noise = ", ".join(f"{value:.3f}" for value in mean("noise_found"))
+        rows.append(
+            [
+                name,
+                percent("observations_within"),
+                percent("function_within"),
+                f"{noise} ({truth[name]})" if name in truth else "",
+                f"{mean('num_effective')[0]:.0f}",
+            ]
+        )
+    header = ["data", "new observations within", "function within", "noise found (true)", "weights determined"]
+    return table(header, rows)
+
+
 def _validation(dataset):
     """Returns label -> the test loss of the model kept by early stopping, and that at the end, medians over seeds."""
     found = {}
@@ -372,6 +396,7 @@ TABLES = {
     "outliers": outliers,
     "bounds": bounds,
     "error-bars": error_bars,
+    "observed": observed,
     "validation": validation,
 }
 
