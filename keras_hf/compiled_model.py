@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from keras_hf.common import checks, keras_private
 from keras_hf.common.replaced import replaced
-from keras_hf.problem.constraints import UnitSpectralNorm
+from keras_hf.problem.spectral_norm import UnitSpectralNorm
 from keras_hf.problem.fixed_network import Task
 from keras_hf.problem.loss_terms import WholeLoss, overrides_compute_loss, recorded_terms
 

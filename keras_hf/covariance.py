@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_hf.common.vectors import epsilon, vector_dtype
-from keras_hf.loss_function import LossFunction
+from keras_hf.problem.observations import observations
 
 # An (n, n) matrix of float64 takes 200 MB there, and its singular values minutes.
 _MOST_WEIGHTS = 5000
@@ -24,16 +24,16 @@ class ParameterCovariance(NamedTuple):
     standard_errors: dict
 
 
-def parameter_covariance(model, data, absolute_sigma):
+def parameter_covariance(model, f, data, absolute_sigma):
     """Returns the `ParameterCovariance` of a compiled model; see `HFModel.parameter_covariance`.
 
     Args:
         model: `HFModel`.
+        f: `LossFunction` of the cases.
         data: `Data`, tensors.
         absolute_sigma: Boolean.
     """
-    f, variables = LossFunction(model, data), model.trainable_variables
-    w = f.weights
+    w, variables = f.weights, model.trainable_variables
     _require_few_weights(len(w))
     regularized = [f"a regularizer of {variable.path}" for variable in variables if variable.regularizer is not None]
     if model.optimizer.weight_decay is not None and float(model.optimizer.weight_decay.numpy()) != 0:
@@ -44,7 +44,7 @@ def parameter_covariance(model, data, absolute_sigma):
             f"Received: {', '.join(regularized)}. Leave them out, or ask for `laplace`, which takes them for a prior."
         )
     residuals, jacobian = f.residuals(w), f.jacobian(w)
-    found = model.setup_for(data).task.observations(data, model.network(data.x, training=False))
+    found = observations(model.setup_for(data).task, data, model.network(data.x, training=False))
     coefficients, weights, groups = (tensor.numpy().ravel() for tensor in found)
     is_observed = coefficients > 0
     rows = jacobian[is_observed], residuals[is_observed], groups[is_observed]

@@ -16,7 +16,8 @@ from keras_hf.posterior.gaussian import Dual, Kronecker, Primal, restored
 from keras_hf.posterior.likelihood import Likelihood
 from keras_hf.posterior.outputs import Outputs
 from keras_hf.problem.capture import is_capturable, is_transposed, kernel_and_bias
-from keras_hf.problem.constraints import UnitSpectralNorm
+from keras_hf.problem.observations import observations
+from keras_hf.problem.spectral_norm import UnitSpectralNorm
 from keras_hf.solvers.kronecker import factored_layers
 
 _logger = logging.getLogger("keras_hf")
@@ -362,7 +363,7 @@ def _observed(outputs, task, data, likelihood, is_one_noise):
     y_pred = outputs.network(data.x, training=False)
     z = likelihood.outputs(y_pred).numpy().astype("float64")
     z = z.reshape(len(z), -1, z.shape[-1] if z.ndim > 1 else 1)
-    found = task.observations(data, y_pred)
+    found = observations(task, data, y_pred)
     weights, coefficients, groups = (
         tensor.numpy().reshape(*z.shape[:2], -1) for tensor in (found.weights, found.coefficients, found.groups)
     )

@@ -1,4 +1,4 @@
-"""Bounds and norms of weights: `Box`, which constraints are bounds or norms, the directions that these leave, and spectral norms.
+"""Bounds and norms of weights: `Box`, which constraints are bounds or norms, and the directions that these leave.
 
 Absil, Mahony & Sepulchre (2008), *Optimization algorithms on matrix manifolds*, section 4.1, on steps in the tangent space.
 """
@@ -9,7 +9,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common import keras_private
 from keras_hf.common.checks import bound
 from keras_hf.common.vectors import epsilon, pack, unpack
 
@@ -47,31 +46,6 @@ class Box(keras.constraints.Constraint):
     def get_config(self):
         """Returns the arguments, a dict."""
         return {"lower": self.lower, "upper": self.upper}
-
-
-class UnitSpectralNorm:
-    """Divides the kernel of a `keras.layers.SpectralNormalization` by its spectral norm, as the layer does in every pass of training mode.
-
-    In training mode the scale of the kernel makes no difference; in evaluation mode the layer takes the kernel as it is. The spectral norm is that
-    along the layer's singular vector, which stays as it is within an update.
-
-    Args:
-        layer: The layer, built.
-    """
-
-    def __init__(self, layer):
-        self._layer = layer
-
-    def __call__(self, w):
-        def normalized():
-            with keras.StatelessScope(state_mapping=[(self._layer.kernel, w)]), keras_private.complete_derivatives():
-                return self._layer.normalized_weights()[1]
-
-        return tf.cond(tf.reduce_all(w == 0), lambda: w, normalized)
-
-    def regularized_by(self, regularizer):
-        """Returns the regularizer of the kernel that the layer uses, as a function of the kernel before."""
-        return lambda w: regularizer(self(w))
 
 
 def bounds_of(constraint):

@@ -14,7 +14,6 @@ from keras_hf.common.cluster import replica_number
 from keras_hf.common.vectors import vector_dtype
 from keras_hf.problem.batch_statistics import Statistics, constant_statistics, own_statistics
 from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers
-from keras_hf.problem.observations import observations
 from keras_hf.problem.recurrence import linear_derivatives
 
 
@@ -36,7 +35,8 @@ class Task(NamedTuple):
         num_updates: Integer scalar `keras.Variable`, the number of updates so far.
         layers: List of `keras.Layer`, all layers of the network.
         structural_damping: `structural_damping.StructuralDamping`, or `None`.
-        groups: Callable `x -> tensor`, which values share their noise, or `None`; see `observations.observations`.
+        groups: Callable `x -> int32 tensor` shaped as a prediction, the number of the group that shares its noise of every value, negative where there
+            is no value; `None` = columns.
         solves_equations: Whether outputs are residuals of differential equations, whose passes are many small operations.
     """
 
@@ -55,10 +55,6 @@ class Task(NamedTuple):
     structural_damping: Any = None
     groups: Callable | None = None
     solves_equations: bool = False
-
-    def observations(self, data, y_pred):
-        """Returns the `observations.Observations` of some cases with these predictions."""
-        return observations(self.loss_terms(data, y_pred), y_pred, self.groups and self.groups(data.x))
 
 
 class Data(NamedTuple):

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_hf.common.vectors import assign, dense
 from keras_hf.problem.fixed_network import Data
+from keras_hf.problem.observations import observations
 
 
 class Totals(NamedTuple):
@@ -175,7 +176,7 @@ class MicroBatch:
         For one loss that is a likelihood; the coefficients of squared errors are halved.
         """
         with self._network.fixed_state(self._number):
-            found = self._network.task.observations(evaluation.data, evaluation.y_pred)
+            found = observations(self._network.task, evaluation.data, evaluation.y_pred)
         number = tf.reduce_sum(tf.cast(found.coefficients != 0, tf.float64))
         in_loss = lambda term: tf.reduce_sum(tf.cast(term.counts()[0], tf.float64))  # noqa: E731
         coefficients = self._sum_of_terms(evaluation, in_loss, tf.float64)

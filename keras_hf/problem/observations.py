@@ -60,14 +60,15 @@ class Observations(NamedTuple):
     groups: tf.Tensor
 
 
-def observations(terms, y_pred, groups=None):
+def observations(task, data, y_pred):
     """Returns the `Observations` of some cases, those of several outputs side by side; an output without a loss has none.
 
     Args:
-        terms: List of `loss_terms.LossTerm`. Of losses that are no likelihood, values are taken for numbers with squared errors.
-        y_pred: Nest of tensors, the predictions that the terms are of.
-        groups: int32 tensor shaped as a prediction, the group of every value, negative where there is none; `None` = columns.
+        task: `fixed_network.Task`. Of losses that are no likelihood, values are taken for numbers with squared errors.
+        data: `fixed_network.Data`, the cases.
+        y_pred: Nest of tensors, the predictions for them.
     """
+    terms, groups = task.loss_terms(data, y_pred), task.groups and task.groups(data.x)
     found, first = [], 0
     for output in tf.nest.flatten(y_pred):
         # A whole loss, of which nothing is known, is that of all outputs.
