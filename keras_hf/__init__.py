@@ -8,6 +8,7 @@ if _keras.backend.backend() != "tensorflow":
         f"Received: backend={_keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
     )
 
+from keras_hf.callbacks.evidence import EvidenceRegularization as EvidenceRegularization
 from keras_hf.covariance import ParameterCovariance as ParameterCovariance
 from keras_hf.damping import ArcStepDamping as ArcStepDamping
 from keras_hf.damping import ConstantDamping as ConstantDamping
@@ -18,7 +19,6 @@ from keras_hf.loss_function import LossFunction as LossFunction
 from keras_hf.losses import Cauchy as Cauchy
 from keras_hf.model import HFModel as HFModel
 from keras_hf.optimizer import HessianFree as HessianFree
-from keras_hf.posterior.evidence import EvidenceRegularization as EvidenceRegularization
 from keras_hf.posterior.laplace import ClassPrediction as ClassPrediction
 from keras_hf.posterior.laplace import Laplace as Laplace
 from keras_hf.posterior.laplace import Prediction as Prediction

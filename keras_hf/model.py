@@ -13,22 +13,21 @@ import tensorflow as tf
 from keras_hf import compiled_model, covariance, guard, step, workers
 from keras_hf.advice import Advice
 from keras_hf.backup import complete_backups
+from keras_hf.callbacks.evidence import EvidenceRegularization
+from keras_hf.callbacks.order import in_order
 from keras_hf.common import checks, files, keras_private
 from keras_hf.common.cluster import is_chief
 from keras_hf.common.replaced import replaced
-from keras_hf.damping import DampingCallback, LevenbergMarquardt
 from keras_hf.fit_data import FitData, is_arrays, strings_as_tensors, weights_of_classes
 from keras_hf.loss_function import LossFunction
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
-from keras_hf.posterior.evidence import EvidenceRegularization
 from keras_hf.posterior.laplace import laplace
 from keras_hf.posterior.likelihood import likelihood_of
 from keras_hf.problem.curvature import GaussNewton
 from keras_hf.problem.fixed_network import Data
 from keras_hf.problem.replicas import across_replicas
 from keras_hf.product_check import checked_products, report
-from keras_hf.progress import UpdateProgress
 from keras_hf.setup import prepare, traced_structure
 from keras_hf.solver_choice import exact_solver_pays, has_positions, momentum_pays
 from keras_hf.solvers.direct import DirectSolver
@@ -329,7 +328,8 @@ class HFModel(keras.Model):
         )
         if data.num_cases is not None:
             compiled_model.require_targets(self, y)
-        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
+        verbose = workers.verbose_of(strategy, verbose)
+        callbacks, found = in_order(callbacks, verbose, optimizer.finds_decay, is_chief(strategy))
         if any(isinstance(callback, EvidenceRegularization) for callback in found) and not optimizer.finds_decay:
             with strategy.scope():
                 optimizer.find_decay()
@@ -337,8 +337,6 @@ class HFModel(keras.Model):
             self.train_function = None
         self._prepare_for(data)
         self._advice.cases_come_as(data.source)
-        verbose = workers.verbose_of(strategy, verbose)
-        callbacks, found = self._in_order(workers.callbacks_of(strategy, callbacks), verbose)
         setup = self._setup
         grows = setup is not None and setup.growing_batch is not None
         takes_any_number = setup is not None and setup.takes_any_number
@@ -495,7 +493,8 @@ class HFModel(keras.Model):
         (2, 2)
         """
         data = self._cases("parameter_covariance", x, y, sample_weight)
-        return covariance.parameter_covariance(self, data, checks.flag("absolute_sigma", absolute_sigma))
+        absolute_sigma = checks.flag("absolute_sigma", absolute_sigma)
+        return covariance.parameter_covariance(self, LossFunction(self, data), data, absolute_sigma)
 
     def laplace(self, x, y=None, sample_weight=None, structure="auto", noise=None, prior_precision=None):
         """Returns the distribution of the weights that the data leave open, for predictions with error bars: Laplace's approximation.
@@ -709,21 +708,6 @@ class HFModel(keras.Model):
             optimizer.solve_by(DirectSolver() if pays else None)
             self._keep_setup(None)
             self.train_function = None
-
-    def _in_order(self, callbacks, verbose):
-        """Returns the callbacks of a `fit`, damping rules first and progress last, and the list of the user's among them."""
-        found = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            # It may run in a thread of its own what a rule must do between two updates.
-            return callbacks, found
-        rules = [callback for callback in found if isinstance(callback, DampingCallback)]
-        callbacks = [*(rules or [LevenbergMarquardt()]), *(callback for callback in found if callback not in rules)]
-        if self.optimizer.finds_decay and not any(isinstance(callback, EvidenceRegularization) for callback in found):
-            callbacks.append(EvidenceRegularization())
-        # Last, as Keras' own: it shows what the others add to the logs.
-        if verbose != 0 and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in found):
-            callbacks.append(UpdateProgress(shows_all=verbose == 3))
-        return callbacks, found
 
     def _cases(self, method, x, y, sample_weight):
         """Returns arrays as `Data` and builds the model; `method` is the name of the calling method, for errors."""

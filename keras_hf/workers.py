@@ -16,10 +16,7 @@ import tensorflow as tf
 from keras_hf import compiled_model
 from keras_hf.common.checks import positive
 from keras_hf.common.cluster import is_chief, num_workers, tasks_of, worker_number
-from keras_hf.recorder import UpdateRecorder
 
-# Callbacks that do nothing but write files; not those derived from them, which may do more.
-_WRITERS = (keras.callbacks.ModelCheckpoint, keras.callbacks.CSVLogger, keras.callbacks.TensorBoard, UpdateRecorder)
 # Seconds between two tries to reach the chief, and those that a caller has to say who it is.
 _PAUSE, _PATIENCE = 0.1, 5.0
 
@@ -221,13 +218,6 @@ def require_single_steps(strategy, steps_per_execution):
             "On several workers TensorFlow runs one step per execution. "
             f"Received: steps_per_execution={steps_per_execution} and {num_workers(strategy)} workers. Compile with `steps_per_execution=1`."
         )
-
-
-def callbacks_of(strategy, callbacks):
-    """Returns the callbacks that this process calls: on workers other than the chief, without those that only write files."""
-    if is_chief(strategy) or not isinstance(callbacks, (list, tuple)):
-        return callbacks
-    return [callback for callback in callbacks if type(callback) not in _WRITERS]
 
 
 def verbose_of(strategy, verbose):

@@ -35,8 +35,8 @@ class Task(NamedTuple):
         num_updates: Integer scalar `keras.Variable`, the number of updates so far.
         layers: List of `keras.Layer`, all layers of the network.
         structural_damping: `structural_damping.StructuralDamping`, or `None`.
-        groups: Callable `x -> int32 tensor` shaped as a prediction, the number of the group that shares its noise of every value, negative where there
-            is no value; `None` = columns.
+        groups: Callable `x -> int32 tensor` shaped as a prediction, of every value the number of the group that shares its noise, negative where
+            there is no value; `None` = columns.
         solves_equations: Whether outputs are residuals of differential equations, whose passes are many small operations.
     """
 
