@@ -17,8 +17,8 @@ from benchmarks import rows as results
 from benchmarks.product_cost import small_cnn
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, HessianFree, HFModel
-from keras_hf.problem.fixed_network import Data
-from keras_hf.setup import with_objective
+from keras_hf.network.fixed_network import Data
+from keras_hf.training.setup import with_objective
 
 WAYS = {
     "double backward": GaussNewton(DoubleBackward()),

@@ -18,9 +18,9 @@ from benchmarks import rows as results
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from keras_hf import DoubleBackward, ForwardAccumulation, GaussNewton, Hessian, HessianFree, HFModel, conjugate_gradient
-from keras_hf.problem.fixed_network import Data
-from keras_hf.setup import with_objective
+from keras_hf.network.fixed_network import Data
 from keras_hf.solvers.stopping import StoppingRule
+from keras_hf.training.setup import with_objective
 
 PRODUCTS = {
     "Gauss-Newton, double backward": GaussNewton(DoubleBackward()),

@@ -77,8 +77,8 @@ def measure(length, cases, units, cell, way, structural):
         Identity,
         StructuralDamping,
     )
-    from keras_hf.problem.fixed_network import Data
-    from keras_hf.setup import with_objective
+    from keras_hf.network.fixed_network import Data
+    from keras_hf.training.setup import with_objective
 
     unroll, kind = WAYS[way]
     problem = PROBLEMS["memory-20"](length)

@@ -15,7 +15,7 @@ Each run writes a CSV file of its own, PROBLEM/METHOD-SETTING-seedSEED.csv, and 
 again: calls that were cut short can be repeated. Shorter runs of a grid lie in PROBLEM/grid. `train_error` and
 `test_error` are squared errors per case (autoencoders) or cross-entropies without penalty (classifiers), of averaged
 weights where the setting has `ema_momentum`; `cost` is the passes over the training set in gradients, of Hessian-free
-updates as `keras_hf.recorder.update_cost` counts them. `table` writes the seconds until the first row at or below each
+updates as `keras_hf.callbacks.recorder.update_cost` counts them. `table` writes the seconds until the first row at or below each
 target, and a figure. `quick` runs three methods for six seconds each, and then `table`.
 
 `benchmarks/results/time_to_error.csv` and `minibatches.csv` hold the runs behind tables and figures

@@ -25,10 +25,10 @@ from keras_hf import (
     ResidualTolerance,
     recipe_of_2010,
 )
+from keras_hf.callbacks.progress import Shown
+from keras_hf.callbacks.recorder import update_cost
 from keras_hf.common.files import replacing
 from keras_hf.common.vectors import num_rows
-from keras_hf.progress import Shown
-from keras_hf.recorder import update_cost
 from keras_hf.solvers.search import Taken, walk_back
 
 # What tables and figures call the methods.

@@ -20,8 +20,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common import taylor
 from keras_hf.common.replaced import replaced
+from keras_hf.differentiation import taylor
 from keras_hf.pinn import PINN
 
 # DeepXDE reads it once, and asks for a file in the home folder without it.

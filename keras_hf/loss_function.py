@@ -7,11 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import guard
 from keras_hf.common.cluster import replica_number
 from keras_hf.common.vectors import assign, epsilon, num_weights, pack, unpack, vector_dtype
 from keras_hf.problem.replicas import on_replicas
-from keras_hf.setup import with_objective
+from keras_hf.training import guard
+from keras_hf.training.setup import with_objective
 
 # By how much half the sum of squared residuals and the loss may differ, relative to them.
 _RTOL = {tf.float32: 1e-3, tf.float64: 1e-6}

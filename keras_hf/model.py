@@ -10,29 +10,30 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import compiled_model, covariance, guard, step, workers
-from keras_hf.advice import Advice
-from keras_hf.backup import complete_backups
+from keras_hf.callbacks.backup import complete_backups
 from keras_hf.callbacks.evidence import EvidenceRegularization
 from keras_hf.callbacks.order import in_order
 from keras_hf.common import checks, files, keras_private
 from keras_hf.common.cluster import is_chief
 from keras_hf.common.replaced import replaced
-from keras_hf.fit_data import FitData, is_arrays, strings_as_tensors, weights_of_classes
+from keras_hf.differentiation.curvature import GaussNewton
 from keras_hf.loss_function import LossFunction
+from keras_hf.network.fixed_network import Data
 from keras_hf.optimizer import HessianFree
 from keras_hf.pinn import PINN
+from keras_hf.posterior import covariance
 from keras_hf.posterior.laplace import laplace
 from keras_hf.posterior.likelihood import likelihood_of
-from keras_hf.problem.curvature import GaussNewton
-from keras_hf.problem.fixed_network import Data
 from keras_hf.problem.replicas import across_replicas
-from keras_hf.product_check import checked_products, report
-from keras_hf.setup import prepare, traced_structure
-from keras_hf.solver_choice import exact_solver_pays, has_positions, momentum_pays
 from keras_hf.solvers.direct import DirectSolver
 from keras_hf.solvers.momentum import PreconditionedMomentum
-from keras_hf.train_function import TrainFunction
+from keras_hf.training import compiled_model, guard, step, workers
+from keras_hf.training.advice import Advice
+from keras_hf.training.fit_data import FitData, is_arrays, strings_as_tensors, weights_of_classes
+from keras_hf.training.product_check import checked_products, report
+from keras_hf.training.setup import prepare, traced_structure
+from keras_hf.training.solver_choice import exact_solver_pays, has_positions, momentum_pays
+from keras_hf.training.train_function import TrainFunction
 
 # What a user has who watches the validation loss.
 _KEEP_WEIGHTS = keras.callbacks.EarlyStopping, keras.callbacks.ModelCheckpoint

@@ -11,14 +11,14 @@ import tensorflow as tf
 from keras_hf.common import checks
 from keras_hf.common.checks import count, finite, integer, part
 from keras_hf.common.vectors import num_weights, vector_dtype
-from keras_hf.convergence import Convergence
-from keras_hf.optimism import Optimism
+from keras_hf.differentiation.curvature import Curvature, GaussNewton
+from keras_hf.differentiation.structural_damping import StructuralDamping
+from keras_hf.method.convergence import Convergence
+from keras_hf.method.optimism import Optimism
+from keras_hf.method.update import UpdateState
 from keras_hf.problem.batching import GrowingBatch
-from keras_hf.problem.curvature import Curvature, GaussNewton
-from keras_hf.problem.structural_damping import StructuralDamping
 from keras_hf.solvers.solver import Solver
 from keras_hf.solvers.truncated_cg import ConjugateGradient
-from keras_hf.update import UpdateState
 
 _PARTS = ("solver", "curvature", "growing_batch", "structural_damping")
 # What is traced with an update, so that another value would be ignored.

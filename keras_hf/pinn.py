@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf.common import taylor
 from keras_hf.common.checks import count, positive
+from keras_hf.differentiation import taylor
 
 
 def derivatives(u, points, coordinates, *wanted):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_hf.recorder import read_updates
+from keras_hf.callbacks.recorder import read_updates
 
 # Points along each side of a picture.
 _GRID = 101

@@ -7,7 +7,7 @@ from problems import compiled, derivatives, flat, jacobian, matrices, model_data
 
 from keras_hf import GaussNewton
 from keras_hf.common import keras_private
-from keras_hf.problem.curvature import Curvature
+from keras_hf.differentiation.curvature import Curvature
 
 NUM_CASES = 4
 

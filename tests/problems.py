@@ -8,12 +8,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel, setup
+from keras_hf import ConjugateGradient, EmpiricalFisherDiagonal, HessianFree, HFModel
 from keras_hf.common.loops import map_rows
-from keras_hf.convergence import Convergence
-from keras_hf.optimism import Optimism
-from keras_hf.problem.fixed_network import Data
-from keras_hf.update import UpdateState
+from keras_hf.method.convergence import Convergence
+from keras_hf.method.optimism import Optimism
+from keras_hf.method.update import UpdateState
+from keras_hf.network.fixed_network import Data
+from keras_hf.training import setup
 
 NUM_CASES = 15
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from problems import compiled, sequential
 
-from keras_hf.advice import Advice
+from keras_hf.training.advice import Advice
 
 
 def logs(**others):

@@ -7,18 +7,11 @@ import tensorflow as tf
 from keras import layers
 from problems import set_up
 
-from keras_hf import (
-    DoubleBackward,
-    FiniteDifferenceHessian,
-    ForwardAccumulation,
-    GaussNewton,
-    HessianFree,
-    HFModel,
-    compiled_model,
-)
-from keras_hf.compiled_model import checked, loss_name, overrides_compute_loss, task_of
-from keras_hf.problem.fixed_network import Data
-from keras_hf.setup import prepare
+from keras_hf import DoubleBackward, FiniteDifferenceHessian, ForwardAccumulation, GaussNewton, HessianFree, HFModel
+from keras_hf.network.fixed_network import Data
+from keras_hf.training import compiled_model
+from keras_hf.training.compiled_model import checked, loss_name, overrides_compute_loss, task_of
+from keras_hf.training.setup import prepare
 
 X, Y = tf.ones([4, 3]), tf.ones([4, 2])
 

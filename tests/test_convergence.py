@@ -7,7 +7,7 @@ import tensorflow as tf
 from training import fit, normal, trainable
 
 from keras_hf import DirectSolver, HessianFree, Identity
-from keras_hf.convergence import Convergence, rounding_of
+from keras_hf.method.convergence import Convergence, rounding_of
 
 
 def number(value):

@@ -7,7 +7,8 @@ from keras import layers
 from problems import compiled
 from scipy import optimize
 
-from keras_hf import HessianFree, HFModel, ParameterCovariance, covariance
+from keras_hf import HessianFree, HFModel, ParameterCovariance
+from keras_hf.posterior import covariance
 
 PARAMETERS = 2.0, 1.5, 0.5
 

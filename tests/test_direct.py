@@ -25,10 +25,10 @@ from problems import (
 from training import all_values, assert_equal, assert_same, fit, renewed, trainable
 
 from keras_hf import ConjugateGradient, DirectSolver, DoubleBackward, GaussNewton, GrowingBatch, Hessian, HessianFree
-from keras_hf.problem import jacobian as jacobian_room
-from keras_hf.problem.fixed_network import Data
+from keras_hf.differentiation import jacobian as jacobian_room
+from keras_hf.method.update import hf_update
+from keras_hf.network.fixed_network import Data
 from keras_hf.solvers.direct import next_terms
-from keras_hf.update import hf_update
 
 DAMPING = 0.02
 ARC = 2.0 ** -np.arange(0, 10.5, 0.5)

@@ -12,8 +12,9 @@ from problems import loss_and_gradient, model_data, on_objective, with_objective
 from training import assert_equal, assert_same, fit, normal, renewed, set_weights, small_network, trainable
 
 from keras_hf import DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, GrowingBatch, Identity, LevenbergMarquardt
-from keras_hf.fit_data import FitData, in_batches, repeated, weights_of_classes
-from keras_hf.problem import batching, structure
+from keras_hf.network import structure
+from keras_hf.problem import batching
+from keras_hf.training.fit_data import FitData, in_batches, repeated, weights_of_classes
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:An update on")]
 

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import tensorflow as tf
 
-from keras_hf import ConjugateGradient, DirectSolver, DoubleBackward, ForwardAccumulation, guard
+from keras_hf import ConjugateGradient, DirectSolver, DoubleBackward, ForwardAccumulation
+from keras_hf.training import guard
 
 
 def choice(linearization=None, solver=None, **layer_of_op):

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from training import assert_same
 
-from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
+from keras_hf.network.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
 
 pytestmark = pytest.mark.usefixtures("float64")
 

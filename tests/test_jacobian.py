@@ -27,7 +27,7 @@ from training import assert_equal, assert_same
 from examples.precision import precision
 from keras_hf import DoubleBackward, GaussNewton
 from keras_hf.common import loops
-from keras_hf.problem import jacobian as room
+from keras_hf.differentiation import jacobian as room
 from keras_hf.problem import local_objective
 
 SLOW = pytest.mark.slow

@@ -23,7 +23,7 @@ from problems import (
 from training import fit, trainable
 
 from keras_hf import ConstantDamping, DoubleBackward, EmpiricalFisherDiagonal, GaussNewton, KroneckerFactored
-from keras_hf.problem.capture import is_capturable, kernel_and_bias, moments_of_cases, recorded_uses
+from keras_hf.network.capture import is_capturable, kernel_and_bias, moments_of_cases, recorded_uses
 from keras_hf.solvers import kronecker
 
 pytestmark = pytest.mark.usefixtures("float64")

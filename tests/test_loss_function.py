@@ -12,7 +12,7 @@ from scipy import optimize
 from training import assert_equal, normal
 
 from keras_hf import EmpiricalFisherDiagonal, GaussNewton, Hessian, HFModel
-from keras_hf.problem import jacobian
+from keras_hf.differentiation import jacobian
 
 
 def targets(size=3):

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from problems import MASK_ROUNDING
 
-from keras_hf.compiled_model import checked
 from keras_hf.problem.loss_terms import LossTerm, WholeLoss, recorded_terms
+from keras_hf.training.compiled_model import checked
 
 BY_WEIGHT = "mean_with_sample_weight"
 

@@ -14,7 +14,7 @@ from training import all_values, assert_equal, assert_same, fit, renewed, set_we
 
 import keras_hf
 from keras_hf import ConstantDamping, DirectSolver, GaussNewton, HessianFree, HFModel, Identity, LevenbergMarquardt
-from keras_hf.problem.curvature import Curvature
+from keras_hf.differentiation.curvature import Curvature
 
 LOGS = {"loss", "update_loss", "damping", "reduction_ratio", "step_size", "gradient_norm", "num_cases", "converged"}
 LOGS |= {"cg_iterations", "cg_step", "cg_stop", "negative_curvature"}

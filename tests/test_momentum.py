@@ -26,10 +26,10 @@ from keras_hf import (
     ResidualTolerance,
     conjugate_gradient,
 )
+from keras_hf.method.update import hf_update
 from keras_hf.problem.objective import Change
 from keras_hf.solvers.momentum import minimizer
 from keras_hf.solvers.search import accept_unless_loss_rises
-from keras_hf.update import hf_update
 
 DAMPING = 0.02
 

@@ -29,8 +29,8 @@ from keras_hf import (
     ResidualTolerance,
     conjugate_gradient,
 )
+from keras_hf.method.update import hf_update
 from keras_hf.solvers import nystrom
-from keras_hf.update import hf_update
 
 pytestmark = pytest.mark.usefixtures("float64")
 

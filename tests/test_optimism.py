@@ -21,7 +21,7 @@ from keras_hf import (
     LevenbergMarquardt,
     PreconditionedMomentum,
 )
-from keras_hf.optimism import Optimism
+from keras_hf.method.optimism import Optimism
 
 NAN, INF = float("nan"), float("inf")
 

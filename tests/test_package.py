@@ -27,8 +27,8 @@ def test_public_names_are_documented():
     assert [name for name in names if not getattr(keras_hf, name).__doc__] == []
 
 
-# From the ground up; `keras_hf` stands for the front.
-FLOORS = ["common", "problem", "solvers", "posterior", "keras_hf"]
+# From the ground up; `keras_hf` stands for the modules outside of folders.
+FLOORS = "common differentiation network problem solvers method training posterior callbacks keras_hf".split()
 
 
 def _floor(path):
@@ -36,7 +36,7 @@ def _floor(path):
 
 
 def _imports(path):
-    """The rooms that a room imports, as paths."""
+    """The modules that a module imports, as paths."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "keras_hf":
             parts = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -45,12 +45,21 @@ def _imports(path):
 
 
 def test_imports_point_downwards():
-    rooms = [path for path in (ROOT / "keras_hf").rglob("*.py") if path.name != "__init__.py"]
-    imports = [(room, imported) for room in rooms for imported in _imports(room)]
+    modules = [path for path in (ROOT / "keras_hf").rglob("*.py") if path.name != "__init__.py"]
+    imports = [(module, imported) for module in modules for imported in _imports(module)]
     assert len(imports) > 100
     upwards = [pair for pair in imports if FLOORS.index(_floor(pair[1])) > FLOORS.index(_floor(pair[0]))]
     assert upwards == []
-    assert [room for room, imported in imports if imported.name == "model.py"] == []
+    assert [module for module, imported in imports if imported.name == "model.py"] == []
+
+
+def test_what_moved_since_0_3_is_where_it_was():
+    from keras_hf import recorder
+    from keras_hf.problem import curvature, linearization
+
+    assert issubclass(keras_hf.GaussNewton, curvature.Curvature) and curvature.loss_hessian
+    assert issubclass(keras_hf.DoubleBackward, linearization.Linearization)
+    assert recorder.UpdateRecorder is keras_hf.UpdateRecorder and recorder.update_cost
 
 
 @pytest.fixture(scope="module")

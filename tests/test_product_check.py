@@ -17,8 +17,8 @@ from keras_hf import (
     Identity,
     RelativeProgress,
 )
-from keras_hf.problem import structure
-from keras_hf.product_check import BothWays, Errors, judged, report
+from keras_hf.network import structure
+from keras_hf.training.product_check import BothWays, Errors, judged, report
 
 X, TARGETS = inputs().astype("float32"), normal(15, 3, seed=3)
 IMAGES = normal(15, 4, 4, 2, seed=3, dtype="float32")

@@ -10,16 +10,10 @@ import pytest
 from problems import compiled
 from training import small_network
 
-from keras_hf import (
-    ConjugateGradient,
-    ConstantDamping,
-    DirectSolver,
-    LevenbergMarquardt,
-    PreconditionedMomentum,
-    progress,
-    workers,
-)
-from keras_hf.progress import UpdateProgress
+from keras_hf import ConjugateGradient, ConstantDamping, DirectSolver, LevenbergMarquardt, PreconditionedMomentum
+from keras_hf.callbacks import progress
+from keras_hf.callbacks.progress import UpdateProgress
+from keras_hf.training import workers
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype("float32")
 Y = np.sin(2 * X[:, :2])

@@ -11,16 +11,9 @@ import pytest
 from problems import hessian_free
 from training import fit, small_network
 
-from keras_hf import (
-    ConstantDamping,
-    EmpiricalFisherDiagonal,
-    HFModel,
-    LevenbergMarquardt,
-    UpdateRecorder,
-    read_updates,
-    recorder,
-)
-from keras_hf.recorder import update_cost
+from keras_hf import ConstantDamping, EmpiricalFisherDiagonal, HFModel, LevenbergMarquardt, UpdateRecorder, read_updates
+from keras_hf.callbacks import recorder
+from keras_hf.callbacks.recorder import update_cost
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype("float32")
 Y = np.sin(2 * X[:, :2])

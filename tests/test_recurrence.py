@@ -9,9 +9,9 @@ from test_hidden_states import LENGTH, MASKED_INPUTS, Slow, inputs, network
 from training import assert_same
 
 from keras_hf import DoubleBackward, InitialState
-from keras_hf.problem.capture import recorded_uses
-from keras_hf.problem.hidden_states import recurrent_layers
-from keras_hf.problem.recurrence import linear_derivatives
+from keras_hf.network.capture import recorded_uses
+from keras_hf.network.hidden_states import recurrent_layers
+from keras_hf.network.recurrence import linear_derivatives
 
 pytestmark = pytest.mark.usefixtures("float64")
 

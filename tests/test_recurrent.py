@@ -8,7 +8,7 @@ from problems import hessian_free
 from training import fit, trainable
 
 from keras_hf import Identity, InitialState, StructuralDamping
-from keras_hf.problem.hidden_states import recorded_hidden_states
+from keras_hf.network.hidden_states import recorded_hidden_states
 
 
 def network(make, num_states=1, mask=False, units=3):

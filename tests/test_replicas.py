@@ -12,7 +12,7 @@ from problems import compiled, model_data, on_objective
 from training import assert_same, fit, renewed
 
 from keras_hf import DoubleBackward, GaussNewton, HessianFree, HFModel, LevenbergMarquardt, UpdateRecorder, read_updates
-from keras_hf.problem.fixed_network import Data
+from keras_hf.network.fixed_network import Data
 
 ONE = tf.distribute.get_strategy()
 

@@ -261,9 +261,9 @@ def _config_of_optimizer(folder):
 @pytest.mark.parametrize(
     "path, name",
     [
-        ("keras_hf.problem.curvature", "Curvature"),
-        ("keras_hf.problem.linearization", "Linearization"),
-        ("keras_hf.recorder", "update_cost"),
+        ("keras_hf.differentiation.curvature", "Curvature"),
+        ("keras_hf.differentiation.linearization", "Linearization"),
+        ("keras_hf.callbacks.recorder", "update_cost"),
         ("keras_hf.solvers.stopping", "StoppingRule"),
         ("keras_hf.solvers.solver", "Solver"),
         ("keras_hf.solvers.preconditioners", "Preconditioner"),

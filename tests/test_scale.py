@@ -7,7 +7,7 @@ import tensorflow as tf
 from training import assert_equal, fit, normal, renewed, small_network, trainable
 
 from keras_hf import EmpiricalFisherDiagonal, GrowingBatch, KroneckerFactored
-from keras_hf.scale import curvature_scale, damping_limits, first_damping
+from keras_hf.method.scale import curvature_scale, damping_limits, first_damping
 
 
 def vector(*values):

@@ -7,9 +7,10 @@ import tensorflow as tf
 from problems import compiled, model_data, set_up
 from training import assert_same, fit, normal, renewed, set_weights, small_network, trainable
 
-from keras_hf import DirectSolver, GaussNewton, HessianFree, Identity, setup
-from keras_hf.problem import structure
-from keras_hf.problem.fixed_network import Data
+from keras_hf import DirectSolver, GaussNewton, HessianFree, Identity
+from keras_hf.network import structure
+from keras_hf.network.fixed_network import Data
+from keras_hf.training import setup
 
 X, Y = normal(20, 2, dtype="float32"), normal(20, 1, dtype="float32")
 

@@ -20,10 +20,10 @@ from keras_hf import (
     PreconditionedMomentum,
 )
 from keras_hf.common.vectors import SeparateRows
-from keras_hf.problem.curvature import Curvature
+from keras_hf.differentiation.curvature import Curvature
+from keras_hf.method.update import hf_update
 from keras_hf.solvers.solver import LocalModel
 from keras_hf.solvers.stopping import StoppingRule
-from keras_hf.update import hf_update
 
 # A new solver stands here, with a damping that it starts well from.
 SOLVERS = {

@@ -18,9 +18,9 @@ from keras_hf import (
     HFModel,
     PreconditionedMomentum,
 )
+from keras_hf.network.fixed_network import Data
 from keras_hf.pinn import PINN
-from keras_hf.problem.fixed_network import Data
-from keras_hf.solver_choice import exact_solver_pays
+from keras_hf.training.solver_choice import exact_solver_pays
 
 X = np.linspace(-1, 1, 600)[:, None]
 Y = np.sin(3 * X)

@@ -12,7 +12,7 @@ from problems import KERAS, compiled
 from support import DOUBLE, RIGHT, ROWS, measure, on_loss
 
 from examples.autoencoder import cross_entropy
-from keras_hf.problem.fixed_network import Data
+from keras_hf.network.fixed_network import Data
 
 
 def structure_of(network, loss, x, y, x_shape=None):

@@ -10,7 +10,7 @@ from keras import layers, ops
 from problems import model_data, with_objective
 
 from keras_hf import DirectSolver, HessianFree, HFModel
-from keras_hf.common import taylor
+from keras_hf.differentiation import taylor
 from keras_hf.pinn import PINN, derivatives
 
 POINTS = np.random.default_rng(0).uniform(0.2, 0.9, size=(5, 2))

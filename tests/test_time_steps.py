@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_hf.problem.capture import matrix_shape, moments_of_cases, recorded_uses
-from keras_hf.problem.time_steps import has_time_steps, weights_by_rows
+from keras_hf.network.capture import matrix_shape, moments_of_cases, recorded_uses
+from keras_hf.network.time_steps import has_time_steps, weights_by_rows
 
 pytestmark = pytest.mark.usefixtures("float64")
 

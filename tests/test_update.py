@@ -29,8 +29,8 @@ from keras_hf import (
     Identity,
     ResidualTolerance,
 )
+from keras_hf.method.update import hf_update
 from keras_hf.solvers.preconditioners import Preconditioner
-from keras_hf.update import hf_update
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -19,9 +19,10 @@ import worker
 from training import assert_equal, fit, renewed
 
 from examples.precision import precision
-from keras_hf import multi_worker_strategy, read_updates, workers
-from keras_hf.backup import complete_backups
+from keras_hf import multi_worker_strategy, read_updates
+from keras_hf.callbacks.backup import complete_backups
 from keras_hf.common.cluster import is_chief, num_workers, worker_number
+from keras_hf.training import workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:An update on")
 ONE = tf.distribute.get_strategy()

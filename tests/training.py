@@ -6,7 +6,7 @@ from keras import layers
 from problems import hessian_free
 
 from keras_hf import HFModel, LevenbergMarquardt
-from keras_hf.advice import Advice
+from keras_hf.training.advice import Advice
 
 
 @keras.saving.register_keras_serializable("tests")

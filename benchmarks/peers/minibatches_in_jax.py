@@ -3,9 +3,9 @@
 Needs a JAX of its time: kfac-jax 0.0.8 unpacks what `get_bind_params` returned until JAX 0.9.1, and fails with JAX 0.10.2. Each run writes
 `OUT/kfac-jax-SETTING-seedSEED.csv` with the columns of `benchmarks.time_to_error`, and the damping; a run whose file is complete is not made again.
 What counts as time is the same, too: tracing and compiling do not, for the first updates are undone, and the clock stands still while errors are
-measured. Estimates of the curvature before the first update do count. `cost` is in gradients of the training set, as `keras_hf.recorder.update_cost`
-counts it: 1 for a gradient, 1/3 for a loss, 5/3 for the two forward derivatives of an adaptive update; estimates of the factors and their inverses
-are left out.
+measured. Estimates of the curvature before the first update do count. `cost` is in gradients of the training set, as
+`keras_hf.callbacks.recorder.update_cost` counts it: 1 for a gradient, 1/3 for a loss, 5/3 for the two forward derivatives of an adaptive update;
+estimates of the factors and their inverses are left out.
 
 `GRID` has two kinds of settings. The first is that of kfac-jax's own example of this network, which has tanh units and trains on all cases: learning
 rate and momentum from the exact quadratic, damping by Levenberg and Marquardt. The second has a fixed learning rate, momentum and damping, as

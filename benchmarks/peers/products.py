@@ -24,8 +24,8 @@ from benchmarks.product_cost import compiled_gradient
 from examples.autoencoder import SETTINGS, build_autoencoder, cross_entropy
 from examples.datasets import synthetic_curves
 from keras_hf import GaussNewton, HessianFree, HFModel
-from keras_hf.problem.fixed_network import Data
-from keras_hf.setup import with_objective
+from keras_hf.network.fixed_network import Data
+from keras_hf.training.setup import with_objective
 
 PEERS = {"jax": "products_in_jax", "torch": "products_in_torch"}
 

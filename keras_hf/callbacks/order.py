@@ -2,10 +2,10 @@
 
 import keras
 
+from keras_hf.callbacks.damping import DampingCallback, LevenbergMarquardt
 from keras_hf.callbacks.evidence import EvidenceRegularization
-from keras_hf.damping import DampingCallback, LevenbergMarquardt
-from keras_hf.progress import UpdateProgress
-from keras_hf.recorder import UpdateRecorder
+from keras_hf.callbacks.progress import UpdateProgress
+from keras_hf.callbacks.recorder import UpdateRecorder
 
 # Callbacks that do nothing but write files; not those derived from them, which may do more.
 _WRITERS = (keras.callbacks.ModelCheckpoint, keras.callbacks.CSVLogger, keras.callbacks.TensorBoard, UpdateRecorder)

@@ -11,13 +11,13 @@ import tensorflow as tf
 from keras_hf.common import checks, files, keras_private
 from keras_hf.common.replaced import replaced
 from keras_hf.common.vectors import num_weights, pack
+from keras_hf.network.capture import is_capturable, is_transposed, kernel_and_bias
+from keras_hf.network.spectral_norm import UnitSpectralNorm
 from keras_hf.posterior.evidence import GroupedFit, most_probable, noise_of_groups, noise_variance
 from keras_hf.posterior.gaussian import Dual, Kronecker, Primal, restored
 from keras_hf.posterior.likelihood import Likelihood
 from keras_hf.posterior.outputs import Outputs
-from keras_hf.problem.capture import is_capturable, is_transposed, kernel_and_bias
 from keras_hf.problem.observations import observations
-from keras_hf.problem.spectral_norm import UnitSpectralNorm
 from keras_hf.solvers.kronecker import factored_layers
 
 _logger = logging.getLogger("keras_hf")

@@ -9,8 +9,8 @@ import tensorflow as tf
 from keras_hf.common import checks
 from keras_hf.common.loops import mapped
 from keras_hf.common.vectors import dense, num_weights, pack
-from keras_hf.problem.capture import recorded_uses, second_moments
-from keras_hf.problem.fixed_network import Data
+from keras_hf.network.capture import recorded_uses, second_moments
+from keras_hf.network.fixed_network import Data
 
 # Numbers of a Jacobian that are formed at a time (256 MiB in float64).
 _PIECE_FLOATS = 2**25

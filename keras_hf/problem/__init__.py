@@ -1,1 +1,1 @@
-"""The problem that an update sees: cases, network and loss as functions of one flat vector of all weights."""
+"""Cases, and the sum over them, as functions of one flat vector of all weights."""

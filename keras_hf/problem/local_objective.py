@@ -7,10 +7,10 @@ import tensorflow as tf
 
 from keras_hf.common.loops import map_rows
 from keras_hf.common.vectors import dense, dot, inner_product, num_weights, pack, unpack
+from keras_hf.differentiation.jacobian import LocalRows, compiles_rows, rows_dtype
+from keras_hf.differentiation.linearization import DoubleBackward
+from keras_hf.network.capture import squared_gradients
 from keras_hf.problem.batching import share_of
-from keras_hf.problem.capture import squared_gradients
-from keras_hf.problem.jacobian import LocalRows, compiles_rows, rows_dtype
-from keras_hf.problem.linearization import DoubleBackward
 from keras_hf.problem.micro_batch import MicroBatch, Totals
 
 # Roundings of H, in machine epsilons of the outputs' type.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.vectors import assign, dense
-from keras_hf.problem.fixed_network import Data
+from keras_hf.network.fixed_network import Data
 from keras_hf.problem.observations import observations
 
 

@@ -14,7 +14,8 @@ import tensorflow as tf
 from keras_hf.common.loops import map_rows, mapped
 from keras_hf.common.passes import graph_function
 from keras_hf.common.vectors import assign, dot, num_weights, pack, unpack, unpack_rows
-from keras_hf.problem import batch_statistics, constraints
+from keras_hf.network import batch_statistics
+from keras_hf.problem import constraints
 from keras_hf.problem.local_objective import LocalObjective
 
 

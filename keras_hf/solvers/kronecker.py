@@ -21,7 +21,8 @@ import tensorflow as tf
 from keras_hf.common.checks import below_one, count, count_or_share
 from keras_hf.common.part import all_finite
 from keras_hf.common.vectors import dense, epsilon, num_weights, vector_dtype
-from keras_hf.problem.capture import (
+from keras_hf.differentiation.curvature import loss_hessian
+from keras_hf.network.capture import (
     at_least_float32,
     has_bias_row,
     has_places,
@@ -34,8 +35,7 @@ from keras_hf.problem.capture import (
     recorded_uses,
     second_moments,
 )
-from keras_hf.problem.curvature import loss_hessian
-from keras_hf.problem.time_steps import has_time_steps
+from keras_hf.network.time_steps import has_time_steps
 from keras_hf.solvers.preconditioners import EmpiricalFisherDiagonal, Preconditioner, due, never_made
 
 # Size of the outputs' last axis up to which H is formed column by column; above, only its diagonal. Columns cost passes through the loss only.

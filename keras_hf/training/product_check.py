@@ -5,10 +5,10 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.vectors import dot
-from keras_hf.problem.curvature import Curvature, EmpiricalFisher, GaussNewton
-from keras_hf.problem.linearization import DoubleBackward, ForwardAccumulation
+from keras_hf.differentiation.curvature import Curvature, EmpiricalFisher, GaussNewton
+from keras_hf.differentiation.linearization import DoubleBackward, ForwardAccumulation
 from keras_hf.problem.replicas import on_replicas
-from keras_hf.setup import with_objective
+from keras_hf.training.setup import with_objective
 
 # Of the losses in differences, in machine epsilons.
 _ROUNDINGS = 10.0

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_hf.common.vectors import dot, epsilon
-from keras_hf.convergence import Convergence, rounding_of
-from keras_hf.optimism import Optimism
-from keras_hf.scale import curvature_scale, first_damping
+from keras_hf.method.convergence import Convergence, rounding_of
+from keras_hf.method.optimism import Optimism
+from keras_hf.method.scale import curvature_scale, first_damping
 from keras_hf.solvers.solver import LocalModel
 
 

@@ -3,7 +3,7 @@
 import keras
 
 from keras_hf.common.keras_private import print_message
-from keras_hf.solver_choice import reason
+from keras_hf.training.solver_choice import reason
 
 # Of the update, before those that the solver names. What has other names, such as metrics, is always shown.
 _STEERED_BY = ("damping", "reduction_ratio")

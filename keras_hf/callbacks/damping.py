@@ -5,7 +5,7 @@ import math
 import keras
 
 from keras_hf.common.checks import count, finite, positive
-from keras_hf.scale import damping_limits
+from keras_hf.method.scale import damping_limits
 from keras_hf.solvers.solver import Solver
 
 # The share of the loss up to which steps may gain on their own batch what they do not gain on the next. Of least squares with noise it is twice the

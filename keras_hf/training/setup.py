@@ -10,18 +10,18 @@ import tensorflow as tf
 from keras_hf.common import checks
 from keras_hf.common.cluster import replica_number
 from keras_hf.common.vectors import num_weights
-from keras_hf.compiled_model import require_numbers, task_of
+from keras_hf.differentiation.curvature import Curvature
+from keras_hf.differentiation.jacobian import compiles_rows, most_of_same_rows
+from keras_hf.network.fixed_network import FixedNetwork, Task
+from keras_hf.network.second_derivatives import second_derivatives_explained
+from keras_hf.network.structure import Structure, trace_structure
 from keras_hf.problem import batching
 from keras_hf.problem.case_range import CaseRange
-from keras_hf.problem.curvature import Curvature
-from keras_hf.problem.fixed_network import FixedNetwork, Task
-from keras_hf.problem.jacobian import compiles_rows, most_of_same_rows
 from keras_hf.problem.local_objective import LocalCases
 from keras_hf.problem.objective import Objective
 from keras_hf.problem.replicas import across_replicas, of_each_replica
-from keras_hf.problem.second_derivatives import second_derivatives_explained
-from keras_hf.problem.structure import Structure, trace_structure
 from keras_hf.solvers.solver import Solver
+from keras_hf.training.compiled_model import require_numbers, task_of
 
 # From here on memory counts, and updates are long beside the first.
 _MANY_WEIGHTS = 100_000

@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_hf import compiled_model
 from keras_hf.common.checks import positive
 from keras_hf.common.cluster import is_chief, num_workers, tasks_of, worker_number
+from keras_hf.training import compiled_model
 
 # Seconds between two tries to reach the chief, and those that a caller has to say who it is.
 _PAUSE, _PATIENCE = 0.1, 5.0

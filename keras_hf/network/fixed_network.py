@@ -12,9 +12,9 @@ import tensorflow as tf
 from keras_hf.common import checks
 from keras_hf.common.cluster import replica_number
 from keras_hf.common.vectors import vector_dtype
-from keras_hf.problem.batch_statistics import Statistics, constant_statistics, own_statistics
-from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers
-from keras_hf.problem.recurrence import linear_derivatives
+from keras_hf.network.batch_statistics import Statistics, constant_statistics, own_statistics
+from keras_hf.network.hidden_states import recorded_hidden_states, recurrent_layers
+from keras_hf.network.recurrence import linear_derivatives
 
 
 class Task(NamedTuple):

@@ -5,9 +5,9 @@ import tensorflow as tf
 
 from keras_hf.common import checks, keras_private
 from keras_hf.common.replaced import replaced
-from keras_hf.problem.fixed_network import Task
+from keras_hf.network.fixed_network import Task
+from keras_hf.network.spectral_norm import UnitSpectralNorm
 from keras_hf.problem.loss_terms import WholeLoss, overrides_compute_loss, recorded_terms
-from keras_hf.problem.spectral_norm import UnitSpectralNorm
 
 
 def require_targets(model, y):

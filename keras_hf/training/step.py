@@ -10,12 +10,12 @@ import tensorflow as tf
 from keras_hf.common import checks, keras_private
 from keras_hf.common.cluster import replica_number
 from keras_hf.common.part import if_finite
+from keras_hf.method.update import hf_update
+from keras_hf.network.fixed_network import Data
 from keras_hf.problem import batching
 from keras_hf.problem.case_range import CaseRange
-from keras_hf.problem.fixed_network import Data
 from keras_hf.problem.replicas import of_each_replica
-from keras_hf.setup import with_objective
-from keras_hf.update import hf_update
+from keras_hf.training.setup import with_objective
 
 _open = threading.local()
 

@@ -10,9 +10,9 @@ import functools
 
 import tensorflow as tf
 
-from keras_hf.common import taylor
 from keras_hf.common.loops import mapped, sum_over_blocks
 from keras_hf.common.vectors import dense, epsilon, gram, pack, unpack
+from keras_hf.differentiation import taylor
 
 # Numbers that one block of cases may take in a vectorised pass (512 MiB in float64), and those of a Jacobian that is kept (1 GiB).
 _BLOCK_FLOATS, _KEPT_FLOATS = 2**26, 2**27

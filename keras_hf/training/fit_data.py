@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_hf.common import checks
+from keras_hf.network.fixed_network import Data
 from keras_hf.problem import batching
 from keras_hf.problem.case_range import by_replica
-from keras_hf.problem.fixed_network import Data
 
 
 class FitData:

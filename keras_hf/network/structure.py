@@ -11,12 +11,12 @@ import tensorflow as tf
 
 from keras_hf.common.keras_private import logits as logits_of
 from keras_hf.common.vectors import epsilon
-from keras_hf.problem import memory
-from keras_hf.problem.capture import is_capturable, recorded_uses
-from keras_hf.problem.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
-from keras_hf.problem.recurrence import recorded_loops
-from keras_hf.problem.spectral_norm import UnitSpectralNorm
-from keras_hf.problem.time_steps import has_time_steps, weights_by_rows
+from keras_hf.network import memory
+from keras_hf.network.capture import is_capturable, recorded_uses
+from keras_hf.network.hidden_states import recorded_hidden_states, recurrent_layers, require_recordable
+from keras_hf.network.recurrence import recorded_loops
+from keras_hf.network.spectral_norm import UnitSpectralNorm
+from keras_hf.network.time_steps import has_time_steps, weights_by_rows
 
 # Memory in bytes for the kept micro-batch, from which `micro_batch_size=None` derives the number of cases.
 _MICRO_BATCH_MEMORY = 2 * 2**30

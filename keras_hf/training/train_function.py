@@ -5,12 +5,12 @@ import math
 import keras
 import tensorflow as tf
 
-from keras_hf import guard, step
 from keras_hf.common import checks
-from keras_hf.problem.fixed_network import Data
-from keras_hf.problem.linearization import ForwardAccumulation
+from keras_hf.differentiation.linearization import ForwardAccumulation
+from keras_hf.network.fixed_network import Data
 from keras_hf.problem.replicas import of_each_replica, on_replicas
-from keras_hf.product_check import first_check
+from keras_hf.training import guard, step
+from keras_hf.training.product_check import first_check
 
 
 class TrainFunction:

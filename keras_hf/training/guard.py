@@ -4,8 +4,8 @@ import contextlib
 
 import tensorflow as tf
 
-from keras_hf.problem.linearization import ForwardAccumulation
-from keras_hf.problem.second_derivatives import cures_of_wrong_ones
+from keras_hf.differentiation.linearization import ForwardAccumulation
+from keras_hf.network.second_derivatives import cures_of_wrong_ones
 
 
 @contextlib.contextmanager

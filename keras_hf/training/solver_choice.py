@@ -5,11 +5,11 @@ import math
 import keras
 
 from keras_hf.common import keras_private, vectors
-from keras_hf.compiled_model import loss_name, overrides_compute_loss, task_of
-from keras_hf.setup import traced_structure
 from keras_hf.solvers.direct import DirectSolver
 from keras_hf.solvers.kronecker import factored_layers, num_factored_weights
 from keras_hf.solvers.momentum import PreconditionedMomentum
+from keras_hf.training.compiled_model import loss_name, overrides_compute_loss, task_of
+from keras_hf.training.setup import traced_structure
 
 # Up to which the exact solver is the choice: operations that form the system, on data and on differential equations, and numbers of its Jacobian
 # (half a GiB). Conjugate gradients are ahead on smooth data from about the first bound on (benchmarks/exact_solver.py); on equations they stall, and

@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras_hf.common.loops import mapped, sum_over_blocks
 from keras_hf.common.replaced import replaced
 from keras_hf.common.vectors import dense
-from keras_hf.problem.time_steps import has_time_steps, num_units, recorded_steps, weights_by_rows
+from keras_hf.network.time_steps import has_time_steps, num_units, recorded_steps, weights_by_rows
 
 # Number of floats in the largest temporary tensor of a block of cases.
 _BLOCK_FLOATS = 2**22

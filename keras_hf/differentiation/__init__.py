@@ -1,0 +1,1 @@
+"""Products with curvature matrices and derivatives of any order, of any function."""

@@ -1,0 +1,1 @@
+"""The algorithm, without Keras: one update, values in, values out."""

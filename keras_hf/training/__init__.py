@@ -1,0 +1,1 @@
+"""From `fit` to one update of a compiled model."""
